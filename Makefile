@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# PYTHON chooses the interpreter (3.10, 3.11 or 3.12).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+# torch first: the build of deepspeed reads its version. DS_BUILD_OPS=0 compiles no kernel, so no compiler is needed.
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, this is {v[0]}.{v[1]}: call make with PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --progress-bar off $$(grep -E '^torch==' requirements.txt) setuptools wheel
+	DS_BUILD_OPS=0 $(PIP) install --quiet --progress-bar off -r requirements.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PIP) install --quiet --progress-bar off -r requirements-dev.txt
+	@touch $@
+
+install: $(VENV)/.installed ## Make .venv and install the pinned packages (once).
+
+demo: $(VENV)/.installed ## Corpus to solved puzzles: preprocess, train with PUMA on two ranks, interrupt, resume, evaluate.
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/.installed-dev ## Run the tests.
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.installed-dev ## Check style (ruff) and types (mypy).
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and caches; runs/ is kept.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Pretraining of masked diffusion language models with progressive unmasking (PUMA)."""

@@ -1,0 +1,75 @@
+"""What every command line of the project shares: one-line errors, exit codes, help."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message names the thing, its value and the remedy."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the candidate closest to `name`, or an empty string."""
+    names = list(candidates)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close and "." not in name:  # a bare key may be meant for one in a section: steps -> train.steps
+        close = [c for c in names if c.rsplit(".", 1)[-1] == name][:1]
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class ToolParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and name the nearest known option."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse, and report the first unknown option together with the nearest known one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].split("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            self.error(f"unknown option {option!r}.{nearest(option, known)} --help lists them all.")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with EXIT_BAD_INPUT; argparse would print the usage too."""
+        fail(message)
+
+
+def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
+    """Print ``error: message`` to stderr, on the first rank only, and exit with `code`."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+    """Run a program's `main`; a UserError or an unreadable path becomes one line and exit code 2."""
+    try:
+        sys.exit(main(None) or EXIT_DONE)
+    except UserError as error:
+        fail(str(error))
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has gone: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_DONE)
