@@ -1,0 +1,233 @@
+"""Samples: fixed-length sequences whose positions are prompt, answer or padding, built by megatron-core."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+with warnings.catch_warnings():  # megatron-core warns of optional packages that are not used here
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.megatron_dataset import MegatronDataset
+    from megatron.core.datasets.utils import Split
+
+from pipeline.cli import UserError
+from pipeline.config import DataConfig
+from pipeline.data.batch import ANSWER, PADDING, PROMPT
+from pipeline.data.preprocess import DatasetFacts, read_facts
+from pipeline.data.tokenizer import Tokenizer
+
+Array = npt.NDArray[Any]
+
+
+class SampleDataset(Protocol):
+    """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}."""
+
+    def __len__(self) -> int:
+        """Return the samples of one epoch."""
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Return a sample; safe to call from several threads."""
+
+
+@dataclass
+class SampleConfig(GPTDatasetConfig):
+    """megatron-core's dataset configuration with the two settings of `PairDataset`; see DataConfig."""
+
+    padding: str = "ignored"
+    too_long: str = "error"
+
+
+class PackedDataset(GPTDataset):
+    """Text cut into samples of L tokens by megatron-core's GPTDataset; every position is answer."""
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Return a sample as `SampleDataset` does."""
+        tokens = super().__getitem__(index)["tokens"].numpy()
+        return {"tokens": tokens, "roles": np.full(len(tokens), ANSWER, np.int8)}
+
+
+class PairDataset(MegatronDataset):
+    """Prompt/answer documents of two sequences, one document a sample."""
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        dataset_path: str | None,
+        indices: Array,
+        num_samples: int | None,
+        index_split: Split,
+        config: SampleConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        first = dataset.document_indices[indices]
+        prompt, answer = dataset.sequence_lengths[first], dataset.sequence_lengths[first + 1]
+        self._refuse(answer == 0, "has an answer of length 0", "preprocess the corpus again without it")
+        too_long = prompt.astype(np.int64) + answer > config.sequence_length
+        if config.too_long == "error":
+            self._refuse(
+                too_long,
+                f"is longer than data.sequence_length = {config.sequence_length}",
+                f"raise data.sequence_length to {int((prompt + answer).max(initial=0))}, or set "
+                "data.too_long: drop",
+            )
+        self.first_sequence = first[~too_long]
+        self.has_padding = config.padding == "ignored" and bool(
+            (prompt + answer)[~too_long].min(initial=config.sequence_length) < config.sequence_length
+        )
+        self.size = len(self.first_sequence) if num_samples is None else num_samples
+
+    def _refuse(self, bad: Array, what: str, remedy: str) -> None:
+        if bad.any():
+            document = int(self.indices[int(np.argmax(bad))])
+            raise UserError(
+                f"{self.dataset_path}: document {document} {what} ({int(bad.sum())} such documents): {remedy}."
+            )
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        """Return the documents, which is what splits are counted in."""
+        return len(low_level_dataset.document_indices) - 1
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: SampleConfig) -> IndexedDataset:
+        """Open .bin and .idx; modes mark the prompt (0) and the answer (1)."""
+        return IndexedDataset(dataset_path, multimodal=True, mmap=config.mmap_bin_files)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return ["random_seed", "sequence_length", "split", "padding", "too_long"]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Return a sample as `SampleDataset` does; a blend may ask for more than one epoch."""
+        sequence = int(self.first_sequence[index % len(self.first_sequence)])
+        (prompt, _), (answer, _) = self.dataset.get(sequence), self.dataset.get(sequence + 1)
+        length, used = self.config.sequence_length, len(prompt) + len(answer)
+        tokens = np.full(length, self.config.tokenizer.pad, np.int64)
+        roles = np.full(length, PADDING, np.int8)
+        tokens[: len(prompt)], roles[: len(prompt)] = prompt, PROMPT
+        tokens[len(prompt) : used], roles[len(prompt) : used] = answer, ANSWER
+        if self.config.padding == "eos_targets":
+            tokens[used:], roles[used:] = self.config.tokenizer.eos, ANSWER
+        return {"tokens": tokens, "roles": roles}
+
+
+@dataclass
+class Datasets:
+    """Training and validation samples.
+
+    Attributes:
+        train: one epoch of training samples.
+        valid: the validation samples; none where data.split leaves no share to them.
+        has_padding: whether a sample may hold positions that the model must not attend to.
+        fingerprint: changes whenever the samples or their order do.
+    """
+
+    train: SampleDataset
+    valid: SampleDataset | None
+    has_padding: bool
+    fingerprint: str
+
+
+def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
+    """Return the facts of every dataset; raise a `UserError` where one does not fit the run."""
+    facts = [read_facts(prefix) for prefix in config.prefixes]
+    for prefix, fact in zip(config.prefixes, facts, strict=True):
+        if fact.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{prefix} was made with another tokenizer (sha256 {fact.tokenizer_sha256[:12]}) than "
+                f"data.tokenizer = {config.tokenizer} ({tokenizer.sha256[:12]}): name the tokenizer that the "
+                "dataset was made with, or preprocess the corpus again."
+            )
+        wanted = {"pairs": "pairs", "packed": "text"}[config.kind]
+        if fact.kind != wanted:
+            raise UserError(
+                f"{prefix} holds {fact.kind}, but data.kind is {config.kind!r}: set data.kind to "
+                f"{'pairs' if fact.kind == 'pairs' else 'packed'!r}, or preprocess with "
+                f"{'--prompt-key and --answer-key' if wanted == 'pairs' else '--text-key'}."
+            )
+        if fact.documents == 0 or fact.tokens == 0:
+            raise UserError(f"{prefix} is empty: preprocess a corpus that has text in it.")
+    return facts
+
+
+def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Datasets:
+    """Build the samples of a run; every rank calls this, the first one writes the cached indices.
+
+    Raises:
+        UserError: for data that does not fit the tokenizer or the run, or too little of it.
+    """
+    facts = check_data(config, tokenizer)
+    identity = repr([facts, config.kind, config.sequence_length, config.weights, config.split, config.padding,
+                     config.too_long, seed])  # fmt: skip
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    settings = SampleConfig(
+        random_seed=seed,
+        sequence_length=config.sequence_length,
+        blend=(config.prefixes, None),
+        split=config.split,
+        tokenizer=tokenizer,
+        path_to_cache=str(cache / fingerprint[:16]),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        add_extra_token_to_sequence=False,
+        padding=config.padding,
+        too_long=config.too_long,
+    )
+    train, valid = _build(config, settings, [None, None, None])
+    if train is None or len(train) == 0:
+        raise UserError(
+            f"{', '.join(config.prefixes)} give no training sample of data.sequence_length = "
+            f"{config.sequence_length} tokens with data.split = {config.split!r}: bring more text, or lower "
+            "data.sequence_length."
+        )
+    if config.weights is not None:
+        # An epoch of a weighted blend is as long as that of its datasets together.
+        weighted = dataclasses.replace(settings, blend=(config.prefixes, config.weights))
+        train, _ = _build(config, weighted, [len(train), 0, 0])
+        assert train is not None
+    has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)
+    return Datasets(train, valid if valid is not None and len(valid) else None, has_padding, fingerprint)
+
+
+def _build(
+    config: DataConfig, settings: SampleConfig, sizes: list[int | None]
+) -> tuple[SampleDataset | None, SampleDataset | None]:
+    kind = PairDataset if config.kind == "pairs" else PackedDataset
+    with _only_user_errors(config):
+        train, valid, _ = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, settings).build()
+    return train, valid
+
+
+@contextlib.contextmanager
+def _only_user_errors(config: DataConfig) -> Iterator[None]:
+    """Name the datasets where megatron-core fails on one, instead of a traceback from inside it."""
+    try:
+        yield
+    except (AssertionError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise UserError(
+            f"{', '.join(config.prefixes)} cannot be built with data.split = {config.split!r} and "
+            f"data.sequence_length = {config.sequence_length} ({error or type(error).__name__}): check them "
+            "with tools/inspect_data.py."
+        ) from error
+
+
+def _has_padding(dataset: Any) -> bool:
+    parts = getattr(dataset, "datasets", [dataset])
+    return any(getattr(part, "has_padding", False) for part in parts)

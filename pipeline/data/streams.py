@@ -1,0 +1,97 @@
+"""The slots' sub-streams: every sample once an epoch, whatever rank, accumulation or thread reads it.
+
+The endless stream of samples is numbered: position p is sample p mod N of epoch p div N, in an order of the
+epoch's own. Slot s of S reads the positions s, s + S, s + 2S, ...; the number of sequences that a slot has
+begun, its cursor, is all that has to be remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from pipeline.data.batch import Samples
+from pipeline.data.samples import Array, SampleDataset
+
+_ROUNDS = 4
+
+
+class Permutation:
+    """A keyed pseudo-random permutation of 0..size-1 in constant memory.
+
+    A Feistel network over the smallest even number of bits that holds `size`, walked until the value falls
+    inside (Black and Rogaway 2002, Ciphers with arbitrary finite domains): at most 4 walks on average.
+    """
+
+    def __init__(self, size: int, *key: int) -> None:
+        self.size = size
+        self.half = max(1, ((size - 1).bit_length() + 1) // 2)
+        self.keys = [int(k) for k in np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)]
+
+    def __call__(self, index: int) -> int:
+        """Return where `index` (0 <= index < size) goes."""
+        mask = (1 << self.half) - 1
+        while True:
+            left, right = index >> self.half, index & mask
+            for key in self.keys:
+                mixed = (right + key) * 0xD1342543DE82EF95 & 0xFFFFFFFFFFFFFFFF
+                mixed = (mixed ^ (mixed >> 32)) * 0xAAAAAAAAAAAAAAAB & 0xFFFFFFFFFFFFFFFF
+                left, right = right, left ^ (mixed >> 32 & mask)
+            index = left << self.half | right
+            if index < self.size:
+                return index
+
+
+class SlotStream:
+    """Reads the samples of any slot by cursor, one ahead of the reader."""
+
+    def __init__(self, dataset: SampleDataset, slots: int, seed: int, workers: int) -> None:
+        """Make the stream.
+
+        Args:
+            dataset: the samples of an epoch.
+            slots: S, the number of slots over all ranks (the global batch size).
+            seed: seed of the order.
+            workers: reading threads; 0 reads when asked. The samples are the same for any number.
+        """
+        self.dataset = dataset
+        self.slots = slots
+        self.seed = seed
+        self.size = len(dataset)
+        self._permutations: dict[int, Permutation] = {}
+        self._ahead: dict[int, Future[dict[str, Array]]] = {}
+        self._pool = ThreadPoolExecutor(workers, "samples") if workers else None
+
+    def index(self, position: int) -> int:
+        """Return the sample index of a stream position."""
+        epoch, offset = divmod(position, self.size)
+        if epoch not in self._permutations:
+            self._permutations[epoch] = Permutation(self.size, self.seed, epoch)
+        return self._permutations[epoch](offset)
+
+    def _read(self, position: int) -> dict[str, Array]:
+        return self.dataset[self.index(position)]
+
+    def read(self, slots: Sequence[int], cursors: Sequence[int]) -> Samples:
+        """Return the samples at `cursors` of `slots`, on the CPU, and begin to read those that follow."""
+        positions = [s + c * self.slots for s, c in zip(slots, cursors, strict=True)]
+        rows = []
+        for position in positions:
+            ahead = self._ahead.pop(position, None)
+            rows.append(ahead.result() if ahead else self._read(position))
+            if self._pool is not None:
+                following = position + self.slots
+                self._ahead[following] = self._pool.submit(self._read, following)
+        return Samples(
+            torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)),
+            torch.from_numpy(np.stack([row["roles"] for row in rows])),
+            torch.tensor(positions, dtype=torch.int64),
+        )
+
+    def close(self) -> None:
+        """Stop the reading threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

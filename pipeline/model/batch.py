@@ -1,0 +1,65 @@
+"""What goes into the model in training, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MaskedBatch:
+    """Partly masked sequences and what is to be predicted in them.
+
+    Attributes:
+        input_ids: [B, L] int64, xt.
+        attention_mask: [B, L] bool, False at padding; None where there is none.
+        rows: [R] int64, the masked positions, as indices into the flattened [B * L].
+        targets: [R] int64, the true tokens there.
+        weights: [R] float32, the share of each row in the loss.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+@dataclass
+class HeadOutput:
+    """The model's answer at the masked positions of a batch.
+
+    Attributes:
+        loss: [] float32, sum over the rows of weight x NLL; carries the gradient.
+        nll: [R] float32, -log p(x0 | xt) in nats; no gradient.
+        confidence: [R] float32, max_v p(v | xt); no gradient.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    confidence: Tensor
+
+
+def masked_batch(
+    tokens: Tensor, masked: Tensor, rows: int, mask_id: int, padding: Tensor | None = None
+) -> MaskedBatch:
+    """Return the batch whose loss is the mean over sequences of the mean NLL of their masked positions.
+
+    Args:
+        tokens: [B, L] int64, x0.
+        masked: [B, L] bool.
+        rows: how many positions are masked in all; known on the host, so that nothing waits for the device.
+        mask_id: the mask token M.
+        padding: [B, L] bool, positions that must not be attended to.
+    """
+    flat = torch.nonzero_static(masked.flatten(), size=rows).squeeze(1)  # [R]
+    each = 1.0 / (masked.sum(dim=1) * masked.shape[0])  # [B], 1 / (masked x B)
+    return MaskedBatch(
+        input_ids=tokens.masked_fill(masked, mask_id),
+        attention_mask=None if padding is None else ~padding,
+        rows=flat,
+        targets=tokens.flatten()[flat],
+        weights=each[flat // masked.shape[1]].float(),
+    )

@@ -1,0 +1,54 @@
+"""Layers that draw their initial weights where they are made, as ZeRO-3 needs: it shards them at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """nn.Linear with N(0, std^2) weights and zero biases."""
+
+    def __init__(self, inputs: int, outputs: int, std: float, bias: bool = False) -> None:
+        """Make the layer; `std` is the standard deviation of its initial weights."""
+        self.std = std
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, self.std)
+            if self.bias is not None:
+                self.bias.zero_()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding with N(0, std^2) weights.
+
+    torch's own N(0, 1), tied to the output, would make an untrained model certain of its input token.
+    """
+
+    def __init__(self, count: int, width: int, std: float) -> None:
+        """Make the table; `std` is the standard deviation of its initial weights."""
+        self.std = std
+        super().__init__(count, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, self.std)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, GLU variants improve transformer)."""
+
+    def __init__(self, width: int, inner: int, std: float, residual_std: float) -> None:
+        """Make the three projections; `residual_std` is for the one that writes to the residual stream."""
+        super().__init__()
+        self.gate_proj = Linear(width, inner, std)
+        self.up_proj = Linear(width, inner, std)
+        self.down_proj = Linear(inner, width, residual_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, L, H] for x [B, L, H]."""
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,84 @@
+"""The network: a bidirectional transformer whose parameters are named as Hugging Face's Qwen2 and Llama."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ModelConfig
+from pipeline.model.attention import Attention, rotary_table
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.model.layers import Embedding, Linear, SwiGLU
+from pipeline.model.masked_head import MaskedHead
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the block; what writes to the residual stream starts smaller, by 1/sqrt(2 x layers)."""
+        super().__init__()
+        residual_std = config.init_std / (2 * config.layers) ** 0.5
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, residual_std)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.init_std, residual_std)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
+        """Return [B, L, H] for x [B, L, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), table, attention_mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Tokens to hidden states; the name of its attribute gives the parameters their ``model.`` prefix."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        """Make the layers for `vocab_size` tokens."""
+        super().__init__()
+        self.rope_theta = config.rope_theta
+        self.head_size = config.hidden_size // config.heads
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size, config.init_std)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return hidden states [B, L, H] for input_ids [B, L]; attention_mask [B, L] is False at padding."""
+        x = self.embed_tokens(input_ids)
+        table = rotary_table(input_ids.shape[1], self.head_size, self.rope_theta, x)
+        keys = None if attention_mask is None else attention_mask[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, table, keys)
+        return self.norm(x)
+
+
+class MaskedDiffusionModel(nn.Module):
+    """p(x0 | xt) at the masked positions of xt; the network has no time input and no objective."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, mask_id: int) -> None:
+        """Make the model.
+
+        Args:
+            config: shape of the network.
+            vocab_size: rows of the embedding.
+            mask_id: the mask token, which is never predicted.
+        """
+        super().__init__()
+        self.model = Body(config, vocab_size)
+        if config.tie_embeddings:
+            weight = self.model.embed_tokens.weight
+        else:
+            weight = Linear(config.hidden_size, vocab_size, config.init_std).weight
+        self.lm_head = MaskedHead(weight, mask_id)
+
+    def forward(self, batch: MaskedBatch) -> HeadOutput:
+        """Return loss, NLL and confidence at the rows of `batch`."""
+        hidden = self.model(batch.input_ids, batch.attention_mask)
+        rows = hidden.flatten(0, 1)[batch.rows]  # [R, H]
+        return HeadOutput(*self.lm_head(rows, batch.targets, batch.weights))
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor, rows: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return logits [R, V] float32 at `rows` [R] of the flattened input_ids [B, L], for sampling."""
+        hidden = self.model(input_ids, attention_mask)
+        return self.lm_head.logits(hidden.flatten(0, 1)[rows])

@@ -1,0 +1,51 @@
+"""What the terminal shows: a progress bar on a tty, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress of a long piece of work with its rate and the time left."""
+
+    def __init__(self, total: int, done: int, unit: str, enabled: bool = True) -> None:
+        """Begin at `done` of `total`; a Progress that is not `enabled` shows nothing (ranks above 0)."""
+        self.total = total
+        self.first = self.done = done
+        self.unit = unit
+        self.enabled = enabled
+        self.started = time.monotonic()
+        on_tty = enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True) if on_tty else None
+
+    def advance(self, done: int) -> None:
+        """Say that `done` units are done in all."""
+        if self.bar is not None:
+            self.bar.update(done - self.done)
+        self.done = done
+
+    def report(self, facts: str) -> None:
+        """Show `facts`, beside the bar or as a line with rate and time left."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(facts)
+        elif self.enabled:
+            rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.started)
+            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
+            print(
+                f"{self.unit} {self.done}/{self.total}  {facts}  {rate:.2f} {self.unit}/s  {left} left",
+                flush=True,
+            )
+
+    def say(self, message: str) -> None:
+        """Print a message of its own without disturbing the bar."""
+        if self.enabled:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()

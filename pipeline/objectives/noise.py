@@ -1,0 +1,46 @@
+"""Counter-based noise: every random number is a hash of what it is for, so there is no generator state.
+
+A number depends on (seed, purpose, sample, stage, position) and on nothing else: not on the rank that holds
+the sample, the order of the calls, the device, or the step at which a run was resumed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INITIAL_REVEAL = 1
+STAGE_TARGET = 2
+MASK_COUNT = 3
+MASK_POSITIONS = 4
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """Return the 64 bits of `value` as a signed integer: torch has no unsigned arithmetic."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts arithmetically: clear the copied signs
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Finalise as splitmix64 does (Steele, Lea, Flood: Fast splittable pseudorandom number generators)."""
+    x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIER_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIER_2)
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(seed: int, purpose: int, *counters: Tensor) -> Tensor:
+    """Return float64 numbers in [0, 1), one for each element of the broadcast int64 `counters`.
+
+    The same arguments give the same bits on every device.
+    """
+    state = torch.zeros((), dtype=torch.int64, device=counters[0].device)
+    for counter in (seed, purpose, *counters):
+        state = _mix((state ^ counter) + _signed(_GOLDEN))
+    return _shift_right(state, 11).to(torch.float64) * 2.0**-53

@@ -1,0 +1,53 @@
+"""AdamW's parameter groups and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from pipeline.config import OptimizerConfig, ScheduleConfig
+
+
+def is_decayed(name: str) -> bool:
+    """Say whether weight decay is for this parameter: a matrix other than the embedding.
+
+    By name, because under ZeRO-3 a parameter's shape is that of an empty shard.
+    """
+    return not (name.endswith(".bias") or "norm." in name or "embed_tokens." in name)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return AdamW's groups: decayed parameters, and those that are not."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if config.decay_norms_and_embeddings or is_decayed(name) else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """Return the arguments of AdamW besides the parameters."""
+    return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Return the learning rate of `step` (1 is the first) in a run of `steps` steps.
+
+    Linear warm-up reaches `peak` at step ``warmup_steps``. cosine then falls along half a cosine to
+    ``final_ratio x peak`` at the last step; wsd stays at the peak and falls linearly to the same value over
+    the last ``decay_steps`` (Hu et al. 2024, MiniCPM, arXiv 2404.06395).
+    """
+    if step < schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    if schedule.kind == "cosine":
+        span = max(1, steps - schedule.warmup_steps)
+        progress = min(1.0, (step - schedule.warmup_steps) / span)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = min(1.0, max(0, steps - step) / max(1, schedule.decay_steps)) if schedule.decay_steps else 1.0
+    return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * share)

@@ -1,0 +1,223 @@
+"""Where the program runs and what executes its steps: launch facts, the Engine seam, the plain engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.cli import UserError
+from pipeline.config import Config
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.optimizer import adamw_settings, parameter_groups
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among its peers.
+
+    Attributes:
+        rank: number of the process, 0 to world_size - 1.
+        world_size: processes in all.
+        local_rank: number of the process on its node.
+        device: where it computes.
+        precision: of weights and activations in the forward and backward; the optimizer's state is fp32.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    precision: Literal["fp32", "bf16"]
+
+
+def read_launch(config: Config) -> Launch:
+    """Return the facts of this process, set by torchrun, the deepspeed launcher or srun; alone otherwise.
+
+    Fills in the environment variables that torch.distributed reads.
+
+    Raises:
+        UserError: when a GPU is asked for and there is none.
+    """
+    environment = os.environ
+    if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        environment["RANK"] = environment["SLURM_PROCID"]
+        environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+        environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    environment.setdefault("RANK", "0")
+    environment.setdefault("WORLD_SIZE", "1")
+    environment.setdefault("LOCAL_RANK", "0")
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in environment:
+        environment["MASTER_PORT"] = str(_free_port())
+    wanted = config.engine.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "engine.device is 'cuda', but torch sees no GPU: check the driver, or set it to 'cpu'."
+        )
+    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    local_rank = int(environment["LOCAL_RANK"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    precision = config.engine.precision
+    return Launch(
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+        precision=("bf16" if on_gpu else "fp32") if precision == "auto" else precision,
+    )
+
+
+def _first_host(node_list: str) -> str:
+    names = subprocess.run(
+        ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True
+    )
+    return names.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Engine(Protocol):
+    """What executes the steps: nothing else knows how weights, gradients and states are sharded."""
+
+    launch: Launch
+
+    def forward(self, batch: MaskedBatch) -> HeadOutput:
+        """Run the model on a micro-batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's loss, which is a mean over its sequences."""
+
+    def step(self, learning_rate: float) -> Tensor | float:
+        """Update the weights with the mean gradient; return its global norm before clipping."""
+
+    def evaluate(self, batch: MaskedBatch) -> HeadOutput:
+        """Run the model without gradients."""
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the element-wise sum of `values` over all ranks."""
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state below `folder`; called by every rank."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; called by every rank."""
+
+    def close(self) -> None:
+        """Leave the process group."""
+
+
+def make_model(config: Config, vocab_size: int, mask_id: int) -> MaskedDiffusionModel:
+    """Return the model with initial weights drawn from the run's seed."""
+    torch.manual_seed(config.train.seed)
+    return MaskedDiffusionModel(config.model, vocab_size, mask_id)
+
+
+def build_engine(config: Config, launch: Launch, vocab_size: int, mask_id: int) -> Engine:
+    """Return the configured engine around a new model.
+
+    Raises:
+        UserError: for a plain engine on several ranks, or DeepSpeed settings that cannot work.
+    """
+    if config.engine.kind == "plain":
+        return PlainEngine(config, launch, vocab_size, mask_id)
+    from pipeline.engine import DeepSpeedEngine  # only here: the plain engine needs no deepspeed
+
+    return DeepSpeedEngine(config, launch, vocab_size, mask_id)
+
+
+class PlainEngine:
+    """One process of plain torch: for debugging, and the oracle that sharded training is compared with."""
+
+    def __init__(self, config: Config, launch: Launch, vocab_size: int, mask_id: int) -> None:
+        """Make model and optimizer; see `build_engine`."""
+        if launch.world_size > 1:
+            raise UserError(
+                f"engine.kind is 'plain' on {launch.world_size} ranks: it runs in one process. Start one "
+                "process, or set engine.kind to 'deepspeed'."
+            )
+        self.launch = launch
+        self.accumulation = config.train.accumulation(1)
+        self.clip = config.optimizer.gradient_clip
+        self.model: nn.Module = make_model(config, vocab_size, mask_id).to(launch.device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.optimizer), **adamw_settings(config.optimizer)
+        )
+
+    def forward(self, batch: MaskedBatch) -> HeadOutput:
+        """See `Engine`; bf16 is torch's autocast here."""
+        enabled = self.launch.precision == "bf16"
+        with torch.autocast(self.launch.device.type, torch.bfloat16, enabled=enabled):
+            output: HeadOutput = self.model(batch)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`."""
+        (loss / self.accumulation).backward()
+
+    def step(self, learning_rate: float) -> Tensor | float:
+        """See `Engine`."""
+        limit = self.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: MaskedBatch) -> HeadOutput:
+        """See `Engine`."""
+        return self.forward(batch)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """See `Engine`; there is one rank."""
+        return values
+
+    def barrier(self) -> None:
+        """See `Engine`; there is one rank."""
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, folder / PLAIN_FILE)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`."""
+        state = torch.load(folder / PLAIN_FILE, map_location=self.launch.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def close(self) -> None:
+        """See `Engine`."""
+
+
+PLAIN_FILE = "plain.pt"
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the fp32 weights by name that an engine of either kind saved in `folder`, on the CPU."""
+    if (folder / PLAIN_FILE).exists():
+        state = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)
+        return dict(state["model"])
+    from pipeline.engine import read_sharded_weights
+
+    return read_sharded_weights(folder)

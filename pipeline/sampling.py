@@ -1,0 +1,147 @@
+"""Decoding: fill masked positions in the order of the model's confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline import config as configuration
+from pipeline.cli import UserError
+from pipeline.config import Config
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.objectives.base import take_highest
+from pipeline.runtime import make_model, read_weights
+
+
+@dataclass
+class Loaded:
+    """A trained model, ready to decode with.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        tokenizer: the tokenizer that it was trained with.
+        config: the run that it comes from.
+        step: optimizer steps that it was trained for.
+    """
+
+    model: MaskedDiffusionModel
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+
+
+def load_model(path: Path, device: torch.device, untrained: bool = False) -> Loaded:
+    """Return the model of a run's newest checkpoint, or of a given one; one process, any world size.
+
+    Args:
+        path: a run folder or a checkpoint folder.
+        device: where the model is put.
+        untrained: leave the initial weights in place, for a baseline.
+
+    Raises:
+        UserError: when there is no checkpoint, or it is damaged.
+    """
+    folder = checkpoint.find(path)
+    manifest = checkpoint.read_manifest(folder)
+    config = configuration.load(["--config", str(folder / "config.yaml")])
+    model = make_model(config, manifest.vocab_size, manifest.mask_id)
+    if not untrained:
+        weights = read_weights(folder / "model")
+        if config.model.tie_embeddings:  # one tensor under two names; a checkpoint may hold either
+            weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+        model.load_state_dict(weights)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    return Loaded(model.to(device).eval(), tokenizer, config, 0 if untrained else manifest.step)
+
+
+@torch.no_grad()
+def decode(
+    model: MaskedDiffusionModel,
+    tokens: Tensor,
+    masked: Tensor,
+    tokens_per_step: int = 1,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Fill the masked positions, at each step those with the highest max_v p(v | xt), by argmax_v.
+
+    Args:
+        model: the network.
+        tokens: [B, L] int64; masked positions may hold anything.
+        masked: [B, L] bool; rows may have different counts.
+        tokens_per_step: positions filled in each row at a step.
+        attention_mask: [B, L] bool, False at padding.
+
+    Returns:
+        [B, L] int64 without mask tokens at the masked positions.
+    """
+    tokens, masked = tokens.clone(), masked.clone()
+    count = torch.full((len(tokens),), tokens_per_step, device=tokens.device)
+    while masked.any():
+        rows = masked.flatten().nonzero().squeeze(1)  # [R]
+        logits = model.logits(tokens.masked_fill(masked, model.lm_head.mask_id), rows, attention_mask)
+        best, choice = logits.max(dim=-1)
+        confidence = torch.full(masked.shape, -torch.inf, device=tokens.device)
+        confidence.view(-1)[rows] = torch.exp(best - logits.logsumexp(dim=-1))
+        chosen = tokens.flatten().index_copy(0, rows, choice).view_as(tokens)
+        revealed = take_highest(masked, confidence, count)
+        tokens = torch.where(revealed, chosen, tokens)
+        masked &= ~revealed
+    return tokens
+
+
+def complete(
+    loaded: Loaded,
+    prompts: Sequence[str],
+    length: int | None = None,
+    tokens_per_step: int = 1,
+    batch_size: int = 64,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Return the model's continuation of each prompt.
+
+    Args:
+        loaded: the model.
+        prompts: texts, of any lengths.
+        length: tokens of a continuation; by default up to the sequence length that the model was trained on.
+        tokens_per_step: positions filled at a step.
+        batch_size: prompts decoded together.
+        on_progress: called with the number of prompts done.
+
+    Raises:
+        UserError: when prompt and continuation exceed the trained sequence length.
+    """
+    limit = loaded.config.data.sequence_length
+    encoded = [loaded.tokenizer.encode(prompt) for prompt in prompts]
+    results = []
+    for start in range(0, len(encoded), batch_size):
+        part = encoded[start : start + batch_size]
+        ends = [len(ids) + length if length else limit for ids in part]
+        for ids, end in zip(part, ends, strict=True):
+            if end > limit or end <= len(ids):
+                raise UserError(
+                    f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
+                    f"sequence length that the model was trained on, {limit}: shorten one of them."
+                )
+        device = loaded.model.lm_head.weight.device
+        tokens = torch.full((len(part), max(ends)), loaded.tokenizer.pad, device=device)
+        masked = torch.zeros_like(tokens, dtype=torch.bool)
+        for row, (ids, end) in enumerate(zip(part, ends, strict=True)):
+            tokens[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
+            masked[row, len(ids) : end] = True
+        present = torch.arange(max(ends), device=device) < torch.tensor(ends, device=device)[:, None]
+        filled = decode(loaded.model, tokens, masked, tokens_per_step, None if present.all() else present)
+        for row, (ids, end) in enumerate(zip(part, ends, strict=True)):
+            results.append(_text(loaded.tokenizer, filled[row, len(ids) : end].tolist()))
+        on_progress(len(results))
+    return results
+
+
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return the text of an answer up to its end-of-sequence token."""
+    return tokenizer.decode(ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)

@@ -1,0 +1,147 @@
+"""Slots: the chains of one micro-batch, from the samples they walk through to the batches they give.
+
+A slot always holds a chain. When the chain ends, the slot's next sample, which is already on the device, takes
+its place by a `torch.where`: nothing waits for the device. Which slots have ended travels to the host behind
+the backward pass, and is read when the following step needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import PADDING, Samples
+from pipeline.data.streams import SlotStream
+from pipeline.model.batch import MaskedBatch, masked_batch
+from pipeline.objectives.base import ChainState, Objective
+
+STATISTICS = ("masked_fraction", "stage", "chains_ended")
+
+
+class SlotGroup:
+    """The chains of one micro-batch on one rank."""
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        stream: SlotStream,
+        objective: Objective,
+        mask_id: int,
+        has_padding: bool,
+        device: torch.device,
+    ) -> None:
+        """Begin the first chain of each slot, at staggered stages.
+
+        Args:
+            slots: the numbers of the B slots.
+            stream: where their samples come from.
+            objective: what masks them.
+            mask_id: the mask token.
+            has_padding: whether the model must be told of padding positions.
+            device: where the chains live.
+        """
+        self.slots = np.asarray(slots, dtype=np.int64)
+        self.stream = stream
+        self.objective = objective
+        self.mask_id = mask_id
+        self.has_padding = has_padding
+        self.device = device
+        self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
+        self._begin(np.zeros(len(slots), dtype=np.int64))
+        first = objective.first_stage(torch.from_numpy(self.slots).to(device))
+        self._enter(objective.begin(self.samples, first), torch.zeros_like(first, dtype=torch.bool))
+
+    def _begin(self, cursors: np.ndarray) -> None:
+        """Read the samples at `cursors` [B], and those that follow them."""
+        self.cursors = cursors
+        self.samples = self._read(range(len(self.slots)), cursors)
+        self.following = self._read(range(len(self.slots)), cursors + 1)
+
+    def _read(self, rows: Sequence[int], cursors: np.ndarray) -> Samples:
+        samples = self.stream.read(self.slots[list(rows)].tolist(), cursors.tolist())
+        return Samples(*(self._to_device(x) for x in (samples.tokens, samples.roles, samples.ids)))
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
+
+    def _enter(self, state: ChainState, ended: Tensor) -> None:
+        """Make `state` the current one, and send what the host must know of it on its way."""
+        self.state = state
+        report = torch.cat([ended, state.masked.sum()[None]])  # [B + 1] int64
+        on_gpu = self.device.type == "cuda"
+        self._report = torch.empty(report.shape, dtype=report.dtype, pin_memory=on_gpu)
+        self._report.copy_(report, non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def _settle(self) -> int:
+        """Read ahead for the slots whose chain has ended; return the masked positions of the next batch."""
+        if self._arrived is not None:
+            self._arrived.synchronize()  # recorded before the last backward pass: long done
+        *ended, masked = self._report.tolist()
+        rows = [row for row, flag in enumerate(ended) if flag]
+        if rows:
+            self.cursors[rows] += 1
+            fresh = self._read(rows, self.cursors[rows] + 1)
+            where = self._to_device(torch.tensor(rows))
+            for old, new in zip(vars(self.following).values(), vars(fresh).values(), strict=True):
+                old.index_copy_(0, where, new)
+            self._report[:-1] = 0
+        return int(masked)
+
+    def inputs(self) -> MaskedBatch:
+        """Return the batch of the current states."""
+        rows = self._settle()
+        padding = self.samples.roles == PADDING if self.has_padding else None
+        return masked_batch(self.samples.tokens, self.state.masked, rows, self.mask_id, padding)
+
+    def advance(self, batch: MaskedBatch, confidence: Tensor) -> None:
+        """Move the chains on with the confidences [R] of the same forward that the loss came from."""
+        masked = self.state.masked
+        share = masked.sum(dim=1) / self.samples.answer_length
+        scores = torch.full(masked.shape, -torch.inf, device=self.device)
+        scores.view(-1)[batch.rows] = confidence
+        stage = self.state.stage
+        state, ended = self.objective.advance(self.samples, self.state, scores)
+        fresh = self.objective.begin(self.following, torch.zeros_like(state.stage))
+        state = state.replaced(ended, fresh)
+        self.samples = self.samples.replaced(ended, self.following)
+        self.statistics += torch.stack([share.double().mean(), stage.double().mean(), ended.double().sum()])
+        self._enter(state, ended)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the whole state, by slot: the samples themselves are read again from the cursors."""
+        self._settle()
+        return {
+            "slots": self.slots,
+            "cursors": self.cursors.copy(),
+            "masked": np.packbits(self.state.masked.cpu().numpy(), axis=1),
+            "stage": self.state.stage.cpu().numpy(),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what `state_dict` returned for the same slots."""
+        if not np.array_equal(state["slots"], self.slots):
+            raise ValueError("the state belongs to other slots")
+        self._begin(state["cursors"].copy())
+        length = self.samples.tokens.shape[1]
+        masked = np.unpackbits(state["masked"], axis=1, count=length).astype(bool)
+        chains = ChainState(
+            torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
+        )
+        self._enter(chains, torch.zeros_like(chains.stage, dtype=torch.bool))
+
+
+def slots_of_rank(rank: int, world_size: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:
+    """Return the slot numbers of each micro-batch of a rank: consecutive ones, dealt in rank order."""
+    first = rank * accumulation * micro_batch_size
+    return [
+        list(range(first + i * micro_batch_size, first + (i + 1) * micro_batch_size))
+        for i in range(accumulation)
+    ]

@@ -1,0 +1,182 @@
+"""The main program: ``python -m pipeline.train --config configs/X.yaml [--section.key value ...]``.
+
+One program for one process, torchrun, the deepspeed launcher and srun. A run that finds checkpoints in its
+folder goes on from the newest, so an interrupted run is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import checkpoint, cli, objectives
+from pipeline import config as configuration
+from pipeline.checkpoint import FORMAT, Manifest
+from pipeline.config import Config
+from pipeline.data.samples import Datasets, build_datasets, check_data
+from pipeline.data.streams import SlotStream
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.evaluation.held_out import held_out_loss
+from pipeline.monitor.progress import Progress
+from pipeline.monitor.recorder import Recorder
+from pipeline.optimizer import learning_rate
+from pipeline.runtime import Engine, Launch, build_engine, read_launch
+from pipeline.slots import SlotGroup, slots_of_rank
+
+
+def train_step(engine: Engine, groups: Sequence[SlotGroup], rate: float) -> tuple[Tensor, Tensor | float]:
+    """Run one optimizer step of PUMA or any other objective.
+
+    Returns:
+        This rank's loss [], the mean over its micro-batches, and the global gradient norm.
+    """
+    losses = []
+    for group in groups:  # one a micro-batch, each with chains of its own
+        batch = group.inputs()
+        output = engine.forward(batch)
+        group.advance(batch, output.confidence)  # the scores of this same forward: no second one
+        engine.backward(output.loss)
+        losses.append(output.loss.detach())
+    return torch.stack(losses).mean(), engine.step(rate)
+
+
+class Run:
+    """A run with everything that it holds open."""
+
+    def __init__(self, config: Config, launch: Launch, stack: ExitStack) -> None:
+        """Build data, engine and chains, and go on from the newest checkpoint where there is one."""
+        self.config = config
+        self.folder = Path(config.run_dir)
+        tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+        check_data(config.data, tokenizer)
+        accumulation = config.train.accumulation(launch.world_size)
+        vocab_size = vocabulary(config, tokenizer)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.engine = build_engine(config, launch, vocab_size, tokenizer.mask)
+        stack.callback(self.engine.close)
+        cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
+        self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
+        check_validation(config, self.data)
+        self.mask_id = tokenizer.mask
+        stream = SlotStream(
+            self.data.train, config.train.global_batch_size, config.train.seed, config.data.workers
+        )
+        stack.callback(stream.close)
+        objective = objectives.build(config.objective, config.train.seed)
+        slots = slots_of_rank(launch.rank, launch.world_size, accumulation, config.train.micro_batch_size)
+        self.groups = [
+            SlotGroup(part, stream, objective, self.mask_id, self.data.has_padding, launch.device)
+            for part in slots
+        ]
+        self.manifest = Manifest(
+            FORMAT, 0, launch.world_size, config.train.global_batch_size, vocab_size, self.mask_id,
+            self.data.fingerprint,
+        )  # fmt: skip
+        self.resume()
+        total, done = config.train.steps, self.manifest.step
+        self.progress = Progress(total, done, "step", enabled=launch.rank == 0)
+        stack.callback(self.progress.close)
+        self.recorder = Recorder(self.folder, self.engine, self.groups, done + 1)
+        stack.callback(self.recorder.close)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = checkpoint.checkpoints(self.folder)
+        if not found:
+            return
+        saved = checkpoint.read_manifest(found[-1])
+        checkpoint.check_continues(found[-1], saved, self.manifest, self.config)
+        checkpoint.load(found[-1], self.engine, self.groups)
+        self.manifest.step = saved.step
+        if self.engine.launch.rank == 0:
+            print(f"resumed from {found[-1]} (step {saved.step})", flush=True)
+
+    def train(self) -> None:
+        """Train to the last step, with logs, evaluations and checkpoints on the way."""
+        train = self.config.train
+        for step in range(self.manifest.step + 1, train.steps + 1):
+            rate = learning_rate(step, train.steps, self.config.optimizer.learning_rate, self.config.schedule)
+            loss, norm = train_step(self.engine, self.groups, rate)
+            self.manifest.step = step
+            self.recorder.collect(step, loss, norm, rate)
+            self.progress.advance(step)
+            last = step == train.steps
+            if last or step % train.log_interval == 0:
+                self.log()
+            if self.data.valid is not None and self.due(self.config.evaluation.interval, step):
+                self.evaluate(self.data.valid)
+            if last or step % self.config.checkpoint.interval == 0:
+                self.save()
+
+    def due(self, interval: int, step: int) -> bool:
+        """Say whether something done every `interval` steps (0: never), and at the last one, is due."""
+        return interval > 0 and (step == self.config.train.steps or step % interval == 0)
+
+    def log(self) -> None:
+        """Fetch, write and show the figures of the steps since the last time."""
+        samples = self.config.train.global_batch_size
+        values = self.recorder.flush(samples, samples * self.config.data.sequence_length)
+        self.progress.report(
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def evaluate(self, valid: object) -> None:
+        """Measure and write the held-out loss."""
+        config = self.config
+        loss = held_out_loss(
+            self.engine, self.data.valid, config.evaluation.samples, config.train.micro_batch_size,
+            self.mask_id, self.data.has_padding,
+        )  # fmt: skip
+        self.recorder.write(self.manifest.step, {"held_out/loss": loss})
+        self.progress.say(f"step {self.manifest.step}: held-out loss {loss:.4f} nats a masked token")
+        self.recorder.restart_clock()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        folder = checkpoint.save(self.config, self.engine, self.groups, self.manifest)
+        self.progress.say(f"saved {folder}")
+        self.recorder.restart_clock()
+
+
+def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+    """Return the rows of the embedding; raise a `UserError` where the data has more tokens."""
+    needed = tokenizer.vocab_size
+    if config.model.vocab_size is None:
+        return -(-needed // 8) * 8
+    if config.model.vocab_size < needed:
+        raise cli.UserError(
+            f"model.vocab_size is {config.model.vocab_size}, but {config.data.tokenizer} has {needed} tokens: "
+            f"raise it to {needed} or more, or leave it out."
+        )
+    return config.model.vocab_size
+
+
+def check_validation(config: Config, data: Datasets) -> None:
+    """Raise a `UserError` when evaluation is asked for and there is nothing to evaluate on."""
+    if config.evaluation.interval and data.valid is None:
+        raise cli.UserError(
+            f"data.split = {config.data.split!r} gives no validation sample: give validation a larger share, "
+            "or set evaluation.interval to 0."
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    config = configuration.load(sys.argv[1:] if arguments is None else arguments)
+    launch = read_launch(config)
+    with ExitStack() as stack:
+        run = Run(config, launch, stack)
+        if launch.rank == 0:
+            (run.folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+        run.train()
+        run.progress.say(f"done: {config.train.steps} steps, checkpoints in {run.folder / 'checkpoints'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
