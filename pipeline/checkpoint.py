@@ -1,8 +1,8 @@
 """What a checkpoint is, how it comes to exist all at once, and how a run goes on from one.
 
-``RUN/checkpoints/step_00000100/`` holds model/ (the engine's own files), one slots_RRRRR.npz a rank (chains and
-cursors), config.yaml, tokenizer/ and, written last, manifest.json. It is written under another name and then
-renamed: a folder named step_* is whole.
+``RUN/checkpoints/step_00000100/`` holds model/ (the engine's own files), one slots_RRRRR.npz a rank (chains
+and cursors), config.yaml, tokenizer/ and, written last, manifest.json. It is written under another name and
+then renamed: a folder named step_* is whole.
 """
 
 from __future__ import annotations

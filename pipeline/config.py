@@ -250,8 +250,8 @@ class TrainConfig:
         per_forward = self.micro_batch_size * world_size
         require(
             self.global_batch_size % per_forward == 0,
-            f"train.global_batch_size = {self.global_batch_size} cannot be divided by train.micro_batch_size x "
-            f"world size = {self.micro_batch_size} x {world_size} = {per_forward}: make it a multiple of "
+            f"train.global_batch_size = {self.global_batch_size} cannot be divided by train.micro_batch_size "
+            f"x world size = {self.micro_batch_size} x {world_size} = {per_forward}: make it a multiple of "
             f"{per_forward}, or change train.micro_batch_size or the number of ranks.",
         )
         return self.global_batch_size // per_forward

@@ -1,8 +1,8 @@
 """Slots: the chains of one micro-batch, from the samples they walk through to the batches they give.
 
-A slot always holds a chain. When the chain ends, the slot's next sample, which is already on the device, takes
-its place by a `torch.where`: nothing waits for the device. Which slots have ended travels to the host behind
-the backward pass, and is read when the following step needs it.
+A slot always holds a chain. When the chain ends, the slot's next sample, which is already on the device,
+takes its place by a `torch.where`: nothing waits for the device. Which slots have ended travels to the host
+behind the backward pass, and is read when the following step needs it.
 """
 
 from __future__ import annotations
@@ -61,13 +61,7 @@ class SlotGroup:
         self.following = self._read(range(len(self.slots)), cursors + 1)
 
     def _read(self, rows: Sequence[int], cursors: np.ndarray) -> Samples:
-        samples = self.stream.read(self.slots[list(rows)].tolist(), cursors.tolist())
-        return Samples(*(self._to_device(x) for x in (samples.tokens, samples.roles, samples.ids)))
-
-    def _to_device(self, x: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            x = x.pin_memory()
-        return x.to(self.device, non_blocking=True)
+        return self.stream.read(self.slots[list(rows)].tolist(), cursors.tolist()).to(self.device)
 
     def _enter(self, state: ChainState, ended: Tensor) -> None:
         """Make `state` the current one, and send what the host must know of it on its way."""
@@ -89,7 +83,7 @@ class SlotGroup:
         if rows:
             self.cursors[rows] += 1
             fresh = self._read(rows, self.cursors[rows] + 1)
-            where = self._to_device(torch.tensor(rows))
+            where = torch.tensor(rows).to(self.device)
             for old, new in zip(vars(self.following).values(), vars(fresh).values(), strict=True):
                 old.index_copy_(0, where, new)
             self._report[:-1] = 0

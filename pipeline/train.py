@@ -18,6 +18,7 @@ from pipeline import checkpoint, cli, objectives
 from pipeline import config as configuration
 from pipeline.checkpoint import FORMAT, Manifest
 from pipeline.config import Config
+from pipeline.data.batch import SampleDataset
 from pipeline.data.samples import Datasets, build_datasets, check_data
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
@@ -126,13 +127,10 @@ class Run:
             f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
         )
 
-    def evaluate(self, valid: object) -> None:
+    def evaluate(self, valid: SampleDataset) -> None:
         """Measure and write the held-out loss."""
-        config = self.config
-        loss = held_out_loss(
-            self.engine, self.data.valid, config.evaluation.samples, config.train.micro_batch_size,
-            self.mask_id, self.data.has_padding,
-        )  # fmt: skip
+        samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
+        loss = held_out_loss(self.engine, valid, samples, batch_size, self.mask_id, self.data.has_padding)
         self.recorder.write(self.manifest.step, {"held_out/loss": loss})
         self.progress.say(f"step {self.manifest.step}: held-out loss {loss:.4f} nats a masked token")
         self.recorder.restart_clock()
@@ -151,8 +149,8 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
         return -(-needed // 8) * 8
     if config.model.vocab_size < needed:
         raise cli.UserError(
-            f"model.vocab_size is {config.model.vocab_size}, but {config.data.tokenizer} has {needed} tokens: "
-            f"raise it to {needed} or more, or leave it out."
+            f"model.vocab_size is {config.model.vocab_size}, but {config.data.tokenizer} has {needed} "
+            f"tokens: raise it to {needed} or more, or leave it out."
         )
     return config.model.vocab_size
 

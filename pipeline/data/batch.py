@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Array = npt.NDArray[Any]
+
 PADDING, PROMPT, ANSWER = 0, 1, 2
+
+
+class SampleDataset(Protocol):
+    """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}."""
+
+    def __len__(self) -> int:
+        """Return the samples of one epoch."""
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Return a sample; safe to call from several threads."""
 
 
 @dataclass
@@ -42,3 +58,17 @@ class Samples:
             torch.where(rows, other.roles, self.roles),
             torch.where(where, other.ids, self.ids),
         )
+
+    def to(self, device: torch.device) -> Samples:
+        """Return the samples on `device`; a copy to a GPU does not wait."""
+        tensors = [x.pin_memory() if device.type == "cuda" else x for x in vars(self).values()]
+        return Samples(*(x.to(device, non_blocking=True) for x in tensors))
+
+
+def stack_samples(rows: Sequence[dict[str, Array]], ids: Sequence[int]) -> Samples:
+    """Return the samples of a dataset as tensors on the CPU, under their ids."""
+    return Samples(
+        torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)),
+        torch.from_numpy(np.stack([row["roles"] for row in rows])),
+        torch.tensor(ids, dtype=torch.int64),
+    )

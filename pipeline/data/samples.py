@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 with warnings.catch_warnings():  # megatron-core warns of optional packages that are not used here
     warnings.simplefilter("ignore")
@@ -24,21 +23,9 @@ with warnings.catch_warnings():  # megatron-core warns of optional packages that
 
 from pipeline.cli import UserError
 from pipeline.config import DataConfig
-from pipeline.data.batch import ANSWER, PADDING, PROMPT
+from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array, SampleDataset
 from pipeline.data.preprocess import DatasetFacts, read_facts
 from pipeline.data.tokenizer import Tokenizer
-
-Array = npt.NDArray[Any]
-
-
-class SampleDataset(Protocol):
-    """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}."""
-
-    def __len__(self) -> int:
-        """Return the samples of one epoch."""
-
-    def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return a sample; safe to call from several threads."""
 
 
 @dataclass
@@ -92,7 +79,8 @@ class PairDataset(MegatronDataset):
         if bad.any():
             document = int(self.indices[int(np.argmax(bad))])
             raise UserError(
-                f"{self.dataset_path}: document {document} {what} ({int(bad.sum())} such documents): {remedy}."
+                f"{self.dataset_path}: document {document} {what} ({int(bad.sum())} such documents): "
+                f"{remedy}."
             )
 
     @staticmethod

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch
 
-from pipeline.data.batch import Samples
-from pipeline.data.samples import Array, SampleDataset
+from pipeline.data.batch import Array, SampleDataset, Samples, stack_samples
 
 _ROUNDS = 4
 
@@ -85,11 +83,7 @@ class SlotStream:
             if self._pool is not None:
                 following = position + self.slots
                 self._ahead[following] = self._pool.submit(self._read, following)
-        return Samples(
-            torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)),
-            torch.from_numpy(np.stack([row["roles"] for row in rows])),
-            torch.tensor(positions, dtype=torch.int64),
-        )
+        return stack_samples(rows, positions)
 
     def close(self) -> None:
         """Stop the reading threads."""

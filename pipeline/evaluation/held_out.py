@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from pipeline.data.batch import PADDING, Samples
-from pipeline.data.samples import SampleDataset
+from pipeline.data.batch import PADDING, SampleDataset, stack_samples
 from pipeline.model.batch import masked_batch
 from pipeline.objectives.random_masking import random_masks
 from pipeline.runtime import Engine
@@ -34,13 +32,13 @@ def held_out_loss(
     total = torch.zeros(2, dtype=torch.float64, device=launch.device)
     for start in range(0, count, batch_size * launch.world_size):
         first = start + launch.rank * batch_size
-        indices = np.arange(first, first + batch_size)
-        counted = torch.from_numpy(indices < count).to(launch.device)
-        batch = _read(dataset, indices % count)  # past the end: read, but not counted
+        indices = range(first, first + batch_size)
+        counted = torch.tensor([i < count for i in indices], device=launch.device)
+        ids = [i % count for i in indices]  # past the end: read again, not counted
+        batch = stack_samples([dataset[i] for i in ids], ids)
         masked = random_masks(MASK_SEED, batch)
         rows = int(masked.sum())
-        batch = Samples(*(x.to(launch.device) for x in vars(batch).values()))
-        masked = masked.to(launch.device)
+        batch, masked = batch.to(launch.device), masked.to(launch.device)
         padding = batch.roles == PADDING if has_padding else None
         inputs = masked_batch(batch.tokens, masked, rows, mask_id, padding)
         nll = engine.evaluate(inputs).nll.double()
@@ -49,12 +47,3 @@ def held_out_loss(
         total[1] += counted.sum()
     total = engine.sum_over_ranks(total)
     return float(total[0] / total[1])
-
-
-def _read(dataset: SampleDataset, indices: np.ndarray) -> Samples:
-    rows = [dataset[int(i)] for i in indices]
-    return Samples(
-        torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)),
-        torch.from_numpy(np.stack([row["roles"] for row in rows])),
-        torch.from_numpy(indices.astype(np.int64)),
-    )

@@ -19,7 +19,7 @@ def rotary_table(length: int, head_size: int, theta: float, like: Tensor) -> tup
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x [B, heads, L, head_size] by its position; products of two turned vectors depend on i - j only."""
+    """Turn x [B, heads, L, head_size] by its position: a product of two turned vectors depends on i - j."""
     cos, sin = table
     first, second = x.float().chunk(2, dim=-1)
     turned = x.float() * cos + torch.cat([-second, first], dim=-1) * sin
