@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# DeepSpeed still calls collectives by the names that torch is renaming.
+warnings.filterwarnings("ignore", message=".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated")
 import deepspeed
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -24,6 +27,8 @@ from pipeline.optimizer import adamw_settings, parameter_groups
 from pipeline.runtime import Launch, make_model
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 TAG = "model"
 

@@ -1,15 +1,14 @@
-"""What goes into the model in training, and what comes out."""
+"""What goes into the model in training, and what comes out: tuples, so that DeepSpeed's hooks see the tensors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class MaskedBatch:
+class MaskedBatch(NamedTuple):
     """Partly masked sequences and what is to be predicted in them.
 
     Attributes:
@@ -27,8 +26,7 @@ class MaskedBatch:
     weights: Tensor
 
 
-@dataclass
-class HeadOutput:
+class HeadOutput(NamedTuple):
     """The model's answer at the masked positions of a batch.
 
     Attributes:

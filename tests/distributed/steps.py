@@ -1,0 +1,63 @@
+"""Run training steps on synthetic pairs and write losses and final weights; started by the tests.
+
+usage: steps.py OUTPUT.pt STEPS [--section.key value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline import config as configuration
+from pipeline import objectives
+from pipeline.data.batch import ANSWER, PROMPT, Array
+from pipeline.data.streams import SlotStream
+from pipeline.optimizer import learning_rate
+from pipeline.runtime import build_engine, read_launch, read_weights
+from pipeline.slots import SlotGroup, slots_of_rank
+from pipeline.train import train_step
+
+LENGTH, VOCABULARY, MASK = 12, 24, 3
+
+
+class SyntheticPairs:
+    """37 random prompts of 4 tokens with their answer of 8: the prompt twice."""
+
+    def __len__(self) -> int:
+        return 37
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        prompt = np.random.default_rng(index).integers(4, VOCABULARY, 4)
+        roles = np.array([PROMPT] * 4 + [ANSWER] * 8, np.int8)
+        return {"tokens": np.tile(prompt, 3), "roles": roles}
+
+
+def main(output: str, steps: int, arguments: list[str]) -> None:
+    config = configuration.load(["--run_dir", "unused", "--data.prefixes", "[unused]", *arguments])
+    launch = read_launch(config)
+    engine = build_engine(config, launch, VOCABULARY, MASK)
+    stream = SlotStream(SyntheticPairs(), config.train.global_batch_size, config.train.seed, workers=1)
+    accumulation = config.train.accumulation(launch.world_size)
+    slots = slots_of_rank(launch.rank, launch.world_size, accumulation, config.train.micro_batch_size)
+    objective = objectives.build(config.objective, config.train.seed)
+    groups = [SlotGroup(part, stream, objective, MASK, False, launch.device) for part in slots]
+    losses, norms = [], []
+    for step in range(1, steps + 1):
+        rate = learning_rate(step, steps, config.optimizer.learning_rate, config.schedule)
+        loss, norm = train_step(engine, groups, rate)
+        losses.append(float(engine.sum_over_ranks(loss[None])) / launch.world_size)
+        norms.append(float(norm))
+    engine.save(Path(output + ".model"))
+    engine.barrier()
+    if launch.rank == 0:
+        weights = read_weights(Path(output + ".model"))
+        torch.save({"losses": losses, "norms": norms, "weights": weights}, output)
+    stream.close()
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
