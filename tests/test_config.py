@@ -1,0 +1,107 @@
+"""The configuration: round trip, overrides, and one clear line for everything that can be wrong in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import config as configuration
+from pipeline.cli import UserError
+
+GOOD = {
+    "run_dir": "runs/x",
+    "data": {"prefixes": ["a", "b"], "kind": "pairs", "sequence_length": 32},
+    "train": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+    "schedule": {"warmup_steps": 10},
+}
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    path = tmp_path / "good.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    return str(path)
+
+
+def test_command_line_overrides_yaml(good: str) -> None:
+    config = configuration.load(["--config", good, "--train.steps", "7", "--schedule.warmup_steps=1"])
+    assert config.train.steps == 7
+    assert config.schedule.warmup_steps == 1
+    assert config.data.prefixes == ["a", "b"]
+
+
+def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
+    config = configuration.load(
+        ["--config", good, "--objective.threshold", "0.9", "--data.weights", "[1, 2]"]
+    )
+    written = tmp_path / "resolved.yaml"
+    written.write_text(configuration.to_yaml(config))
+    assert configuration.load(["--config", str(written)]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--train.stepz", "3"], ["'train.stepz'", "'train.steps'"]),
+        (["--steps", "3"], ["'steps'", "'train.steps'"]),
+        (["--train.steps", "many"], ["train.steps", "int", "many"]),
+        (["--train.steps", "0"], ["train.steps is 0", "above 0"]),
+        (["--train.seed", "-1"], ["train.seed is -1"]),
+        (["--objective.kind", "pumma"], ["objective.kind", "puma", "pumma"]),
+        (["--objective.stages", "0"], ["objective.stages is 0"]),
+        (["--objective.threshold", "1.5"], ["objective.threshold is 1.5", "between 0 and 1"]),
+        (["--model.heads", "3"], ["model.hidden_size is 128", "2 x model.heads = 6"]),
+        (["--model.kv_heads", "3"], ["model.kv_heads is 3", "divide model.heads = 4"]),
+        (["--data.prefixes", "[]"], ["data.prefixes is empty"]),
+        (["--data.weights", "[1]"], ["data.weights is [1.0]", "2 data.prefixes"]),
+        (["--data.split", "98,2"], ["data.split is '98,2'", "three shares"]),
+        (["--data.workers", "-1"], ["data.workers is -1"]),
+        (["--optimizer.beta2", "1"], ["optimizer.beta2 is 1.0"]),
+        (["--optimizer.learning_rate", "0"], ["optimizer.learning_rate is 0.0"]),
+        (["--optimizer.gradient_clip", "-1"], ["optimizer.gradient_clip is -1.0"]),
+        (["--schedule.warmup_steps", "200"], ["schedule.warmup_steps", "train.steps = 100"]),
+        (["--schedule.final_ratio", "2"], ["schedule.final_ratio is 2.0"]),
+        (["--checkpoint.keep", "0"], ["checkpoint.keep is 0"]),
+        (["--evaluation.interval", "-5"], ["evaluation.interval is -5"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
+    ],
+)
+def test_bad_settings_are_one_line_with_key_and_value(
+    good: str, arguments: list[str], parts: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        configuration.load(["--config", good, *arguments])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("run_dir: x\ntrain: {stepz: 3}\n", ["unknown key 'train.stepz'", "'train.steps'"]),
+        ("run_dir: x\nobjectives: {kind: puma}\n", ["unknown key 'objectives.kind'", "'objective.kind'"]),
+        ("run_dir: [\n", ["line", "not valid YAML"]),
+        ("just text\n", ["holds no settings"]),
+        ("train: {steps: 3}\n", ["run_dir"]),
+    ],
+)
+def test_bad_yaml_is_one_line_with_file(tmp_path: Path, content: str, parts: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        configuration.load(["--config", str(path)])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_global_batch_must_divide(good: str) -> None:
+    train = configuration.load(["--config", good]).train
+    assert [train.accumulation(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match=r"train.global_batch_size = 8 .* 2 x 3 = 6.*multiple of 6"):
+        train.accumulation(3)

@@ -1,0 +1,115 @@
+"""The whole pipeline on 4x4 Sudoku, in minutes on two CPU cores: every command is shown and really run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.checkpoint import checkpoints
+from pipeline.cli import EXIT_DONE, ToolParser, UserError, run
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = "configs/sudoku_demo.yaml"
+
+
+def show(command: Sequence[str]) -> list[str]:
+    """Print a command as a user would type it; return it with this interpreter's path."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    return [sys.executable, *command[1:]] if command[0] == "python" else list(command)
+
+
+def call(*command: str) -> str:
+    """Run a command to its end and return the last line it printed; stop the demo when it fails."""
+    process = subprocess.Popen(show(command), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None
+    last = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    if process.wait() != EXIT_DONE:
+        raise UserError(f"the step above failed with exit code {process.returncode}.")
+    return last
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the demo's programs: two ranks share the CPU, one thread each."""
+    return os.environ | {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def interrupt_after_first_checkpoint(run_dir: Path, *command: str) -> None:
+    """Start a training, and kill all its processes without warning once a checkpoint exists."""
+    process = subprocess.Popen(show(command), cwd=ROOT, env=environment(), start_new_session=True)
+    while not checkpoints(run_dir):
+        if process.poll() is not None:
+            raise UserError(f"training ended before its first checkpoint, exit code {process.returncode}.")
+        time.sleep(0.2)
+    time.sleep(2)  # some steps beyond the checkpoint, which are lost
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    print(
+        "\nInterrupted: every process killed. The same command goes on from the last checkpoint.", flush=True
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo and end with the share of held-out puzzles that are solved."""
+    parser = ToolParser(__doc__ or "")
+    parser.parse_args(arguments)
+    started = time.monotonic()
+    folder = Path("runs/demo")
+    shutil.rmtree(ROOT / folder, ignore_errors=True)
+    puzzles = ["python", "tools/make_sudoku.py", "--size", "4", "--clues", "6"]
+    call(*puzzles, "--count", "20000", "--seed", "1", "--split", "train", "--output", f"{folder}/train.jsonl")
+    call(
+        *puzzles,
+        "--count",
+        "500",
+        "--seed",
+        "2",
+        "--split",
+        "held-out",
+        "--output",
+        f"{folder}/held_out.jsonl",
+    )
+    keys = ["--prompt-key", "prompt", "--answer-key", "answer"]
+    call(
+        "python", "tools/train_tokenizer.py", "--input", f"{folder}/train.jsonl", *keys,
+        "--vocab-size", "16", "--model-type", "char", "--output", f"{folder}/tokenizer",
+    )  # fmt: skip
+    call(
+        "python", "tools/preprocess_data.py", "--input", f"{folder}/train.jsonl", *keys, "--tokenizer",
+        f"{folder}/tokenizer", "--output-prefix", f"{folder}/train_pairs", "--workers", "2",
+    )  # fmt: skip
+    call("python", "tools/inspect_data.py", f"{folder}/train_pairs", "--samples", "2")
+    train = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             "-m", "pipeline.train", "--config", CONFIG]  # fmt: skip
+    interrupt_after_first_checkpoint(ROOT / folder / "train", *train)
+    call(*train)
+    evaluate = [
+        "python",
+        "tools/evaluate.py",
+        "--checkpoint",
+        f"{folder}/train",
+        "--data",
+        f"{folder}/held_out.jsonl",
+    ]
+    untrained = call(*evaluate, "--untrained")
+    trained = call(*evaluate)
+    print(
+        f"\nThe untrained model: {untrained}.\n"
+        f"The curves: .venv/bin/tensorboard --logdir {folder}/train/tensorboard\n"
+        f"The demo took {time.monotonic() - started:.0f} s.\n{trained}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

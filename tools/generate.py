@@ -1,0 +1,35 @@
+"""Print a trained model's completions of prompts, decoded by top confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.cli import ToolParser, UserError, run
+from pipeline.sampling import complete, load_model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print each prompt with its completion."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--prompt", required=True, nargs="+", help="texts to complete; '' for none")
+    parser.add_argument("--length", type=int, default=None, help="tokens to add (default: all that fit)")
+    parser.add_argument("--tokens-per-step", type=int, default=1, help="tokens filled at a decoding step")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded together")
+    options = parser.parse_args(arguments)
+    for name in ("length", "tokens_per_step", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(options.checkpoint, device)
+    settings = (options.length, options.tokens_per_step, options.batch_size)
+    for prompt, text in zip(options.prompt, complete(loaded, options.prompt, *settings), strict=True):
+        print(f"{prompt}{text}")
+
+
+if __name__ == "__main__":
+    run(main)
