@@ -1,0 +1,44 @@
+"""Write Sudoku puzzles with one solution each, as prompt/answer lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cli import ToolParser, run
+from pipeline.evaluation.sudoku import BOXES, DEFAULT_CLUES, generate
+from pipeline.files import replacing
+from pipeline.monitor.progress import Progress
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the file, whole or not at all."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--size", type=int, choices=sorted(BOXES), required=True, help="digits and side length")
+    parser.add_argument("--count", type=int, required=True, help="puzzles, all different")
+    parser.add_argument("--clues", type=int, help="given cells (default: 6 of 16, 16 of 36, 34 of 81)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same puzzles")
+    parser.add_argument("--output", type=Path, required=True, help="jsonl file to write")
+    parser.add_argument(
+        "--split",
+        choices=["all", "train", "held-out"],
+        default="all",
+        help="grids of one split only: files of different splits share no grid, whatever their seeds",
+    )
+    parser.add_argument("--held-out-percent", type=int, default=10, help="share of grids that are held out")
+    options = parser.parse_args(arguments)
+    clues = options.clues if options.clues is not None else DEFAULT_CLUES[options.size]
+    split = None if options.split == "all" else options.split
+    progress = Progress(options.count, 0, "puzzle")
+    with replacing(options.output) as file:
+        made = generate(options.size, options.count, clues, options.seed, split, options.held_out_percent)
+        for done, (puzzle, solution) in enumerate(made, start=1):
+            file.write(json.dumps({"prompt": puzzle, "answer": solution}).encode() + b"\n")
+            progress.advance(done)
+    progress.close()
+    print(f"wrote {options.count} puzzles of {options.size}x{options.size} with {clues} clues to {options.output}")
+
+
+if __name__ == "__main__":
+    run(main)
