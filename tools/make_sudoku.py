@@ -15,7 +15,9 @@ from pipeline.monitor.progress import Progress
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the file, whole or not at all."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--size", type=int, choices=sorted(BOXES), required=True, help="digits and side length")
+    parser.add_argument(
+        "--size", type=int, choices=sorted(BOXES), required=True, help="digits and side length"
+    )
     parser.add_argument("--count", type=int, required=True, help="puzzles, all different")
     parser.add_argument("--clues", type=int, help="given cells (default: 6 of 16, 16 of 36, 34 of 81)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same puzzles")
@@ -37,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file.write(json.dumps({"prompt": puzzle, "answer": solution}).encode() + b"\n")
             progress.advance(done)
     progress.close()
-    print(f"wrote {options.count} puzzles of {options.size}x{options.size} with {clues} clues to {options.output}")
+    print(
+        f"wrote {options.count} puzzles of {options.size}x{options.size} with {clues} clues to {options.output}"
+    )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def solutions(puzzle: str, size: int, rng: random.Random | None = None) -> Itera
         for unit in cell_units[cell]:
             used[unit] |= bit if digit else 0
     every_digit = (1 << (size + 1)) - 2
-    yield from _fill(grid, [c for c, digit in enumerate(grid) if not digit], used, cell_units, every_digit, rng)
+    yield from _fill(
+        grid, [c for c, digit in enumerate(grid) if not digit], used, cell_units, every_digit, rng
+    )
 
 
 def _fill(
