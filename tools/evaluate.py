@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.cli import ToolParser, UserError, run
-from pipeline.data.records import read_puzzles
-from pipeline.evaluation.puzzles import score_puzzles
+from pipeline.evaluation.puzzles import read_puzzles, score_puzzles
 from pipeline.monitor.progress import Progress
 from pipeline.sampling import load_model
 

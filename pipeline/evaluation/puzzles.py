@@ -5,9 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pipeline.evaluation.sudoku import is_solved
+from pipeline.cli import UserError
+from pipeline.data.records import Keys, check_inputs, read_all
+from pipeline.evaluation.sudoku import BOXES, is_solved
 from pipeline.sampling import Loaded, complete
+
+
+def read_puzzles(path: Path) -> list[str]:
+    """Return the puzzles of a jsonl file of prompts and answers.
+
+    Raises:
+        UserError: for a file without puzzles, or with prompts that are none, or of different sizes.
+    """
+    keys = Keys(("prompt", "answer"))
+    check_inputs([path], keys)
+    puzzles = []
+    for record in read_all([path], keys):
+        puzzle = record.texts[0]
+        size = math.isqrt(len(puzzle))
+        digits = "0123456789"[: size + 1]
+        if size not in BOXES or size * size != len(puzzle) or any(c not in digits for c in puzzle):
+            raise UserError(f"{record.place}: {puzzle!r} is no puzzle; make some with tools/make_sudoku.py.")
+        if puzzles and len(puzzle) != len(puzzles[0]):
+            raise UserError(f"{record.place}: a puzzle of {size}x{size} among others of another size.")
+        puzzles.append(puzzle)
+    if not puzzles:
+        raise UserError(f"{path} holds no puzzle; make some with tools/make_sudoku.py.")
+    return puzzles
 
 
 @dataclass
