@@ -40,8 +40,7 @@ class Manifest:
         step: optimizer steps done.
         world_size: ranks that wrote it.
         global_batch_size: slots.
-        vocab_size: rows of the embedding.
-        mask_id: the mask token.
+        vocabulary: the fields of a Vocabulary.
         data_fingerprint: identity of the samples and their order.
         versions: packages that wrote it.
     """
@@ -50,8 +49,7 @@ class Manifest:
     step: int
     world_size: int
     global_batch_size: int
-    vocab_size: int
-    mask_id: int
+    vocabulary: dict[str, int]
     data_fingerprint: str
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {name: version(name) for name in PACKAGES}
@@ -106,7 +104,7 @@ def save(config: Config, engine: Engine, groups: Sequence[SlotGroup], manifest: 
     engine.save(writing / "model")
     states = [group.state_dict() for group in groups]
     merged = {key: np.concatenate([state[key] for state in states]) for key in states[0]}
-    np.savez(writing / f"slots_{engine.launch.rank:05d}.npz", **merged)
+    np.savez(writing / f"slots_{engine.launch.rank:05d}.npz", allow_pickle=False, **merged)
     engine.barrier()
     if engine.launch.rank == 0:
         (writing / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
@@ -145,7 +143,7 @@ def check_continues(folder: Path, saved: Manifest, now: Manifest, config: Config
         ("train.seed", before.train.seed, config.train.seed),
         ("engine.kind", before.engine.kind, config.engine.kind),
         ("model", before.model, config.model),
-        ("the vocabulary size", saved.vocab_size, now.vocab_size),
+        ("the vocabulary", saved.vocabulary, now.vocabulary),
         ("the data (data.*, train.seed)", saved.data_fingerprint[:12], now.data_fingerprint[:12]),
         ("objective", before.objective, config.objective),
     ]

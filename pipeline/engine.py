@@ -6,23 +6,18 @@ import contextlib
 import io
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# DeepSpeed still calls collectives by the names that torch is renaming.
-warnings.filterwarnings("ignore", message=".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated")
 import deepspeed
+import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
 
 from pipeline.cli import UserError, nearest
 from pipeline.config import Config
-from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.optimizer import adamw_settings, parameter_groups
 from pipeline.runtime import Launch, make_model
 
@@ -110,8 +105,10 @@ def complete_settings(settings: dict[str, Any], config: Config, launch: Launch) 
 class DeepSpeedEngine:
     """The Engine of every real run; see `pipeline.runtime.Engine` for the methods."""
 
-    def __init__(self, config: Config, launch: Launch, vocab_size: int, mask_id: int) -> None:
+    def __init__(self, config: Config, launch: Launch, vocabulary: Vocabulary) -> None:
         """Join the process group, make the model in shards (zero.Init) and its optimizer."""
+        # DeepSpeed still calls collectives by the names that torch is renaming.
+        warnings.filterwarnings("ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated")
         self.launch = launch
         path = Path(config.engine.deepspeed_config)
         settings = complete_settings(read_deepspeed_json(path), config, launch)
@@ -121,7 +118,7 @@ class DeepSpeedEngine:
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
-                model = make_model(config, vocab_size, mask_id)
+                model = make_model(config, vocabulary)
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
             optimizer = adamw(parameter_groups(model, config.optimizer), **adamw_settings(config.optimizer))

@@ -20,7 +20,8 @@ def is_decayed(name: str) -> bool:
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return AdamW's groups: decayed parameters, and those that are not."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if config.decay_norms_and_embeddings or is_decayed(name) else others).append(parameter)
     groups = [

@@ -14,6 +14,7 @@ from pipeline import config as configuration
 from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.base import take_highest
 from pipeline.runtime import make_model, read_weights
@@ -50,7 +51,7 @@ def load_model(path: Path, device: torch.device, untrained: bool = False) -> Loa
     folder = checkpoint.find(path)
     manifest = checkpoint.read_manifest(folder)
     config = configuration.load(["--config", str(folder / "config.yaml")])
-    model = make_model(config, manifest.vocab_size, manifest.mask_id)
+    model = make_model(config, Vocabulary(**manifest.vocabulary))
     if not untrained:
         weights = read_weights(folder / "model")
         if config.model.tie_embeddings:  # one tensor under two names; a checkpoint may hold either
@@ -84,7 +85,9 @@ def decode(
     count = torch.full((len(tokens),), tokens_per_step, device=tokens.device)
     while masked.any():
         rows = masked.flatten().nonzero().squeeze(1)  # [R]
-        logits = model.logits(tokens.masked_fill(masked, model.lm_head.mask_id), rows, attention_mask)
+        logits = model.logits(
+            tokens.masked_fill(masked, model.lm_head.vocabulary.mask_id), rows, attention_mask
+        )
         best, choice = logits.max(dim=-1)
         confidence = torch.full(masked.shape, -torch.inf, device=tokens.device)
         confidence.view(-1)[rows] = torch.exp(best - logits.logsumexp(dim=-1))
@@ -132,7 +135,7 @@ def complete(
         tokens = torch.full((len(part), max(ends)), loaded.tokenizer.pad, device=device)
         masked = torch.zeros_like(tokens, dtype=torch.bool)
         for row, (ids, end) in enumerate(zip(part, ends, strict=True)):
-            tokens[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
+            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             masked[row, len(ids) : end] = True
         present = torch.arange(max(ends), device=device) < torch.tensor(ends, device=device)[:, None]
         filled = decode(loaded.model, tokens, masked, tokens_per_step, None if present.all() else present)

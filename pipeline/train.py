@@ -23,6 +23,7 @@ from pipeline.data.samples import Datasets, build_datasets, check_data
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.held_out import held_out_loss
+from pipeline.model.batch import Vocabulary
 from pipeline.monitor.progress import Progress
 from pipeline.monitor.recorder import Recorder
 from pipeline.optimizer import learning_rate
@@ -56,9 +57,9 @@ class Run:
         tokenizer = Tokenizer.load(Path(config.data.tokenizer))
         check_data(config.data, tokenizer)
         accumulation = config.train.accumulation(launch.world_size)
-        vocab_size = vocabulary(config, tokenizer)
+        vocabulary = read_vocabulary(config, tokenizer)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.engine = build_engine(config, launch, vocab_size, tokenizer.mask)
+        self.engine = build_engine(config, launch, vocabulary)
         stack.callback(self.engine.close)
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
@@ -75,7 +76,7 @@ class Run:
             for part in slots
         ]
         self.manifest = Manifest(
-            FORMAT, 0, launch.world_size, config.train.global_batch_size, vocab_size, self.mask_id,
+            FORMAT, 0, launch.world_size, config.train.global_batch_size, vocabulary._asdict(),
             self.data.fingerprint,
         )  # fmt: skip
         self.resume()
@@ -142,17 +143,16 @@ class Run:
         self.recorder.restart_clock()
 
 
-def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
-    """Return the rows of the embedding; raise a `UserError` where the data has more tokens."""
-    needed = tokenizer.vocab_size
-    if config.model.vocab_size is None:
-        return -(-needed // 8) * 8
-    if config.model.vocab_size < needed:
+def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
+    """Return the model's vocabulary; raise a `UserError` where the data has more tokens than the model."""
+    tokens = tokenizer.vocab_size
+    rows = config.model.vocab_size or -(-tokens // 8) * 8
+    if rows < tokens:
         raise cli.UserError(
-            f"model.vocab_size is {config.model.vocab_size}, but {config.data.tokenizer} has {needed} "
-            f"tokens: raise it to {needed} or more, or leave it out."
+            f"model.vocab_size is {rows}, but {config.data.tokenizer} has {tokens} tokens: raise it to "
+            f"{tokens} or more, or leave it out."
         )
-    return config.model.vocab_size
+    return Vocabulary(rows, tokens, tokenizer.mask)
 
 
 def check_validation(config: Config, data: Datasets) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from pipeline.checkpoint import checkpoints
 from pipeline.cli import EXIT_DONE, ToolParser, UserError, run
@@ -47,14 +48,17 @@ def environment() -> dict[str, str]:
 
 def interrupt_after_first_checkpoint(run_dir: Path, *command: str) -> None:
     """Start a training, and kill all its processes without warning once a checkpoint exists."""
-    process = subprocess.Popen(show(command), cwd=ROOT, env=environment(), start_new_session=True)
+    process = subprocess.Popen(show(command), cwd=ROOT, env=environment())
     while not checkpoints(run_dir):
         if process.poll() is not None:
             raise UserError(f"training ended before its first checkpoint, exit code {process.returncode}.")
         time.sleep(0.2)
     time.sleep(2)  # some steps beyond the checkpoint, which are lost
-    os.killpg(process.pid, signal.SIGKILL)
+    everyone = [*psutil.Process(process.pid).children(recursive=True), process]
+    for each in everyone:
+        each.kill()
     process.wait()
+    psutil.wait_procs(everyone[:-1])
     print(
         "\nInterrupted: every process killed. The same command goes on from the last checkpoint.", flush=True
     )

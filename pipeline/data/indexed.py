@@ -13,6 +13,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +24,11 @@ from pipeline.files import replacing
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<QBQQ")
-DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+DTYPE_CODES: dict[np.dtype[Any], int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.generic]:
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the integer type of a dataset's tokens: uint16 below 65,500 tokens, int32 above."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
@@ -55,7 +56,7 @@ class Part:
     lengths: Array
 
 
-def join(parts: Sequence[Part], prefix: Path, dtype: np.dtype[np.generic], pairs: bool) -> None:
+def join(parts: Sequence[Part], prefix: Path, dtype: np.dtype[Any], pairs: bool) -> None:
     """Write the dataset of `parts`, in their order; .idx comes last, and a dataset without it does not exist.
 
     Args:
@@ -96,7 +97,7 @@ class IndexFacts:
     sequences: int
     documents: int
     tokens: int
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[Any]
     lengths: Array
     has_modes: bool
 

@@ -1,4 +1,4 @@
-"""A corpus to an indexed dataset: workers read, encode and write parts on their own, the parent joins them."""
+"""A corpus to an indexed dataset: workers read, encode and write parts alone, the parent joins them."""
 
 from __future__ import annotations
 

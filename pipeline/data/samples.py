@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -187,8 +186,9 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: P
         )
     if config.weights is not None:
         # An epoch of a weighted blend is as long as that of its datasets together.
-        weighted = dataclasses.replace(settings, blend=(config.prefixes, config.weights))
-        train, _ = _build(config, weighted, [len(train), 0, 0])
+        settings.blend = (config.prefixes, config.weights)
+        settings.__post_init__()  # normalises the weights
+        train, _ = _build(config, settings, [len(train), 0, 0])
         assert train is not None
     has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)
     return Datasets(train, valid if valid is not None and len(valid) else None, has_padding, fingerprint)

@@ -87,7 +87,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], mask_text: str = "") -> str:
         """Return the text of token ids; pad and eos are left out, mask tokens shown as `mask_text`."""
-        text, run = [], []
+        text: list[str] = []
+        run: list[int] = []
         for token in (int(i) for i in ids):
             if token == self.mask:
                 text.append(self.processor.decode(run) + mask_text)

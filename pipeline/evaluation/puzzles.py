@@ -21,7 +21,7 @@ def read_puzzles(path: Path) -> list[str]:
     """
     keys = Keys(("prompt", "answer"))
     check_inputs([path], keys)
-    puzzles = []
+    puzzles: list[str] = []
     for record in read_all([path], keys):
         puzzle = record.texts[0]
         size = math.isqrt(len(puzzle))

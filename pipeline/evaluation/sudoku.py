@@ -176,7 +176,8 @@ def generate(
         )
     if not 0 < held_out_percent < 100:
         raise UserError(f"--held-out-percent is {held_out_percent}: it must be from 1 to 99.")
-    rng, seen, tries = random.Random(seed), set(), 0
+    rng, tries = random.Random(seed), 0
+    seen: set[str] = set()
     while len(seen) < count:
         tries += 1
         if tries > TRIES:

@@ -8,6 +8,20 @@ import torch
 from torch import Tensor
 
 
+class Vocabulary(NamedTuple):
+    """The tokens that a model knows.
+
+    Attributes:
+        rows: rows of the embedding and the output matrix.
+        tokens: tokens of the tokenizer; rows beyond them pad the matrix and are never predicted.
+        mask_id: the mask token M, which is never predicted.
+    """
+
+    rows: int
+    tokens: int
+    mask_id: int
+
+
 class MaskedBatch(NamedTuple):
     """Partly masked sequences and what is to be predicted in them.
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.batch import Vocabulary
+
 CHUNK_LOGITS = 2**26  # fp32 logits held at once: 256 MiB
 
 
@@ -19,7 +21,7 @@ class _MaskedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, mask_id: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocabulary: Vocabulary
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden.shape[0]
         need_gradients = any(ctx.needs_input_grad[:2])
@@ -30,7 +32,7 @@ class _MaskedLoss(torch.autograd.Function):
         chunk = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            logits = masked_logits(hidden[part], weight, mask_id)  # [C, V] float32
+            logits = masked_logits(hidden[part], weight, vocabulary)  # [C, V] float32
             lse = torch.logsumexp(logits, dim=-1)
             nll[part] = lse - logits.gather(1, targets[part, None]).squeeze(1)
             confidence[part] = torch.exp(logits.amax(dim=-1) - lse)
@@ -46,26 +48,27 @@ class _MaskedLoss(torch.autograd.Function):
         return (nll * weights).sum(), nll, confidence
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
 
 
-def masked_logits(hidden: Tensor, weight: Tensor, mask_id: int) -> Tensor:
-    """Return logits [R, V] float32 for hidden [R, H] and weight [V, H]; the mask token's is -inf."""
+def masked_logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Return logits [R, V] float32 for hidden [R, H] and weight [V, H]; -inf for what is never predicted."""
     logits = (hidden @ weight.T).float()
-    logits[:, mask_id] = -torch.inf
+    logits[:, vocabulary.mask_id] = -torch.inf
+    logits[:, vocabulary.tokens :] = -torch.inf
     return logits
 
 
 class MaskedHead(nn.Module):
     """The output matrix; its module hooks gather the weight under ZeRO-3, also where a rank has 0 rows."""
 
-    def __init__(self, weight: nn.Parameter, mask_id: int) -> None:
+    def __init__(self, weight: Tensor, vocabulary: Vocabulary) -> None:
         """Make the head of `weight` [V, H], which is the embedding itself where the two are tied."""
         super().__init__()
-        self.weight = weight
-        self.mask_id = mask_id
+        self.weight = weight  # an nn.Parameter, registered under its own name here too
+        self.vocabulary = vocabulary
 
     def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weighted loss [], and NLL [R] and confidence [R] without gradient, all float32.
@@ -75,9 +78,9 @@ class MaskedHead(nn.Module):
             targets: [R] int64.
             weights: [R] float32, share of each row in the loss.
         """
-        loss, nll, confidence = _MaskedLoss.apply(hidden, self.weight, targets, weights, self.mask_id)
+        loss, nll, confidence = _MaskedLoss.apply(hidden, self.weight, targets, weights, self.vocabulary)
         return loss, nll, confidence
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [R, V] float32 for hidden [R, H]; the mask token's is -inf."""
-        return masked_logits(hidden, self.weight, self.mask_id)
+        """Return logits [R, V] float32 for hidden [R, H]; -inf for what is never predicted."""
+        return masked_logits(hidden, self.weight, self.vocabulary)

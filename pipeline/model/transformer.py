@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
 from pipeline.model.attention import Attention, rotary_table
-from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.layers import Embedding, Linear, SwiGLU
 from pipeline.model.masked_head import MaskedHead
 
@@ -55,21 +55,19 @@ class Body(nn.Module):
 class MaskedDiffusionModel(nn.Module):
     """p(x0 | xt) at the masked positions of xt; the network has no time input and no objective."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, mask_id: int) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
         """Make the model.
 
         Args:
             config: shape of the network.
-            vocab_size: rows of the embedding.
-            mask_id: the mask token, which is never predicted.
+            vocabulary: the tokens.
         """
         super().__init__()
-        self.model = Body(config, vocab_size)
-        if config.tie_embeddings:
-            weight = self.model.embed_tokens.weight
-        else:
-            weight = Linear(config.hidden_size, vocab_size, config.init_std).weight
-        self.lm_head = MaskedHead(weight, mask_id)
+        self.model = Body(config, vocabulary.rows)
+        output = self.model.embed_tokens
+        if not config.tie_embeddings:
+            output = Embedding(vocabulary.rows, config.hidden_size, config.init_std)
+        self.lm_head = MaskedHead(output.weight, vocabulary)
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """Return loss, NLL and confidence at the rows of `batch`."""

@@ -41,6 +41,7 @@ def uniform(seed: int, purpose: int, *counters: Tensor) -> Tensor:
     The same arguments give the same bits on every device.
     """
     state = torch.zeros((), dtype=torch.int64, device=counters[0].device)
-    for counter in (seed, purpose, *counters):
+    everything: tuple[int | Tensor, ...] = (seed, purpose, *counters)
+    for counter in everything:
         state = _mix((state ^ counter) + _signed(_GOLDEN))
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53

@@ -15,6 +15,7 @@ from pipeline import config as configuration
 from pipeline import objectives
 from pipeline.data.batch import ANSWER, PROMPT, Array
 from pipeline.data.streams import SlotStream
+from pipeline.model.batch import Vocabulary
 from pipeline.optimizer import learning_rate
 from pipeline.runtime import build_engine, read_launch, read_weights
 from pipeline.slots import SlotGroup, slots_of_rank
@@ -38,7 +39,7 @@ class SyntheticPairs:
 def main(output: str, steps: int, arguments: list[str]) -> None:
     config = configuration.load(["--run_dir", "unused", "--data.prefixes", "[unused]", *arguments])
     launch = read_launch(config)
-    engine = build_engine(config, launch, VOCABULARY, MASK)
+    engine = build_engine(config, launch, Vocabulary(VOCABULARY, VOCABULARY, MASK))
     stream = SlotStream(SyntheticPairs(), config.train.global_batch_size, config.train.seed, workers=1)
     accumulation = config.train.accumulation(launch.world_size)
     slots = slots_of_rank(launch.rank, launch.world_size, accumulation, config.train.micro_batch_size)

@@ -34,7 +34,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "corpus.jsonl").open("w") as file:
         for _ in range(60):
             prompt = "".join(random.choice(list("abcdef"), random.integers(1, 5)))
-            file.write(json.dumps({"prompt": prompt, "answer": prompt[::-1] + "g" * int(random.integers(0, 4))}))
+            file.write(
+                json.dumps({"prompt": prompt, "answer": prompt[::-1] + "g" * int(random.integers(0, 4))})
+            )
             file.write("\n")
     keys = ["--prompt-key", "prompt", "--answer-key", "answer"]
     corpus, tokenizer = str(folder / "corpus.jsonl"), str(folder / "tokenizer")
