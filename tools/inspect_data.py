@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     per_document = 2 if facts.kind == "pairs" else 1
     lengths = np.asarray(index.lengths).reshape(-1, per_document).sum(axis=1)
     print(
-        f"{options.prefix}: {facts.kind}, {facts.documents:,} documents, {facts.tokens:,} tokens ({index.dtype})"
+        f"{options.prefix}: {facts.kind}, {facts.documents:,} documents, {facts.tokens:,} tokens "
+        f"({index.dtype})"
     )
     print(f"tokenizer {facts.tokenizer}, {facts.vocab_size:,} tokens; eos appended: {facts.append_eos}")
     print(f"tokens a document: mean {lengths.mean():.1f}, shortest {lengths.min()}, longest {lengths.max()}")

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.advance(done)
     progress.close()
     print(
-        f"wrote {options.count} puzzles of {options.size}x{options.size} with {clues} clues to {options.output}"
+        f"wrote {options.count} puzzles of {options.size}x{options.size} with {clues} clues "
+        f"to {options.output}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What goes into the model in training, and what comes out: tuples, so that DeepSpeed's hooks see the tensors."""
+"""What goes into the model and what comes out: tuples, so that DeepSpeed's hooks see the tensors."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.config import ModelConfig
 from pipeline.model.attention import Attention, rotary_table
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
-from pipeline.model.layers import Embedding, Linear, SwiGLU
+from pipeline.model.layers import Embedding, SwiGLU
 from pipeline.model.masked_head import MaskedHead
 
 

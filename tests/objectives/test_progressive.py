@@ -1,0 +1,167 @@
+"""PUMA chains against the NumPy oracle, and the traps that chains can fall into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
+from pipeline.objectives.base import ChainState, take_highest
+from pipeline.objectives.progressive import ProgressiveUnmasking
+
+CONFIDENCES = ("random", "equal", "one", "near zero", "few values")
+
+
+@dataclass
+class Case:
+    """A batch of sequences with any layout, and the settings of the chains."""
+
+    samples: Samples
+    answers: list[list[int]]
+    stages: int
+    threshold: float | None
+    seed: int
+    confidence: str
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Draw prompts, answers (length 1 and lengths below K included) and paddings of any lengths."""
+    rows = draw(st.integers(1, 4))
+    shapes = [(draw(st.integers(0, 4)), draw(st.integers(1, 14)), draw(st.integers(0, 3))) for _ in range(rows)]
+    width = max(map(sum, shapes))
+    roles = np.full((rows, width), PADDING, np.int8)
+    for row, (prompt, answer, _) in enumerate(shapes):
+        roles[row, :prompt] = PROMPT
+        roles[row, prompt : prompt + answer] = ANSWER
+    tokens = np.random.default_rng(draw(st.integers(0, 99))).integers(5, 30, (rows, width))
+    ids = draw(st.lists(st.integers(0, 2**40), min_size=rows, max_size=rows))
+    samples = Samples(torch.from_numpy(tokens), torch.from_numpy(roles), torch.tensor(ids))
+    return Case(
+        samples,
+        [list(range(prompt, prompt + answer)) for prompt, answer, _ in shapes],
+        draw(st.integers(1, 12)),
+        draw(st.none() | st.sampled_from([1e-9, 0.3, 0.9, 1 - 1e-7])),
+        draw(st.integers(0, 1000)),
+        draw(st.sampled_from(CONFIDENCES)),
+    )
+
+
+def scores(case: Case, step: int) -> torch.Tensor:
+    """Return confidences of one of the kinds, ties included."""
+    shape = tuple(case.samples.tokens.shape)
+    random = np.random.default_rng([case.seed, step])
+    values = {
+        "random": random.random(shape),
+        "equal": np.full(shape, 0.5),
+        "one": np.ones(shape),
+        "near zero": np.full(shape, 1e-6),
+        "few values": random.integers(1, 4, shape) / 3,
+    }[case.confidence]
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def masked_sets(state: ChainState) -> list[set[int]]:
+    """Return the masked positions of each row."""
+    return [set(row.nonzero().flatten().tolist()) for row in state.masked]
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases(), st.data())
+def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
+    """Start, targets, reveals, threshold, stage and end equal the oracle from any stage to the end.
+
+    On the way: no input without a mask, only answers masked, masks never come back, the end within K steps.
+    """
+    objective = ProgressiveUnmasking(case.seed, case.stages, case.threshold)
+    rows = range(len(case.answers))
+    first = [data.draw(st.integers(0, case.stages - 1)) for _ in rows]
+    state = objective.begin(case.samples, torch.tensor(first))
+    ids = case.samples.ids.tolist()
+    chains = [oracles.Chain(case.seed, ids[r], case.answers[r], case.stages, case.threshold) for r in rows]
+    for chain, stage in zip(chains, first, strict=True):
+        chain.begin(stage)
+    for step in range(case.stages):
+        assert masked_sets(state)[0] <= set(case.answers[0])
+        confidence = scores(case, step)
+        before = masked_sets(state)
+        state, ended = objective.advance(case.samples, state, confidence)
+        for row, chain in enumerate(chains):
+            if chain.ended:
+                continue
+            assert before[row], "an input without a mask has no loss"
+            assert before[row] == chain.masked
+            assert before[row] <= set(case.answers[row])
+            chain.advance({i: float(confidence[row, i]) for i in chain.answer})
+            assert bool(ended[row]) == chain.ended
+            if not chain.ended:
+                assert masked_sets(state)[row] == chain.masked
+                assert masked_sets(state)[row] <= before[row]
+                assert int(state.stage[row]) == chain.stage
+    assert all(chain.ended for chain in chains), "every chain ends within K steps (no livelock)"
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 40])
+@pytest.mark.parametrize("stages", [1, 8, 42])
+def test_stage_targets_stay_in_their_stage(length: int, stages: int) -> None:
+    """round(r L_eff) with r in [j/K, (j+1)/K), never the last masked token."""
+    count = 400
+    roles = torch.full((count, length), ANSWER, dtype=torch.int8)
+    samples = Samples(torch.zeros(count, length, dtype=torch.int64), roles, torch.arange(count))
+    objective = ProgressiveUnmasking(3, stages)
+    for stage in range(stages):
+        target = objective.target_count(samples, torch.full((count,), stage))
+        low, high = int(stage / stages * length + 0.5), int((stage + 1) / stages * length + 0.5)
+        assert (target >= min(low, length - 1)).all()
+        assert (target <= min(high, length - 1)).all()
+        if stages == 1:
+            assert len(target.unique()) == length, "one stage covers every count"
+
+
+def test_first_chains_are_staggered() -> None:
+    """Every stage is present in a micro-batch of at least K slots, from the first step."""
+    objective = ProgressiveUnmasking(0, 8)
+    for first_slot in (0, 16, 64):
+        stages = objective.first_stage(torch.arange(first_slot, first_slot + 16))
+        assert stages.unique().tolist() == list(range(8))
+
+
+@settings(deadline=None, max_examples=50)
+@given(cases())
+def test_ranking_never_sees_the_truth(case: Case) -> None:
+    """With other true tokens, and the same confidences, a chain is the same."""
+    objective = ProgressiveUnmasking(case.seed, case.stages, case.threshold)
+    other = Samples(case.samples.tokens.flip(0) * 0 + 7, case.samples.roles, case.samples.ids)
+    stage = torch.zeros(len(case.answers), dtype=torch.int64)
+    one, two = objective.begin(case.samples, stage), objective.begin(other, stage)
+    for step in range(case.stages):
+        one, _ = objective.advance(case.samples, one, scores(case, step))
+        two, _ = objective.advance(other, two, scores(case, step))
+        assert torch.equal(one.masked, two.masked)
+
+
+def test_confidences_that_bf16_cannot_tell_apart_are_ranked() -> None:
+    """0.9990 and 0.9995 are one number in bf16; as fp32 the higher one is revealed, and ties by position."""
+    confidence = torch.tensor([[0.9990, 0.9995, 0.9990, 0.9995]])
+    assert confidence.bfloat16().unique().numel() == 1
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    chosen = [take_highest(everything, confidence, torch.tensor([count]))[0].tolist() for count in (1, 2, 3)]
+    assert chosen == [
+        [False, True, False, False],
+        [False, True, False, True],
+        [True, True, False, True],
+    ]
+
+
+def test_scores_of_other_positions_are_ignored() -> None:
+    """What stands at positions that are not masked, even infinity or NaN, changes nothing."""
+    candidates = torch.tensor([[True, False, True, False]])
+    for foreign in (torch.inf, torch.nan, 2.0):
+        ranked = torch.tensor([[0.1, foreign, 0.2, foreign]])
+        assert take_highest(candidates, ranked, torch.tensor([1]))[0].tolist() == [False, False, True, False]
