@@ -1,0 +1,129 @@
+"""Slots: chains from begin to end to the next sample, independent of how slots are grouped, resumable."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from synthetic import Pairs
+
+from pipeline.data.streams import SlotStream
+from pipeline.model.batch import MaskedBatch
+from pipeline.objectives.base import Objective
+from pipeline.objectives.progressive import ProgressiveUnmasking
+from pipeline.objectives.random_masking import RandomMasking
+from pipeline.slots import SlotGroup, slots_of_rank
+
+SEED, SIZE, MASK = 3, 29, 4
+
+
+def make(slots: list[int], total: int, objective: Objective) -> SlotGroup:
+    """Return a group over the 29 synthetic pairs."""
+    stream = SlotStream(Pairs(SIZE), total, SEED, workers=1)
+    return SlotGroup(slots, stream, objective, MASK, True, torch.device("cpu"))
+
+
+def confidence(group: SlotGroup, batch: MaskedBatch) -> torch.Tensor:
+    """Return confidences that depend on the sample and the position alone, as a model's would."""
+    length = group.samples.tokens.shape[1]
+    sample, position = group.samples.ids[batch.rows // length], batch.rows % length
+    return ((sample * 7919 + position * 104729 + 13) % 101).float() / 101
+
+
+def step(group: SlotGroup) -> MaskedBatch:
+    """Run one training step without a model."""
+    batch = group.inputs()
+    group.advance(batch, confidence(group, batch))
+    return batch
+
+
+@pytest.mark.parametrize("threshold", [None, 0.7])
+def test_chains_follow_the_oracle_over_many_samples(threshold: float | None) -> None:
+    """Each slot walks oracle chains, the next of its own sub-stream when one has ended, at stage 0."""
+    total, stages = 6, 5
+    group = make(list(range(total)), total, ProgressiveUnmasking(SEED, stages, threshold))
+    stream, data = SlotStream(Pairs(SIZE), total, SEED, workers=0), Pairs(SIZE)
+    cursors = [0] * total
+    chains: list[oracles.Chain | None] = [None] * total
+    for _ in range(60):
+        expected = set()
+        for slot in range(total):
+            position = slot + cursors[slot] * total
+            sample = data[stream.index(position)]
+            if chains[slot] is None:
+                answer = np.flatnonzero(sample["roles"] == 2).tolist()
+                chains[slot] = oracles.Chain(SEED, position, answer, stages, threshold)
+                chains[slot].begin(slot % stages if cursors[slot] == 0 else 0)
+            np.testing.assert_array_equal(group.samples.tokens[slot], sample["tokens"])
+            expected |= {slot * 8 + i for i in chains[slot].masked}
+        batch = group.inputs()
+        assert set(batch.rows.tolist()) == expected
+        tokens, inputs = group.samples.tokens.flatten(), batch.input_ids.flatten()
+        assert (inputs[batch.rows] == MASK).all()
+        revealed = torch.ones(tokens.shape, dtype=torch.bool)
+        revealed[batch.rows] = False
+        assert inputs[revealed].equal(tokens[revealed]), "what is revealed is the truth"
+        assert batch.targets.equal(tokens[batch.rows])
+        assert batch.attention_mask is not None
+        assert batch.attention_mask.equal(group.samples.roles != 0)
+        values = dict(zip(batch.rows.tolist(), confidence(group, batch).tolist(), strict=True))
+        group.advance(batch, confidence(group, batch))
+        for slot, chain in enumerate(chains):
+            everywhere = {i: values.get(slot * 8 + i, 0.0) for i in chain.answer}
+            chain.advance(everywhere)
+            if chain.ended:
+                chains[slot] = None
+                cursors[slot] += 1
+    assert min(cursors) > 5
+
+
+@pytest.mark.parametrize("objective", [ProgressiveUnmasking(SEED, 4, 0.6), RandomMasking(SEED)])
+def test_grouping_changes_no_chain(objective: Objective) -> None:
+    """8 slots on 1, 2 or 4 ranks with any accumulation: the same inputs in every slot at every step."""
+    layouts = [(1, 1, 8), (1, 4, 2), (2, 1, 4), (2, 2, 2), (4, 2, 1)]
+    histories = []
+    for world_size, accumulation, micro_batch in layouts:
+        history = {}
+        for rank in range(world_size):
+            for slots in slots_of_rank(rank, world_size, accumulation, micro_batch):
+                group = make(slots, 8, objective)
+                inputs = torch.stack([step(group).input_ids for _ in range(25)])
+                history.update({slot: inputs[:, row] for row, slot in enumerate(slots)})
+        assert sorted(history) == list(range(8))
+        histories.append(history)
+    for other in histories[1:]:
+        assert all(other[slot].equal(histories[0][slot]) for slot in range(8))
+
+
+def test_random_masking_uses_every_sample_once_an_epoch() -> None:
+    group = make(list(range(8)), 8, RandomMasking(SEED))
+    seen: Counter[int] = Counter()
+    for _ in range(3 * SIZE):
+        seen.update((step(group).input_ids[:, 0] - 100).tolist())
+    assert seen == Counter({sample: 24 for sample in range(SIZE)})
+
+
+@pytest.mark.parametrize("objective", [ProgressiveUnmasking(SEED, 4, 0.6), RandomMasking(SEED)])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_a_saved_group_goes_on_exactly(objective: Objective, steps: int) -> None:
+    first = make([2, 3, 4, 5], 8, objective)
+    for _ in range(steps):
+        step(first)
+    second = make([2, 3, 4, 5], 8, objective)
+    second.load_state_dict(first.state_dict())
+    for _ in range(30):
+        one, two = step(first), step(second)
+        assert one.input_ids.equal(two.input_ids)
+        assert one.rows.equal(two.rows)
+    for key, value in first.state_dict().items():
+        np.testing.assert_array_equal(value, second.state_dict()[key])
+
+
+def test_a_state_of_other_slots_is_refused() -> None:
+    objective = RandomMasking(SEED)
+    state = make([0, 1], 8, objective).state_dict()
+    with pytest.raises(ValueError, match="other slots"):
+        make([2, 3], 8, objective).load_state_dict(state)
