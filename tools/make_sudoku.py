@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pipeline.cli import ToolParser, run
@@ -19,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--size", type=int, choices=sorted(BOXES), required=True, help="digits and side length"
     )
     parser.add_argument("--count", type=int, required=True, help="puzzles, all different")
-    parser.add_argument("--clues", type=int, help="given cells (default: 6 of 16, 16 of 36, 34 of 81)")
+    usual = ", ".join(f"{clues} of {size * size}" for size, clues in DEFAULT_CLUES.items())
+    parser.add_argument("--clues", type=int, help=f"given cells; without the option {usual}")
     parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same puzzles")
     parser.add_argument("--output", type=Path, required=True, help="jsonl file to write")
     parser.add_argument(
@@ -32,13 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     clues = options.clues if options.clues is not None else DEFAULT_CLUES[options.size]
     split = None if options.split == "all" else options.split
-    progress = Progress(options.count, 0, "puzzle")
-    with replacing(options.output) as file:
-        made = generate(options.size, options.count, clues, options.seed, split, options.held_out_percent)
+    made = generate(options.size, options.count, clues, options.seed, split, options.held_out_percent)
+    with closing(Progress(options.count, 0, "puzzle")) as progress, replacing(options.output) as file:
         for done, (puzzle, solution) in enumerate(made, start=1):
             file.write(json.dumps({"prompt": puzzle, "answer": solution}).encode() + b"\n")
             progress.advance(done)
-    progress.close()
     print(
         f"wrote {options.count} puzzles of {options.size}x{options.size} with {clues} clues "
         f"to {options.output}"
