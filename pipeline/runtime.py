@@ -163,6 +163,10 @@ class PlainEngine:
             )
         self.launch = launch
         self.accumulation = config.train.accumulation(1)
+        # megatron-core's blends ask torch.distributed for the rank, also where there is one alone.
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
         self.clip = config.optimizer.gradient_clip
         self.model: nn.Module = make_model(config, vocabulary).to(launch.device)
         self.optimizer = torch.optim.AdamW(
@@ -216,6 +220,7 @@ class PlainEngine:
 
     def close(self) -> None:
         """See `Engine`."""
+        torch.distributed.destroy_process_group()
 
 
 PLAIN_FILE = "plain.pt"

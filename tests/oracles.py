@@ -30,7 +30,9 @@ def best(candidates: list[int], scores: dict[int, float], count: int) -> list[in
 class Chain:
     """One PUMA chain of one sequence, in sets and loops."""
 
-    def __init__(self, seed: int, sample: int, answer: list[int], stages: int, threshold: float | None) -> None:
+    def __init__(
+        self, seed: int, sample: int, answer: list[int], stages: int, threshold: float | None
+    ) -> None:
         self.seed, self.sample, self.answer = seed, sample, answer
         self.stages, self.threshold = stages, threshold
         self.ended = False

@@ -15,11 +15,13 @@ MASK, SIZE = 3, 12
 
 
 class HashModel:
-    """Logits that depend on the whole row, as a bidirectional model's do, with many ties among confidences."""
+    """Logits that depend on the whole row, as a bidirectional model's do; many confidences tie."""
 
     lm_head = SimpleNamespace(vocabulary=Vocabulary(SIZE, SIZE, MASK))
 
-    def logits(self, ids: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def logits(
+        self, ids: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         values = [self.one(ids[row // ids.shape[1]].numpy(), int(row % ids.shape[1])) for row in rows]
         return torch.tensor(np.stack(values), dtype=torch.float32)
 

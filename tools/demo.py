@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     folder = Path("runs/demo")
     shutil.rmtree(ROOT / folder, ignore_errors=True)
-    puzzles = ["python", "tools/make_sudoku.py", "--size", "4", "--clues", "6"]
+    puzzles = ["python", "tools/make_sudoku.py", "--size", "4", "--clues", "8"]
     call(*puzzles, "--count", "20000", "--seed", "1", "--split", "train", "--output", f"{folder}/train.jsonl")
     call(
         *puzzles,

@@ -90,8 +90,8 @@ class _Filling:
     """
 
     def __init__(self, size: int) -> None:
-        self.every_digit = (1 << (size + 1)) - 2
         self.units_of_cell = _units_of_cell(size)
+        self.every_digit = (1 << (size + 1)) - 2
         self.used = [0] * (3 * size)
         self.digits = [0] * (size * size)
 
@@ -274,8 +274,8 @@ def _different_puzzles(
     while len(seen) < count:
         if tries == allowed:
             raise UserError(
-                f"--count is {count}, but after {len(seen)} different {size}x{size} puzzles with {clues} clues "
-                f"no other was found in {allowed} tries: raise --clues or lower --count"
+                f"--count is {count}, but after {len(seen)} different {size}x{size} puzzles with {clues} "
+                f"clues no other was found in {allowed} tries: raise --clues or lower --count"
                 + (f", or change --held-out-percent, now {held_out_percent}." if split else ".")
             )
         tries += 1

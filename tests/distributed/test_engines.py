@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import run_ranks
+from programs import run_program
 
 STEPS = str(Path(__file__).with_name("steps.py"))
 SETTINGS = """
@@ -19,7 +19,7 @@ SETTINGS = """
 
 def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
     """Return losses, gradient norms and final weights of 20 steps."""
-    result = run_ranks(ranks, [STEPS, str(output), "20", *SETTINGS, *more])
+    result = run_program(STEPS, str(output), "20", *SETTINGS, *more, ranks=ranks)
     assert result.returncode == 0, result.stderr
     return torch.load(output, weights_only=True)
 

@@ -32,7 +32,10 @@ def test_equals_full_logits(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) ->
     hidden, weight, targets, weights = inputs()
     loss, nll, confidence = masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY)
     (2 * loss).backward()
-    arrays = [x.detach().double().numpy() for x in (hidden, weight)] + [targets.numpy(), weights.double().numpy()]
+    arrays = [x.detach().double().numpy() for x in (hidden, weight)] + [
+        targets.numpy(),
+        weights.double().numpy(),
+    ]
     expected = oracles.full_logit_loss(*arrays, FORBIDDEN)
     assert loss.item() == pytest.approx(expected[0], rel=1e-6)
     np.testing.assert_allclose(nll, expected[1], rtol=1e-5, atol=1e-6)
@@ -73,7 +76,10 @@ def test_bf16_weights_give_fp32_scores() -> None:
     hidden, weight, targets, weights = inputs(dtype=torch.bfloat16)
     loss, nll, confidence = masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY)
     loss.backward()
-    arrays = [x.detach().double().numpy() for x in (hidden, weight)] + [targets.numpy(), weights.double().numpy()]
+    arrays = [x.detach().double().numpy() for x in (hidden, weight)] + [
+        targets.numpy(),
+        weights.double().numpy(),
+    ]
     expected = oracles.full_logit_loss(*arrays, FORBIDDEN)
     assert loss.dtype == nll.dtype == confidence.dtype == torch.float32
     np.testing.assert_allclose(nll, expected[1], atol=0.1)

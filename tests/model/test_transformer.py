@@ -15,7 +15,13 @@ from pipeline.model.batch import Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 
 VOCABULARY = Vocabulary(48, 48, 3)
-SHAPE: dict[str, Any] = {"layers": 3, "hidden_size": 32, "heads": 4, "intermediate_size": 56, "rope_theta": 5000.0}
+SHAPE: dict[str, Any] = {
+    "layers": 3,
+    "hidden_size": 32,
+    "heads": 4,
+    "intermediate_size": 56,
+    "rope_theta": 5000.0,
+}
 
 
 def tokens(batch: int = 3, length: int = 11) -> torch.Tensor:
@@ -71,7 +77,10 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     length, size, theta = 9, 8, 100.0
     q, k = torch.randn(2, 1, 1, 1, size, generator=torch.Generator().manual_seed(0)).unbind(0)
     table = rotary_table(length, size, theta, q)
-    turned_q, turned_k = rotate(q.expand(1, 1, length, size), table), rotate(k.expand(1, 1, length, size), table)
+    turned_q, turned_k = (
+        rotate(q.expand(1, 1, length, size), table),
+        rotate(k.expand(1, 1, length, size), table),
+    )
     scores = (turned_q @ turned_k.transpose(-1, -2))[0, 0]
     for distance in range(-length + 1, length):
         diagonal = scores.diagonal(distance)

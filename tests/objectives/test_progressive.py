@@ -34,7 +34,9 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     """Draw prompts, answers (length 1 and lengths below K included) and paddings of any lengths."""
     rows = draw(st.integers(1, 4))
-    shapes = [(draw(st.integers(0, 4)), draw(st.integers(1, 14)), draw(st.integers(0, 3))) for _ in range(rows)]
+    shapes = [
+        (draw(st.integers(0, 4)), draw(st.integers(1, 14)), draw(st.integers(0, 3))) for _ in range(rows)
+    ]
     width = max(map(sum, shapes))
     roles = np.full((rows, width), PADDING, np.int8)
     for row, (prompt, answer, _) in enumerate(shapes):

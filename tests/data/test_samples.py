@@ -1,0 +1,181 @@
+"""Samples built by megatron-core: packed text, pairs, blends, splits."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.cli import UserError
+from pipeline.config import DataConfig
+from pipeline.data.batch import ANSWER, PADDING, PROMPT
+from pipeline.data.preprocess import preprocess
+from pipeline.data.records import Keys
+from pipeline.data.samples import Datasets, build_datasets
+from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+
+ALPHABET = "abcdefghij"
+
+
+class Corpus:
+    """Two pair datasets and one text dataset over a character tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        random = np.random.default_rng(0)
+        self.tokenizer = train_tokenizer([ALPHABET], 32, "char", folder / "tokenizer")
+        self.pairs: dict[str, list[tuple[str, str]]] = {}
+        for name, count in (("p", 40), ("q", 10)):
+            texts = [
+                "".join(random.choice(list(ALPHABET), int(random.integers(1, 7)))) for _ in range(2 * count)
+            ]
+            self.pairs[name] = list(zip(texts[::2], texts[1::2], strict=True))
+            self.write(name, [{"a": a, "b": b} for a, b in self.pairs[name]], Keys(("a", "b")))
+        self.text = ["".join(random.choice(list(ALPHABET), int(random.integers(1, 60)))) for _ in range(50)]
+        self.write("t", [{"text": text} for text in self.text], Keys(("text",)))
+
+    def write(self, name: str, lines: list[dict[str, str]], keys: Keys) -> None:
+        """Preprocess lines into the dataset `name`."""
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        eos = not keys.is_pair
+        preprocess([path], self.folder / "tokenizer", self.folder / name, keys, eos, 1)
+
+    def build(self, prefixes: str, **settings: object) -> Datasets:
+        """Build the datasets named by the letters of `prefixes`."""
+        config = DataConfig(
+            tokenizer=str(self.folder / "tokenizer"),
+            prefixes=[str(self.folder / p) for p in prefixes],
+            **settings,
+        )  # type: ignore[arg-type]
+        return build_datasets(config, Tokenizer.load(self.folder / "tokenizer"), 1, self.folder / "cache")
+
+    def decoded(self, sample: dict[str, np.ndarray]) -> tuple[str, str, int]:
+        """Return prompt, answer and padding count of a sample."""
+        parts = [self.tokenizer.decode(sample["tokens"][sample["roles"] == r]) for r in (PROMPT, ANSWER)]
+        return parts[0], parts[1], int((sample["roles"] == PADDING).sum())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corpus]:
+    """Return the corpus; megatron-core's blends ask torch.distributed for the rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield Corpus(tmp_path_factory.mktemp("corpus"))
+    torch.distributed.destroy_process_group()
+
+
+def test_pairs_are_whole_and_in_one_split(corpus: Corpus) -> None:
+    """Every document in exactly one of training and validation, roles as they should be."""
+    data = corpus.build("p", kind="pairs", sequence_length=16, split="75,25,0")
+    assert data.valid is not None
+    assert (len(data.train), len(data.valid)) == (30, 10)
+    assert data.has_padding
+    found = []
+    for part in (data.train, data.valid):
+        for index in range(len(part)):
+            sample = part[index]
+            prompt, answer, padding = corpus.decoded(sample)
+            assert len(prompt) + len(answer) + padding == 16
+            assert (np.diff(np.array([2, 0, 1])[sample["roles"]]) >= 0).all(), "prompt, answer, padding"
+            found.append((prompt, answer))
+    assert Counter(found) == Counter(corpus.pairs["p"])
+
+
+def test_padding_can_be_targets(corpus: Corpus) -> None:
+    data = corpus.build("p", kind="pairs", sequence_length=16, split="100,0,0", padding="eos_targets")
+    assert not data.has_padding
+    sample = data.train[0]
+    prompt, answer, padding = corpus.decoded(sample)
+    assert padding == 0
+    assert (sample["tokens"][len(prompt) + len(answer) :] == corpus.tokenizer.eos).all()
+    assert (sample["roles"][len(prompt) :] == ANSWER).all()
+
+
+def test_packed_text_is_the_text(corpus: Corpus) -> None:
+    """Samples of L tokens cut from documents closed by end-of-sequence; at most the last one is lost."""
+    data = corpus.build("t", kind="packed", sequence_length=32, split="100,0,0")
+    assert data.valid is None
+    assert not data.has_padding
+    tokens = sum(len(text) + 1 for text in corpus.text)
+    assert len(data.train) == tokens // 32
+    documents = Counter(corpus.text)
+    for index in range(len(data.train)):
+        sample = data.train[index]
+        assert sample["tokens"].shape == (32,)
+        assert (sample["roles"] == ANSWER).all()
+        ids = sample["tokens"].tolist()
+        inside = "".join("|" if i == corpus.tokenizer.eos else corpus.tokenizer.decode([i]) for i in ids)
+        for whole in inside.split("|")[1:-1]:
+            assert documents[whole] > 0
+
+
+def test_a_blend_without_weights_uses_everything_once(corpus: Corpus) -> None:
+    data = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0")
+    found = Counter(corpus.decoded(data.train[index])[:2] for index in range(len(data.train)))
+    assert found == Counter(corpus.pairs["p"] + corpus.pairs["q"])
+
+
+def test_weights_are_shares_of_the_samples(corpus: Corpus) -> None:
+    """1 : 1 of 40 and 10 documents: 25 each, so the smaller one is used 2.5 times."""
+    data = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0", weights=[3.0, 3.0])
+    assert len(data.train) == 50
+    found = Counter(corpus.decoded(data.train[index])[:2] for index in range(50))
+    from_q = Counter({pair: count for pair, count in found.items() if pair in corpus.pairs["q"]})
+    assert abs(from_q.total() - 25) <= 1
+    assert set(from_q) == set(corpus.pairs["q"])
+    assert set(from_q.values()) <= {2, 3}
+
+
+def test_the_fingerprint_follows_the_data(corpus: Corpus) -> None:
+    base = corpus.build("p", kind="pairs", sequence_length=16)
+    assert corpus.build("p", kind="pairs", sequence_length=16).fingerprint == base.fingerprint
+    others = [
+        corpus.build("q", kind="pairs", sequence_length=16),
+        corpus.build("p", kind="pairs", sequence_length=17),
+        corpus.build("p", kind="pairs", sequence_length=16, split="50,50,0"),
+        corpus.build("p", kind="pairs", sequence_length=16, padding="eos_targets"),
+    ]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "settings", "message"),
+    [
+        (
+            "t",
+            {"kind": "packed", "sequence_length": 10**6},
+            r"no training sample of data.sequence_length = 1000000",
+        ),
+        ("p", {"kind": "packed", "sequence_length": 8}, r"holds pairs, but data.kind is 'packed'"),
+        ("t", {"kind": "pairs", "sequence_length": 8}, r"holds text, but data.kind is 'pairs'"),
+        (
+            "p",
+            {"kind": "pairs", "sequence_length": 4},
+            r"document \d+ is longer than data.sequence_length = 4",
+        ),
+        ("p", {"kind": "pairs", "sequence_length": 1, "too_long": "drop"}, r"no training sample"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(
+    corpus: Corpus, prefixes: str, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        corpus.build(prefixes, split="100,0,0", **settings)
+
+
+def test_an_answer_of_length_0_is_refused(corpus: Corpus) -> None:
+    """Also in a dataset that another program wrote."""
+    from pipeline.data.indexed import Part, join, token_dtype
+
+    corpus.write("z", [{"a": "a", "b": "b"}, {"a": "a", "b": "b"}], Keys(("a", "b")))
+    part = corpus.folder / "part"
+    part.write_bytes(np.array([5, 6, 7, 8], np.uint16).tobytes())
+    lengths = np.array([1, 2, 1, 0], np.int32)
+    join([Part(part, lengths)], corpus.folder / "z", token_dtype(16), True)
+    with pytest.raises(UserError, match=r"document 1 has an answer of length 0"):
+        corpus.build("z", kind="pairs", sequence_length=8, split="100,0,0")
