@@ -164,9 +164,8 @@ class PlainEngine:
         self.launch = launch
         self.accumulation = config.train.accumulation(1)
         # megatron-core's blends ask torch.distributed for the rank, also where there is one alone.
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        address = f"tcp://127.0.0.1:{_free_port()}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
         self.clip = config.optimizer.gradient_clip
         self.model: nn.Module = make_model(config, vocabulary).to(launch.device)
         self.optimizer = torch.optim.AdamW(
