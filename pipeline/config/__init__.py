@@ -1,0 +1,28 @@
+"""Every setting of a run, its unit, its check and its remedy; no other module parses settings.
+
+A run is described by a YAML file with one section for each dataclass here. Any key can be overridden on the
+command line (``--train.steps 1000``). `load` returns a checked `Config`; what is wrong becomes one
+`UserError` that names the key, the value and the remedy.
+"""
+
+from pipeline.config.data import DataConfig
+from pipeline.config.loading import Config, build_parser, load, to_yaml
+from pipeline.config.model import ModelConfig, ObjectiveConfig
+from pipeline.config.run import CheckpointConfig, EvaluationConfig
+from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "build_parser",
+    "load",
+    "to_yaml",
+]

@@ -1,0 +1,61 @@
+"""Settings of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.checks import require, require_positive
+
+
+@dataclass
+class DataConfig:
+    """What the model is trained on.
+
+    Args:
+        tokenizer: Folder of the tokenizer (tools/train_tokenizer.py).
+        prefixes: Datasets as written by tools/preprocess_data.py, each a path without .bin/.idx.
+        kind: pairs = one prompt/answer document a sample; packed = text cut into samples of sequence_length.
+        sequence_length: Tokens in a sample.
+        weights: Share of each prefix in a blend; without it every sample of each is used once an epoch.
+        split: Shares of the documents for training, validation and test.
+        padding: What follows a short answer: ignored = never seen by the model; eos_targets = end-of-sequence
+            tokens that are part of the answer, so that the model learns where to stop.
+        too_long: What to do with a pair longer than sequence_length: error or drop.
+        cache: Folder of the built sample indices; by default dataset_cache in the run folder.
+        workers: Threads that read samples ahead; 0 reads in the training thread.
+    """
+
+    tokenizer: str = "data/tokenizer"
+    prefixes: list[str] = field(default_factory=list)
+    kind: Literal["pairs", "packed"] = "packed"
+    sequence_length: int = 512
+    weights: list[float] | None = None
+    split: str = "98,2,0"
+    padding: Literal["ignored", "eos_targets"] = "ignored"
+    too_long: Literal["error", "drop"] = "error"
+    cache: str | None = None
+    workers: int = 2
+
+    def check(self) -> None:
+        """Raise a `UserError` for the first setting that cannot work."""
+        require_positive("data", self, "sequence_length")
+        require(self.workers >= 0, f"data.workers is {self.workers}: it must be 0 or more.")
+        require(
+            bool(self.prefixes),
+            "data.prefixes is empty: name at least one dataset written by tools/preprocess_data.py.",
+        )
+        if self.weights is not None:
+            require(
+                len(self.weights) == len(self.prefixes) and all(w > 0 for w in self.weights),
+                f"data.weights is {self.weights}: give one weight above 0 for each of the "
+                f"{len(self.prefixes)} data.prefixes.",
+            )
+        parts = self.split.split(",")
+        require(
+            len(parts) == 3
+            and all(p.strip().replace(".", "", 1).isdigit() for p in parts)
+            and float(parts[0]) > 0,
+            f"data.split is {self.split!r}: give three shares for training, validation and test, "
+            "the first above 0, such as '98,2,0'.",
+        )

@@ -1,0 +1,139 @@
+"""From a YAML file and a command line to a checked `Config`, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from pipeline.cli import UserError, nearest
+from pipeline.config.checks import require
+from pipeline.config.data import DataConfig
+from pipeline.config.model import ModelConfig, ObjectiveConfig
+from pipeline.config.run import CheckpointConfig, EvaluationConfig
+from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+@dataclass
+class Config:
+    """A run.
+
+    Args:
+        run_dir: Folder of checkpoints, TensorBoard events and the resolved configuration; a run that finds
+            its checkpoints there goes on from the newest.
+    """
+
+    run_dir: str
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check(self) -> None:
+        """Raise a `UserError` for the first setting that cannot work."""
+        require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")
+        for section in (self.data, self.model, self.objective, self.optimizer, self.train):
+            section.check()
+        self.schedule.check(self.train.steps)
+        self.checkpoint.check()
+        self.evaluation.check()
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Return every key of the configuration in dotted form, sections included."""
+    keys = []
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        keys.append(prefix + item.name)
+        if dataclasses.is_dataclass(hints[item.name]):
+            keys += known_keys(hints[item.name], prefix + item.name + ".")
+    return keys
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping of a YAML file; raise a `UserError` naming the file and line otherwise."""
+    require(path.is_file(), f"configuration {path} does not exist: give --config the path of a YAML file.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+    require(isinstance(tree, dict), f"{path} holds no settings: it must be a YAML mapping of sections.")
+    return tree
+
+
+def check_keys(keys: Sequence[str], where: str) -> None:
+    """Raise a `UserError` with the nearest known key for the first unknown one."""
+    known = known_keys()
+    for key in keys:
+        require(key in known, f"{where}: unknown key {key!r}.{nearest(key, known)}")
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """Return the command line of `pipeline.train`, with help from the docstrings above."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m pipeline.train",
+        description="Pretrain a masked diffusion model; an interrupted run goes on by the same command.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the run (configs/).")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """Return the checked configuration of a command line, ``--config X.yaml [--section.key value ...]``.
+
+    Raises:
+        UserError: for a missing or damaged file, an unknown key or a value that cannot work.
+    """
+    for position, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--config":
+            value = value or "".join(arguments[position + 1 : position + 2])
+            require(bool(value), "--config needs the path of a YAML file.")
+            check_keys(list(flatten(read_yaml(Path(value)))), value)
+        elif option.startswith("--") and option not in ("--help", "--print_config"):
+            check_keys([option[2:].rstrip("+")], "command line")
+    parser = build_parser()
+    try:
+        parsed = parser.parse_args(list(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_one_line(str(error))) from None
+    config: Config = Config(**{k: v for k, v in parser.instantiate_classes(parsed).items() if k != "config"})
+    config.check()
+    return config
+
+
+def _one_line(message: str) -> str:
+    """Shorten jsonargparse's report of several lines to the key and what is wrong with it."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    return " ".join(lines[:3])
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML that `load` reads back to an equal `Config`."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,0 +1,77 @@
+"""Settings of the network and of what it is trained to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.checks import require, require_positive
+
+
+@dataclass
+class ModelConfig:
+    """A bidirectional transformer with Qwen2/Llama parameter names.
+
+    Args:
+        layers: Transformer blocks.
+        hidden_size: Width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key and value heads (grouped-query attention); by default as many as heads.
+        intermediate_size: Width of the SwiGLU.
+        vocab_size: Rows of the embedding; by default the tokenizer's, rounded up to a multiple of 8.
+        tie_embeddings: Use the embedding as output matrix.
+        attention_bias: Biases on the query, key and value projections (Qwen2 has them).
+        rope_theta: Base of the rotary position embedding.
+        norm_eps: Epsilon of RMSNorm.
+        init_std: Standard deviation of the initial weights.
+    """
+
+    layers: int = 4
+    hidden_size: int = 128
+    heads: int = 4
+    kv_heads: int | None = None
+    intermediate_size: int = 384
+    vocab_size: int | None = None
+    tie_embeddings: bool = True
+    attention_bias: bool = False
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    def check(self) -> None:
+        """Raise a `UserError` for the first setting that cannot work."""
+        positive = ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size", "vocab_size")
+        require_positive("model", self, *positive, "rope_theta", "norm_eps", "init_std")
+        require(
+            self.hidden_size % (2 * self.heads) == 0,
+            f"model.hidden_size is {self.hidden_size}: it must be a multiple of 2 x model.heads = "
+            f"{2 * self.heads}, because rotary embeddings turn pairs of a head's dimensions.",
+        )
+        require(
+            self.heads % (self.kv_heads or self.heads) == 0,
+            f"model.kv_heads is {self.kv_heads}: it must divide model.heads = {self.heads}.",
+        )
+
+
+@dataclass
+class ObjectiveConfig:
+    """How training inputs are masked.
+
+    Args:
+        kind: puma = progressive unmasking; random_masking = a uniformly drawn number of random positions.
+        stages: K, the number of stages of a PUMA chain.
+        threshold: Also reveal every position with a confidence above this; none = standard mode.
+    """
+
+    kind: Literal["puma", "random_masking"] = "puma"
+    stages: int = 8
+    threshold: float | None = None
+
+    def check(self) -> None:
+        """Raise a `UserError` for the first setting that cannot work."""
+        require_positive("objective", self, "stages")
+        require(
+            self.threshold is None or 0 < self.threshold < 1,
+            f"objective.threshold is {self.threshold}: it is a probability, give a value between 0 and 1, "
+            "or null for standard mode.",
+        )

@@ -1,0 +1,125 @@
+"""Settings of the steps: optimizer, schedule, batch, engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.checks import require, require_positive
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW.
+
+    Args:
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+        decay_norms_and_embeddings: Decay norm weights, biases and the embedding too.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Term added to the denominator.
+        gradient_clip: Largest global gradient norm; 0 = no clipping.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    decay_norms_and_embeddings: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    gradient_clip: float = 1.0
+
+    def check(self) -> None:
+        """Raise a `UserError` for the first setting that cannot work."""
+        require_positive("optimizer", self, "learning_rate", "eps")
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"optimizer.{key} is {value}: it must be at least 0 and below 1.")
+        for key in ("weight_decay", "gradient_clip"):
+            value = getattr(self, key)
+            require(value >= 0, f"optimizer.{key} is {value}: it must be 0 or more.")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the steps.
+
+    Args:
+        kind: cosine = warm-up, then half a cosine; wsd = warm-up, stable, linear decay at the end.
+        warmup_steps: Steps of linear warm-up.
+        decay_steps: Steps of the final decay (wsd only).
+        final_ratio: Learning rate at the last step, as a share of the peak.
+    """
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    final_ratio: float = 0.1
+
+    def check(self, steps: int) -> None:
+        """Raise a `UserError` for the first setting that cannot work in a run of `steps` steps."""
+        for key in ("warmup_steps", "decay_steps"):
+            value = getattr(self, key)
+            require(value >= 0, f"schedule.{key} is {value}: it must be 0 or more.")
+        require(
+            self.warmup_steps + self.decay_steps <= steps,
+            f"schedule.warmup_steps + schedule.decay_steps is {self.warmup_steps} + {self.decay_steps}, more "
+            f"than train.steps = {steps}: shorten them or train longer.",
+        )
+        require(
+            0 <= self.final_ratio <= 1,
+            f"schedule.final_ratio is {self.final_ratio}: it must be between 0 and 1.",
+        )
+
+
+@dataclass
+class TrainConfig:
+    """The run itself.
+
+    Args:
+        steps: Optimizer steps.
+        global_batch_size: Sequences a step over all ranks; also the number of slots.
+        micro_batch_size: Sequences a forward on one rank; the accumulation follows from both.
+        seed: Seed of the initial weights, the order of the samples and every mask.
+        log_interval: Steps between two lines and TensorBoard points.
+    """
+
+    steps: int = 1000
+    global_batch_size: int = 64
+    micro_batch_size: int = 32
+    seed: int = 1234
+    log_interval: int = 10
+
+    def check(self) -> None:
+        """Raise a `UserError` for the first setting that cannot work."""
+        require_positive("train", self, "steps", "global_batch_size", "micro_batch_size", "log_interval")
+        require(0 <= self.seed < 2**31, f"train.seed is {self.seed}: it must be at least 0 and below 2^31.")
+
+    def accumulation(self, world_size: int) -> int:
+        """Return the micro-batches that a rank runs a step; raise a `UserError` when they do not divide."""
+        per_forward = self.micro_batch_size * world_size
+        require(
+            self.global_batch_size % per_forward == 0,
+            f"train.global_batch_size = {self.global_batch_size} cannot be divided by train.micro_batch_size "
+            f"x world size = {self.micro_batch_size} x {world_size} = {per_forward}: make it a multiple of "
+            f"{per_forward}, or change train.micro_batch_size or the number of ranks.",
+        )
+        return self.global_batch_size // per_forward
+
+
+@dataclass
+class EngineConfig:
+    """What executes the steps.
+
+    Args:
+        kind: deepspeed, or plain = one process of plain torch, for debugging.
+        deepspeed_config: DeepSpeed JSON with ZeRO and communication settings (ds_configs/).
+        device: auto = GPU where there is one.
+        precision: auto = bf16 on GPUs, fp32 on CPUs.
+    """
+
+    kind: Literal["deepspeed", "plain"] = "deepspeed"
+    deepspeed_config: str = "ds_configs/zero3.json"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
