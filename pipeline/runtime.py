@@ -128,7 +128,8 @@ class Engine(Protocol):
 def make_model(config: Config, vocabulary: Vocabulary) -> MaskedDiffusionModel:
     """Return the model with initial weights drawn from the run's seed."""
     torch.manual_seed(config.train.seed)
-    return MaskedDiffusionModel(config.model, vocabulary)
+    recompute_blocks = config.engine.activation_checkpointing == "blocks"
+    return MaskedDiffusionModel(config.model, vocabulary, recompute_blocks)
 
 
 def build_engine(config: Config, launch: Launch, vocabulary: Vocabulary) -> Engine:

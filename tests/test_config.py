@@ -65,6 +65,11 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
         (["--schedule.final_ratio", "2"], ["schedule.final_ratio is 2.0"]),
         (["--checkpoint.keep", "0"], ["checkpoint.keep is 0"]),
         (["--evaluation.interval", "-5"], ["evaluation.interval is -5"]),
+        (["--profiling.flops_step", "-1"], ["profiling.flops_step is -1"]),
+        (
+            ["--engine.kind", "plain", "--profiling.communication_steps", "3"],
+            ["profiling.communication_steps is 3", "engine.kind is 'plain'"],
+        ),
         (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
     ],
 )

@@ -8,7 +8,7 @@ command line (``--train.steps 1000``). `load` returns a checked `Config`; what i
 from pipeline.config.data import DataConfig
 from pipeline.config.loading import Config, build_parser, load, to_yaml
 from pipeline.config.model import ModelConfig, ObjectiveConfig
-from pipeline.config.run import CheckpointConfig, EvaluationConfig
+from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
 from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ProfilingConfig",
     "ScheduleConfig",
     "TrainConfig",
     "build_parser",

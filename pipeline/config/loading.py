@@ -16,7 +16,7 @@ from pipeline.cli import UserError, nearest
 from pipeline.config.checks import require
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig, ObjectiveConfig
-from pipeline.config.run import CheckpointConfig, EvaluationConfig
+from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
 from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -39,6 +39,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
@@ -48,6 +49,7 @@ class Config:
         self.schedule.check(self.train.steps)
         self.checkpoint.check()
         self.evaluation.check()
+        self.profiling.check(self.engine.kind)
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> list[str]:

@@ -117,9 +117,12 @@ class EngineConfig:
         deepspeed_config: DeepSpeed JSON with ZeRO and communication settings (ds_configs/).
         device: auto = GPU where there is one.
         precision: auto = bf16 on GPUs, fp32 on CPUs.
+        activation_checkpointing: blocks = keep only the input of each transformer block, and run the block
+            again in the backward: much less memory, a third more time in the blocks, the same results.
     """
 
     kind: Literal["deepspeed", "plain"] = "deepspeed"
     deepspeed_config: str = "ds_configs/zero3.json"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    activation_checkpointing: Literal["none", "blocks"] = "none"

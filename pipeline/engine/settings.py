@@ -21,9 +21,6 @@ OWN_KEYS = (
     "prescale_gradients",
     "gradient_predivide_factor",
     "disable_allgather",
-    "activation_checkpointing",
-    "flops_profiler",
-    "comms_logger",
     "aio",
     "memory_breakdown",
     "wall_clock_breakdown",
@@ -44,6 +41,9 @@ YAML_KEYS = {
     "torch_autocast": "engine.precision",
     "steps_per_print": "train.log_interval",
     "tensorboard": "train.log_interval",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "flops_profiler": "profiling.flops_step",
+    "comms_logger": "profiling.communication_steps",
 }
 
 

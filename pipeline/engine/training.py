@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.config import Config
+from pipeline.engine.profiling import Profiler
 from pipeline.engine.settings import complete_settings, read_deepspeed_json
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.optimizer import adamw_settings, parameter_groups
@@ -50,10 +51,12 @@ class DeepSpeedEngine:
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
+        self.profiler = Profiler(config, self.engine)
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`."""
-        output: HeadOutput = self.engine(batch)
+        with self.profiler.forward():
+            output: HeadOutput = self.engine(batch)
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -68,6 +71,7 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         self.engine.step()
         norm: Tensor | float = self.engine.get_global_grad_norm()
+        self.profiler.end_step()
         return norm
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig
 from pipeline.model.attention import Attention, rotary_table
@@ -33,9 +34,10 @@ class Block(nn.Module):
 class Body(nn.Module):
     """Tokens to hidden states; the name of its attribute gives the parameters their ``model.`` prefix."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, recompute_blocks: bool) -> None:
         """Make the layers for `vocab_size` tokens."""
         super().__init__()
+        self.recompute_blocks = recompute_blocks
         self.rope_theta = config.rope_theta
         self.head_size = config.hidden_size // config.heads
         self.embed_tokens = Embedding(vocab_size, config.hidden_size, config.init_std)
@@ -48,22 +50,27 @@ class Body(nn.Module):
         table = rotary_table(input_ids.shape[1], self.head_size, self.rope_theta, x)
         keys = None if attention_mask is None else attention_mask[:, None, None, :]
         for layer in self.layers:
-            x = layer(x, table, keys)
+            if self.recompute_blocks and torch.is_grad_enabled():  # there is no dropout: no generator state
+                x = checkpoint(layer, x, table, keys, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, table, keys)
         return self.norm(x)
 
 
 class MaskedDiffusionModel(nn.Module):
     """p(x0 | xt) at the masked positions of xt; the network has no time input and no objective."""
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, recompute_blocks: bool = False) -> None:
         """Make the model.
 
         Args:
             config: shape of the network.
             vocabulary: the tokens.
+            recompute_blocks: keep only the input of each block for the backward, and run the block again
+                there (Chen et al. 2016, arXiv 1604.06174).
         """
         super().__init__()
-        self.model = Body(config, vocabulary.rows)
+        self.model = Body(config, vocabulary.rows, recompute_blocks)
         output = self.model.embed_tokens
         if not config.tie_embeddings:
             output = Embedding(vocabulary.rows, config.hidden_size, config.init_std)

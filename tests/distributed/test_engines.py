@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,45 @@ def test_zero3_equals_plain_training(tmp_path: Path, ranks: int, more: list[str]
     """20 steps of ZeRO-3 on several ranks, accumulating, equal 20 steps of plain torch in one process."""
     sharded = train(tmp_path / "sharded.pt", ranks, *more)
     plain = train(tmp_path / "plain.pt", 1, "--engine.kind", "plain", *more)
+    assert plain["losses"][0] > 3.0, "the untrained model is near the uniform distribution"
+    assert_equal(sharded, plain)
+
+
+def assert_equal(sharded: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Losses, gradient norms and final weights agree to 1e-5."""
     assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-5)
     assert sharded["norms"] == pytest.approx(plain["norms"], abs=1e-5)
-    assert plain["losses"][0] > 3.0, "the untrained model is near the uniform distribution"
     for name, weight in sharded["weights"].items():
         torch.testing.assert_close(weight, plain["weights"][name], atol=1e-5, rtol=0)
     assert set(plain["weights"]) - set(sharded["weights"]) <= {"lm_head.weight"}
+
+
+@pytest.mark.distributed
+def test_recomputing_and_profiling_change_nothing(tmp_path: Path) -> None:
+    """Activation checkpointing, the FLOPs profile and the communication log, together under ZeRO-3."""
+    began = time.monotonic()
+    sharded = train(
+        tmp_path / "sharded.pt", 2, "--engine.activation_checkpointing", "blocks", "--run_dir", str(tmp_path),
+        "--engine.deepspeed_config", "ds_configs/cpu_debug.json",
+        "--profiling.flops_step", "2", "--profiling.communication_steps", "20",
+    )  # fmt: skip
+    wall = time.monotonic() - began
+    assert_equal(sharded, train(tmp_path / "plain.pt", 1, "--engine.kind", "plain"))
+
+    # One micro-batch of 2 sequences of 12: 4 projections, scores and values, 3 matrices of the SwiGLU.
+    report = (tmp_path / "flops_profile.txt").read_text()
+    block = 2 * 12 * (4 * 32 * 32 + 2 * 12 * 32 + 3 * 32 * 64)
+    macs = {
+        name: float(value) * 1e3
+        for name, value in re.findall(r"\((model|lm_head)\): \w+\(\s*.*?, ([0-9.]+) KMACs", report)
+    }
+    assert macs["model"] == pytest.approx(2 * block, abs=5), report
+    rows = macs["lm_head"] / (24 * 32) / 3  # the head forms both gradients in its forward
+    assert rows == pytest.approx(round(rows), abs=0.02), "logits at masked positions, and nowhere else"
+    assert 2 <= round(rows) <= 16
+
+    rows_of_table = re.findall(
+        r"^ +[0-9.]+ ?\w*B +(\d+) +([0-9.]+)", (tmp_path / "communication.txt").read_text(), re.MULTILINE
+    )
+    assert sum(int(count) for count, _ in rows_of_table) > 20 * 8, "gathers in every block of every step"
+    assert sum(float(milliseconds) for _, milliseconds in rows_of_table) / 1e3 < wall

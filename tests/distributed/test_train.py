@@ -213,6 +213,7 @@ def test_a_resume_that_changes_the_run_is_refused(train: Train, tmp_path: Path) 
         ('{"gradient_cliping": 1.0}', ["'gradient_cliping'"]),
         ('{"train_batch_size": 8}', ["'train_batch_size'", "train.global_batch_size"]),
         ('{"fp16": {"enabled": true}}', ["'fp16'", "engine.precision"]),
+        ('{"comms_logger": {"enabled": true}}', ["'comms_logger'", "profiling.communication_steps"]),
         ('{"zero_optimization": ', ["not valid JSON"]),
         ("[]", ["JSON object"]),
     ],

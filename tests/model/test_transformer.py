@@ -138,3 +138,31 @@ def test_loss_is_the_mean_over_sequences_of_their_mean_nll() -> None:
     torch.testing.assert_close(output.loss, expected)
     torch.testing.assert_close(output.nll, each[masked].detach())
     torch.testing.assert_close(output.confidence, logits.softmax(-1).amax(-1)[masked].detach())
+
+
+def test_recomputed_blocks_keep_their_inputs_alone() -> None:
+    """The same loss and gradients, bit for bit, with a fraction of the activations kept."""
+    ids, masked = tokens(), torch.zeros(3, 11, dtype=torch.bool)
+    masked[:, ::2] = True
+    batch = masked_batch(ids, masked, int(masked.sum()), 3)
+    results, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = MaskedDiffusionModel(ModelConfig(**SHAPE | {"layers": 6}), VOCABULARY, recompute)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(batch)
+        for parameter in model.parameters():
+            saved.pop(parameter.untyped_storage().data_ptr(), None)
+        output.loss.backward()
+        results.append([output.loss, *(parameter.grad for parameter in model.parameters())])
+        kept.append(sum(saved.values()))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    assert kept[1] < kept[0] / 5

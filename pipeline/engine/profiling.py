@@ -1,0 +1,82 @@
+"""What DeepSpeed measures about the first steps: FLOPs module by module, and every collective."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import deepspeed.comm
+import torch.nn.functional as F
+from deepspeed.profiling.flops_profiler import FlopsProfiler
+from deepspeed.utils.timer import SynchronizedWallClockTimer
+
+from pipeline.config import Config
+
+FLOPS_FILE = "flops_profile.txt"
+COMMUNICATION_FILE = "communication.txt"
+
+
+class _Timers(SynchronizedWallClockTimer):
+    """Timers that give the time of their last start alone.
+
+    The communication log of DeepSpeed 0.19.8 never resets its timers: it would record for each collective the
+    sum of all so far.
+    """
+
+    class Timer(SynchronizedWallClockTimer.Timer):
+        """One timer."""
+
+        def start(self) -> None:
+            """Forget what was measured, and start."""
+            self.event_timers.clear()
+            super().start()
+
+
+class Profiler:
+    """Measures the steps that the configuration names, and costs nothing at any other.
+
+    DeepSpeed's own switches (flops_profiler and comms_logger in its JSON) would wait for the device at every
+    step of the run, and keep the time of every collective in memory.
+    """
+
+    def __init__(self, config: Config, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Begin to time collectives, where that is asked for."""
+        self.config = config.profiling
+        self.folder = Path(config.run_dir)
+        self.engine = engine
+        self.first_rank = deepspeed.comm.get_rank() == 0
+        self.step = 1  # the current one, from 1
+        self.forwards = 0  # of the current step
+        if self.config.communication_steps:
+            deepspeed.comm.comm.timers = _Timers()
+            deepspeed.comm.configure(enabled=True, prof_all=True)
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Measure the forward inside, when its turn has come."""
+        self.forwards += 1
+        if self.step != self.config.flops_step or self.forwards > 1 or not self.first_rank:
+            yield
+            return
+        profiler = FlopsProfiler(self.engine.module, self.engine)
+        linear = F.linear
+        profiler.start_profile()
+        if linear.__module__.startswith("deepspeed"):  # of zero.Init: its own matmul is counted already
+            F.linear = linear
+        yield
+        profiler.stop_profile()
+        profiler.print_model_profile(self.step, top_modules=3, output_file=str(self.folder / FLOPS_FILE))
+        profiler.end_profile()
+
+    def end_step(self) -> None:
+        """Count a step; after the last one with timed collectives, write their table."""
+        if self.step == self.config.communication_steps:
+            deepspeed.comm.configure(enabled=False)
+            if self.first_rank:
+                path = self.folder / COMMUNICATION_FILE
+                with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+                    deepspeed.comm.comm.comms_logger.log_all()
+            deepspeed.comm.reset_log()
+        self.step += 1
+        self.forwards = 0
