@@ -16,14 +16,20 @@ from pipeline import cli
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_program(*command: str, ranks: int = 1, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``python COMMAND`` alone, or under torchrun on several ranks; its output is kept."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def run_program(
+    *command: str, ranks: int = 1, launcher: str = "torchrun", timeout: int = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python COMMAND`` alone, or on several ranks under torchrun or deepspeed; its output is kept."""
+    start = [sys.executable]
+    if ranks > 1 and launcher == "torchrun":
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    elif ranks > 1:
+        start += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+        command = tuple("--module" if part == "-m" else part for part in command)
+    # The deepspeed launcher counts accelerators before the program can say which kind it wants.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        [*launcher, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [*start, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
 
 

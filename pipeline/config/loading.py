@@ -112,6 +112,8 @@ def load(arguments: Sequence[str]) -> Config:
     Raises:
         UserError: for a missing or damaged file, an unknown key or a value that cannot work.
     """
+    # The deepspeed launcher adds --local_rank=N of its own, and says the same in the environment.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if option == "--config":

@@ -115,6 +115,17 @@ def test_resume_is_bit_for_bit(data: Path, train: Train, tmp_path: Path, ranks: 
         np.testing.assert_array_equal(slots[0][key], slots[1][key])
 
 
+def test_launchers_agree(data: Path, tmp_path: Path) -> None:
+    """torchrun and the deepspeed launcher start the same run, to the last bit."""
+    for launcher in ("torchrun", "deepspeed"):
+        arguments = command(data, tmp_path / launcher, "--train.steps", "8")
+        result = run_program("-m", "pipeline.train", *arguments, ranks=2, launcher=launcher)
+        assert result.returncode == 0, result.stderr
+    losses = curve(tmp_path / "torchrun", "loss")
+    assert len(losses) == 8
+    assert losses == curve(tmp_path / "deepspeed", "loss")
+
+
 def test_tensorboard_has_the_curves_once(train: Train, tmp_path: Path) -> None:
     """TensorBoard's own reader finds every curve, and after a resume no step twice."""
     run_dir = tmp_path / "run"
