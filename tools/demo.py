@@ -16,16 +16,16 @@ from pipeline.checkpoint import checkpoints
 from pipeline.cli import EXIT_DONE, ToolParser, UserError, run
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "configs/sudoku_demo.yaml"
 
 
-def show(command: Sequence[str]) -> list[str]:
-    """Print a command as a user would type it; return it with this interpreter's path."""
-    print(f"\n$ {' '.join(command)}", flush=True)
-    return [sys.executable, *command[1:]] if command[0] == "python" else list(command)
+def show(command: str) -> list[str]:
+    """Print a command as a user would type it; return its words, with this interpreter's path."""
+    print(f"\n$ {command}", flush=True)
+    first, *rest = command.split()
+    return [sys.executable if first == "python" else first, *rest]
 
 
-def call(*command: str) -> str:
+def call(command: str) -> str:
     """Run a command to its end and return the last line it printed; stop the demo when it fails."""
     process = subprocess.Popen(show(command), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout is not None
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def interrupt_after_first_checkpoint(run_dir: Path, *command: str) -> None:
+def interrupt_after_first_checkpoint(run_dir: Path, command: str) -> None:
     """Start a training, and kill all its processes without warning once a checkpoint exists."""
     process = subprocess.Popen(show(command), cwd=ROOT, env=environment())
     while not checkpoints(run_dir):
@@ -69,48 +69,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = ToolParser(__doc__ or "")
     parser.parse_args(arguments)
     started = time.monotonic()
-    folder = Path("runs/demo")
+    folder = "runs/demo"
     shutil.rmtree(ROOT / folder, ignore_errors=True)
-    puzzles = ["python", "tools/make_sudoku.py", "--size", "4", "--clues", "8"]
-    call(*puzzles, "--count", "20000", "--seed", "1", "--split", "train", "--output", f"{folder}/train.jsonl")
-    call(
-        *puzzles,
-        "--count",
-        "500",
-        "--seed",
-        "2",
-        "--split",
-        "held-out",
-        "--output",
-        f"{folder}/held_out.jsonl",
-    )
-    keys = ["--prompt-key", "prompt", "--answer-key", "answer"]
-    call(
-        "python", "tools/train_tokenizer.py", "--input", f"{folder}/train.jsonl", *keys,
-        "--vocab-size", "16", "--model-type", "char", "--output", f"{folder}/tokenizer",
-    )  # fmt: skip
-    call(
-        "python", "tools/preprocess_data.py", "--input", f"{folder}/train.jsonl", *keys, "--tokenizer",
-        f"{folder}/tokenizer", "--output-prefix", f"{folder}/train_pairs", "--workers", "2",
-    )  # fmt: skip
-    call("python", "tools/inspect_data.py", f"{folder}/train_pairs", "--samples", "2")
-    train = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             "-m", "pipeline.train", "--config", CONFIG]  # fmt: skip
-    interrupt_after_first_checkpoint(ROOT / folder / "train", *train)
-    call(*train)
-    evaluate = [
-        "python",
-        "tools/evaluate.py",
-        "--checkpoint",
-        f"{folder}/train",
-        "--data",
-        f"{folder}/held_out.jsonl",
-    ]
-    untrained = call(*evaluate, "--untrained")
-    trained = call(*evaluate)
+    puzzles = "python tools/make_sudoku.py --size 4 --clues 8"
+    call(f"{puzzles} --count 20000 --seed 1 --split train --output {folder}/train.jsonl")
+    call(f"{puzzles} --count 500 --seed 2 --split held-out --output {folder}/held_out.jsonl")
+    corpus = f"--input {folder}/train.jsonl --prompt-key prompt --answer-key answer"
+    tokenizer, dataset, run_dir = f"{folder}/tokenizer", f"{folder}/train_pairs", f"{folder}/train"
+    call(f"python tools/train_tokenizer.py {corpus} --vocab-size 16 --model-type char --output {tokenizer}")
+    output = f"--tokenizer {tokenizer} --output-prefix {dataset}"
+    call(f"python tools/preprocess_data.py {corpus} {output} --workers 2")
+    call(f"python tools/inspect_data.py {dataset} --samples 2")
+    ranks = "python -m torch.distributed.run --standalone --nproc_per_node 2"
+    train = f"{ranks} -m pipeline.train --config configs/sudoku_demo.yaml"
+    interrupt_after_first_checkpoint(ROOT / run_dir, train)
+    call(train)
+    evaluate = f"python tools/evaluate.py --checkpoint {run_dir} --data {folder}/held_out.jsonl"
+    untrained = call(f"{evaluate} --untrained")
+    trained = call(evaluate)
     print(
         f"\nThe untrained model: {untrained}.\n"
-        f"The curves: .venv/bin/tensorboard --logdir {folder}/train/tensorboard\n"
+        f"The curves: .venv/bin/tensorboard --logdir {run_dir}/tensorboard\n"
         f"The demo took {time.monotonic() - started:.0f} s.\n{trained}"
     )
 
