@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+# Exit codes of every program; docs/fault_tolerance.md says what a launcher makes of them.
 EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
+EXIT_FAILED = 1  # a defect, or training that diverged: the same command would fail again
+EXIT_BAD_INPUT = 2  # a setting, file or argument that the user can put right
+EXIT_REQUEUE = 75  # stopped early (EX_TEMPFAIL of sysexits.h): the same command goes on
+EXIT_INTERRUPTED = 130  # ended at once by a second signal or Ctrl+C; nothing was saved
 
 
 class UserError(Exception):
@@ -69,7 +72,7 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
             raise
         fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)

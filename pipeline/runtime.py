@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.config import Config
+from pipeline.ema import Piece, WeightAverage, read_average
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.optimizer import adamw_settings, parameter_groups
@@ -109,6 +112,9 @@ class Engine(Protocol):
     def evaluate(self, batch: MaskedBatch) -> HeadOutput:
         """Run the model without gradients."""
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Compute with the moving average of the weights inside the block; ``optimizer.ema_decay`` is set."""
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Return the element-wise sum of `values` over all ranks."""
 
@@ -172,6 +178,11 @@ class PlainEngine:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.optimizer), **adamw_settings(config.optimizer)
         )
+        self.average: WeightAverage | None = None
+        if config.optimizer.ema_decay is not None:
+            named = list(self.model.named_parameters())
+            pieces = [Piece(name, tuple(p.shape), 0, i, 0, p.numel()) for i, (name, p) in enumerate(named)]
+            self.average = WeightAverage(config.optimizer.ema_decay, [p for _, p in named], pieces)
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`; bf16 is torch's autocast here."""
@@ -192,12 +203,22 @@ class PlainEngine:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         return norm
 
     @torch.no_grad()
     def evaluate(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`."""
         return self.forward(batch)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """See `Engine`."""
+        assert self.average is not None, "optimizer.ema_decay is not set"
+        self.average.exchange()
+        yield
+        self.average.exchange()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """See `Engine`; there is one rank."""
@@ -211,12 +232,16 @@ class PlainEngine:
         folder.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / PLAIN_FILE)
+        if self.average is not None:
+            self.average.save(folder, 0)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         state = torch.load(folder / PLAIN_FILE, map_location=self.launch.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load(folder, 0)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -226,8 +251,15 @@ class PlainEngine:
 PLAIN_FILE = "plain.pt"
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the fp32 weights by name that an engine of either kind saved in `folder`, on the CPU."""
+def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
+    """Return the fp32 weights by name that an engine of either kind saved in `folder`, on the CPU.
+
+    Args:
+        folder: what `Engine.save` wrote.
+        averaged: the moving average of the weights instead (`ema.has_average` says whether there is one).
+    """
+    if averaged:
+        return read_average(folder)
     if (folder / PLAIN_FILE).exists():
         state = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)
         return dict(state["model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +15,16 @@ from pipeline import config as configuration
 from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.ema import has_average
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.base import take_highest
 from pipeline.runtime import make_model, read_weights
+
+Weights = Literal["ema", "raw"]
+WEIGHTS_HELP = (
+    "ema = the moving average, raw = the weights of the last step; by default ema where there is one"
+)
 
 
 @dataclass
@@ -37,26 +44,34 @@ class Loaded:
     step: int
 
 
-def load_model(path: Path, device: torch.device, untrained: bool = False) -> Loaded:
+def load_model(
+    path: Path, device: torch.device, untrained: bool = False, weights: Weights | None = None
+) -> Loaded:
     """Return the model of a run's newest checkpoint, or of a given one; one process, any world size.
 
     Args:
         path: a run folder or a checkpoint folder.
         device: where the model is put.
         untrained: leave the initial weights in place, for a baseline.
+        weights: ema = their moving average, raw = those of the last step; by default ema where there is one.
 
     Raises:
-        UserError: when there is no checkpoint, or it is damaged.
+        UserError: when there is no checkpoint, it is damaged, or it lacks the weights that are asked for.
     """
     folder = checkpoint.find(path)
     manifest = checkpoint.read_manifest(folder)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     model = make_model(config, Vocabulary(**manifest.vocabulary))
     if not untrained:
-        weights = read_weights(folder / "model")
+        averaged = has_average(folder / "model")
+        if weights == "ema" and not averaged:
+            raise UserError(
+                f"{folder} holds no moving average: the run had no optimizer.ema_decay. Take 'raw'."
+            )
+        state = read_weights(folder / "model", averaged and weights != "raw")
         if config.model.tie_embeddings:  # one tensor under two names; a checkpoint may hold either
-            weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-        model.load_state_dict(weights)
+            state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+        model.load_state_dict(state)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     return Loaded(model.to(device).eval(), tokenizer, config, 0 if untrained else manifest.step)
 

@@ -129,12 +129,20 @@ class Run:
         )
 
     def evaluate(self, valid: SampleDataset) -> None:
-        """Measure and write the held-out loss."""
-        samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
-        loss = held_out_loss(self.engine, valid, samples, batch_size, self.mask_id, self.data.has_padding)
-        self.recorder.write(self.manifest.step, {"held_out/loss": loss})
-        self.progress.say(f"step {self.manifest.step}: held-out loss {loss:.4f} nats a masked token")
+        """Measure and write the held-out loss, of the averaged weights too where they are kept."""
+        losses = {"held_out/loss": self.held_out_loss(valid)}
+        if self.config.optimizer.ema_decay is not None:
+            with self.engine.averaged_weights():
+                losses["held_out/ema_loss"] = self.held_out_loss(valid)
+        self.recorder.write(self.manifest.step, losses)
+        facts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self.progress.say(f"step {self.manifest.step}: {facts} nats a masked token")
         self.recorder.restart_clock()
+
+    def held_out_loss(self, valid: SampleDataset) -> float:
+        """Return the loss on the validation samples with the weights as they are."""
+        samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
+        return held_out_loss(self.engine, valid, samples, batch_size, self.mask_id, self.data.has_padding)
 
     def save(self) -> None:
         """Write a checkpoint."""

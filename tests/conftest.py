@@ -3,6 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-os.environ["OMP_NUM_THREADS"] = "1"
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+if TYPE_CHECKING:
+    from programs import Outcome
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tokenizer and 60 tokenized pairs of different lengths."""
+    from runs import write_pairs
+
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder)
+    return folder
+
+
+@pytest.fixture
+def train(data: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Return a function that trains in this process by the plain engine."""
+    from programs import run_here
+    from runs import command
+
+    from pipeline import train as program
+
+    def run(run_dir: Path, *more: str) -> Outcome:
+        return run_here(program.main, command(data, run_dir, "--engine.kind", "plain", *more), capsys)
+
+    return run

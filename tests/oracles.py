@@ -86,3 +86,13 @@ def full_logit_loss(
         gradient @ weight,
         gradient.T @ hidden,
     )
+
+
+def weight_average(weights: list[np.ndarray], decay: float) -> np.ndarray:
+    """Return the moving average of w_0, w_1, ... in closed form: each w_n times its share of the whole."""
+    shares = np.ones(len(weights))
+    for n in range(1, len(weights)):
+        d = min(decay, n / (9 + n))
+        shares[:n] *= d
+        shares[n] = 1 - d
+    return sum(share * weight for share, weight in zip(shares, weights, strict=True))

@@ -60,6 +60,7 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
         (["--data.workers", "-1"], ["data.workers is -1"]),
         (["--optimizer.beta2", "1"], ["optimizer.beta2 is 1.0"]),
         (["--optimizer.learning_rate", "0"], ["optimizer.learning_rate is 0.0"]),
+        (["--optimizer.ema_decay", "1"], ["optimizer.ema_decay is 1.0", "0.9999", "null"]),
         (["--optimizer.gradient_clip", "-1"], ["optimizer.gradient_clip is -1.0"]),
         (["--schedule.warmup_steps", "200"], ["schedule.warmup_steps", "train.steps = 100"]),
         (["--schedule.final_ratio", "2"], ["schedule.final_ratio is 2.0"]),

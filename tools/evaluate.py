@@ -11,13 +11,14 @@ import torch
 from pipeline.cli import ToolParser, UserError, run
 from pipeline.evaluation.puzzles import read_puzzles, score_puzzles
 from pipeline.monitor.progress import Progress
-from pipeline.sampling import load_model
+from pipeline.sampling import WEIGHTS_HELP, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print ``solved X.XX of N held-out puzzles``."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
     parser.add_argument("--data", required=True, type=Path, help="jsonl of puzzles (tools/make_sudoku.py)")
     parser.add_argument("--tokens-per-step", type=int, default=1, help="cells filled at a decoding step")
     parser.add_argument("--batch-size", type=int, default=128, help="puzzles decoded together")
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
     puzzles = read_puzzles(options.data)[: options.limit]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(options.checkpoint, device, options.untrained)
+    loaded = load_model(options.checkpoint, device, options.untrained, weights=options.weights)
     progress = Progress(len(puzzles), 0, "puzzle")
     score = score_puzzles(loaded, puzzles, options.tokens_per_step, options.batch_size, progress.advance)
     progress.close()

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from pipeline.cli import ToolParser, UserError, run
-from pipeline.sampling import complete, load_model
+from pipeline.sampling import WEIGHTS_HELP, complete, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print each prompt with its completion."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
     parser.add_argument("--prompt", required=True, nargs="+", help="texts to complete; '' for none")
     parser.add_argument("--length", type=int, default=None, help="tokens to add (default: all that fit)")
     parser.add_argument("--tokens-per-step", type=int, default=1, help="tokens filled at a decoding step")
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(options.checkpoint, device)
+    loaded = load_model(options.checkpoint, device, weights=options.weights)
     settings = (options.length, options.tokens_per_step, options.batch_size)
     for prompt, text in zip(options.prompt, complete(loaded, options.prompt, *settings), strict=True):
         print(f"{prompt}{text}")

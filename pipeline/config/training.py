@@ -20,6 +20,8 @@ class OptimizerConfig:
         beta2: Decay rate of the second moment.
         eps: Term added to the denominator.
         gradient_clip: Largest global gradient norm; 0 = no clipping.
+        ema_decay: Keep a moving average of the weights with this decay, such as 0.9999, for evaluation and
+            export; none = no average.
     """
 
     learning_rate: float = 3e-4
@@ -29,6 +31,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     gradient_clip: float = 1.0
+    ema_decay: float | None = None
 
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
@@ -39,6 +42,11 @@ class OptimizerConfig:
         for key in ("weight_decay", "gradient_clip"):
             value = getattr(self, key)
             require(value >= 0, f"optimizer.{key} is {value}: it must be 0 or more.")
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"optimizer.ema_decay is {self.ema_decay}: give a value between 0 and 1, such as 0.9999, or null "
+            "for no average.",
+        )
 
 
 @dataclass

@@ -69,6 +69,12 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: unknown key {key!r}, which DeepSpeed would ignore.{nearest(key, OWN_KEYS)}"
             )
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage}: it must be 1, 2 or 3. For one process without ZeRO "
+            "set engine.kind to 'plain'."
+        )
     return settings
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.config import Config
+from pipeline.ema import WeightAverage
 from pipeline.engine.profiling import Profiler
 from pipeline.engine.settings import complete_settings, read_deepspeed_json
+from pipeline.engine.shards import find_shards
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.optimizer import adamw_settings, parameter_groups
 from pipeline.runtime import Launch, make_model
@@ -45,6 +48,7 @@ class DeepSpeedEngine:
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
                 model = make_model(config, vocabulary)
+            names = {parameter: name for name, parameter in model.named_parameters()}
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
             optimizer = adamw(parameter_groups(model, config.optimizer), **adamw_settings(config.optimizer))
@@ -52,6 +56,11 @@ class DeepSpeedEngine:
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
         self.profiler = Profiler(config, self.engine)
+        self.average: WeightAverage | None = None
+        if config.optimizer.ema_decay is not None:
+            self.shards = find_shards(self.engine.optimizer, zero.get("stage", 0), str(path))
+            weights, pieces = self.shards.weights(), self.shards.pieces(names)
+            self.average = WeightAverage(config.optimizer.ema_decay, weights, pieces)
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`."""
@@ -70,6 +79,8 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
+        if self.average is not None and self.engine.was_step_applied():
+            self.average.update()
         norm: Tensor | float = self.engine.get_global_grad_norm()
         self.profiler.end_step()
         return norm
@@ -81,6 +92,16 @@ class DeepSpeedEngine:
         output: HeadOutput = self.engine(batch)
         self.engine.train()
         return output
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """See `Engine`."""
+        assert self.average is not None, "optimizer.ema_decay is not set"
+        self.average.exchange()
+        self.shards.publish()
+        yield
+        self.average.exchange()
+        self.shards.publish()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """See `Engine`."""
@@ -95,12 +116,16 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         """See `Engine`."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.average is not None:
+            self.average.save(folder, self.launch.rank)
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to go on from an older one.")
+        if self.average is not None:
+            self.average.load(folder, self.launch.rank)
 
     def close(self) -> None:
         """See `Engine`."""

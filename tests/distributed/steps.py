@@ -17,7 +17,7 @@ from pipeline.data.batch import ANSWER, PROMPT, Array
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import Vocabulary
 from pipeline.optimizer import learning_rate
-from pipeline.runtime import build_engine, read_launch, read_weights
+from pipeline.runtime import PlainEngine, build_engine, read_launch, read_weights
 from pipeline.slots import SlotGroup, slots_of_rank
 from pipeline.train import train_step
 
@@ -36,6 +36,11 @@ class SyntheticPairs:
         return {"tokens": np.tile(prompt, 3), "roles": roles}
 
 
+def weights_of(engine: PlainEngine) -> dict[str, torch.Tensor]:
+    """Return a copy of the weights by name."""
+    return {name: weight.detach().clone() for name, weight in engine.model.named_parameters()}
+
+
 def main(output: str, steps: int, arguments: list[str]) -> None:
     config = configuration.load(["--run_dir", "unused", "--data.prefixes", "[unused]", *arguments])
     launch = read_launch(config)
@@ -45,17 +50,29 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     slots = slots_of_rank(launch.rank, launch.world_size, accumulation, config.train.micro_batch_size)
     objective = objectives.build(config.objective, config.train.seed)
     groups = [SlotGroup(part, stream, objective, MASK, False, launch.device) for part in slots]
-    losses, norms = [], []
+    losses, norms, history = [], [], []
+    if isinstance(engine, PlainEngine):
+        history.append(weights_of(engine))
     for step in range(1, steps + 1):
         rate = learning_rate(step, steps, config.optimizer.learning_rate, config.schedule)
         loss, norm = train_step(engine, groups, rate)
         losses.append(float(engine.sum_over_ranks(loss[None])) / launch.world_size)
         norms.append(float(norm))
-    engine.save(Path(output + ".model"))
+        if isinstance(engine, PlainEngine):
+            history.append(weights_of(engine))
+    batch = groups[0].inputs()
+    before = engine.evaluate(batch).nll
+    with engine.averaged_weights():
+        averaged = engine.evaluate(batch).nll
+    assert torch.equal(engine.evaluate(batch).nll, before), "the weights are back, bit for bit"
+    assert not torch.equal(averaged, before)
+    folder = Path(output + ".model")
+    engine.save(folder)
     engine.barrier()
     if launch.rank == 0:
-        weights = read_weights(Path(output + ".model"))
-        torch.save({"losses": losses, "norms": norms, "weights": weights}, output)
+        result = {"losses": losses, "norms": norms, "averaged_nll": averaged, "history": history}
+        result |= {"weights": read_weights(folder), "average": read_weights(folder, averaged=True)}
+        torch.save(result, output)
     stream.close()
     engine.close()
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from programs import run_program
@@ -15,7 +16,7 @@ STEPS = str(Path(__file__).with_name("steps.py"))
 SETTINGS = """
     --model.layers 2 --model.hidden_size 32 --model.intermediate_size 64 --optimizer.learning_rate 3e-3
     --optimizer.gradient_clip 0.3 --schedule.warmup_steps 3 --train.steps 20 --train.global_batch_size 8
-    --train.micro_batch_size 2 --objective.stages 4
+    --train.micro_batch_size 2 --objective.stages 4 --optimizer.ema_decay 0.5
 """.split()
 
 
@@ -47,12 +48,30 @@ def test_zero3_equals_plain_training(tmp_path: Path, ranks: int, more: list[str]
 
 
 def assert_equal(sharded: dict[str, Any], plain: dict[str, Any]) -> None:
-    """Losses, gradient norms and final weights agree to 1e-5."""
+    """Losses, gradient norms, final weights and their average agree; the average has its closed form."""
     assert sharded["losses"] == pytest.approx(plain["losses"], abs=1e-5)
     assert sharded["norms"] == pytest.approx(plain["norms"], abs=1e-5)
     for name, weight in sharded["weights"].items():
         torch.testing.assert_close(weight, plain["weights"][name], atol=1e-5, rtol=0)
     assert set(plain["weights"]) - set(sharded["weights"]) <= {"lm_head.weight"}
+    for name in plain["history"][0]:
+        expected = torch.from_numpy(
+            oracles.weight_average([w[name].double().numpy() for w in plain["history"]], 0.5)
+        )
+        for run in (sharded, plain):
+            torch.testing.assert_close(run["average"][name].double(), expected, atol=1e-5, rtol=0)
+    assert set(sharded["average"]) == set(plain["average"]) == set(plain["history"][0])
+    torch.testing.assert_close(sharded["averaged_nll"], plain["averaged_nll"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.distributed
+def test_zero2_equals_plain_training(tmp_path: Path) -> None:
+    """Stage 2 shards the optimizer alone, at other places in the parameters; the average follows it."""
+    settings = tmp_path / "zero2.json"
+    settings.write_text('{"zero_optimization": {"stage": 2}}')
+    sharded = train(tmp_path / "sharded.pt", 2, "--engine.deepspeed_config", str(settings))
+    plain = train(tmp_path / "plain.pt", 1, "--engine.kind", "plain")
+    assert_equal(sharded, plain)
 
 
 @pytest.mark.distributed

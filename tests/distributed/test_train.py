@@ -2,86 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import Outcome, run_here, run_program
+from programs import Outcome
+from runs import curve, train_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import train as program
 from pipeline.cli import UserError
 from pipeline.engine import read_deepspeed_json
-from tools import preprocess_data, train_tokenizer
+from tools import train_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]
 
-SETTINGS = """
-    --model.layers 2 --model.hidden_size 32 --model.intermediate_size 64 --train.steps 16
-    --train.global_batch_size 16 --train.micro_batch_size 4 --train.log_interval 4 --schedule.warmup_steps 2
-    --objective.stages 4 --data.sequence_length 12 --data.kind pairs --data.split 80,20,0
-    --checkpoint.interval 4 --checkpoint.keep 9 --evaluation.interval 8 --evaluation.samples 20
-""".split()
-
-
 Train = Callable[..., Outcome]
-KEYS = ["--prompt-key", "prompt", "--answer-key", "answer"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a tokenizer and 60 tokenized pairs of different lengths."""
-    folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    with (folder / "corpus.jsonl").open("w") as file:
-        for _ in range(60):
-            prompt = "".join(random.choice(list("abcdef"), random.integers(1, 5)))
-            answer = prompt[::-1] + "g" * int(random.integers(0, 4))
-            file.write(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
-    corpus, tokenizer = str(folder / "corpus.jsonl"), str(folder / "tokenizer")
-    train_tokenizer.main(
-        ["--input", corpus, *KEYS, "--vocab-size", "16", "--model-type", "char", "--output", tokenizer]
-    )
-    preprocess_data.main(
-        ["--input", corpus, *KEYS, "--tokenizer", tokenizer, "--output-prefix", str(folder / "pairs"),
-         "--workers", "1", "--append-eos"]
-    )  # fmt: skip
-    return folder
-
-
-def command(data: Path, run_dir: Path, *more: str) -> list[str]:
-    """Return the settings of a small run on the pairs of `data`."""
-    place = ["--run_dir", str(run_dir), "--data.tokenizer", str(data / "tokenizer")]
-    return [*place, "--data.prefixes", f"[{data / 'pairs'}]", *SETTINGS, *more]
-
-
-def train_on(ranks: int, data: Path, run_dir: Path, *more: str) -> str:
-    """Train by ZeRO-3 on several ranks; return what was printed."""
-    result = run_program("-m", "pipeline.train", *command(data, run_dir, *more), ranks=ranks)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.fixture
-def train(data: Path, capsys: pytest.CaptureFixture[str]) -> Train:
-    """Return a function that trains in this process by the plain engine."""
-
-    def run(run_dir: Path, *more: str) -> Outcome:
-        return run_here(program.main, command(data, run_dir, "--engine.kind", "plain", *more), capsys)
-
-    return run
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Return the run's metrics, line by line."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
-    """Return (step, value) of one metric."""
-    return [(int(line["step"]), line[key]) for line in metrics(run_dir) if key in line]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -226,6 +162,7 @@ def test_a_resume_that_changes_the_run_is_refused(train: Train, tmp_path: Path) 
         ('{"fp16": {"enabled": true}}', ["'fp16'", "engine.precision"]),
         ('{"comms_logger": {"enabled": true}}', ["'comms_logger'", "profiling.communication_steps"]),
         ('{"zero_optimization": ', ["not valid JSON"]),
+        ('{"zero_optimization": {"stage": 0}}', ["zero_optimization.stage is 0", "1, 2 or 3", "'plain'"]),
         ("[]", ["JSON object"]),
     ],
 )
