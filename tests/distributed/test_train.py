@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import Outcome
-from runs import curve, train_on
+from programs import Outcome, run_program
+from runs import command, curve, train_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.cli import UserError
