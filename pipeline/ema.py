@@ -6,20 +6,17 @@ with their place in it, so an average can be read at any world size and by any e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.cli import UserError
 
-FILES = "ema_*.safetensors"
+FILES = "ema_*.pt"
 
 
 class Piece(NamedTuple):
@@ -90,18 +87,17 @@ class WeightAverage:
             for name, piece in self.pieces.items()
         }
 
-    def metadata(self) -> dict[str, str]:
-        """Return what a file of the average says of itself."""
-        pieces = {name: [piece.offset, list(piece.shape)] for name, piece in self.pieces.items()}
-        return {"updates": str(self.updates), "pieces": json.dumps(pieces)}
-
-    def save(self, folder: Path, rank: int) -> None:
-        """Write this rank's part into `folder`."""
-        save_file(self.state(), file_of_rank(folder, rank), self.metadata())
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's part of the average as `torch.save` writes it: views, no copies."""
+        pieces = {
+            name: {"shape": list(piece.shape), "offset": piece.offset, "elements": elements}
+            for (name, elements), piece in zip(self.state().items(), self.pieces.values(), strict=True)
+        }
+        return {"updates": self.updates, "pieces": pieces}
 
     @torch.no_grad()
     def load(self, folder: Path, rank: int) -> None:
-        """Read this rank's part of what any number of ranks wrote; begin anew where there is no average.
+        """Read this rank's part from the files of any number of ranks; begin anew where there are none.
 
         Raises:
             UserError: when a file is damaged or missing.
@@ -110,21 +106,17 @@ class WeightAverage:
         if not paths:
             self.restart()
             return
-        with _Files(paths[rank : rank + 1]) as files:  # at the same world size that is all of it
-            if files.hold(self.pieces):
-                return self._read(files)
-        with _Files(paths) as files:
-            self._read(files)
-
-    def _read(self, files: _Files) -> None:
+        files = _Files(paths[rank : rank + 1])
+        if not files.hold(self.pieces):  # written by another number of ranks, or another ZeRO stage
+            files = _Files(paths)
         for name, target in self.state().items():
             target.copy_(files.read(name, self.pieces[name].offset, len(target)))
         self.updates = files.updates
 
 
-def file_of_rank(folder: Path, rank: int) -> Path:
-    """Return the path of a rank's part."""
-    return folder / FILES.replace("*", f"{rank:05d}")
+def file_name(rank: int) -> str:
+    """Return the name of the file with a rank's part."""
+    return FILES.replace("*", f"{rank:05d}")
 
 
 def has_average(folder: Path) -> bool:
@@ -138,42 +130,35 @@ def read_average(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: when a file is damaged or missing.
     """
-    with _Files(sorted(folder.glob(FILES))) as files:
-        return {
-            name: files.read(name, 0, torch.Size(shape).numel()).view(shape)
-            for name, shape in files.shapes.items()
-        }
+    files = _Files(sorted(folder.glob(FILES)))
+    return {
+        name: files.read(name, 0, torch.Size(shape).numel()).view(shape)
+        for name, shape in files.shapes.items()
+    }
 
 
 class _Files:
-    """Open files of an average, read as one."""
+    """Files of an average, read as one; what is not asked for stays on the disk."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.where = paths[0].parent if paths else Path()
-        self.stack = ExitStack()
+        self.paths = paths
         self.updates = 0
         self.shapes: dict[str, list[int]] = {}
-        self.found: dict[str, list[tuple[int, Any]]] = {}  # (offset, slice) by parameter
+        self.found: dict[str, list[tuple[int, Tensor]]] = {}  # (offset, elements) by parameter
         for path in paths:
             try:
-                file = self.stack.enter_context(safe_open(path, "pt"))
-            except (SafetensorError, OSError) as error:
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
                 raise UserError(f"{path} is damaged ({error}): go on from an older checkpoint.") from None
-            self.updates = int(file.metadata()["updates"])
-            for name, (offset, shape) in json.loads(file.metadata()["pieces"]).items():
-                self.shapes[name] = shape
-                self.found.setdefault(name, []).append((offset, file.get_slice(name)))
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
+            self.updates = state["updates"]
+            for name, piece in state["pieces"].items():
+                self.shapes[name] = piece["shape"]
+                self.found.setdefault(name, []).append((piece["offset"], piece["elements"]))
 
     def hold(self, pieces: Mapping[str, Piece]) -> bool:
         """Say whether these files have every piece as it is asked for."""
         return all(
-            [(offset, piece.get_shape()[0]) for offset, piece in self.found.get(name, [])]
+            [(offset, len(elements)) for offset, elements in self.found.get(name, [])]
             == [(wanted.offset, wanted.length)]
             for name, wanted in pieces.items()
         )
@@ -182,14 +167,13 @@ class _Files:
         """Return `count` elements [count] of a parameter from `offset` on."""
         parts = []
         for first, piece in sorted(self.found.get(name, []), key=lambda item: item[0]):
-            begin = max(offset - first, 0)
-            end = min(offset + count - first, piece.get_shape()[0])
+            begin, end = max(offset - first, 0), min(offset + count - first, len(piece))
             if begin < end:
                 parts.append(piece[begin:end])
         elements = torch.cat(parts) if parts else torch.empty(0)
         if len(elements) != count:
             raise UserError(
-                f"{self.where} holds {len(elements)} of {count} averaged elements of {name}: a file "
-                f"{FILES} is missing, or of another model. Go on from an older checkpoint."
+                f"{self.paths[0].parent} holds {len(elements)} of {count} averaged elements of {name}: a "
+                f"file {FILES} is missing, or of another model. Go on from an older checkpoint."
             )
         return elements

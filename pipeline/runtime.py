@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.config import Config
-from pipeline.ema import Piece, WeightAverage, read_average
+from pipeline.ema import Piece, WeightAverage, file_name, read_average
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.optimizer import adamw_settings, parameter_groups
@@ -233,7 +233,7 @@ class PlainEngine:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / PLAIN_FILE)
         if self.average is not None:
-            self.average.save(folder, 0)
+            torch.save(self.average.state_dict(), folder / file_name(0))
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.config import Config
-from pipeline.ema import WeightAverage
+from pipeline.ema import WeightAverage, file_name
 from pipeline.engine.profiling import Profiler
 from pipeline.engine.settings import complete_settings, read_deepspeed_json
 from pipeline.engine.shards import find_shards
@@ -117,7 +117,7 @@ class DeepSpeedEngine:
         """See `Engine`."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.average is not None:
-            self.average.save(folder, self.launch.rank)
+            torch.save(self.average.state_dict(), folder / file_name(self.launch.rank))
 
     def load(self, folder: Path) -> None:
         """See `Engine`."""
