@@ -19,6 +19,7 @@ from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.ema import Piece, WeightAverage, file_name, read_average
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
+from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.optimizer import adamw_settings, parameter_groups
 
@@ -33,6 +34,7 @@ class Launch:
         local_rank: number of the process on its node.
         device: where it computes.
         precision: of weights and activations in the forward and backward; the optimizer's state is fp32.
+        sequence_size: consecutive ranks that share their sequences (sequence parallelism).
     """
 
     rank: int
@@ -40,6 +42,17 @@ class Launch:
     local_rank: int
     device: torch.device
     precision: Literal["fp32", "bf16"]
+    sequence_size: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Number of the group of ranks that trains on the same sequences."""
+        return self.rank // self.sequence_size
+
+    @property
+    def data_size(self) -> int:
+        """How many such groups there are: among them the global batch is divided."""
+        return self.world_size // self.sequence_size
 
 
 def read_launch(config: Config) -> Launch:
@@ -48,7 +61,7 @@ def read_launch(config: Config) -> Launch:
     Fills in the environment variables that torch.distributed reads.
 
     Raises:
-        UserError: when a GPU is asked for and there is none.
+        UserError: when a GPU is asked for and there is none, or the ranks cannot be grouped.
     """
     environment = os.environ
     if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -72,13 +85,20 @@ def read_launch(config: Config) -> Launch:
     local_rank = int(environment["LOCAL_RANK"])
     if on_gpu:
         torch.cuda.set_device(local_rank)
+    world_size, sequence_size = int(environment["WORLD_SIZE"]), config.engine.sequence_parallel_size
+    if world_size % sequence_size:
+        raise UserError(
+            f"engine.sequence_parallel_size is {sequence_size}: it must divide the number of ranks, "
+            f"{world_size}."
+        )
     precision = config.engine.precision
     return Launch(
         rank=int(environment["RANK"]),
-        world_size=int(environment["WORLD_SIZE"]),
+        world_size=world_size,
         local_rank=local_rank,
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
         precision=("bf16" if on_gpu else "fp32") if precision == "auto" else precision,
+        sequence_size=sequence_size,
     )
 
 
@@ -131,11 +151,13 @@ class Engine(Protocol):
         """Leave the process group."""
 
 
-def make_model(config: Config, vocabulary: Vocabulary) -> MaskedDiffusionModel:
-    """Return the model with initial weights drawn from the run's seed."""
+def make_model(
+    config: Config, vocabulary: Vocabulary, sequence: WholeSequence = WHOLE
+) -> MaskedDiffusionModel:
+    """Return the model with initial weights drawn from the run's seed, computing what `sequence` says."""
     torch.manual_seed(config.train.seed)
     recompute_blocks = config.engine.activation_checkpointing == "blocks"
-    return MaskedDiffusionModel(config.model, vocabulary, recompute_blocks)
+    return MaskedDiffusionModel(config.model, vocabulary, recompute_blocks, sequence)
 
 
 def build_engine(config: Config, launch: Launch, vocabulary: Vocabulary) -> Engine:

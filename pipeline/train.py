@@ -56,7 +56,7 @@ class Run:
         self.folder = Path(config.run_dir)
         tokenizer = Tokenizer.load(Path(config.data.tokenizer))
         check_data(config.data, tokenizer)
-        accumulation = config.train.accumulation(launch.world_size)
+        accumulation = config.train.accumulation(launch.data_size)
         vocabulary = read_vocabulary(config, tokenizer)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.engine = build_engine(config, launch, vocabulary)
@@ -70,7 +70,7 @@ class Run:
         )
         stack.callback(stream.close)
         objective = objectives.build(config.objective, config.train.seed)
-        slots = slots_of_rank(launch.rank, launch.world_size, accumulation, config.train.micro_batch_size)
+        slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
         self.groups = [
             SlotGroup(part, stream, objective, self.mask_id, self.data.has_padding, launch.device)
             for part in slots

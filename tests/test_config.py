@@ -71,6 +71,14 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
             ["--engine.kind", "plain", "--profiling.communication_steps", "3"],
             ["profiling.communication_steps is 3", "engine.kind is 'plain'"],
         ),
+        (["--engine.sequence_parallel_size", "0"], ["engine.sequence_parallel_size is 0"]),
+        (["--engine.sequence_parallel_size", "3"], ["model.heads = 4"]),
+        (["--engine.sequence_parallel_size", "2", "--model.kv_heads", "1"], ["model.kv_heads = 1"]),
+        (
+            ["--engine.sequence_parallel_size", "2", "--data.sequence_length", "33"],
+            ["engine.sequence_parallel_size is 2", "data.sequence_length = 33"],
+        ),
+        (["--engine.kind", "plain", "--engine.sequence_parallel_size", "2"], ["engine.kind is 'plain'"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
     ],
 )

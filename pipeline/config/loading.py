@@ -49,6 +49,7 @@ class Config:
         self.schedule.check(self.train.steps)
         self.checkpoint.check()
         self.evaluation.check()
+        self.engine.check(self.model, self.data.sequence_length)
         self.profiling.check(self.engine.kind)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config.checks import require, require_positive
+from pipeline.config.model import ModelConfig
 
 
 @dataclass
@@ -104,14 +105,21 @@ class TrainConfig:
         require_positive("train", self, "steps", "global_batch_size", "micro_batch_size", "log_interval")
         require(0 <= self.seed < 2**31, f"train.seed is {self.seed}: it must be at least 0 and below 2^31.")
 
-    def accumulation(self, world_size: int) -> int:
-        """Return the micro-batches that a rank runs a step; raise a `UserError` when they do not divide."""
-        per_forward = self.micro_batch_size * world_size
+    def accumulation(self, data_size: int) -> int:
+        """Return the micro-batches that a rank runs a step.
+
+        Args:
+            data_size: ranks among which the batch is divided; those of a sequence-parallel group count once.
+
+        Raises:
+            UserError: when they do not divide the global batch.
+        """
+        per_forward = self.micro_batch_size * data_size
         require(
             self.global_batch_size % per_forward == 0,
             f"train.global_batch_size = {self.global_batch_size} cannot be divided by train.micro_batch_size "
-            f"x world size = {self.micro_batch_size} x {world_size} = {per_forward}: make it a multiple of "
-            f"{per_forward}, or change train.micro_batch_size or the number of ranks.",
+            f"x data-parallel ranks = {self.micro_batch_size} x {data_size} = {per_forward}: make it a multiple "
+            f"of {per_forward}, or change train.micro_batch_size or the number of ranks.",
         )
         return self.global_batch_size // per_forward
 
@@ -127,6 +135,8 @@ class EngineConfig:
         precision: auto = bf16 on GPUs, fp32 on CPUs.
         activation_checkpointing: blocks = keep only the input of each transformer block, and run the block
             again in the backward: much less memory, a third more time in the blocks, the same results.
+        sequence_parallel_size: Consecutive ranks that share their sequences, each with an equal part of the
+            positions (DeepSpeed-Ulysses): for sequences too long for one GPU.
     """
 
     kind: Literal["deepspeed", "plain"] = "deepspeed"
@@ -134,3 +144,23 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: Literal["none", "blocks"] = "none"
+    sequence_parallel_size: int = 1
+
+    def check(self, model: ModelConfig, sequence_length: int) -> None:
+        """Raise a `UserError` for the first setting that cannot work with the model and its sequences."""
+        size = self.sequence_parallel_size
+        require_positive("engine", self, "sequence_parallel_size")
+        require(
+            size == 1 or self.kind == "deepspeed",
+            f"engine.sequence_parallel_size is {size}, but engine.kind is {self.kind!r}: one of the two must "
+            "change, to 1 or to 'deepspeed'.",
+        )
+        for key, value in (
+            ("model.heads", model.heads),
+            ("model.kv_heads", model.kv_heads or model.heads),
+            ("data.sequence_length", sequence_length),
+        ):
+            require(
+                value % size == 0,
+                f"engine.sequence_parallel_size is {size}: it must divide {key} = {value}.",
+            )

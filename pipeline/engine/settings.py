@@ -16,7 +16,6 @@ OWN_KEYS = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "communication_data_type",
-    "seq_parallel_communication_data_type",
     "data_types",
     "prescale_gradients",
     "gradient_predivide_factor",
@@ -82,7 +81,7 @@ def complete_settings(settings: dict[str, Any], config: Config, launch: Launch) 
     """Return DeepSpeed's settings: those of the JSON file, and those that follow from the run's YAML."""
     return settings | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.train.accumulation(launch.world_size),
+        "gradient_accumulation_steps": config.train.accumulation(launch.data_size),
         "gradient_clipping": config.optimizer.gradient_clip,
         "bf16": {"enabled": launch.precision == "bf16"},
         "steps_per_print": 2**31,

@@ -20,7 +20,9 @@ from pipeline.ema import WeightAverage, file_name
 from pipeline.engine.profiling import Profiler
 from pipeline.engine.settings import complete_settings, read_deepspeed_json
 from pipeline.engine.shards import find_shards
+from pipeline.engine.ulysses import UlyssesSequence
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
+from pipeline.model.sequence import WHOLE
 from pipeline.optimizer import adamw_settings, parameter_groups
 from pipeline.runtime import Launch, make_model
 
@@ -45,9 +47,10 @@ class DeepSpeedEngine:
         if not torch.distributed.is_initialized():
             backend = "nccl" if launch.device.type == "cuda" else "gloo"
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        sequence = UlyssesSequence(launch.sequence_size) if launch.sequence_size > 1 else WHOLE
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
-                model = make_model(config, vocabulary)
+                model = make_model(config, vocabulary, sequence)
             names = {parameter: name for name, parameter in model.named_parameters()}
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
@@ -70,7 +73,8 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`; DeepSpeed counts micro-batches by its own calls of step."""
-        self.engine.backward(loss)
+        # The mean is over all ranks, and the ranks of a sequence-parallel group have one loss among them.
+        self.engine.backward(loss * self.launch.sequence_size)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 

@@ -30,8 +30,8 @@ def held_out_loss(
     """
     launch, count = engine.launch, min(samples, len(dataset))
     total = torch.zeros(2, dtype=torch.float64, device=launch.device)
-    for start in range(0, count, batch_size * launch.world_size):
-        first = start + launch.rank * batch_size
+    for start in range(0, count, batch_size * launch.data_size):
+        first = start + launch.data_rank * batch_size
         indices = range(first, first + batch_size)
         counted = torch.tensor([i < count for i in indices], device=launch.device)
         ids = [i % count for i in indices]  # past the end: read again, not counted

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
 from pipeline.model.layers import Linear
+from pipeline.model.sequence import WholeSequence
 
 
 def rotary_table(length: int, head_size: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,9 +29,16 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 class Attention(nn.Module):
     """Self-attention over the whole sequence; there is no causal mask."""
 
-    def __init__(self, config: ModelConfig, residual_std: float) -> None:
-        """Make the projections; `residual_std` initialises the one that writes to the residual stream."""
+    def __init__(self, config: ModelConfig, residual_std: float, sequence: WholeSequence) -> None:
+        """Make the projections.
+
+        Args:
+            config: shape of the network.
+            residual_std: initialises the projection that writes to the residual stream.
+            sequence: which positions are computed here, and how they attend to the others.
+        """
         super().__init__()
+        self.sequence = sequence
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_size = config.hidden_size // config.heads
@@ -43,16 +50,16 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, width, residual_std)
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
-        """Return [B, L, H] for x [B, L, H]; `attention_mask` [B, 1, 1, L] bool is False at padding."""
+        """Return [B, L / N, H] for x [B, L / N, H], this process's positions.
+
+        Args:
+            x: the inputs.
+            table: cosines and sines of the same positions.
+            attention_mask: [B, 1, 1, L] bool, over all positions, False at padding.
+        """
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.heads, self.head_size).transpose(1, 2)  # [B, heads, L, D]
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            rotate(q, table),
-            rotate(k, table),
-            v,
-            attn_mask=attention_mask,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        out = self.sequence.attend(rotate(q, table), rotate(k, table), v, attention_mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))

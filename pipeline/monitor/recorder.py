@@ -66,7 +66,7 @@ class Recorder:
         interval = {
             "masked_fraction": masked / batches,
             "mean_stage": stage / batches,
-            "chains_ended_per_step": ended / steps,
+            "chains_ended_per_step": ended / steps / self.engine.launch.sequence_size,
             "samples_per_second": rate * samples,
             "tokens_per_second": rate * tokens,
         }

@@ -13,7 +13,7 @@ import torch
 
 from pipeline import config as configuration
 from pipeline import objectives
-from pipeline.data.batch import ANSWER, PROMPT, Array
+from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import Vocabulary
 from pipeline.optimizer import learning_rate
@@ -25,14 +25,15 @@ LENGTH, VOCABULARY, MASK = 12, 24, 3
 
 
 class SyntheticPairs:
-    """37 random prompts of 4 tokens with their answer of 8: the prompt twice."""
+    """37 random prompts of 4 tokens with an answer of 4 to 8, the prompt again and again, and padding."""
 
     def __len__(self) -> int:
         return 37
 
     def __getitem__(self, index: int) -> dict[str, Array]:
         prompt = np.random.default_rng(index).integers(4, VOCABULARY, 4)
-        roles = np.array([PROMPT] * 4 + [ANSWER] * 8, np.int8)
+        answer = 4 + index % 5
+        roles = np.array([PROMPT] * 4 + [ANSWER] * answer + [PADDING] * (8 - answer), np.int8)
         return {"tokens": np.tile(prompt, 3), "roles": roles}
 
 
@@ -46,10 +47,10 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     launch = read_launch(config)
     engine = build_engine(config, launch, Vocabulary(VOCABULARY, VOCABULARY, MASK))
     stream = SlotStream(SyntheticPairs(), config.train.global_batch_size, config.train.seed, workers=1)
-    accumulation = config.train.accumulation(launch.world_size)
-    slots = slots_of_rank(launch.rank, launch.world_size, accumulation, config.train.micro_batch_size)
+    accumulation = config.train.accumulation(launch.data_size)
+    slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
     objective = objectives.build(config.objective, config.train.seed)
-    groups = [SlotGroup(part, stream, objective, MASK, False, launch.device) for part in slots]
+    groups = [SlotGroup(part, stream, objective, MASK, True, launch.device) for part in slots]
     losses, norms, history = [], [], []
     if isinstance(engine, PlainEngine):
         history.append(weights_of(engine))

@@ -36,13 +36,26 @@ def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
         (2, ["--objective.threshold", "0.06"]),  # above chance for 24 tokens: reveals from the first step
         (2, ["--model.tie_embeddings", "false", "--model.kv_heads", "2", "--model.attention_bias", "true"]),
         (2, ["--objective.kind", "random_masking", "--engine.deepspeed_config", "ds_configs/cpu_debug.json"]),
+        (2, ["--engine.sequence_parallel_size", "2"]),
+        (
+            4,
+            ["--engine.sequence_parallel_size", "2", "--engine.activation_checkpointing", "blocks",
+             "--model.kv_heads", "2", "--objective.threshold", "0.06"],
+        ),
     ],
-    ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "random-masking"],
-)
+    ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "random-masking", "sequence-parallel",
+         "sequence-and-data-parallel"],
+)  # fmt: skip
 def test_zero3_equals_plain_training(tmp_path: Path, ranks: int, more: list[str]) -> None:
     """20 steps of ZeRO-3 on several ranks, accumulating, equal 20 steps of plain torch in one process."""
     sharded = train(tmp_path / "sharded.pt", ranks, *more)
-    plain = train(tmp_path / "plain.pt", 1, "--engine.kind", "plain", *more)
+    of_model = [
+        item
+        for key, value in zip(more[::2], more[1::2], strict=True)
+        if not key.startswith("--engine")
+        for item in (key, value)
+    ]
+    plain = train(tmp_path / "plain.pt", 1, "--engine.kind", "plain", *of_model)
     assert plain["losses"][0] > 3.0, "the untrained model is near the uniform distribution"
     assert_equal(sharded, plain)
 

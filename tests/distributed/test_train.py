@@ -96,6 +96,16 @@ def test_held_out_loss_does_not_depend_on_ranks(data: Path, train: Train, tmp_pa
     assert one == pytest.approx(two, abs=1e-5)
 
 
+def test_ranks_that_share_sequences_count_once(data: Path, train: Train, tmp_path: Path) -> None:
+    """Sequence parallelism changes no curve: neither losses nor what is counted."""
+    assert train(tmp_path / "1").code == 0
+    train_on(2, data, tmp_path / "2", "--engine.sequence_parallel_size", "2")
+    for key in ("loss", "held_out/loss", "masked_fraction", "mean_stage", "chains_ended_per_step"):
+        one, two = (curve(tmp_path / n, key) for n in ("1", "2"))
+        assert len(one) > 1
+        np.testing.assert_allclose(one, two, atol=1e-5, err_msg=key)
+
+
 def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--checkpoint.keep", "2").code == 0
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
@@ -114,6 +124,7 @@ def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> N
         (["--data.split", "100,0,0"], ["data.split", "evaluation.interval"]),
         (["--engine.device", "cuda"], ["engine.device", "'cpu'"]),
         (["--engine.kind", "deepspeed", "--engine.deepspeed_config", "nowhere.json"], ["nowhere.json"]),
+        (["--engine.kind", "deepspeed", "--engine.sequence_parallel_size", "2"], ["number of ranks, 1"]),
         (["--train.stepz", "3"], ["'train.stepz'", "'train.steps'"]),
     ],
 )

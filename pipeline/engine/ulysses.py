@@ -1,0 +1,83 @@
+"""Sequence parallelism: DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509) for bidirectional attention.
+
+Consecutive ranks form groups of N. A group trains on the same sequences; each of its ranks computes L / N
+positions of them. Around the attention an all-to-all exchanges positions for heads, so that each rank has
+every position of heads / N heads. The masked rows are divided among the group anew: how many are masked in
+one part of the sequence or another makes no difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed.comm
+import torch
+from deepspeed.sequence.layer import DistributedAttention
+from torch import Tensor
+
+from pipeline.model.sequence import WholeSequence
+
+
+def form_group(size: int) -> Any:
+    """Divide the ranks into groups of `size` consecutive ones; return this rank's. Every rank calls this."""
+    world_size, rank = deepspeed.comm.get_world_size(), deepspeed.comm.get_rank()
+    groups = [
+        deepspeed.comm.new_group(list(range(first, first + size))) for first in range(0, world_size, size)
+    ]
+    return groups[rank // size]
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather along dimension 0; the backward sums and divides again (reduce-scatter)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        size = deepspeed.comm.get_world_size(group)
+        gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
+        deepspeed.comm.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        size = deepspeed.comm.get_world_size(ctx.group)
+        own = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])
+        deepspeed.comm.reduce_scatter_tensor(own, grad.contiguous(), group=ctx.group)
+        return own, None
+
+
+class UlyssesSequence(WholeSequence):
+    """A share of the positions; see `WholeSequence` for the methods."""
+
+    def __init__(self, size: int) -> None:
+        """Join a group of `size` consecutive ranks; every rank calls this."""
+        self.size = size
+        self.group = form_group(size)
+        self.rank = deepspeed.comm.get_rank(self.group)
+        # [B, L / N, heads, D] -> [B, L, heads / N, D] and back
+        self.exchange = DistributedAttention(self._attend, self.group, scatter_idx=2, gather_idx=1)
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """See `WholeSequence`; the last ranks have less, or nothing, where N does not divide the length."""
+        each = -(-x.shape[dim] // self.size)
+        first = min(self.rank * each, x.shape[dim])
+        return x.narrow(dim, first, min(each, x.shape[dim] - first))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """See `WholeSequence`."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, L / N, heads, D]
+        out: Tensor = self.exchange(q, k, v, 0, None, attention_mask)
+        return out.transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Attend over the whole sequence in some of the heads; all [B, L, heads / N, D]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return super().attend(q, k, v, attention_mask).transpose(1, 2)
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """See `WholeSequence`."""
+        each = -(-length // self.size)
+        first = x.transpose(0, dim)
+        if first.shape[0] < each:
+            first = torch.cat([first, first.new_zeros(each - first.shape[0], *first.shape[1:])])
+        return _Gather.apply(first, self.group).narrow(0, 0, length).transpose(0, dim)

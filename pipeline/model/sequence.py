@@ -1,0 +1,42 @@
+"""Which positions of the sequences a process computes: all of them, or a share (sequence parallelism)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class WholeSequence:
+    """This process computes every position; a subclass may divide them among the ranks of a group.
+
+    The model asks for three things: the positions that are its own, attention that sees all of them, and what
+    the others have computed. All ranks of a group are given the same batch and return the same output.
+
+    Attributes:
+        size: N, the processes that share each sequence.
+    """
+
+    size: int = 1
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """Return this process's share of the positions (or masked rows) along `dim` of x."""
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return softmax(q k^T / sqrt(D)) v, [B, heads, L / N, D], over the keys of the whole sequence.
+
+        Args:
+            q: [B, heads, L / N, D], this process's positions.
+            k: [B, kv_heads, L / N, D].
+            v: [B, kv_heads, L / N, D].
+            attention_mask: broadcastable to [B, heads, L, L], False where a key is not to be seen.
+        """
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """Return x with all `length` positions along `dim`, of which each process has its `own`."""
+        return x
+
+
+WHOLE = WholeSequence()
