@@ -118,8 +118,8 @@ class TrainConfig:
         require(
             self.global_batch_size % per_forward == 0,
             f"train.global_batch_size = {self.global_batch_size} cannot be divided by train.micro_batch_size "
-            f"x data-parallel ranks = {self.micro_batch_size} x {data_size} = {per_forward}: make it a multiple "
-            f"of {per_forward}, or change train.micro_batch_size or the number of ranks.",
+            f"x data-parallel ranks = {self.micro_batch_size} x {data_size} = {per_forward}: make it a "
+            f"multiple of {per_forward}, or change train.micro_batch_size or the number of ranks.",
         )
         return self.global_batch_size // per_forward
 
