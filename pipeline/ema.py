@@ -6,6 +6,7 @@ with their place in it, so an average can be read at any world size and by any e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cli import UserError
+from pipeline.weights import StoredWeight, StoredWeights
 
 FILES = "ema_*.pt"
 
@@ -124,17 +126,18 @@ def has_average(folder: Path) -> bool:
     return any(folder.glob(FILES))
 
 
-def read_average(folder: Path) -> dict[str, Tensor]:
-    """Return the averaged fp32 weights by name that an engine saved in `folder`, on the CPU.
+def open_average(folder: Path) -> StoredWeights:
+    """Return the averaged fp32 weights by name that an engine saved in `folder`, still on the disk.
 
     Raises:
-        UserError: when a file is damaged or missing.
+        UserError: when a file is damaged or missing, at the latest when a weight is read.
     """
     files = _Files(sorted(folder.glob(FILES)))
-    return {
-        name: files.read(name, 0, torch.Size(shape).numel()).view(shape)
-        for name, shape in files.shapes.items()
-    }
+
+    def stored(name: str, shape: tuple[int, ...]) -> StoredWeight:
+        return StoredWeight(shape, lambda: files.read(name, 0, math.prod(shape)).view(shape))
+
+    return {name: stored(name, tuple(shape)) for name, shape in files.shapes.items()}
 
 
 class _Files:

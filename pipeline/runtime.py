@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.config import Config
-from pipeline.ema import Piece, WeightAverage, file_name, read_average
+from pipeline.ema import Piece, WeightAverage, file_name, open_average
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.optimizer import adamw_settings, parameter_groups
+from pipeline.weights import StoredWeight, StoredWeights
 
 
 @dataclass(frozen=True)
@@ -273,16 +274,22 @@ class PlainEngine:
 PLAIN_FILE = "plain.pt"
 
 
-def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
-    """Return the fp32 weights by name that an engine of either kind saved in `folder`, on the CPU.
+def open_weights(folder: Path, averaged: bool = False) -> StoredWeights:
+    """Return the fp32 weights by name that an engine of either kind saved in `folder`, still on the disk.
 
     Args:
-        folder: what `Engine.save` wrote.
+        folder: what `Engine.save` wrote, at any number of ranks.
         averaged: the moving average of the weights instead (`ema.has_average` says whether there is one).
     """
     if averaged:
-        return read_average(folder)
+        return open_average(folder)
     if (folder / PLAIN_FILE).exists():
-        state = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)
-        return dict(state["model"])
-    return dict(_deepspeed().read_sharded_weights(folder))
+        state = torch.load(folder / PLAIN_FILE, map_location="cpu", mmap=True, weights_only=True)
+        return {name: StoredWeight.of(tensor) for name, tensor in state["model"].items()}
+    weights: StoredWeights = _deepspeed().open_sharded_weights(folder)
+    return weights
+
+
+def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
+    """Return all of `open_weights`, on the CPU."""
+    return {name: weight.read() for name, weight in open_weights(folder, averaged).items()}

@@ -63,17 +63,24 @@ def load_model(
     config = configuration.load(["--config", str(folder / "config.yaml")])
     model = make_model(config, Vocabulary(**manifest.vocabulary))
     if not untrained:
-        averaged = has_average(folder / "model")
-        if weights == "ema" and not averaged:
-            raise UserError(
-                f"{folder} holds no moving average: the run had no optimizer.ema_decay. Take 'raw'."
-            )
-        state = read_weights(folder / "model", averaged and weights != "raw")
+        state = read_weights(folder / "model", takes_average(folder, weights))
         if config.model.tie_embeddings:  # one tensor under two names; a checkpoint may hold either
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         model.load_state_dict(state)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     return Loaded(model.to(device).eval(), tokenizer, config, 0 if untrained else manifest.step)
+
+
+def takes_average(folder: Path, weights: Weights | None) -> bool:
+    """Say whether `weights` (see `load_model`) means the moving average in the checkpoint `folder`.
+
+    Raises:
+        UserError: when there is none, and it is asked for.
+    """
+    averaged = has_average(folder / "model")
+    if weights == "ema" and not averaged:
+        raise UserError(f"{folder} holds no moving average: the run had no optimizer.ema_decay. Take 'raw'.")
+    return averaged and weights != "raw"
 
 
 @torch.no_grad()

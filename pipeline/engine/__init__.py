@@ -1,6 +1,6 @@
 """DeepSpeed: nothing outside this package imports it."""
 
 from pipeline.engine.settings import read_deepspeed_json
-from pipeline.engine.training import DeepSpeedEngine, read_sharded_weights
+from pipeline.engine.training import DeepSpeedEngine, open_sharded_weights
 
-__all__ = ["DeepSpeedEngine", "read_deepspeed_json", "read_sharded_weights"]
+__all__ = ["DeepSpeedEngine", "open_sharded_weights", "read_deepspeed_json"]

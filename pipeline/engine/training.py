@@ -25,6 +25,7 @@ from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
 from pipeline.optimizer import adamw_settings, parameter_groups
 from pipeline.runtime import Launch, make_model
+from pipeline.weights import StoredWeight, StoredWeights
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
@@ -137,8 +138,14 @@ class DeepSpeedEngine:
         torch.distributed.destroy_process_group()
 
 
-def read_sharded_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the fp32 weights that `DeepSpeedEngine.save` wrote, put together on the CPU by this process."""
+def open_sharded_weights(folder: Path) -> StoredWeights:
+    """Return the fp32 weights that `DeepSpeedEngine.save` wrote, put together one by one as they are read.
+
+    Only what is read comes into memory; but ZeRO 1 and 2 cut through parameters: DeepSpeed joins all at once.
+    """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
+    return {
+        name.removeprefix("module."): StoredWeight(tuple(value.shape), value.contiguous)
+        for name, value in state.items()
+    }

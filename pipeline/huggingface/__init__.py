@@ -1,0 +1,1 @@
+"""The way in and out of Hugging Face: folders with config.json, safetensors and a tokenizer."""

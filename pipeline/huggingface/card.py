@@ -1,0 +1,117 @@
+"""The model card of an exported model: what it is, how it was trained, how it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import Manifest
+from pipeline.config import Config
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: fill-mask
+tags:
+- masked-diffusion
+- diffusion-language-model
+---
+
+# {name}
+
+A masked diffusion language model: a bidirectional transformer that fills in masked tokens in any order. It
+is no causal model: it has no `generate`, and a sampler calls it on partly masked sequences.
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer("any text with {mask} in it", return_tensors="pt", return_token_type_ids=False)
+logits = model(**inputs).logits  # [1, length, {rows}]; -inf for the mask token and for padding rows
+```
+
+`AutoModel` gives the hidden states. The mask token is never predicted, nor are the rows of the output matrix
+beyond the {tokens} tokens of the tokenizer. Sequences were {sequence_length} tokens long in training; give an
+attention mask where a batch is padded.
+
+## Model
+
+{model}
+
+## Training
+
+{training}
+
+## Files
+
+- The weights are {weights}, in {dtype}.
+- `tokenizer/` is the tokenizer as the training pipeline reads it.
+
+Neither a licence nor the data are described here: add them before you share the model.
+"""
+
+
+def model_card(
+    name: str, config: Config, manifest: Manifest, parameters: int, weights: str, dtype: str, mask: str
+) -> str:
+    """Return README.md.
+
+    Args:
+        name: of the exported folder.
+        config: the run.
+        manifest: the checkpoint.
+        parameters: numbers in the weights, tied ones counted once.
+        weights: "ema" or "raw".
+        dtype: type of the numbers in the files.
+        mask: how the mask token is written.
+    """
+    model, train, objective = config.model, config.train, config.objective
+    shape = {
+        "parameters": f"{parameters:,}",
+        "layers": model.layers,
+        "hidden size": model.hidden_size,
+        "heads": f"{model.heads}, of which key and value {model.kv_heads or model.heads}",
+        "intermediate size (SwiGLU)": model.intermediate_size,
+        "vocabulary": f"{manifest.vocabulary['tokens']:,} tokens, {manifest.vocabulary['rows']:,} rows",
+        "embeddings tied": "yes" if model.tie_embeddings else "no",
+        "rotary base": f"{model.rope_theta:g}",
+    }
+    samples = manifest.step * train.global_batch_size
+    facts = {
+        "optimizer steps": f"{manifest.step:,}",
+        "sequences seen": f"{samples:,} of {config.data.sequence_length} tokens",
+        "tokens seen": f"{samples * config.data.sequence_length:,}",
+        "datasets": ", ".join(Path(prefix).name for prefix in config.data.prefixes),
+        "samples": config.data.kind,
+        "data fingerprint": f"`{manifest.data_fingerprint[:16]}`",
+        "objective": _settings(objective),
+        "optimizer": f"AdamW, {_settings(config.optimizer)}",
+        "schedule": _settings(config.schedule),
+        "global batch": f"{train.global_batch_size} sequences",
+        "seed": train.seed,
+        "ranks": manifest.world_size,
+        "software": ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
+    }
+    long = {"ema": "the moving average of the trained ones", "raw": "those of the last step"}
+    return _CARD.format(
+        name=name,
+        mask=mask,
+        rows=manifest.vocabulary["rows"],
+        tokens=manifest.vocabulary["tokens"],
+        sequence_length=config.data.sequence_length,
+        model=_table(shape),
+        training=_table(facts),
+        weights=long[weights],
+        dtype=dtype,
+    )
+
+
+def _settings(section: Any) -> str:
+    values = dataclasses.asdict(section)
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
+def _table(facts: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())])

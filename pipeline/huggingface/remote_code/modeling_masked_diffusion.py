@@ -1,0 +1,166 @@
+"""A masked diffusion language model: a bidirectional transformer that fills in masked tokens.
+
+It has no causal mask, no cache and no `generate`: a sampler calls it on partly masked sequences.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from .configuration_masked_diffusion import MaskedDiffusionConfig
+
+
+def rotary_table(length: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [L, head_size] float32 for positions 0..L-1."""
+    frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn x [B, heads, L, head_size] by its position."""
+    cos, sin = table
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class MaskedDiffusionAttention(nn.Module):
+    """Self-attention over the whole sequence."""
+
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_size = config.head_dim
+        hidden = config.hidden_size
+        width, kv_width = self.heads * self.head_size, self.kv_heads * self.head_size
+        self.q_proj = nn.Linear(hidden, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
+        """Return [B, L, H] for x [B, L, H]; `attention_mask` [B, 1, 1, L] bool is False at padding."""
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.heads, self.head_size).transpose(1, 2)
+        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            rotate(q, table),
+            rotate(k, table),
+            v,
+            attn_mask=attention_mask,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MaskedDiffusionMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, L, H] for x [B, L, H]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MaskedDiffusionBlock(nn.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MaskedDiffusionAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MaskedDiffusionMLP(config)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
+        """Return [B, L, H] for x [B, L, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), table, attention_mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MaskedDiffusionPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model."""
+
+    config_class = MaskedDiffusionConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules: ClassVar = ["MaskedDiffusionBlock"]
+
+
+class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MaskedDiffusionBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput | tuple[Tensor]:
+        """Return hidden states [B, L, H] for input_ids [B, L]; attention_mask [B, L] is 0 at padding."""
+        x = self.embed_tokens(input_ids)
+        table = rotary_table(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        keys = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, table, keys)
+        x = self.norm(x)
+        return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
+
+
+class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
+    """p(x0 | xt): what each masked position may hold, given the tokens that are there."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
+        super().__init__(config)
+        self.model = MaskedDiffusionModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
+        """Return logits [B, L, V] float32; -inf for the mask token and for rows beyond the vocabulary.
+
+        Args:
+            input_ids: [B, L], with config.mask_token_id at the positions to fill in.
+            attention_mask: [B, L], 0 at padding.
+            labels: [B, L], the true tokens where the loss is wanted and -100 elsewhere; the loss is the mean
+                negative log-likelihood in nats.
+            return_dict: False for a tuple.
+        """
+        hidden = self.model(input_ids, attention_mask).last_hidden_state
+        logits = self.lm_head(hidden).float()
+        logits[..., self.config.mask_token_id] = -torch.inf
+        logits[..., self.config.num_tokens :] = -torch.inf
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+__all__ = ["MaskedDiffusionForMaskedLM", "MaskedDiffusionModel", "MaskedDiffusionPreTrainedModel"]

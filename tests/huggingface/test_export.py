@@ -1,0 +1,175 @@
+"""Exported folders, loaded by transformers in a fresh process, against our own model."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from programs import Outcome, run_here, run_program
+from runs import train_on
+from safetensors import safe_open
+
+from pipeline.huggingface.folders import divide, write_weights
+from pipeline.runtime import read_weights
+from pipeline.sampling import load_model
+from pipeline.weights import StoredWeight
+from tools import export_hf
+
+pytestmark = pytest.mark.xdist_group("train")
+LOAD = str(Path(__file__).with_name("load.py"))
+TEXT = "ab<mask>dc<mask><mask>fg"
+
+
+@pytest.fixture(scope="module")
+def sharded_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of ZeRO-3 on two ranks, with an average."""
+    run_dir = tmp_path_factory.mktemp("zero3") / "run"
+    train_on(2, data, run_dir, "--train.steps", "4", "--optimizer.ema_decay", "0.5")
+    return run_dir
+
+
+def export(capsys: pytest.CaptureFixture[str], checkpoint: Path, output: Path, *more: str) -> Outcome:
+    return run_here(export_hf.main, ["--checkpoint", str(checkpoint), "--output", str(output), *more], capsys)
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all weights of an exported folder, and check its index against the files."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            assert file.metadata() == {"format": "pt"}
+            if path.name != "model.safetensors":
+                places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+                assert {places[name] for name in file.keys()} == {path.name}  # noqa: SIM118
+    return found
+
+
+def test_weights_are_copied_bit_for_bit(
+    sharded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The average in several fp32 files, the raw weights in one of bf16."""
+    average, raw = tmp_path / "average", tmp_path / "raw"
+    assert export(capsys, sharded_run, average, "--max-shard-size", "20KB").code == 0
+    assert export(capsys, sharded_run, raw, "--weights", "raw", "--dtype", "bfloat16").code == 0
+    assert len(list(average.glob("model-*-of-*.safetensors"))) == 5
+    assert [path.name for path in raw.glob("*.safetensors")] == ["model.safetensors"]
+    for folder, averaged, dtype in ((average, True, torch.float32), (raw, False, torch.bfloat16)):
+        expected = read_weights(sharded_run / "checkpoints/step_00000004/model", averaged)
+        expected.pop("lm_head.weight", None)  # tied
+        exported = weights_in(folder)
+        assert exported.keys() == expected.keys()
+        for name, weight in exported.items():
+            assert weight.dtype == dtype
+            assert torch.equal(weight, expected[name].to(dtype)), name
+    readable = (sharded_run / "config.yaml").stat().st_mode & 0o777
+    assert {path.stat().st_mode & 0o777 for path in average.glob("*.*")} == {readable}
+
+
+def test_transformers_gives_our_logits(
+    sharded_run: Path, train: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fresh process without our package and without network: ids, hidden states, logits and loss."""
+    other = tmp_path / "other"  # of the plain engine
+    shape = "--model.tie_embeddings false --model.kv_heads 2 --model.attention_bias true --model.rope_theta 5"
+    assert train(other, "--train.steps", "4", *shape.split()).code == 0
+    cases = [
+        (sharded_run, "ema", "float32", 1e-5),
+        (sharded_run, "raw", "bfloat16", 1e-2),
+        (other, "raw", "float32", 1e-5),
+    ]
+    folders = [tmp_path / f"out{number}" for number in range(len(cases))]
+    for (run_dir, kind, dtype, _), folder in zip(cases, folders, strict=True):
+        assert export(capsys, run_dir, folder, "--weights", kind, "--dtype", dtype).code == 0
+    result = run_program(LOAD, str(tmp_path / "theirs.pt"), TEXT, *map(str, folders))
+    assert result.returncode == 0, result.stderr
+
+    all_theirs = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    for theirs, (run_dir, kind, dtype, tolerance) in zip(all_theirs, cases, strict=True):
+        loaded = load_model(run_dir, torch.device("cpu"), weights=kind)
+        model = loaded.model.to(getattr(torch, dtype))
+        ids = theirs["ids"]
+        text = [token for part in TEXT.split("<mask>") for token in [*loaded.tokenizer.encode(part), 3]][:-1]
+        assert ids.tolist() == [text]
+        flat = torch.arange(ids.numel())
+        present = torch.ones_like(ids, dtype=torch.bool)
+        present[:, -2:] = False
+        logits = model.logits(ids, flat)
+        ours = {
+            "hidden": model.model(ids)[0].detach(),
+            "logits": logits,
+            "padded_logits": model.logits(ids, flat, present),
+            "loss": -logits.log_softmax(-1)[flat, ids[0]][ids[0] != 3].mean(),
+        }
+        for name, value in ours.items():
+            found = theirs[name][0] if theirs[name].ndim else theirs[name]
+            torch.testing.assert_close(found, value, atol=tolerance, rtol=tolerance)
+        assert (logits[:, [3, *range(12, 16)]] == -torch.inf).all(), "mask and padding rows"
+        assert logits[:, 4:12].std() > 0.01, "logits near 0 would compare nothing"
+
+
+def test_model_card(sharded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The card has the facts of the training, and a header that the Hub reads."""
+    checkpoint = sharded_run / "checkpoints/step_00000004"
+    assert "step 4" in export(capsys, checkpoint, tmp_path / "name-of-it").output
+    header, text = (tmp_path / "name-of-it/README.md").read_text().split("---\n")[1:]
+    assert yaml.safe_load(header)["library_name"] == "transformers"
+    parameters = sum(weight.numel() for weight in weights_in(tmp_path / "name-of-it").values())
+    for fact in (
+        "# name-of-it", "moving average", "float32", f"| parameters | {parameters:,} |",
+        "| datasets | pairs |", "| sequences seen | 64 of 12 tokens |", "| tokens seen | 768 |",
+        "kind puma, stages 4", "learning_rate 0.0003", "| ranks | 2 |", "deepspeed 0.19.8",
+    ):  # fmt: skip
+        assert fact in text
+    assert str(tmp_path) not in text
+    assert str(sharded_run) not in text
+
+
+def test_what_cannot_be_exported(
+    train: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "out"
+    assert "no checkpoint" in export(capsys, run_dir, output).complaint()
+    assert train(run_dir, "--train.steps", "4").code == 0
+    assert "optimizer.ema_decay" in export(capsys, run_dir, output, "--weights", "ema").complaint()
+    for size in ("5", "0GB", "1.5GB", "many"):
+        assert "such as 5GB" in export(capsys, run_dir, output, "--max-shard-size", size).complaint()
+    assert list(tmp_path.iterdir()) == [run_dir], "nothing is left behind"
+    output.mkdir()
+    assert str(output) in export(capsys, run_dir, output).complaint()
+
+
+def test_one_shard_and_one_weight_in_memory(tmp_path: Path) -> None:
+    """Counted over all tensors that are alive, while 64 weights of 1 kB are written in shards of 4 kB."""
+    alive: dict[int, int] = {}
+    peak = 0
+
+    def read() -> torch.Tensor:
+        nonlocal peak
+        array = np.zeros(256, np.float32)
+        alive[id(array)] = array.nbytes
+        weakref.finalize(array, alive.pop, id(array))
+        peak = max(peak, sum(alive.values()))
+        return torch.from_numpy(array)
+
+    weights = {f"w{i}": StoredWeight((256,), read) for i in range(64)}
+    write_weights(weights, tmp_path, torch.float32, 4096)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 16
+    assert peak <= 4096 + 1024
+
+
+@pytest.mark.parametrize("limit", [1, 10, 25, 1000])
+def test_shards_keep_the_order_and_the_limit(limit: int) -> None:
+    sizes = {f"w{i}": size for i, size in enumerate([3, 9, 12, 1, 1, 30, 7, 7, 7, 4])}
+    shards = divide(sizes, limit)
+    assert [name for names in shards for name in names] == list(sizes)
+    for names, following in zip(shards, [*shards[1:], None], strict=True):
+        total = sum(sizes[name] for name in names)
+        assert total <= limit or len(names) == 1
+        assert following is None or total + sizes[following[0]] > limit, "no shard is smaller than it need be"
