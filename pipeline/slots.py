@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import PADDING, Samples
+from pipeline.data.batch import Samples
 from pipeline.data.streams import SlotStream
-from pipeline.model.batch import MaskedBatch, masked_batch
-from pipeline.objectives.base import ChainState, Objective
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.objectives.base import ChainState, ObjectiveSchedule, Scores, model_input
 
 STATISTICS = ("masked_fraction", "stage", "chains_ended")
 
@@ -28,31 +28,29 @@ class SlotGroup:
         self,
         slots: Sequence[int],
         stream: SlotStream,
-        objective: Objective,
-        mask_id: int,
-        has_padding: bool,
+        objectives: ObjectiveSchedule,
         device: torch.device,
     ) -> None:
-        """Begin the first chain of each slot, at staggered stages.
+        """Begin the first chains of each slot, at staggered stages.
 
         Args:
             slots: the numbers of the B slots.
             stream: where their samples come from.
-            objective: what masks them.
-            mask_id: the mask token.
-            has_padding: whether the model must be told of padding positions.
+            objectives: what masks them, at each step.
             device: where the chains live.
         """
         self.slots = np.asarray(slots, dtype=np.int64)
         self.stream = stream
-        self.objective = objective
-        self.mask_id = mask_id
-        self.has_padding = has_padding
+        self.numbers = torch.from_numpy(self.slots).to(device)
+        self.objectives = objectives
         self.device = device
         self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
         self._begin(np.zeros(len(slots), dtype=np.int64))
-        first = objective.first_stage(torch.from_numpy(self.slots).to(device))
-        self._enter(objective.begin(self.samples, first), torch.zeros_like(first, dtype=torch.bool))
+        objective = objectives.at(1)
+        first = objective.first_stage(self.numbers, 1)
+        self._enter(
+            objective.begin(self.samples, first[:, None], 1), torch.zeros_like(first, dtype=torch.bool)
+        )
 
     def _begin(self, cursors: np.ndarray) -> None:
         """Read the samples at `cursors` [B], and those that follow them."""
@@ -89,24 +87,27 @@ class SlotGroup:
             self._report[:-1] = 0
         return int(masked)
 
-    def inputs(self) -> MaskedBatch:
-        """Return the batch of the current states."""
+    def inputs(self, step: int) -> MaskedBatch:
+        """Return the batch of the current states; `step` is the optimizer step, 1 is the first."""
         rows = self._settle()
-        padding = self.samples.roles == PADDING if self.has_padding else None
-        return masked_batch(self.samples.tokens, self.state.masked, rows, self.mask_id, padding)
+        return model_input(self.objectives.at(step), self.samples, self.state, rows, step)
 
-    def advance(self, batch: MaskedBatch, confidence: Tensor) -> None:
-        """Move the chains on with the confidences [R] of the same forward that the loss came from."""
-        masked = self.state.masked
+    def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
+        """Move the chains on with the scores of the same forward that the loss came from."""
+        masked, stage = self.state.masked, self.state.stage
+        now, then = self.objectives.at(step), self.objectives.at(step + 1)
+        scores = Scores.of(output, batch.rows, masked)
+        state, ended = now.advance(self.samples, self.state, scores, step)
+        begin_at = torch.zeros_like(self.numbers)
+        if then is not now:  # a change of objective ends every chain
+            ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, step + 1)
+        fresh = then.begin(self.following, begin_at[:, None], step + 1)
+        live = now.layout.chains(self.samples).sums(masked) > 0  # [B, N]
         share = masked.sum(dim=1) / self.samples.answer_length
-        scores = torch.full(masked.shape, -torch.inf, device=self.device)
-        scores.view(-1)[batch.rows] = confidence
-        stage = self.state.stage
-        state, ended = self.objective.advance(self.samples, self.state, scores)
-        fresh = self.objective.begin(self.following, torch.zeros_like(state.stage))
-        state = state.replaced(ended, fresh)
+        mean_stage = (stage * live).sum() / live.sum()
+        self.statistics += torch.stack([share.double().mean(), mean_stage.double(), ended.double().sum()])
+        state = fresh if then is not now else state.replaced(ended, fresh)
         self.samples = self.samples.replaced(ended, self.following)
-        self.statistics += torch.stack([share.double().mean(), stage.double().mean(), ended.double().sum()])
         self._enter(state, ended)
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -129,7 +130,7 @@ class SlotGroup:
         chains = ChainState(
             torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
         )
-        self._enter(chains, torch.zeros_like(chains.stage, dtype=torch.bool))
+        self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
 
 
 def slots_of_rank(rank: int, world_size: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:

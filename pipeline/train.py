@@ -31,17 +31,19 @@ from pipeline.runtime import Engine, Launch, build_engine, read_launch
 from pipeline.slots import SlotGroup, slots_of_rank
 
 
-def train_step(engine: Engine, groups: Sequence[SlotGroup], rate: float) -> tuple[Tensor, Tensor | float]:
-    """Run one optimizer step of PUMA or any other objective.
+def train_step(
+    engine: Engine, groups: Sequence[SlotGroup], rate: float, step: int
+) -> tuple[Tensor, Tensor | float]:
+    """Run optimizer step `step` (1 is the first) of PUMA or any other objective, at learning rate `rate`.
 
     Returns:
         This rank's loss [], the mean over its micro-batches, and the global gradient norm.
     """
     losses = []
     for group in groups:  # one a micro-batch, each with chains of its own
-        batch = group.inputs()
+        batch = group.inputs(step)
         output = engine.forward(batch)
-        group.advance(batch, output.confidence)  # the scores of this same forward: no second one
+        group.advance(batch, output, step)  # the scores of this same forward: no second one
         engine.backward(output.loss)
         losses.append(output.loss.detach())
     return torch.stack(losses).mean(), engine.step(rate)
@@ -64,17 +66,15 @@ class Run:
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data)
-        self.mask_id = tokenizer.mask
         stream = SlotStream(
             self.data.train, config.train.global_batch_size, config.train.seed, config.data.workers
         )
         stack.callback(stream.close)
-        objective = objectives.build(config.objective, config.train.seed)
+        self.objectives = objectives.build(
+            config.objective, config.train.seed, stream.slots, tokenizer.mask, self.data.has_padding
+        )
         slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
-        self.groups = [
-            SlotGroup(part, stream, objective, self.mask_id, self.data.has_padding, launch.device)
-            for part in slots
-        ]
+        self.groups = [SlotGroup(part, stream, self.objectives, launch.device) for part in slots]
         self.manifest = Manifest(
             FORMAT, 0, launch.world_size, config.train.global_batch_size, vocabulary._asdict(),
             self.data.fingerprint,
@@ -103,7 +103,7 @@ class Run:
         train = self.config.train
         for step in range(self.manifest.step + 1, train.steps + 1):
             rate = learning_rate(step, train.steps, self.config.optimizer.learning_rate, self.config.schedule)
-            loss, norm = train_step(self.engine, self.groups, rate)
+            loss, norm = train_step(self.engine, self.groups, rate, step)
             self.manifest.step = step
             self.recorder.collect(step, loss, norm, rate)
             self.progress.advance(step)
@@ -142,7 +142,8 @@ class Run:
     def held_out_loss(self, valid: SampleDataset) -> float:
         """Return the loss on the validation samples with the weights as they are."""
         samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
-        return held_out_loss(self.engine, valid, samples, batch_size, self.mask_id, self.data.has_padding)
+        objective = self.objectives.at(self.manifest.step).held_out()
+        return held_out_loss(self.engine, valid, samples, batch_size, objective, self.manifest.step)
 
     def save(self) -> None:
         """Write a checkpoint."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
-INITIAL_REVEAL, STAGE_TARGET, MASK_COUNT, MASK_POSITIONS = 1, 2, 3, 4
+REVEAL_ORDER, STAGE_TARGET, MASK_RATIO, MASK_POSITIONS, FIRST_MASKED = 1, 2, 3, 4, 5
 
 
 def splitmix64(x: int) -> int:
@@ -28,48 +31,103 @@ def best(candidates: list[int], scores: dict[int, float], count: int) -> list[in
 
 
 class Chain:
-    """One PUMA chain of one sequence, in sets and loops."""
+    """One PUMA chain of one sequence or block, in sets and loops."""
 
     def __init__(
-        self, seed: int, sample: int, answer: list[int], stages: int, threshold: float | None
+        self,
+        seed: int,
+        sample: int,
+        answer: list[int],
+        stages: Callable[[int], int],
+        threshold: float | None,
+        policy: str = "confidence",
+        number: int = 0,
     ) -> None:
-        self.seed, self.sample, self.answer = seed, sample, answer
-        self.stages, self.threshold = stages, threshold
+        self.seed, self.sample, self.number, self.answer = seed, sample, number, answer
+        self.stages, self.threshold, self.policy = stages, threshold, policy
         self.ended = False
 
-    def target(self, stage: int) -> int:
+    def target(self, stage: int, step: int) -> int:
         """Return the unmasked count of a stage: round(r L_eff), one masked token stays."""
-        r = (stage + uniform(self.seed, STAGE_TARGET, self.sample, stage)) / self.stages
+        jitter = uniform(self.seed, STAGE_TARGET, self.sample, self.number, stage)
+        r = (stage + jitter) / self.stages(step)
         return min(int(np.floor(r * len(self.answer) + 0.5)), len(self.answer) - 1)
 
-    def begin(self, stage: int) -> None:
-        """Reveal the count of the stage at random positions."""
-        noise = {i: uniform(self.seed, INITIAL_REVEAL, self.sample, i) for i in self.answer}
-        self.stage = stage
-        self.masked = set(self.answer) - set(best(self.answer, noise, self.target(stage)))
+    def order(self) -> dict[int, float]:
+        """Return the order of what is revealed without scores."""
+        if self.policy == "left_to_right":
+            return {i: -i for i in self.answer}
+        return {i: uniform(self.seed, REVEAL_ORDER, self.sample, i) for i in self.answer}
 
-    def advance(self, confidence: dict[int, float]) -> None:
-        """Reveal by confidence up to the next stage's count, then everything above the threshold."""
-        self.stage += 1
-        wanted = self.target(self.stage) - (len(self.answer) - len(self.masked))
-        self.masked -= set(best(sorted(self.masked), confidence, wanted))
+    def begin(self, stage: int, step: int) -> None:
+        """Reveal the count of the stage."""
+        self.stage = stage
+        self.masked = set(self.answer) - set(best(self.answer, self.order(), self.target(stage, step)))
+
+    def advance(self, ranking: dict[int, float], confidence: dict[int, float], step: int) -> None:
+        """Reveal by ranking up to the next stage's count, then everything above the threshold."""
+        if self.policy in ("random", "left_to_right"):
+            ranking = self.order()
+        before, after = self.stages(step), self.stages(step + 1)
+        done = self.stage + 1  # parts of 1/before
+        self.stage = next(j for j in range(2 * after + done) if j * before >= done * after)
+        wanted = self.target(self.stage, step + 1) - (len(self.answer) - len(self.masked))
+        self.masked -= set(best(sorted(self.masked), ranking, wanted))
         if self.threshold is not None:
             self.masked = {i for i in self.masked if not confidence[i] > self.threshold}
             unmasked = len(self.answer) - len(self.masked)
-            self.stage = max(self.stage, unmasked * self.stages // len(self.answer))
-        self.ended = self.stage >= self.stages
+            self.stage = max(self.stage, unmasked * after // len(self.answer))
+        self.ended = self.stage >= after
 
 
-def random_mask(seed: int, sample: int, answer: list[int]) -> set[int]:
+def random_mask(
+    seed: int, sample: int, answer: list[int], stage: int = 0, number: int = 0, strata: int | None = None
+) -> set[int]:
     """Return n ~ U{1..L_eff} random answer positions."""
-    count = 1 + int(uniform(seed, MASK_COUNT, sample) * len(answer))
-    return set(best(answer, {i: uniform(seed, MASK_POSITIONS, sample, i) for i in answer}, count))
+    count = 1 + int(mask_ratio(seed, sample, stage, number, strata) * len(answer))
+    return set(best(answer, {i: uniform(seed, MASK_POSITIONS, sample, i, stage) for i in answer}, count))
 
 
-def full_logit_loss(
+def mask_ratio(seed: int, sample: int, stage: int, number: int, strata: int | None) -> float:
+    """Return the number in [0, 1) behind a mask, stratified over `strata` slots or not."""
+    if strata is None:
+        return uniform(seed, MASK_RATIO, sample, number, stage)
+    shared = uniform(seed, MASK_RATIO, sample // strata, number, stage)
+    return (shared + sample % strata / strata) % 1.0
+
+
+def bernoulli_mask(
+    seed: int, sample: int, answer: list[int], strata: int | None = None
+) -> tuple[set[int], float]:
+    """Return a mask of independent positions given that it is not empty, and the weight of each of them."""
+    kept = mask_ratio(seed, sample, 0, 0, strata)  # 1 - t
+    length = len(answer)
+    u = uniform(seed, FIRST_MASKED, sample, 0, 0)
+    chances = [kept**j * (1 - kept) / (1 - kept**length) for j in range(length)]
+    first = next((j for j in range(length) if sum(chances[: j + 1]) > u), length - 1)
+    masked = {answer[first]} | {
+        i for i in answer[first + 1 :] if uniform(seed, MASK_POSITIONS, sample, i, 0) >= kept
+    }
+    return masked, (1 - kept**length) / ((1 - kept) * length)
+
+
+@dataclass
+class HeadResult:
+    """What a head gives: loss [], NLL and scores [R], gradients of hidden [R, H] and weight [V, H]."""
+
+    loss: float
+    nll: np.ndarray
+    confidence: np.ndarray
+    margin: np.ndarray
+    entropy: np.ndarray
+    grad_hidden: np.ndarray
+    grad_weight: np.ndarray
+
+
+def full_logit_head(
     hidden: np.ndarray, weight: np.ndarray, targets: np.ndarray, weights: np.ndarray, forbidden: list[int]
-) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return loss, NLL, confidence and the gradients of hidden and weight, by full float64 logits."""
+) -> HeadResult:
+    """Return loss, scores and gradients by full float64 logits."""
     logits = hidden.astype(np.float64) @ weight.astype(np.float64).T
     logits[:, forbidden] = -np.inf
     probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -79,10 +137,14 @@ def full_logit_loss(
     gradient = probabilities.copy()
     gradient[rows, targets] -= 1
     gradient *= weights[:, None]
-    return (
+    ordered = np.sort(probabilities, axis=1)
+    allowed = np.delete(probabilities, forbidden, axis=1)
+    return HeadResult(
         float((nll * weights).sum()),
         nll,
-        probabilities.max(axis=1, initial=0),
+        ordered[:, -1],
+        ordered[:, -1] - ordered[:, -2],
+        -(allowed * np.log(allowed)).sum(axis=1),
         gradient @ weight,
         gradient.T @ hidden,
     )

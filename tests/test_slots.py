@@ -10,33 +10,37 @@ import pytest
 import torch
 from synthetic import Pairs
 
+from pipeline.config import ObjectiveConfig
 from pipeline.data.streams import SlotStream
-from pipeline.model.batch import MaskedBatch
-from pipeline.objectives.base import Objective
-from pipeline.objectives.progressive import ProgressiveUnmasking
-from pipeline.objectives.random_masking import RandomMasking
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.objectives import build
 from pipeline.slots import SlotGroup, slots_of_rank
 
 SEED, SIZE, MASK = 3, 29, 4
 
 
-def make(slots: list[int], total: int, objective: Objective) -> SlotGroup:
+PUMA = ObjectiveConfig(stages=4, threshold=0.6)
+RANDOM = ObjectiveConfig(kind="random_masking")
+
+
+def make(slots: list[int], total: int, config: ObjectiveConfig) -> SlotGroup:
     """Return a group over the 29 synthetic pairs."""
     stream = SlotStream(Pairs(SIZE), total, SEED, workers=1)
-    return SlotGroup(slots, stream, objective, MASK, True, torch.device("cpu"))
+    return SlotGroup(slots, stream, build(config, SEED, total, MASK, True), torch.device("cpu"))
 
 
-def confidence(group: SlotGroup, batch: MaskedBatch) -> torch.Tensor:
-    """Return confidences that depend on the sample and the position alone, as a model's would."""
+def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:
+    """Return scores that depend on the sample and the position alone, as a model's might."""
     length = group.samples.tokens.shape[1]
     sample, position = group.samples.ids[batch.rows // length], batch.rows % length
-    return ((sample * 7919 + position * 104729 + 13) % 101).float() / 101
+    score = ((sample * 7919 + position * 104729 + 13) % 101).float() / 101
+    return HeadOutput(score.sum(), score, score, score**2, 1 - score)
 
 
-def step(group: SlotGroup) -> MaskedBatch:
-    """Run one training step without a model."""
-    batch = group.inputs()
-    group.advance(batch, confidence(group, batch))
+def step(group: SlotGroup, number: int) -> MaskedBatch:
+    """Run training step `number` without a model."""
+    batch = group.inputs(number)
+    group.advance(batch, output(group, batch), number)
     return batch
 
 
@@ -44,22 +48,22 @@ def step(group: SlotGroup) -> MaskedBatch:
 def test_chains_follow_the_oracle_over_many_samples(threshold: float | None) -> None:
     """Each slot walks oracle chains, the next of its own sub-stream when one has ended, at stage 0."""
     total, stages = 6, 5
-    group = make(list(range(total)), total, ProgressiveUnmasking(SEED, stages, threshold))
+    group = make(list(range(total)), total, ObjectiveConfig(stages=stages, threshold=threshold))
     stream, data = SlotStream(Pairs(SIZE), total, SEED, workers=0), Pairs(SIZE)
     cursors = [0] * total
     chains: list[oracles.Chain | None] = [None] * total
-    for _ in range(60):
+    for number in range(1, 61):
         expected = set()
         for slot in range(total):
             position = slot + cursors[slot] * total
             sample = data[stream.index(position)]
             if chains[slot] is None:
                 answer = np.flatnonzero(sample["roles"] == 2).tolist()
-                chains[slot] = oracles.Chain(SEED, position, answer, stages, threshold)
-                chains[slot].begin(slot % stages if cursors[slot] == 0 else 0)
+                chains[slot] = oracles.Chain(SEED, position, answer, lambda _: stages, threshold)
+                chains[slot].begin(slot % stages if cursors[slot] == 0 else 0, number)
             np.testing.assert_array_equal(group.samples.tokens[slot], sample["tokens"])
             expected |= {slot * 8 + i for i in chains[slot].masked}
-        batch = group.inputs()
+        batch = group.inputs(number)
         assert set(batch.rows.tolist()) == expected
         tokens, inputs = group.samples.tokens.flatten(), batch.input_ids.flatten()
         assert (inputs[batch.rows] == MASK).all()
@@ -69,19 +73,20 @@ def test_chains_follow_the_oracle_over_many_samples(threshold: float | None) -> 
         assert batch.targets.equal(tokens[batch.rows])
         assert batch.attention_mask is not None
         assert batch.attention_mask.equal(group.samples.roles != 0)
-        values = dict(zip(batch.rows.tolist(), confidence(group, batch).tolist(), strict=True))
-        group.advance(batch, confidence(group, batch))
+        scores = output(group, batch)
+        values = dict(zip(batch.rows.tolist(), scores.confidence.tolist(), strict=True))
+        group.advance(batch, scores, number)
         for slot, chain in enumerate(chains):
             everywhere = {i: values.get(slot * 8 + i, 0.0) for i in chain.answer}
-            chain.advance(everywhere)
+            chain.advance(everywhere, everywhere, number)
             if chain.ended:
                 chains[slot] = None
                 cursors[slot] += 1
     assert min(cursors) > 5
 
 
-@pytest.mark.parametrize("objective", [ProgressiveUnmasking(SEED, 4, 0.6), RandomMasking(SEED)])
-def test_grouping_changes_no_chain(objective: Objective) -> None:
+@pytest.mark.parametrize("config", [PUMA, RANDOM], ids=["puma", "random"])
+def test_grouping_changes_no_chain(config: ObjectiveConfig) -> None:
     """8 slots on 1, 2 or 4 ranks with any accumulation: the same inputs in every slot at every step."""
     layouts = [(1, 1, 8), (1, 4, 2), (2, 1, 4), (2, 2, 2), (4, 2, 1)]
     histories = []
@@ -89,8 +94,8 @@ def test_grouping_changes_no_chain(objective: Objective) -> None:
         history = {}
         for rank in range(world_size):
             for slots in slots_of_rank(rank, world_size, accumulation, micro_batch):
-                group = make(slots, 8, objective)
-                inputs = torch.stack([step(group).input_ids for _ in range(25)])
+                group = make(slots, 8, config)
+                inputs = torch.stack([step(group, i).input_ids for i in range(1, 26)])
                 history.update({slot: inputs[:, row] for row, slot in enumerate(slots)})
         assert sorted(history) == list(range(8))
         histories.append(history)
@@ -99,23 +104,23 @@ def test_grouping_changes_no_chain(objective: Objective) -> None:
 
 
 def test_random_masking_uses_every_sample_once_an_epoch() -> None:
-    group = make(list(range(8)), 8, RandomMasking(SEED))
+    group = make(list(range(8)), 8, RANDOM)
     seen: Counter[int] = Counter()
-    for _ in range(3 * SIZE):
-        seen.update((step(group).input_ids[:, 0] - 100).tolist())
+    for number in range(1, 3 * SIZE + 1):
+        seen.update((step(group, number).input_ids[:, 0] - 100).tolist())
     assert seen == Counter({sample: 24 for sample in range(SIZE)})
 
 
-@pytest.mark.parametrize("objective", [ProgressiveUnmasking(SEED, 4, 0.6), RandomMasking(SEED)])
+@pytest.mark.parametrize("config", [PUMA, RANDOM], ids=["puma", "random"])
 @pytest.mark.parametrize("steps", [0, 1, 7])
-def test_a_saved_group_goes_on_exactly(objective: Objective, steps: int) -> None:
-    first = make([2, 3, 4, 5], 8, objective)
-    for _ in range(steps):
-        step(first)
-    second = make([2, 3, 4, 5], 8, objective)
+def test_a_saved_group_goes_on_exactly(config: ObjectiveConfig, steps: int) -> None:
+    first = make([2, 3, 4, 5], 8, config)
+    for number in range(1, steps + 1):
+        step(first, number)
+    second = make([2, 3, 4, 5], 8, config)
     second.load_state_dict(first.state_dict())
-    for _ in range(30):
-        one, two = step(first), step(second)
+    for number in range(steps + 1, steps + 31):
+        one, two = step(first, number), step(second, number)
         assert one.input_ids.equal(two.input_ids)
         assert one.rows.equal(two.rows)
     for key, value in first.state_dict().items():
@@ -123,7 +128,6 @@ def test_a_saved_group_goes_on_exactly(objective: Objective, steps: int) -> None
 
 
 def test_a_state_of_other_slots_is_refused() -> None:
-    objective = RandomMasking(SEED)
-    state = make([0, 1], 8, objective).state_dict()
+    state = make([0, 1], 8, RANDOM).state_dict()
     with pytest.raises(ValueError, match="other slots"):
-        make([2, 3], 8, objective).load_state_dict(state)
+        make([2, 3], 8, RANDOM).load_state_dict(state)

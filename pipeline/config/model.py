@@ -59,11 +59,15 @@ class ObjectiveConfig:
 
     Args:
         kind: puma = progressive unmasking; random_masking = a uniformly drawn number of random positions.
+        policy: What a PUMA chain reveals first: the highest confidence (probability of the likeliest token),
+            the highest margin (that less the second likeliest's), the lowest entropy, or, whatever the model
+            thinks, a random order or left to right.
         stages: K, the number of stages of a PUMA chain.
         threshold: Also reveal every position with a confidence above this; none = standard mode.
     """
 
     kind: Literal["puma", "random_masking"] = "puma"
+    policy: Literal["confidence", "margin", "entropy", "random", "left_to_right"] = "confidence"
     stages: int = 8
     threshold: float | None = None
 

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.data.batch import PADDING, SampleDataset, stack_samples
-from pipeline.model.batch import masked_batch
-from pipeline.objectives.random_masking import random_masks
+from pipeline.data.batch import SampleDataset, stack_samples
+from pipeline.objectives.base import Objective, model_input
 from pipeline.runtime import Engine
-
-MASK_SEED = 0
 
 
 def held_out_loss(
-    engine: Engine, dataset: SampleDataset, samples: int, batch_size: int, mask_id: int, has_padding: bool
+    engine: Engine, dataset: SampleDataset, samples: int, batch_size: int, objective: Objective, step: int
 ) -> float:
-    """Return the mean over sequences of the mean NLL (nats) at n ~ U{1..L_eff} random masked positions.
+    """Return the mean over sequences of the mean NLL (nats) at the positions that `objective` masks.
 
-    Its expectation over masks is the bound on the negative log-likelihood of an answer, divided by L_eff.
-    Every rank calls this and runs as many forwards as the others, as ZeRO-3 needs.
+    With n ~ U{1..L_eff} random positions its expectation over masks is the bound on the negative
+    log-likelihood of an answer, divided by L_eff. Every rank calls this and runs as many forwards as the
+    others, as ZeRO-3 needs.
 
     Args:
         engine: what runs the model.
         dataset: validation samples.
         samples: how many of them are used, at most.
         batch_size: sequences a forward.
-        mask_id: the mask token.
-        has_padding: whether the model must be told of padding positions.
+        objective: what masks them, one input for each sample (`Objective.held_out`).
+        step: the optimizer step that the model has come to.
     """
     launch, count = engine.launch, min(samples, len(dataset))
     total = torch.zeros(2, dtype=torch.float64, device=launch.device)
@@ -36,13 +34,12 @@ def held_out_loss(
         counted = torch.tensor([i < count for i in indices], device=launch.device)
         ids = [i % count for i in indices]  # past the end: read again, not counted
         batch = stack_samples([dataset[i] for i in ids], ids)
-        masked = random_masks(MASK_SEED, batch)
-        rows = int(masked.sum())
-        batch, masked = batch.to(launch.device), masked.to(launch.device)
-        padding = batch.roles == PADDING if has_padding else None
-        inputs = masked_batch(batch.tokens, masked, rows, mask_id, padding)
+        state = objective.begin(batch, torch.zeros(batch_size, 1, dtype=torch.int64), step)
+        rows = int(state.masked.sum())  # on the CPU still
+        batch, state = batch.to(launch.device), state.to(launch.device)
+        inputs = model_input(objective, batch, state, rows, step)
         nll = engine.evaluate(inputs).nll.double()
-        weights = inputs.weights.double() * counted.double()[inputs.rows // masked.shape[1]]
+        weights = inputs.weights.double() * counted.double()[inputs.rows // state.masked.shape[1]]
         total[0] += (nll * weights).sum() * batch_size
         total[1] += counted.sum()
     total = engine.sum_over_ranks(total)

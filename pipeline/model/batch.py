@@ -31,6 +31,7 @@ class MaskedBatch(NamedTuple):
         rows: [R] int64, the masked positions, as indices into the flattened [B * L].
         targets: [R] int64, the true tokens there.
         weights: [R] float32, the share of each row in the loss.
+        scores: which of "margin" and "entropy" the head gives besides the confidence.
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class MaskedBatch(NamedTuple):
     rows: Tensor
     targets: Tensor
     weights: Tensor
+    scores: tuple[str, ...] = ()
 
 
 class HeadOutput(NamedTuple):
@@ -47,17 +49,26 @@ class HeadOutput(NamedTuple):
         loss: [] float32, sum over the rows of weight x NLL; carries the gradient.
         nll: [R] float32, -log p(x0 | xt) in nats; no gradient.
         confidence: [R] float32, max_v p(v | xt); no gradient.
+        margin: [R] float32, the highest probability less the second; None unless the batch asks for it.
+        entropy: [R] float32, -sum_v p(v | xt) log p(v | xt) in nats; None unless the batch asks for it.
     """
 
     loss: Tensor
     nll: Tensor
     confidence: Tensor
+    margin: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def masked_batch(
-    tokens: Tensor, masked: Tensor, rows: int, mask_id: int, padding: Tensor | None = None
+    tokens: Tensor,
+    masked: Tensor,
+    rows: int,
+    mask_id: int,
+    padding: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> MaskedBatch:
-    """Return the batch whose loss is the mean over sequences of the mean NLL of their masked positions.
+    """Return the batch of partly masked sequences.
 
     Args:
         tokens: [B, L] int64, x0.
@@ -65,13 +76,16 @@ def masked_batch(
         rows: how many positions are masked in all; known on the host, so that nothing waits for the device.
         mask_id: the mask token M.
         padding: [B, L] bool, positions that must not be attended to.
+        weights: [B, L] float32, share of each masked position in the loss; by default the loss is the mean
+            over sequences of the mean NLL of their masked positions.
     """
     flat = torch.nonzero_static(masked.flatten(), size=rows).squeeze(1)  # [R]
-    each = 1.0 / (masked.sum(dim=1) * masked.shape[0])  # [B], 1 / (masked x B)
+    if weights is None:
+        weights = (1.0 / (masked.sum(dim=1, keepdim=True) * len(masked))).expand(masked.shape)
     return MaskedBatch(
         input_ids=tokens.masked_fill(masked, mask_id),
         attention_mask=None if padding is None else ~padding,
         rows=flat,
         targets=tokens.flatten()[flat],
-        weights=each[flat // masked.shape[1]].float(),
+        weights=weights.flatten()[flat].float(),
     )

@@ -1,7 +1,8 @@
-"""The output layer at masked positions: loss and confidence in one pass, without a [B, L, V] tensor.
+"""The output layer at masked positions: loss and scores in one pass, without a [B, L, V] tensor.
 
 Logits are computed for a chunk of rows at a time. The gradients of the loss with respect to the hidden states
 and the weight are formed in the forward, while the chunk's logits exist, and only scaled in the backward.
+Logits, probabilities and sums are fp32 whatever the weights are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.batch import Vocabulary
+from pipeline.model.batch import HeadOutput, Vocabulary
 
 CHUNK_LOGITS = 2**26  # fp32 logits held at once: 256 MiB
 
@@ -21,41 +22,79 @@ class _MaskedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocabulary: Vocabulary
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        vocabulary: Vocabulary,
+        scores: tuple[str, ...] = (),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         rows = hidden.shape[0]
+        h, w = _operands(hidden, weight)
         need_gradients = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.zeros_like(hidden) if need_gradients else None
+        grad_hidden = torch.empty_like(hidden) if need_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_gradients else None
         nll = hidden.new_empty(rows, dtype=torch.float32)
-        confidence = hidden.new_empty(rows, dtype=torch.float32)
+        confidence = torch.empty_like(nll)
+        margin = torch.empty_like(nll) if "margin" in scores else None
+        entropy = torch.empty_like(nll) if "entropy" in scores else None
         chunk = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            logits = masked_logits(hidden[part], weight, vocabulary)  # [C, V] float32
-            lse = torch.logsumexp(logits, dim=-1)
-            nll[part] = lse - logits.gather(1, targets[part, None]).squeeze(1)
-            confidence[part] = torch.exp(logits.amax(dim=-1) - lse)
+            target = targets[part, None]
+            logits = _logits(h[part], w, vocabulary)  # [C, V] float32
+            if margin is not None:
+                top = logits.topk(2, dim=-1).values  # [C, 2]
+            highest = logits.amax(dim=-1, keepdim=True)  # [C, 1]
+            nll[part] = (highest - logits.gather(1, target)).squeeze(1)
+            exponentials = logits.sub_(highest).exp_()  # in place
+            total = exponentials.sum(dim=-1, keepdim=True)  # [C, 1], at least 1
+            nll[part] += total.log().squeeze(1)
+            confidence[part] = 1.0 / total.squeeze(1)
+            if margin is not None:
+                margin[part] = -torch.expm1(top[:, 1] - top[:, 0]) / total.squeeze(1)
+            if entropy is not None:
+                entropy[part] = torch.special.entr(exponentials / total).sum(dim=-1)
             if grad_hidden is not None and grad_weight is not None:
-                grad_logits = logits.sub_(lse[:, None]).exp_()  # the probabilities, in place
-                grad_logits.scatter_add_(1, targets[part, None], grad_logits.new_full((len(lse), 1), -1.0))
-                grad_logits = grad_logits.mul_(weights[part, None]).to(weight.dtype)
-                grad_hidden[part] = grad_logits @ weight
-                grad_weight += grad_logits.T @ hidden[part]
+                scale = weights[part, None] / total
+                grad_logits = exponentials.mul_(scale).scatter_add_(1, target, -weights[part, None])
+                grad_logits = grad_logits.to(w.dtype)
+                grad_hidden[part] = _product(grad_logits, w)
+                grad_weight += _product(grad_logits.T, h[part])
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(nll, confidence)
-        return (nll * weights).sum(), nll, confidence
+        ctx.mark_non_differentiable(*(x for x in (nll, confidence, margin, entropy) if x is not None))
+        return (nll * weights).sum(), nll, confidence, margin, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None, None
 
 
-def masked_logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the type in which they are multiplied: bf16 on a GPU where they or autocast have it."""
+    device = hidden.device.type
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and dtype == torch.bfloat16:
+        dtype = torch.float32  # CPUs have no product of bf16 matrices with an fp32 result
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in fp32: a bf16 result would tie confidences that differ."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Return logits [R, V] float32 for hidden [R, H] and weight [V, H]; -inf for what is never predicted."""
-    logits = (hidden @ weight.T).float()
+    logits = _product(hidden, weight.T)
     logits[:, vocabulary.mask_id] = -torch.inf
     logits[:, vocabulary.tokens :] = -torch.inf
     return logits
@@ -70,17 +109,19 @@ class MaskedHead(nn.Module):
         self.weight = weight  # an nn.Parameter, registered under its own name here too
         self.vocabulary = vocabulary
 
-    def forward(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weighted loss [], and NLL [R] and confidence [R] without gradient, all float32.
+    def forward(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, scores: tuple[str, ...] = ()
+    ) -> HeadOutput:
+        """Return the loss with its gradient, and NLL and scores without.
 
         Args:
             hidden: [R, H].
             targets: [R] int64.
             weights: [R] float32, share of each row in the loss.
+            scores: which of "margin" and "entropy" are computed besides the confidence.
         """
-        loss, nll, confidence = _MaskedLoss.apply(hidden, self.weight, targets, weights, self.vocabulary)
-        return loss, nll, confidence
+        return HeadOutput(*_MaskedLoss.apply(hidden, self.weight, targets, weights, self.vocabulary, scores))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [R, V] float32 for hidden [R, H]; -inf for what is never predicted."""
-        return masked_logits(hidden, self.weight, self.vocabulary)
+        return _logits(*_operands(hidden, self.weight), self.vocabulary)

@@ -91,19 +91,23 @@ class MaskedDiffusionModel(nn.Module):
         self.lm_head = MaskedHead(output.weight, vocabulary)
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
-        """Return loss, NLL and confidence at the rows of `batch`."""
+        """Return loss, NLL and scores at the rows of `batch`."""
         hidden = self.model(batch.input_ids, batch.attention_mask)
         rows, targets, weights = (
             self.sequence.own(x, dim=0) for x in (batch.rows, batch.targets, batch.weights)
         )
-        output = HeadOutput(*self.lm_head(hidden.flatten(0, 1)[rows], targets, weights))
+        output: HeadOutput = self.lm_head(hidden.flatten(0, 1)[rows], targets, weights, batch.scores)
         return output if self.sequence.size == 1 else self._join(output, batch)
 
     def _join(self, own: HeadOutput, batch: MaskedBatch) -> HeadOutput:
         """Return the output for all rows of `batch`; the gradient of its loss is that of this process's."""
-        nll, confidence = (self.sequence.gather(x, dim=0, length=len(batch.rows)) for x in own[1:])
-        total = (nll * batch.weights).sum()
-        return HeadOutput(own.loss + (total - own.loss).detach(), nll, confidence)
+        values = {
+            name: self.sequence.gather(x, dim=0, length=len(batch.rows))
+            for name, x in own._asdict().items()
+            if name != "loss" and x is not None
+        }
+        total = (values["nll"] * batch.weights).sum()
+        return HeadOutput(own.loss + (total - own.loss).detach(), **values)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, rows: Tensor, attention_mask: Tensor | None = None) -> Tensor:

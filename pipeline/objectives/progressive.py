@@ -7,54 +7,83 @@ from torch import Tensor
 
 from pipeline.data.batch import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import ChainState, positions_like, take_highest
+from pipeline.objectives.base import Chains, ChainState, Layout, Objective, Scores, mean_over_chains
+from pipeline.objectives.policies import Policy
+from pipeline.objectives.random_masking import chain_numbers, held_out_masking
+from pipeline.objectives.stages import StageSchedule
 
 
 class ProgressiveUnmasking:
     """Teacher-forced chains of K stages.
 
     At stage j a chain has round(r L_eff) answer positions unmasked, r ~ U[j/K, (j+1)/K), at most L_eff - 1. A
-    step reveals the masked positions where the model is most confident, always with the true tokens. With a
-    threshold, positions above it are revealed too and the stage follows the unmasked fraction. A stage number
-    only ever grows, so a chain ends within K steps, whatever L_eff, K and the threshold.
-
-    Ranking looks at the input alone, never at the probability of the true token: that is what keeps
-    p(x0 | xt) along the chains equal to that of the data.
+    step reveals the masked positions that the policy ranks highest, always with the true tokens. With a
+    threshold, positions of a higher confidence are revealed too and the stage follows the unmasked fraction.
+    A stage number only ever grows, so a chain ends within K steps, whatever L_eff, K and the threshold. A
+    sequence ends when all its chains have; one that ends earlier is left without a mask.
     """
 
-    def __init__(self, seed: int, stages: int, threshold: float | None = None) -> None:
+    def __init__(
+        self, seed: int, layout: Layout, stages: StageSchedule, policy: Policy, threshold: float | None = None
+    ) -> None:
+        """Make the objective.
+
+        Args:
+            seed: seed of the chains' noise.
+            layout: how sequences are cut into chains.
+            stages: K.
+            policy: what is revealed first.
+            threshold: confidence above which everything is revealed; none = standard mode.
+        """
         self.seed = seed
+        self.layout = layout
         self.stages = stages
+        self.policy = policy
         self.threshold = threshold
+        self.scores = policy.needs
 
-    def first_stage(self, slots: Tensor) -> Tensor:
+    def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return staggered stages [B], so that every stage is present in every batch from the start."""
-        return slots % self.stages
+        return slots % self.stages(step)
 
-    def target_count(self, samples: Samples, stage: Tensor) -> Tensor:
-        """Return how many answer positions [B] int64 are to be unmasked at `stage` [B]."""
-        length = samples.answer_length
-        jitter = noise.uniform(self.seed, noise.STAGE_TARGET, samples.ids, stage)  # [B] float64
-        fraction = (stage + jitter) / self.stages
+    def target_count(self, samples: Samples, chains: Chains, stage: Tensor, step: int) -> Tensor:
+        """Return how many positions of each chain [B, N] are to be unmasked at `stage` [B, N] of `step`."""
+        ids, number = samples.ids[:, None], chain_numbers(chains)
+        jitter = noise.uniform(self.seed, noise.STAGE_TARGET, ids, number, stage)
+        fraction = (stage + jitter) / self.stages(step)
+        length = chains.length
         return torch.minimum(torch.floor(fraction * length + 0.5).to(torch.int64), length - 1)
 
-    def begin(self, samples: Samples, stage: Tensor) -> ChainState:
-        """Return chains with the count of `stage` [B] revealed at random positions."""
-        order = noise.uniform(
-            self.seed, noise.INITIAL_REVEAL, samples.ids[:, None], positions_like(samples.tokens)
-        )
-        revealed = take_highest(samples.answer, order, self.target_count(samples, stage))
-        return ChainState(samples.answer & ~revealed, stage)
+    def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
+        """Return chains with the count of `stage` [B, N] revealed, by the policy's order or at random."""
+        chains = self.layout.chains(samples)
+        stage = stage.expand(-1, chains.count)
+        count = self.target_count(samples, chains, stage, step)
+        revealed = chains.take_highest(chains.answer, self.policy.initial(self.seed, samples), count)
+        return ChainState(chains.answer & ~revealed, stage.contiguous())
 
-    def advance(self, samples: Samples, state: ChainState, confidence: Tensor) -> tuple[ChainState, Tensor]:
-        """Reveal the most confident masked positions of each chain up to the next stage's count."""
-        length = samples.answer_length
-        stage = state.stage + 1
-        unmasked = length - state.masked.sum(dim=1)
-        count = self.target_count(samples, stage) - unmasked  # below 0: the chain already has more
-        masked = state.masked & ~take_highest(state.masked, confidence, count)
+    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+        """Return 1 / (masked positions of the chain), shared out equally over chains and sequences."""
+        return mean_over_chains(self.layout.chains(samples), state.masked)
+
+    def advance(
+        self, samples: Samples, state: ChainState, scores: Scores, step: int
+    ) -> tuple[ChainState, Tensor]:
+        """Reveal the highest ranked masked positions of each chain up to the next stage's count."""
+        chains = self.layout.chains(samples)
+        length, final = chains.length, self.stages(step + 1)
+        stage = self.stages.following(state.stage, step)
+        unmasked = length - chains.sums(state.masked)
+        count = self.target_count(samples, chains, stage, step + 1) - unmasked  # below 0: it has more already
+        ranking = self.policy.ranking(self.seed, samples, scores)
+        masked = state.masked & ~chains.take_highest(state.masked, ranking, count)
         if self.threshold is not None:
-            masked = masked & ~(confidence > self.threshold)
-            unmasked = length - masked.sum(dim=1)
-            stage = torch.maximum(stage, unmasked * self.stages // length)
-        return ChainState(masked, stage), stage >= self.stages
+            masked = masked & ~(scores.confidence > self.threshold)
+            unmasked = length - chains.sums(masked)
+            stage = torch.maximum(stage, unmasked * final // length.clamp(min=1))
+        ended = (stage >= final) | (length == 0)  # [B, N]
+        return ChainState(masked & ~chains.spread(ended), stage), ended.all(dim=1)
+
+    def held_out(self) -> Objective:
+        """Return random masking with the masks of every held-out loss."""
+        return held_out_masking(self.layout)

@@ -2,42 +2,138 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from pipeline.data.batch import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import ChainState, positions_like, take_highest
+from pipeline.objectives.base import (
+    Chains,
+    ChainState,
+    Layout,
+    Objective,
+    Scores,
+    mean_over_chains,
+    positions_like,
+)
 
-
-def random_masks(seed: int, samples: Samples) -> Tensor:
-    """Return [B, L] bool masks: n ~ U{1..L_eff}, then n answer positions at random.
-
-    A mask depends on (seed, sample id) alone, so that a held-out set has the same masks for ever.
-    """
-    length = samples.answer_length
-    count = 1 + (noise.uniform(seed, noise.MASK_COUNT, samples.ids) * length).to(torch.int64)  # [B]
-    order = noise.uniform(seed, noise.MASK_POSITIONS, samples.ids[:, None], positions_like(samples.tokens))
-    return take_highest(samples.answer, order, count)
+HELD_OUT_SEED = 0
 
 
 class RandomMasking:
-    """Masks n ~ U{1..L_eff} positions of each answer (MDLM, LLaDA); every sequence lasts one step.
+    """Masks a random subset of each chain; a sequence lasts one step, or two with complementary pairs.
 
-    With the loss of a sequence divided by its n, this is the usual bound on the negative log-likelihood.
+    count = uniform: n ~ U{1..L_eff} random positions, each weighing 1/n. count = bernoulli: t ~ U(0, 1), each
+    position with probability t, each weighing 1/(t L_eff) (LLaDA, arXiv 2502.09992, equation 3). Both have
+    the same expectation, the usual bound on the negative log-likelihood divided by L_eff.
+
+    A Bernoulli mask may be empty, which would waste the forward of its sequence. Here it is drawn from those
+    that are not, and weighs P(not empty) = 1 - (1 - t)^L_eff times as much: as an empty mask has no loss, the
+    expectation is the same, and the weight is never above 1.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    scores: tuple[str, ...] = ()
 
-    def first_stage(self, slots: Tensor) -> Tensor:
+    def __init__(
+        self,
+        seed: int,
+        layout: Layout,
+        count: Literal["uniform", "bernoulli"] = "uniform",
+        strata: int | None = None,
+        complementary: bool = False,
+    ) -> None:
+        """Make the objective.
+
+        Args:
+            seed: seed of the masks.
+            layout: how sequences are cut into chains.
+            count: how many positions are masked.
+            strata: slots of the global batch, over which t is stratified; none = each draws its own.
+            complementary: train on each mask and, in the next step, on its complement.
+        """
+        self.seed = seed
+        self.layout = layout
+        self.count = count
+        self.strata = strata
+        self.complementary = complementary
+
+    def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return zeros [B]: there are no stages."""
         return torch.zeros_like(slots)
 
-    def begin(self, samples: Samples, stage: Tensor) -> ChainState:
-        """Return freshly drawn masks."""
-        return ChainState(random_masks(self.seed, samples), stage)
+    def ratio(self, samples: Samples, chains: Chains, stage: Tensor) -> Tensor:
+        """Return the number [B, N] in [0, 1) that decides how much of each chain is masked.
 
-    def advance(self, samples: Samples, state: ChainState, confidence: Tensor) -> tuple[ChainState, Tensor]:
-        """Change nothing and end every sequence."""
-        return state, torch.ones_like(state.stage, dtype=torch.bool)
+        Stratified, it is (u + i/S) mod 1 for slot i of S, with one u for all slots: sequence s + S c is the
+        c-th of slot s, so each round of S sequences covers [0, 1) evenly.
+        """
+        ids, number = samples.ids[:, None], chain_numbers(chains)
+        if self.strata is None:
+            return noise.uniform(self.seed, noise.MASK_RATIO, ids, number, stage)
+        shared = noise.uniform(self.seed, noise.MASK_RATIO, ids // self.strata, number, stage)
+        return (shared + (ids % self.strata).double() / self.strata) % 1.0
+
+    def draw(self, samples: Samples, chains: Chains, stage: Tensor) -> Tensor:
+        """Return masks [B, L] bool for `stage` [B, N], each stage with a draw of its own; none is empty."""
+        ratio = self.ratio(samples, chains, stage)
+        positions, stages = positions_like(samples.tokens), chains.spread(stage)
+        order = noise.uniform(self.seed, noise.MASK_POSITIONS, samples.ids[:, None], positions, stages)
+        if self.count == "uniform":
+            return chains.take_highest(chains.answer, order, 1 + (ratio * chains.length).to(torch.int64))
+        # The first masked position is geometric, cut off at L_eff; each behind it is masked independently.
+        u = noise.uniform(self.seed, noise.FIRST_MASKED, samples.ids[:, None], chain_numbers(chains), stage)
+        length = chains.length.clamp(min=1)
+        log_kept = torch.log(ratio)  # log (1 - t)
+        first = torch.log1p(u * torch.expm1(length * log_kept)) / log_kept
+        first = torch.minimum(first.to(torch.int64), length - 1)
+        behind = chains.rank - chains.spread(first)  # [B, L]
+        return chains.answer & ((behind == 0) | ((behind > 0) & (order >= chains.spread(ratio))))
+
+    def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
+        """Return the masks of `stage` [B, N]; with complementary pairs odd stages complete the ones before.
+
+        The complement of a full mask is empty: the full mask is repeated, so that every n is as likely as
+        without pairs.
+        """
+        chains = self.layout.chains(samples)
+        stage = stage.expand(-1, chains.count).contiguous()
+        if not self.complementary:
+            return ChainState(self.draw(samples, chains, stage), stage)
+        masked = self.draw(samples, chains, stage - stage % 2)
+        others = chains.answer & ~masked
+        second = (stage % 2 == 1) & (chains.sums(others) > 0)  # [B, N]
+        return ChainState(torch.where(chains.spread(second), others, masked), stage)
+
+    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+        """Return what each masked position weighs by the rule of `count`."""
+        chains = self.layout.chains(samples)
+        if self.count == "uniform":
+            return mean_over_chains(chains, state.masked)
+        ratio, length = self.ratio(samples, chains, state.stage), chains.length.clamp(min=1)
+        not_empty = -torch.expm1(length * torch.log(ratio))  # 1 - (1 - t)^L_eff
+        return mean_over_chains(chains, state.masked, not_empty / ((1 - ratio) * length))
+
+    def advance(
+        self, samples: Samples, state: ChainState, scores: Scores, step: int
+    ) -> tuple[ChainState, Tensor]:
+        """End every sequence, or go on to the complement of its mask."""
+        ended = torch.ones_like(samples.ids, dtype=torch.bool)
+        if not self.complementary:
+            return state, ended
+        return self.begin(samples, state.stage + 1, step + 1), ended & (state.stage[:, 0] % 2 == 1)
+
+    def held_out(self) -> Objective:
+        """Return random masking with the masks of every held-out loss."""
+        return held_out_masking(self.layout)
+
+
+def chain_numbers(chains: Chains) -> Tensor:
+    """Return [N] int64, the counter by which the noise tells the chains of a sequence apart."""
+    return torch.arange(chains.count, device=chains.index.device)
+
+
+def held_out_masking(layout: Layout) -> Objective:
+    """Return random masking whose masks depend on the sample alone: the same in every run, at every step."""
+    return RandomMasking(HELD_OUT_SEED, layout)

@@ -49,19 +49,19 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     stream = SlotStream(SyntheticPairs(), config.train.global_batch_size, config.train.seed, workers=1)
     accumulation = config.train.accumulation(launch.data_size)
     slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
-    objective = objectives.build(config.objective, config.train.seed)
-    groups = [SlotGroup(part, stream, objective, MASK, True, launch.device) for part in slots]
+    schedule = objectives.build(config.objective, config.train.seed, stream.slots, MASK, True)
+    groups = [SlotGroup(part, stream, schedule, launch.device) for part in slots]
     losses, norms, history = [], [], []
     if isinstance(engine, PlainEngine):
         history.append(weights_of(engine))
     for step in range(1, steps + 1):
         rate = learning_rate(step, steps, config.optimizer.learning_rate, config.schedule)
-        loss, norm = train_step(engine, groups, rate)
+        loss, norm = train_step(engine, groups, rate, step)
         losses.append(float(engine.sum_over_ranks(loss[None])) / launch.world_size)
         norms.append(float(norm))
         if isinstance(engine, PlainEngine):
             history.append(weights_of(engine))
-    batch = groups[0].inputs()
+    batch = groups[0].inputs(steps + 1)
     before = engine.evaluate(batch).nll
     with engine.averaged_weights():
         averaged = engine.evaluate(batch).nll

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import oracles
 import pytest
 import torch
 
 from pipeline.model import masked_head
-from pipeline.model.batch import Vocabulary
+from pipeline.model.batch import HeadOutput, Vocabulary
 from pipeline.model.masked_head import MaskedHead
 
 ROWS, WIDTH, SIZE, MASK, TOKENS = 23, 16, 40, 3, 37
 VOCABULARY = Vocabulary(SIZE, TOKENS, MASK)
 FORBIDDEN = [MASK, *range(TOKENS, SIZE)]
+SCORES = ("margin", "entropy")
+
+
+@dataclass
+class Case:
+    """A head that has run forward and backward, and what it should have given."""
+
+    output: HeadOutput
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    expected: oracles.HeadResult
 
 
 def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -25,36 +38,81 @@ def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[torch.
     return hidden, weight, targets, torch.rand(rows, generator=random)
 
 
+def run(rows: int = ROWS, dtype: torch.dtype = torch.float32, scores: tuple[str, ...] = SCORES) -> Case:
+    """Return the head's output after a backward pass of twice its loss, and the oracle's."""
+    hidden, weight, targets, weights = inputs(rows, dtype)
+    output = HeadOutput(*masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY, scores))
+    (2 * output.loss).backward()
+    arrays = [x.detach().double().numpy() for x in (hidden, weight)]
+    expected = oracles.full_logit_head(*arrays, targets.numpy(), weights.double().numpy(), FORBIDDEN)
+    return Case(output, hidden, weight, expected)
+
+
+def check(case: Case, rtol: float = 1e-5, gradient_tolerance: float = 1e-6) -> None:
+    """Compare everything with the oracle."""
+    output, expected = case.output, case.expected
+    assert output.loss.item() == pytest.approx(expected.loss, rel=rtol)
+    for name in ("nll", "confidence", *SCORES):
+        values = getattr(output, name)
+        assert values.dtype == torch.float32
+        assert not values.requires_grad
+        np.testing.assert_allclose(values, getattr(expected, name), rtol=rtol, atol=1e-6, err_msg=name)
+    for gradient, wanted in [
+        (case.hidden.grad, expected.grad_hidden),
+        (case.weight.grad, expected.grad_weight),
+    ]:
+        assert gradient is not None
+        np.testing.assert_allclose(gradient.float(), 2 * wanted, rtol=1e-4, atol=gradient_tolerance)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 5, 23, 100])
 def test_equals_full_logits(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
-    """Loss, NLL, confidence and both gradients, in one chunk or many."""
+    """Loss, NLL, every score and both gradients, in one chunk or many."""
     monkeypatch.setattr(masked_head, "CHUNK_LOGITS", SIZE * chunk_rows)
-    hidden, weight, targets, weights = inputs()
-    loss, nll, confidence = masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY)
-    (2 * loss).backward()
-    arrays = [x.detach().double().numpy() for x in (hidden, weight)] + [
-        targets.numpy(),
-        weights.double().numpy(),
-    ]
-    expected = oracles.full_logit_loss(*arrays, FORBIDDEN)
-    assert loss.item() == pytest.approx(expected[0], rel=1e-6)
-    np.testing.assert_allclose(nll, expected[1], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(confidence, expected[2], rtol=1e-5)
-    np.testing.assert_allclose(hidden.grad, 2 * expected[3], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(weight.grad, 2 * expected[4], rtol=1e-4, atol=1e-6)
-    assert not nll.requires_grad
-    assert not confidence.requires_grad
+    check(run())
+
+
+def test_scores_are_there_only_when_asked_for() -> None:
+    """A margin or an entropy that nobody reads costs nothing, and asking for one changes nothing else."""
+    plain, full = run(scores=()), run()
+    assert plain.output.margin is None
+    assert plain.output.entropy is None
+    assert run(scores=("margin",)).output.entropy is None
+    for name in ("loss", "nll", "confidence"):
+        assert getattr(plain.output, name).equal(getattr(full.output, name))
+    assert plain.weight.grad is not None
+    assert plain.weight.grad.equal(full.weight.grad)  # type: ignore[arg-type]
 
 
 def test_no_rows() -> None:
     """A rank without masked positions still runs the head, with a loss of 0 and gradients of 0."""
-    hidden, weight, targets, weights = inputs(rows=0)
-    loss, nll, confidence = masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY)
-    loss.backward()
-    assert loss.item() == 0
-    assert nll.shape == confidence.shape == (0,)
-    assert weight.grad is not None
-    assert not weight.grad.any()
+    case = run(rows=0)
+    assert case.output.loss.item() == 0
+    for name in ("nll", "confidence", *SCORES):
+        assert getattr(case.output, name).shape == (0,)
+    assert case.weight.grad is not None
+    assert not case.weight.grad.any()
+
+
+def test_bf16_weights_give_fp32_scores() -> None:
+    """Scores of bf16 inputs are those of full fp32 logits; only the gradients are rounded to bf16 at the end.
+
+    Logits rounded to bf16 would be wrong in the third digit: confidences would tie, NLLs be coarse.
+    """
+    check(run(dtype=torch.bfloat16), rtol=1e-5, gradient_tolerance=0.05)
+
+
+def test_autocast_keeps_fp32_logits() -> None:
+    """Autocast would round the logits to bf16; on a CPU not even the operands are."""
+    hidden, weight, targets, weights = inputs()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        head = MaskedHead(torch.nn.Parameter(weight), VOCABULARY)
+        output = head(hidden, targets, weights)
+        logits = head.logits(hidden)
+    arrays = [x.detach().double().numpy() for x in (hidden, weight)]
+    expected = oracles.full_logit_head(*arrays, targets.numpy(), weights.double().numpy(), FORBIDDEN)
+    np.testing.assert_allclose(output.nll, expected.nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits.softmax(-1).amax(-1), expected.confidence, rtol=1e-5)
 
 
 def test_mask_and_padding_rows_are_never_predicted() -> None:
@@ -62,26 +120,12 @@ def test_mask_and_padding_rows_are_never_predicted() -> None:
     weight = torch.zeros(SIZE, WIDTH)
     weight[FORBIDDEN] = 100.0
     head = MaskedHead(torch.nn.Parameter(weight), VOCABULARY)
-    loss, _, confidence = head(torch.ones(2, WIDTH), torch.tensor([5, 6]), torch.tensor([0.5, 0.5]))
-    loss.backward()
+    output = head(torch.ones(2, WIDTH), torch.tensor([5, 6]), torch.tensor([0.5, 0.5]), SCORES)
+    output.loss.backward()
     allowed = SIZE - len(FORBIDDEN)
-    assert loss.item() == pytest.approx(np.log(allowed))
-    np.testing.assert_allclose(confidence, 1 / allowed, rtol=1e-6)
+    assert output.loss.item() == pytest.approx(np.log(allowed))
+    np.testing.assert_allclose(output.confidence, 1 / allowed, rtol=1e-6)
+    np.testing.assert_allclose(output.margin, 0, atol=1e-7)
+    np.testing.assert_allclose(output.entropy, np.log(allowed), rtol=1e-6)
     assert not head.weight.grad[FORBIDDEN].any()
     assert (head.logits(torch.ones(1, WIDTH))[0, FORBIDDEN] == -torch.inf).all()
-
-
-def test_bf16_weights_give_fp32_scores() -> None:
-    """Loss and confidence of bf16 inputs are those of the rounded inputs to bf16's products' accuracy."""
-    hidden, weight, targets, weights = inputs(dtype=torch.bfloat16)
-    loss, nll, confidence = masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY)
-    loss.backward()
-    arrays = [x.detach().double().numpy() for x in (hidden, weight)] + [
-        targets.numpy(),
-        weights.double().numpy(),
-    ]
-    expected = oracles.full_logit_loss(*arrays, FORBIDDEN)
-    assert loss.dtype == nll.dtype == confidence.dtype == torch.float32
-    np.testing.assert_allclose(nll, expected[1], atol=0.1)
-    assert weight.grad is not None
-    np.testing.assert_allclose(weight.grad.float(), expected[4], atol=0.05)

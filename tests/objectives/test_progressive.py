@@ -12,10 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
-from pipeline.objectives.base import ChainState, take_highest
+from pipeline.objectives.base import ChainState, Scores, take_highest
+from pipeline.objectives.layouts import Whole
+from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
+from pipeline.objectives.stages import StageSchedule
 
-CONFIDENCES = ("random", "equal", "one", "near zero", "few values")
+LAYOUT = Whole(mask_id=3, has_padding=True)
+KINDS = ("random", "equal", "one", "near zero", "few values")
+
+
+schedules = st.builds(
+    StageSchedule,
+    start=st.integers(1, 12),
+    increment=st.integers(0, 4),
+    first_increase=st.integers(1, 6),
+    interval=st.integers(1, 4),
+    maximum=st.integers(12, 20),
+)
 
 
 @dataclass
@@ -24,10 +38,16 @@ class Case:
 
     samples: Samples
     answers: list[list[int]]
-    stages: int
+    stages: StageSchedule
     threshold: float | None
+    policy: str
     seed: int
-    confidence: str
+    kind: str
+
+    def objective(self) -> ProgressiveUnmasking:
+        """Return what is tested."""
+        policy = POLICIES[self.policy]
+        return ProgressiveUnmasking(self.seed, LAYOUT, self.stages, policy, self.threshold)
 
 
 @st.composite
@@ -48,25 +68,38 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         samples,
         [list(range(prompt, prompt + answer)) for prompt, answer, _ in shapes],
-        draw(st.integers(1, 12)),
+        draw(schedules),
         draw(st.none() | st.sampled_from([1e-9, 0.3, 0.9, 1 - 1e-7])),
+        draw(st.sampled_from(sorted(POLICIES))),
         draw(st.integers(0, 1000)),
-        draw(st.sampled_from(CONFIDENCES)),
+        draw(st.sampled_from(KINDS)),
     )
 
 
-def scores(case: Case, step: int) -> torch.Tensor:
-    """Return confidences of one of the kinds, ties included."""
+def scores(case: Case, step: int) -> Scores:
+    """Return scores of one of the kinds, ties included."""
     shape = tuple(case.samples.tokens.shape)
     random = np.random.default_rng([case.seed, step])
-    values = {
-        "random": random.random(shape),
-        "equal": np.full(shape, 0.5),
-        "one": np.ones(shape),
-        "near zero": np.full(shape, 1e-6),
-        "few values": random.integers(1, 4, shape) / 3,
-    }[case.confidence]
-    return torch.from_numpy(values.astype(np.float32))
+
+    def values() -> torch.Tensor:
+        kinds = {
+            "random": random.random(shape),
+            "equal": np.full(shape, 0.5),
+            "one": np.ones(shape),
+            "near zero": np.full(shape, 1e-6),
+            "few values": random.integers(1, 4, shape) / 3,
+        }
+        return torch.from_numpy(kinds[case.kind].astype(np.float32))
+
+    return Scores(values(), values(), values())
+
+
+def ranking(case: Case, scores: Scores, row: int) -> dict[int, float]:
+    """Return the score of each position of a row that the policy of `case` ranks by, for the oracle."""
+    assert scores.margin is not None
+    assert scores.entropy is not None
+    values = {"margin": scores.margin, "entropy": -scores.entropy}.get(case.policy, scores.confidence)
+    return dict(enumerate(values[row].tolist()))
 
 
 def masked_sets(state: ChainState) -> list[set[int]]:
@@ -74,39 +107,43 @@ def masked_sets(state: ChainState) -> list[set[int]]:
     return [set(row.nonzero().flatten().tolist()) for row in state.masked]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=400)
 @given(cases(), st.data())
 def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     """Start, targets, reveals, threshold, stage and end equal the oracle from any stage to the end.
 
-    On the way: no input without a mask, only answers masked, masks never come back, the end within K steps.
+    For every policy, while K grows or not. On the way: no input without a mask, only answers masked, masks
+    never come back, the end within as many steps as K has stages at the most.
     """
-    objective = ProgressiveUnmasking(case.seed, case.stages, case.threshold)
-    rows = range(len(case.answers))
-    first = [data.draw(st.integers(0, case.stages - 1)) for _ in rows]
-    state = objective.begin(case.samples, torch.tensor(first))
-    ids = case.samples.ids.tolist()
-    chains = [oracles.Chain(case.seed, ids[r], case.answers[r], case.stages, case.threshold) for r in rows]
+    objective = case.objective()
+    first_step = data.draw(st.integers(1, 8))
+    first = [data.draw(st.integers(0, case.stages(first_step) - 1)) for _ in case.answers]
+    state = objective.begin(case.samples, torch.tensor(first)[:, None], first_step)
+    chains = [
+        oracles.Chain(case.seed, sample, answer, case.stages, case.threshold, case.policy)
+        for sample, answer in zip(case.samples.ids.tolist(), case.answers, strict=True)
+    ]
     for chain, stage in zip(chains, first, strict=True):
-        chain.begin(stage)
-    for step in range(case.stages):
-        assert masked_sets(state)[0] <= set(case.answers[0])
-        confidence = scores(case, step)
+        chain.begin(stage, first_step)
+    bound = case.stages(first_step + 20)
+    for step in range(first_step, first_step + bound):
+        given_scores = scores(case, step)
         before = masked_sets(state)
-        state, ended = objective.advance(case.samples, state, confidence)
+        state, ended = objective.advance(case.samples, state, given_scores, step)
         for row, chain in enumerate(chains):
             if chain.ended:
                 continue
             assert before[row], "an input without a mask has no loss"
             assert before[row] == chain.masked
             assert before[row] <= set(case.answers[row])
-            chain.advance({i: float(confidence[row, i]) for i in chain.answer})
+            confidence = dict(enumerate(given_scores.confidence[row].tolist()))
+            chain.advance(ranking(case, given_scores, row), confidence, step)
             assert bool(ended[row]) == chain.ended
             if not chain.ended:
                 assert masked_sets(state)[row] == chain.masked
                 assert masked_sets(state)[row] <= before[row]
-                assert int(state.stage[row]) == chain.stage
-    assert all(chain.ended for chain in chains), "every chain ends within K steps (no livelock)"
+                assert int(state.stage[row, 0]) == chain.stage
+    assert all(chain.ended for chain in chains), "every chain ends (no livelock)"
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 40])
@@ -116,9 +153,9 @@ def test_stage_targets_stay_in_their_stage(length: int, stages: int) -> None:
     count = 400
     roles = torch.full((count, length), ANSWER, dtype=torch.int8)
     samples = Samples(torch.zeros(count, length, dtype=torch.int64), roles, torch.arange(count))
-    objective = ProgressiveUnmasking(3, stages)
+    objective = ProgressiveUnmasking(3, LAYOUT, StageSchedule(stages), POLICIES["confidence"])
     for stage in range(stages):
-        target = objective.target_count(samples, torch.full((count,), stage))
+        target = objective.target_count(samples, LAYOUT.chains(samples), torch.full((count, 1), stage), 1)
         low, high = int(stage / stages * length + 0.5), int((stage + 1) / stages * length + 0.5)
         assert (target >= min(low, length - 1)).all()
         assert (target <= min(high, length - 1)).all()
@@ -128,9 +165,9 @@ def test_stage_targets_stay_in_their_stage(length: int, stages: int) -> None:
 
 def test_first_chains_are_staggered() -> None:
     """Every stage is present in a micro-batch of at least K slots, from the first step."""
-    objective = ProgressiveUnmasking(0, 8)
+    objective = ProgressiveUnmasking(0, LAYOUT, StageSchedule(8), POLICIES["confidence"])
     for first_slot in (0, 16, 64):
-        stages = objective.first_stage(torch.arange(first_slot, first_slot + 16))
+        stages = objective.first_stage(torch.arange(first_slot, first_slot + 16), 1)
         assert stages.unique().tolist() == list(range(8))
 
 
@@ -138,13 +175,13 @@ def test_first_chains_are_staggered() -> None:
 @given(cases())
 def test_ranking_never_sees_the_truth(case: Case) -> None:
     """With other true tokens, and the same confidences, a chain is the same."""
-    objective = ProgressiveUnmasking(case.seed, case.stages, case.threshold)
+    objective = case.objective()
     other = Samples(case.samples.tokens.flip(0) * 0 + 7, case.samples.roles, case.samples.ids)
-    stage = torch.zeros(len(case.answers), dtype=torch.int64)
-    one, two = objective.begin(case.samples, stage), objective.begin(other, stage)
-    for step in range(case.stages):
-        one, _ = objective.advance(case.samples, one, scores(case, step))
-        two, _ = objective.advance(other, two, scores(case, step))
+    stage = torch.zeros(len(case.answers), 1, dtype=torch.int64)
+    one, two = objective.begin(case.samples, stage, 1), objective.begin(other, stage, 1)
+    for step in range(1, 9):
+        one, _ = objective.advance(case.samples, one, scores(case, step), step)
+        two, _ = objective.advance(other, two, scores(case, step), step)
         assert torch.equal(one.masked, two.masked)
 
 
