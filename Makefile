@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-slurm lint format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -32,10 +32,18 @@ demo: $(VENV)/.installed ## Corpus to solved puzzles: preprocess, train with PUM
 test: $(VENV)/.installed-dev ## Run the tests.
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-lint: $(VENV)/.installed-dev ## Check style (ruff) and types (mypy).
+# SLURM_INSTALL=1 lets root install what is missing.
+test-slurm: $(VENV)/.installed-dev ## Run the job chain on a real two-node SLURM, started on this machine.
+	@command -v slurmctld munged >/dev/null || { [ "$(SLURM_INSTALL)" = 1 ] && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge >/dev/null; } || \
+	    { echo "SLURM is missing: apt-get install slurm-wlm munge, or, as root, make test-slurm SLURM_INSTALL=1"; exit 2; }
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy) and the shell scripts (shellcheck).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example .ci/run
 
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .

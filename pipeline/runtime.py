@@ -69,7 +69,8 @@ def read_launch(config: Config) -> Launch:
         environment["RANK"] = environment["SLURM_PROCID"]
         environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
         environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-        environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+        if "MASTER_ADDR" not in environment:  # slurm/pretrain.sbatch sets it: a container has no scontrol
+            environment["MASTER_ADDR"] = _first_host(environment["SLURM_STEP_NODELIST"])
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
     environment.setdefault("RANK", "0")
     environment.setdefault("WORLD_SIZE", "1")
@@ -104,10 +105,14 @@ def read_launch(config: Config) -> Launch:
 
 
 def _first_host(node_list: str) -> str:
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True
-    )
-    return names.stdout.split()[0]
+    ask = ["scontrol", "show", "hostnames", node_list]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError):
+        raise UserError(
+            f"MASTER_ADDR is not set, and scontrol cannot tell the first node of {node_list}: set "
+            "MASTER_ADDR in the job."
+        ) from None
 
 
 def _free_port() -> int:

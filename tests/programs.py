@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +18,21 @@ from pipeline import cli
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def environment_of_ranks() -> dict[str, str]:
+    """Return the environment of programs that share this machine's cores: one thread each, no GPU."""
+    # The deepspeed launcher counts accelerators before the program can say which kind it wants.
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def run_program(
     *command: str, ranks: int = 1, launcher: str = "torchrun", timeout: int = 300
 ) -> subprocess.CompletedProcess[str]:
@@ -26,10 +43,13 @@ def run_program(
     elif ranks > 1:
         start += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
         command = tuple("--module" if part == "-m" else part for part in command)
-    # The deepspeed launcher counts accelerators before the program can say which kind it wants.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        [*start, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [*start, *command],
+        cwd=ROOT,
+        env=environment_of_ranks(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 

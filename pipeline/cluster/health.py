@@ -1,0 +1,165 @@
+"""Is a node fit for a long job: GPUs, disk, clock, and a short all-reduce with the others.
+
+Every node writes ``REPORT/NODE.json``, first what it finds out alone and then what the nodes find out
+together, so that a node which hangs or dies in between is known by what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.files import replacing
+
+IDLE_MEBIBYTES = 1024
+HOTTEST_CELSIUS = 85
+FREE_GIBIBYTES = 1.0
+CLOCK_SECONDS = 5.0
+TIMEOUT = timedelta(seconds=120)
+
+
+@dataclass
+class NodeReport:
+    """What is known of a node.
+
+    Attributes:
+        node: its name.
+        problems: reasons to keep away from it.
+        gpus: GPUs that it shows.
+        all_reduce_gigabytes_per_second: bus bandwidth with the other nodes; None where it was not measured.
+        together: what went wrong between the nodes, which is no single node's fault.
+    """
+
+    node: str
+    problems: list[str] = field(default_factory=list)
+    gpus: int = 0
+    all_reduce_gigabytes_per_second: float | None = None
+    together: str = ""
+
+
+def check_alone(gpus: int, folders: Sequence[Path]) -> NodeReport:
+    """Return what a node finds out alone.
+
+    Args:
+        gpus: how many GPUs it must show.
+        folders: folders that must be writable and have space.
+    """
+    report = NodeReport(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
+    if gpus:
+        report.gpus = _check_gpus(report.problems, gpus)
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / f".health_{report.node}_{os.getpid()}") as file:
+                file.write(b"x" * 4096)
+            (folder / f".health_{report.node}_{os.getpid()}").unlink()
+            free = shutil.disk_usage(folder).free / 2**30
+            if free < FREE_GIBIBYTES:
+                report.problems.append(f"{folder} has {free:.2f} GiB free, {FREE_GIBIBYTES:g} are needed")
+        except OSError as error:
+            report.problems.append(f"{folder} cannot be written: {error.strerror}")
+    return report
+
+
+def _check_gpus(problems: list[str], wanted: int) -> int:
+    """Note what is wrong with the GPUs, and return their number."""
+    query = ["nvidia-smi", "--format=csv,noheader,nounits"]
+    try:
+        ask = [*query, "--query-gpu=index,memory.used,temperature.gpu"]
+        lines = subprocess.run(
+            ask, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.splitlines()
+        ask = [*query, "--query-compute-apps=pid,process_name"]
+        strays = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout.split(
+            "\n"
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        problems.append(f"nvidia-smi failed: {error}")
+        return 0
+    if len(lines) < wanted:
+        problems.append(f"{len(lines)} GPUs, {wanted} are needed")
+    for line in lines:
+        index, used, temperature = (part.strip() for part in line.split(","))
+        if used.isdigit() and int(used) > IDLE_MEBIBYTES:
+            problems.append(f"GPU {index} has {used} MiB in use before the job")
+        if temperature.isdigit() and int(temperature) > HOTTEST_CELSIUS:
+            problems.append(f"GPU {index} is at {temperature} °C")
+    problems.extend(f"stray process on a GPU: {line.strip()}" for line in strays if line.strip())
+    return len(lines)
+
+
+def check_together(report: NodeReport, rank: int, world_size: int, address: str) -> None:
+    """Compare the clocks and time an all-reduce over one process a node; results go into `report`.
+
+    Args:
+        report: of this node.
+        rank: number of this node.
+        world_size: nodes.
+        address: ``tcp://HOST:PORT`` of the first one.
+    """
+    on_gpu = report.gpus > 0 and torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            init_method=address,
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+        )
+        now = torch.zeros(world_size, dtype=torch.float64, device=device)
+        dist.barrier()
+        now[rank] = time.time()
+        dist.all_reduce(now)
+        skew = float(now[rank] - now.median())
+        if abs(skew) > CLOCK_SECONDS:
+            report.problems.append(f"its clock is {skew:+.1f} s off")
+        report.all_reduce_gigabytes_per_second = _time_all_reduce(device, world_size)
+        dist.destroy_process_group()
+    except (RuntimeError, ValueError) as error:
+        report.together = f"the nodes could not work together: {' '.join(str(error).split())[:200]}"
+
+
+def _time_all_reduce(device: torch.device, world_size: int, repeats: int = 5) -> float:
+    """Return the bus bandwidth (GB/s) of an all-reduce, as nccl-tests define it."""
+    numbers = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
+    dist.all_reduce(numbers)  # connections are made by the first one
+    started = time.perf_counter()
+    for _ in range(repeats):
+        dist.all_reduce(numbers)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / repeats
+    return numbers.numel() * 4 / seconds * 2 * (world_size - 1) / world_size / 1e9
+
+
+def write_report(folder: Path, report: NodeReport) -> None:
+    """Write a node's report."""
+    with replacing(folder / f"{report.node}.json") as file:
+        file.write(json.dumps(dataclasses.asdict(report), indent=2).encode() + b"\n")
+
+
+def bad_nodes(folder: Path, nodes: Sequence[str]) -> dict[str, str]:
+    """Return the nodes to keep away from, with the reason: a problem, or no report."""
+    bad = {}
+    for node in nodes:
+        path = folder / f"{node}.json"
+        if not path.exists():
+            bad[node] = "no report: it did not start the check, or died in it"
+            continue
+        problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
+        if problems:
+            bad[node] = "; ".join(problems)
+    return bad

@@ -1,0 +1,192 @@
+"""Submitting a chain of jobs, and what is remembered of it in the run folder.
+
+``RUN/slurm/submission.json`` lists the jobs with their numbers; ``RUN/slurm/journal.tsv`` is written by the
+jobs themselves; they run the code in ``RUN/code`` with the settings of ``RUN/slurm/config.yaml``, so that a
+change of the checkout does not change a run that is under way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import config as configuration
+from pipeline.cli import UserError
+from pipeline.cluster.plan import Job
+from pipeline.cluster.site import Site
+from pipeline.config import Config
+from pipeline.files import replacing
+
+CODE = (
+    "pipeline",
+    "tools",
+    "slurm",
+    "configs",
+    "ds_configs",
+    "requirements.txt",
+    "pyproject.toml",
+    "README.md",
+)
+
+
+@dataclass
+class Submission:
+    """A submitted chain.
+
+    Attributes:
+        directory: where sbatch was called; relative paths of the arguments mean this folder.
+        jobs: the jobs with their numbers.
+    """
+
+    directory: str
+    jobs: list[Job]
+
+    def job(self, stage: str) -> Job | None:
+        """Return the job of a stage, if the chain has one."""
+        return next((job for job in self.jobs if job.stage == stage), None)
+
+
+def submission_path(run_dir: Path) -> Path:
+    """Return the path of what is remembered of a run's jobs."""
+    return run_dir / "slurm" / "submission.json"
+
+
+def read_submission(run_dir: Path) -> Submission:
+    """Return the chain of a run; raise a `UserError` when there is none or its file is damaged."""
+    path = submission_path(run_dir)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Submission(content["directory"], [Job(**job) for job in content["jobs"]])
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {run_dir} was not submitted by tools/submit.py.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): cancel the jobs by scancel and submit again."
+        ) from None
+
+
+def write_submission(run_dir: Path, submission: Submission) -> None:
+    """Remember a chain."""
+    with replacing(submission_path(run_dir)) as file:
+        file.write(json.dumps(dataclasses.asdict(submission), indent=2).encode() + b"\n")
+
+
+def absolute_paths(config: Config, base: Path) -> Config:
+    """Return the configuration with every path made absolute, so that it means the same in any folder."""
+
+    def absolute(path: str) -> str:
+        return str((base / path).absolute())
+
+    data = dataclasses.replace(
+        config.data,
+        tokenizer=absolute(config.data.tokenizer),
+        prefixes=[absolute(prefix) for prefix in config.data.prefixes],
+        cache=config.data.cache and absolute(config.data.cache),
+    )
+    engine = dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config))
+    return dataclasses.replace(config, run_dir=absolute(config.run_dir), data=data, engine=engine)
+
+
+def prepare(root: Path, config: Config) -> tuple[Path, Path]:
+    """Copy the code into the run folder and write the resolved configuration there.
+
+    Args:
+        root: folder of the code.
+        config: the run, with absolute paths.
+
+    Returns:
+        The folder of the copy, and the path of the configuration.
+    """
+    run_dir = Path(config.run_dir)
+    code, writing = run_dir / "code", run_dir / ".code.writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    for name in CODE:
+        source, target = root / name, writing / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        elif source.is_file():
+            shutil.copy2(source, target)
+    shutil.rmtree(code, ignore_errors=True)
+    writing.rename(code)
+    (run_dir / "slurm" / "logs").mkdir(parents=True, exist_ok=True)
+    path = run_dir / "slurm" / "config.yaml"
+    with replacing(path) as file:
+        file.write(configuration.to_yaml(config).encode())
+    return code, path
+
+
+def call(command: Sequence[str], directory: str | Path, environment: dict[str, str]) -> str:
+    """Return what a SLURM command prints; raise a `UserError` with its complaint when it fails."""
+    try:
+        result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]} is not on the PATH: run this on a login node of the cluster."
+        ) from None
+    if result.returncode != 0:
+        complaint = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+        raise UserError(f"{command[0]} refused: {complaint}. The command: {' '.join(command)}")
+    return result.stdout.strip()
+
+
+def submit(jobs: list[Job], code: Path, run_dir: Path, site: Site, directory: Path) -> Submission:
+    """Submit the jobs one after the other; what was submitted before a refusal is cancelled again."""
+    environment = site.environment | {"PUMA_CODE": str(code), "PUMA_RUN": str(run_dir)}
+    submission = Submission(str(directory), jobs)
+    try:
+        for job in jobs:
+            before = submission.job(job.after) if job.after else None
+            dependency = f"afterok:{before.id}" if before else None
+            job.id = int(call(job.command(code, dependency), directory, environment).split(";")[0])
+    except UserError:
+        for job in jobs:
+            if job.id is not None:
+                call(["scancel", str(job.id)], directory, environment)
+        raise
+    write_submission(run_dir, submission)
+    return submission
+
+
+def submit_successor(run_dir: Path, exclude: str | None) -> int:
+    """Submit a pretraining job like the one that runs this, and let its dependents wait for the new one.
+
+    Args:
+        run_dir: the run folder.
+        exclude: nodes to keep away from, as sbatch takes them.
+
+    Returns:
+        The number of the new job.
+    """
+    submission = read_submission(run_dir)
+    job = submission.job("pretrain")
+    if job is None:
+        raise UserError(f"{submission_path(run_dir)} has no pretraining job.")
+    # The variables of the running job would become those of the new one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    if exclude:
+        job.options = [*job.options, f"--exclude={exclude}"]
+    code = Path(os.environ["PUMA_CODE"])
+    running = os.environ.get("SLURM_JOB_ID", str(job.id))
+    new = call(job.command(code, f"afterany:{running}"), submission.directory, environment)
+    job.id = int(new.split(";")[0])
+    for dependent in submission.jobs:
+        if dependent.after == "pretrain":
+            update = ["scontrol", "update", f"JobId={dependent.id}", f"Dependency=afterok:{job.id}"]
+            call(update, submission.directory, environment)
+    write_submission(run_dir, submission)
+    return job.id
+
+
+def cancel(run_dir: Path) -> list[int]:
+    """Cancel the jobs of a run, dependents first; return their numbers. A running pretraining saves first."""
+    numbers = [job.id for job in reversed(read_submission(run_dir).jobs) if job.id is not None]
+    for number in numbers:
+        call(["scancel", str(number)], run_dir, dict(os.environ))
+    return numbers

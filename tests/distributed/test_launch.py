@@ -1,0 +1,57 @@
+"""What tells a process its place: torchrun on several nodes, SLURM's variables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from programs import ROOT, environment_of_ranks, free_ports, run_program
+
+from pipeline import config as configuration
+from pipeline.runtime import read_launch
+
+STEPS = str(Path(__file__).with_name("steps.py"))
+SETTINGS = """
+    --model.layers 1 --model.hidden_size 16 --model.heads 2 --model.intermediate_size 32 --train.steps 3
+    --schedule.warmup_steps 1 --train.global_batch_size 4 --train.micro_batch_size 2 --objective.stages 4
+    --optimizer.ema_decay 0.9
+""".split()
+
+
+@pytest.mark.distributed
+def test_two_agents_equal_one(tmp_path: Path) -> None:
+    """Two torchrun agents of one process each, as on two nodes, train as one agent of two processes does."""
+    one, two = str(tmp_path / "one.pt"), str(tmp_path / "two.pt")
+    result = run_program(STEPS, one, "3", *SETTINGS, ranks=2)
+    assert result.returncode == 0, result.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    place = ["--master_addr=127.0.0.1", f"--master_port={free_ports(1)[0]}"]
+    agents = [
+        subprocess.Popen(
+            [*command, *place, f"--node_rank={node}", STEPS, two, "3", *SETTINGS],
+            cwd=ROOT,
+            env=environment_of_ranks(),
+        )
+        for node in (0, 1)
+    ]
+    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    single, joint = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
+    assert len(single["losses"]) == 3
+    assert joint["losses"] == single["losses"]
+
+
+def test_slurms_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of a step of several knows its rank, also where the batch shell would say 0."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    slurm = {"STEP_NUM_TASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_ID": "123", "STEP_NODELIST": "n[1-2]"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    launch = read_launch(
+        configuration.load(["--run_dir", "x", "--data.prefixes", "[x]", "--engine.device", "cpu"])
+    )
+    assert (launch.rank, launch.world_size, launch.local_rank) == (3, 4, 1)

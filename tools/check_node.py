@@ -1,0 +1,52 @@
+"""Check the nodes of a job before training: GPUs, disk, clock, a short all-reduce (slurm/pretrain.sbatch)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
+from pipeline.cluster.health import bad_nodes, check_alone, check_together, write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write this node's report, or print the bad nodes among all."""
+    parser = ToolParser(__doc__ or "")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--report", type=Path, help="check this node, and write NODE.json into this folder")
+    what.add_argument(
+        "--summary", type=Path, help="print the bad nodes of such a folder, separated by commas"
+    )
+    parser.add_argument("--nodes", default="", help="with --summary: the nodes that must have reported")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that a node must show")
+    parser.add_argument("--folder", nargs="*", type=Path, default=[], help="folders that must be writable")
+    options = parser.parse_args(arguments)
+    if options.summary is not None:
+        if not options.nodes:
+            raise UserError("--summary needs --nodes: the names of all nodes, separated by commas.")
+        bad = bad_nodes(options.summary, options.nodes.split(","))
+        for node, reason in bad.items():
+            print(f"{node}: {reason}", file=sys.stderr)
+        print(",".join(bad))
+        return EXIT_DONE
+    report = check_alone(options.gpus, options.folder)
+    write_report(options.report, report)
+    nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if nodes > 1:
+        # One above the port of the training: that one must be free when it starts.
+        port = int(os.environ.get("MASTER_PORT", "29500")) + 1
+        address = f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{port}"
+        check_together(report, int(os.environ["SLURM_PROCID"]), nodes, address)
+        write_report(options.report, report)
+    bandwidth = report.all_reduce_gigabytes_per_second
+    measured = f", all-reduce {bandwidth:.2f} GB/s" if bandwidth is not None else ""
+    for problem in [*report.problems, *([report.together] if report.together else [])]:
+        print(f"{report.node}: {problem}", file=sys.stderr)
+    print(f"{report.node}: {len(report.problems)} problems, {report.gpus} GPUs{measured}")
+    return EXIT_FAILED if report.problems else EXIT_DONE
+
+
+if __name__ == "__main__":
+    run(main)
