@@ -53,6 +53,8 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
         (["--objective.stages", "0"], ["objective.stages is 0"]),
         (["--objective.threshold", "1.5"], ["objective.threshold is 1.5", "between 0 and 1"]),
         (["--model.heads", "3"], ["model.hidden_size is 128", "2 x model.heads = 6"]),
+        (["--model.head_size", "7"], ["model.head_size is 7", "even"]),
+        (["--model.rope_factor", "0.5"], ["model.rope_factor is 0.5", "1 (none)"]),
         (["--model.kv_heads", "3"], ["model.kv_heads is 3", "divide model.heads = 4"]),
         (["--data.prefixes", "[]"], ["data.prefixes is empty"]),
         (["--data.weights", "[1]"], ["data.weights is [1.0]", "2 data.prefixes"]),

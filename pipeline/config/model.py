@@ -10,18 +10,22 @@ from pipeline.config.checks import require, require_positive
 
 @dataclass
 class ModelConfig:
-    """A bidirectional transformer with Qwen2/Llama parameter names.
+    """A bidirectional transformer with the parameter names of Qwen2, Qwen3 and Llama.
 
     Args:
         layers: Transformer blocks.
         hidden_size: Width of the residual stream.
         heads: Query heads.
         kv_heads: Key and value heads (grouped-query attention); by default as many as heads.
+        head_size: Width of a head; by default hidden_size / heads.
         intermediate_size: Width of the SwiGLU.
         vocab_size: Rows of the embedding; by default the tokenizer's, rounded up to a multiple of 8.
         tie_embeddings: Use the embedding as output matrix.
         attention_bias: Biases on the query, key and value projections (Qwen2 has them).
+        qk_norm: RMSNorm of each head's queries and keys (Qwen3 has it).
         rope_theta: Base of the rotary position embedding.
+        rope_factor: Turn slow rotations slower by this factor, as Llama 3.1 does (8) and 3.2 (32); 1 = none.
+        rope_original_length: Sequence length by which rope_factor tells slow from fast.
         norm_eps: Epsilon of RMSNorm.
         init_std: Standard deviation of the initial weights.
     """
@@ -30,22 +34,50 @@ class ModelConfig:
     hidden_size: int = 128
     heads: int = 4
     kv_heads: int | None = None
+    head_size: int | None = None
     intermediate_size: int = 384
     vocab_size: int | None = None
     tie_embeddings: bool = True
     attention_bias: bool = False
+    qk_norm: bool = False
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    rope_original_length: int = 8192
     norm_eps: float = 1e-6
     init_std: float = 0.02
 
+    @property
+    def head_width(self) -> int:
+        """The width of a head, given or not."""
+        return self.head_size or self.hidden_size // self.heads
+
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
-        positive = ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size", "vocab_size")
-        require_positive("model", self, *positive, "rope_theta", "norm_eps", "init_std")
+        positive = (
+            "layers",
+            "hidden_size",
+            "heads",
+            "kv_heads",
+            "head_size",
+            "intermediate_size",
+            "vocab_size",
+        )
+        require_positive(
+            "model", self, *positive, "rope_theta", "rope_original_length", "norm_eps", "init_std"
+        )
         require(
-            self.hidden_size % (2 * self.heads) == 0,
+            self.rope_factor >= 1, f"model.rope_factor is {self.rope_factor}: it must be 1 (none) or more."
+        )
+        require(
+            (self.head_size or 2) % 2 == 0,
+            f"model.head_size is {self.head_size}: it must be even, because rotary embeddings turn pairs of "
+            "a head's dimensions.",
+        )
+        require(
+            self.head_size is not None or self.hidden_size % (2 * self.heads) == 0,
             f"model.hidden_size is {self.hidden_size}: it must be a multiple of 2 x model.heads = "
-            f"{2 * self.heads}, because rotary embeddings turn pairs of a head's dimensions.",
+            f"{2 * self.heads}, because rotary embeddings turn pairs of a head's dimensions. Or give "
+            "model.head_size.",
         )
         require(
             self.heads % (self.kv_heads or self.heads) == 0,

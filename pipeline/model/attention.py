@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +11,33 @@ from pipeline.config import ModelConfig
 from pipeline.model.layers import Linear
 from pipeline.model.sequence import WholeSequence
 
+# Rotations of less than 1 turn in the original length are slow, of more than 4 fast, as in all of Llama 3.
+SLOW, FAST = 1.0, 4.0
 
-def rotary_table(length: int, head_size: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [L, head_size] float32 for positions 0..L-1, half-split as Llama has them."""
-    frequency = theta ** (-torch.arange(0, head_size, 2, device=like.device, dtype=torch.float32) / head_size)
-    angle = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), frequency)
+
+def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Return the angles [head_size / 2] float32 of one position, in radians, fastest first.
+
+    Slow ones are divided by ``rope_factor``, fast ones left alone, those between interpolated linearly by
+    their turns in ``rope_original_length`` (Llama 3.1).
+    """
+    size, factor = config.head_width, config.rope_factor
+    frequency = config.rope_theta ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+    if factor == 1.0:
+        return frequency
+    turns = config.rope_original_length * frequency / (2 * math.pi)
+    kept = ((turns - SLOW) / (FAST - SLOW)).clamp(0.0, 1.0)
+    return frequency * (kept + (1.0 - kept) / factor)
+
+
+def rotary_table(length: int, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [L, head_size] float32 for positions 0..L-1, half-split as Llama has them.
+
+    Args:
+        length: L.
+        frequency: [head_size / 2], the angles of one position.
+    """
+    angle = torch.outer(torch.arange(length, device=frequency.device, dtype=torch.float32), frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 
@@ -41,13 +65,15 @@ class Attention(nn.Module):
         self.sequence = sequence
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
-        self.head_size = config.hidden_size // config.heads
-        width, kv_width = config.hidden_size, self.kv_heads * self.head_size
-        std, bias = config.init_std, config.attention_bias
-        self.q_proj = Linear(width, width, std, bias)
-        self.k_proj = Linear(width, kv_width, std, bias)
-        self.v_proj = Linear(width, kv_width, std, bias)
-        self.o_proj = Linear(width, width, residual_std)
+        self.head_size = config.head_width
+        hidden, std, bias = config.hidden_size, config.init_std, config.attention_bias
+        width, kv_width = self.heads * self.head_size, self.kv_heads * self.head_size
+        self.q_proj = Linear(hidden, width, std, bias)
+        self.k_proj = Linear(hidden, kv_width, std, bias)
+        self.v_proj = Linear(hidden, kv_width, std, bias)
+        self.o_proj = Linear(width, hidden, residual_std)
+        self.q_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
         """Return [B, L / N, H] for x [B, L / N, H], this process's positions.
@@ -58,8 +84,9 @@ class Attention(nn.Module):
             attention_mask: [B, 1, 1, L] bool, over all positions, False at padding.
         """
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.heads, self.head_size).transpose(1, 2)  # [B, heads, L, D]
-        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_size))
+        k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_size))
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, D]
         out = self.sequence.attend(rotate(q, table), rotate(k, table), v, attention_mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))

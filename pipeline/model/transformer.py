@@ -1,4 +1,4 @@
-"""The network: a bidirectional transformer whose parameters are named as Hugging Face's Qwen2 and Llama."""
+"""The network: a bidirectional transformer whose parameters are named as Hugging Face's Qwen and Llama."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig
-from pipeline.model.attention import Attention, rotary_table
+from pipeline.model.attention import Attention, rotary_frequencies, rotary_table
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.layers import Embedding, SwiGLU
 from pipeline.model.masked_head import MaskedHead
@@ -42,8 +42,7 @@ class Body(nn.Module):
         super().__init__()
         self.sequence = sequence
         self.recompute_blocks = recompute_blocks
-        self.rope_theta = config.rope_theta
-        self.head_size = config.hidden_size // config.heads
+        self.config = config
         self.embed_tokens = Embedding(vocab_size, config.hidden_size, config.init_std)
         self.layers = nn.ModuleList(Block(config, sequence) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
@@ -52,7 +51,7 @@ class Body(nn.Module):
         """Return hidden states [B, L, H] for input_ids [B, L]; attention_mask [B, L] is False at padding."""
         length = input_ids.shape[1]
         x = self.embed_tokens(self.sequence.own(input_ids, dim=1))  # [B, L / N, H]
-        cos, sin = rotary_table(length, self.head_size, self.rope_theta, x)
+        cos, sin = rotary_table(length, rotary_frequencies(self.config, x.device))
         table = self.sequence.own(cos, dim=0), self.sequence.own(sin, dim=0)
         keys = None if attention_mask is None else attention_mask[:, None, None, :]
         for layer in self.layers:

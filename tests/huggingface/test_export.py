@@ -77,7 +77,9 @@ def test_transformers_gives_our_logits(
 ) -> None:
     """A fresh process without our package and without network: ids, hidden states, logits and loss."""
     other = tmp_path / "other"  # of the plain engine
-    shape = "--model.tie_embeddings false --model.kv_heads 2 --model.attention_bias true --model.rope_theta 5"
+    shape = """--model.tie_embeddings false --model.kv_heads 2 --model.attention_bias true
+        --model.rope_theta 5 --model.head_size 12 --model.qk_norm true --model.rope_factor 2
+        --model.rope_original_length 16"""
     assert train(other, "--train.steps", "4", *shape.split()).code == 0
     cases = [
         (sharded_run, "ema", "float32", 1e-5),
@@ -124,7 +126,7 @@ def test_model_card(sharded_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for fact in (
         "# name-of-it", "moving average", "float32", f"| parameters | {parameters:,} |",
         "| datasets | pairs |", "| sequences seen | 64 of 12 tokens |", "| tokens seen | 768 |",
-        "kind puma, stages 4", "learning_rate 0.0003", "| ranks | 2 |", "deepspeed 0.19.8",
+        "kind puma", "stages 4", "learning_rate 0.0003", "| ranks | 2 |", "deepspeed 0.19.8",
     ):  # fmt: skip
         assert fact in text
     assert str(tmp_path) not in text

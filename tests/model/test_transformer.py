@@ -1,4 +1,4 @@
-"""The network against transformers' own Qwen2 and Llama, made bidirectional by their attention mask."""
+"""The network against transformers' own Qwen2, Qwen3 and Llama, bidirectional by their attention mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from pipeline.config import ModelConfig
-from pipeline.model.attention import rotary_table, rotate
+from pipeline.model.attention import rotary_frequencies, rotary_table, rotate
 from pipeline.model.batch import Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 
@@ -31,9 +31,23 @@ def tokens(batch: int = 3, length: int = 11) -> torch.Tensor:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["Qwen2", "Llama"])
-def test_equals_transformers(family: str, tied: bool, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen2", {"attention_bias": True}),
+        ("Qwen3", {"qk_norm": True, "head_size": 12}),
+        ("Llama", {}),
+        ("Llama", {"rope_factor": 8.0, "rope_original_length": 64}),
+    ],
+    ids=["Qwen2", "Qwen3", "Llama", "Llama-3.1"],
+)
+def test_equals_transformers(family: str, settings: dict[str, Any], tied: bool, kv_heads: int) -> None:
     """Weights copied name by name give the same hidden states and logits."""
+    config = ModelConfig(kv_heads=kv_heads, tie_embeddings=tied, **SHAPE | settings)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 5000.0}
+    if config.rope_factor > 1:
+        rope |= {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config_class = getattr(transformers, f"{family}Config")
     theirs_config = config_class(
         vocab_size=48,
@@ -44,8 +58,8 @@ def test_equals_transformers(family: str, tied: bool, kv_heads: int) -> None:
         num_key_value_heads=kv_heads,
         rms_norm_eps=1e-6,
         tie_word_embeddings=tied,
-        rope_theta=5000.0,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        head_dim=config.head_width,
+        rope_parameters=rope,
         attn_implementation="eager",
         initializer_range=0.2,
         bos_token_id=None,
@@ -53,7 +67,6 @@ def test_equals_transformers(family: str, tied: bool, kv_heads: int) -> None:
     )
     torch.manual_seed(0)
     theirs = getattr(transformers, f"{family}ForCausalLM")(theirs_config).eval()
-    config = ModelConfig(kv_heads=kv_heads, tie_embeddings=tied, attention_bias=family == "Qwen2", **SHAPE)
     ours = MaskedDiffusionModel(config, VOCABULARY).eval()
     for parameter in theirs.parameters():  # norms and biases away from 1 and 0
         torch.nn.init.normal_(parameter, 0.3 if parameter.ndim == 1 else 0.0, 0.2)
@@ -76,7 +89,8 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     """And equal the rotation of complex numbers, half-split."""
     length, size, theta = 9, 8, 100.0
     q, k = torch.randn(2, 1, 1, 1, size, generator=torch.Generator().manual_seed(0)).unbind(0)
-    table = rotary_table(length, size, theta, q)
+    config = ModelConfig(head_size=size, rope_theta=theta)
+    table = rotary_table(length, rotary_frequencies(config, q.device))
     turned_q, turned_k = (
         rotate(q.expand(1, 1, length, size), table),
         rotate(k.expand(1, 1, length, size), table),

@@ -21,7 +21,10 @@ class MaskedDiffusionConfig(PretrainedConfig):
         num_key_value_heads: key and value heads.
         head_dim: width of a head.
         attention_bias: biases on the query, key and value projections.
+        qk_norm: RMSNorm of each head's queries and keys.
         rope_theta: base of the rotary position embedding.
+        rope_factor: slow rotations are slower by this factor, as in Llama 3.1; 1 for none.
+        rope_original_length: sequence length by which rope_factor tells slow from fast.
         rms_norm_eps: epsilon of RMSNorm.
         initializer_range: standard deviation of new weights.
         max_position_embeddings: length of the sequences that the model was trained on.
@@ -44,7 +47,10 @@ class MaskedDiffusionConfig(PretrainedConfig):
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         attention_bias: bool = False,
+        qk_norm: bool = False,
         rope_theta: float = 10000.0,
+        rope_factor: float = 1.0,
+        rope_original_length: int = 8192,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         max_position_embeddings: int = 2048,
@@ -61,7 +67,10 @@ class MaskedDiffusionConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.attention_bias = attention_bias
+        self.qk_norm = qk_norm
         self.rope_theta = rope_theta
+        self.rope_factor = rope_factor
+        self.rope_original_length = rope_original_length
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.max_position_embeddings = max_position_embeddings

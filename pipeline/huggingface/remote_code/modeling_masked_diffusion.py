@@ -3,6 +3,7 @@
 It has no causal mask, no cache and no `generate`: a sampler calls it on partly masked sequences.
 """
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +15,16 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from .configuration_masked_diffusion import MaskedDiffusionConfig
 
 
-def rotary_table(length: int, head_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(length: int, config: MaskedDiffusionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosines and sines [L, head_size] float32 for positions 0..L-1."""
-    frequency = theta ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    exponent = -torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequency = config.rope_theta**exponent
+    if (
+        config.rope_factor != 1.0
+    ):  # Llama 3.1: rotations of less than 1 turn in the original length are slower
+        turns = config.rope_original_length * frequency / (2 * math.pi)
+        kept = ((turns - 1.0) / 3.0).clamp(0.0, 1.0)
+        frequency = frequency * (kept + (1.0 - kept) / config.rope_factor)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
@@ -27,6 +35,13 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = table
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return hidden @ weight^T [B, L, V] float32: bf16 results would tie confidences that differ."""
+    if hidden.dtype == torch.float32 or not hidden.is_cuda:
+        return F.linear(hidden.float(), weight.float())
+    return torch.mm(hidden.flatten(0, 1), weight.T, out_dtype=torch.float32).view(*hidden.shape[:2], -1)
 
 
 class MaskedDiffusionAttention(nn.Module):
@@ -42,20 +57,19 @@ class MaskedDiffusionAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(hidden, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, hidden, bias=False)
+        normed = config.qk_norm
+        self.q_norm = nn.RMSNorm(self.head_size, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_size, config.rms_norm_eps) if normed else nn.Identity()
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
         """Return [B, L, H] for x [B, L, H]; `attention_mask` [B, 1, 1, L] bool is False at padding."""
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.heads, self.head_size).transpose(1, 2)
-        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            rotate(q, table),
-            rotate(k, table),
-            v,
-            attn_mask=attention_mask,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_size))
+        k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_size))
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, D]
+        q, k, grouped = rotate(q, table), rotate(k, table), self.kv_heads != self.heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -117,7 +131,7 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
     ) -> BaseModelOutput | tuple[Tensor]:
         """Return hidden states [B, L, H] for input_ids [B, L]; attention_mask [B, L] is 0 at padding."""
         x = self.embed_tokens(input_ids)
-        table = rotary_table(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        table = rotary_table(input_ids.shape[1], self.config, x.device)
         keys = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         for layer in self.layers:
             x = layer(x, table, keys)
@@ -154,7 +168,7 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
             return_dict: False for a tuple.
         """
         hidden = self.model(input_ids, attention_mask).last_hidden_state
-        logits = self.lm_head(hidden).float()
+        logits = fp32_product(hidden, self.lm_head.weight)
         logits[..., self.config.mask_token_id] = -torch.inf
         logits[..., self.config.num_tokens :] = -torch.inf
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
