@@ -21,6 +21,10 @@ class UserError(Exception):
     """Something that the user can put right: the message names the thing, its value and the remedy."""
 
 
+class Failure(Exception):
+    """Something that ends a run through no fault of its settings, such as a full disk: EXIT_FAILED."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the candidate closest to `name`, or an empty string."""
     names = list(candidates)
@@ -67,6 +71,8 @@ def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         sys.exit(main(None) or EXIT_DONE)
     except UserError as error:
         fail(str(error))
+    except Failure as error:
+        fail(str(error), EXIT_FAILED)
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         if error.filename is None:
             raise

@@ -1,12 +1,17 @@
-"""Files that exist whole or not at all."""
+"""Files that exist whole or not at all, and are known by their content."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
+
+_CHUNK = 1 << 22  # bytes
 
 
 @contextmanager
@@ -25,3 +30,103 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         writing.replace(path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
+    """Drop the lines of a file that are not `wanted`, and half a line that a killed process left."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = [line for line in content.split(b"\n")[:-1] if line and wanted(line)]
+    with replacing(path) as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file must be like to be the one that was written.
+
+    Attributes:
+        size: bytes.
+        sha256: of the content, in hexadecimal.
+    """
+
+    size: int
+    sha256: str
+
+
+class _Hashing:
+    """A writable file that hashes what passes through it."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """Write and hash; other threads run meanwhile."""
+        self.digest.update(content)
+        left = memoryview(content)
+        try:
+            while left:  # one call writes at most 2 GB
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            self.error = error
+            raise
+        self.size += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        """Pass on what is buffered."""
+        self.file.flush()
+
+
+def write_hashed(path: Path, write: Callable[[BinaryIO], object]) -> FileFacts:
+    """Write a new file by `write(file)`, hash it on the way, and return when it is on the disk.
+
+    Raises:
+        OSError: when it cannot be written, with its path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        hashing = _Hashing(file)
+        try:
+            write(cast(BinaryIO, hashing))
+            os.fsync(file.fileno())
+        except Exception as error:
+            cause = hashing.error or error  # torch.save reports a full disk as a defect of its own
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from None
+            raise
+    return FileFacts(hashing.size, hashing.digest.hexdigest())
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of an existing file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """See to it that the entries of a folder are on the disk."""
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_tree(top: Path) -> None:
+    """See to it that a folder is on the disk with all that is below it."""
+    for path in top.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            _sync(path, os.O_RDONLY)
+    sync_folder(top)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -36,6 +36,21 @@ def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
     return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
 
 
+def hyper_parameters(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group of an optimizer, without its parameters."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def set_hyper_parameters(optimizer: Any, settings: list[dict[str, Any]]) -> None:
+    """Put back what `hyper_parameters` returned.
+
+    Loading a state brings the settings of the run that wrote it, and DeepSpeed's universal checkpoints bring
+    those of the first group to all of them: the run's own configuration is what counts.
+    """
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """Return the learning rate of `step` (1 is the first) in a run of `steps` steps.
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,11 @@ from pipeline.ema import Piece, WeightAverage, file_name, open_average
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.optimizer import adamw_settings, parameter_groups
+from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
+from pipeline.snapshot import HostCopy
 from pipeline.weights import StoredWeight, StoredWeights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,15 @@ def _free_port() -> int:
 
 
 class Engine(Protocol):
-    """What executes the steps: nothing else knows how weights, gradients and states are sharded."""
+    """What executes the steps: nothing else knows how weights, gradients and states are sharded.
+
+    Attributes:
+        launch: this process among its peers.
+        layout: how a snapshot is cut into files, such as "zero3 on 8 ranks".
+    """
 
     launch: Launch
+    layout: str
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """Run the model on a micro-batch."""
@@ -147,14 +156,45 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait until every rank has come here."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state below `folder`; called by every rank."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the picklable `value` of every rank, in rank order."""
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote; called by every rank."""
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """Return this rank's weights and optimizer state in host memory; called by every rank.
+
+        They stay as they are until the next snapshot, whatever is trained meanwhile.
+
+        Args:
+            folder: an existing folder for what is too large for host memory (states offloaded to NVMe).
+
+        Returns:
+            What is to be written by torch.save, by the names of files below `folder`.
+        """
+
+    def load(self, folder: Path, layout: str) -> None:
+        """Go on from the files of a snapshot; called by every rank.
+
+        Args:
+            folder: where the files are.
+            layout: that of the engine that wrote them. Another one than this engine's costs a conversion,
+                which is kept beside the checkpoint.
+
+        Raises:
+            UserError: for files that cannot be converted.
+        """
 
     def close(self) -> None:
         """Leave the process group."""
+
+
+def agree(engine: Engine, problem: str | None) -> None:
+    """Raise a `UserError` on every rank when `problem` is not None on one; called by every rank.
+
+    What one rank alone finds wrong must stop all of them: the others would wait for it for ever.
+    """
+    found = [each for each in engine.all_gather(problem) if each is not None]
+    if found:
+        raise UserError(found[0])
 
 
 def make_model(
@@ -197,6 +237,7 @@ class PlainEngine:
                 "process, or set engine.kind to 'deepspeed'."
             )
         self.launch = launch
+        self.layout = "plain"
         self.accumulation = config.train.accumulation(1)
         # megatron-core's blends ask torch.distributed for the rank, also where there is one alone.
         address = f"tcp://127.0.0.1:{_free_port()}"
@@ -206,6 +247,7 @@ class PlainEngine:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.optimizer), **adamw_settings(config.optimizer)
         )
+        self.host_copy = HostCopy()
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
             named = list(self.model.named_parameters())
@@ -255,19 +297,25 @@ class PlainEngine:
     def barrier(self) -> None:
         """See `Engine`; there is one rank."""
 
-    def save(self, folder: Path) -> None:
-        """See `Engine`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, folder / PLAIN_FILE)
-        if self.average is not None:
-            torch.save(self.average.state_dict(), folder / file_name(0))
+    def all_gather(self, value: T) -> list[T]:
+        """See `Engine`; there is one rank."""
+        return [value]
 
-    def load(self, folder: Path) -> None:
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """See `Engine`."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        states: dict[str, Any] = {PLAIN_FILE: state}
+        if self.average is not None:
+            states[file_name(0)] = self.average.state_dict()
+        return {name: self.host_copy(name, state) for name, state in states.items()}
+
+    def load(self, folder: Path, layout: str) -> None:
         """See `Engine`."""
         state = torch.load(folder / PLAIN_FILE, map_location=self.launch.device, weights_only=True)
         self.model.load_state_dict(state["model"])
+        settings = hyper_parameters(self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])
+        set_hyper_parameters(self.optimizer, settings)
         if self.average is not None:
             self.average.load(folder, 0)
 
@@ -283,7 +331,7 @@ def open_weights(folder: Path, averaged: bool = False) -> StoredWeights:
     """Return the fp32 weights by name that an engine of either kind saved in `folder`, still on the disk.
 
     Args:
-        folder: what `Engine.save` wrote, at any number of ranks.
+        folder: where the files of `Engine.snapshot` are, written at any number of ranks.
         averaged: the moving average of the weights instead (`ema.has_average` says whether there is one).
     """
     if averaged:

@@ -58,8 +58,7 @@ def load_model(
     Raises:
         UserError: when there is no checkpoint, it is damaged, or it lacks the weights that are asked for.
     """
-    folder = checkpoint.find(path)
-    manifest = checkpoint.read_manifest(folder)
+    folder, manifest = checkpoint.find(path)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     model = make_model(config, Vocabulary(**manifest.vocabulary))
     if not untrained:

@@ -6,6 +6,7 @@ folder goes on from the newest, so an interrupted run is continued by the same c
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,11 +24,13 @@ from pipeline.data.samples import Datasets, build_datasets, check_data
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.held_out import held_out_loss
+from pipeline.files import replacing
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.progress import Progress
 from pipeline.monitor.recorder import Recorder
+from pipeline.monitor.sample_log import SampleLog
 from pipeline.optimizer import learning_rate
-from pipeline.runtime import Engine, Launch, build_engine, read_launch
+from pipeline.runtime import Engine, Launch, agree, build_engine, read_launch
 from pipeline.slots import SlotGroup, slots_of_rank
 
 
@@ -54,6 +57,7 @@ class Run:
 
     def __init__(self, config: Config, launch: Launch, stack: ExitStack) -> None:
         """Build data, engine and chains, and go on from the newest checkpoint where there is one."""
+        config = fit_micro_batch(config, launch)
         self.config = config
         self.folder = Path(config.run_dir)
         tokenizer = Tokenizer.load(Path(config.data.tokenizer))
@@ -63,6 +67,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.engine = build_engine(config, launch, vocabulary)
         stack.callback(self.engine.close)
+        self.take_folder(stack)
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data)
@@ -76,8 +81,8 @@ class Run:
         slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
         self.groups = [SlotGroup(part, stream, self.objectives, launch.device) for part in slots]
         self.manifest = Manifest(
-            FORMAT, 0, launch.world_size, config.train.global_batch_size, vocabulary._asdict(),
-            self.data.fingerprint,
+            FORMAT, 0, 0, launch.world_size, self.engine.layout, config.train.global_batch_size,
+            vocabulary._asdict(), self.data.fingerprint,
         )  # fmt: skip
         self.resume()
         total, done = config.train.steps, self.manifest.step
@@ -85,26 +90,50 @@ class Run:
         stack.callback(self.progress.close)
         self.recorder = Recorder(self.folder, self.engine, self.groups, done + 1)
         stack.callback(self.recorder.close)
+        self.sample_log: SampleLog | None = None
+        if config.train.log_samples:
+            self.sample_log = SampleLog(self.folder, self.engine, self.groups, stream, done + 1)
+            stack.callback(self.sample_log.close)
+        self.saver = checkpoint.Saver(config, self.engine, self.groups, self.progress.say)
+        stack.callback(self.saver.close)
+
+    def take_folder(self, stack: ExitStack) -> None:
+        """Make sure that no other run works on the folder, and clear up after one that was killed."""
+        problem = None
+        if self.engine.launch.rank == 0:
+            try:
+                stack.callback(checkpoint.RunLock(self.folder).release)
+                checkpoint.clear(self.folder)
+            except cli.UserError as error:
+                problem = str(error)
+        agree(self.engine, problem)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        found = checkpoint.checkpoints(self.folder)
-        if not found:
+        """Go on from the newest whole checkpoint, if there is one."""
+        found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
+        if found is None:
             return
-        saved = checkpoint.read_manifest(found[-1])
-        checkpoint.check_continues(found[-1], saved, self.manifest, self.config)
-        checkpoint.load(found[-1], self.engine, self.groups)
+        folder, saved = found
+        checkpoint.check_continues(folder, saved, self.manifest, self.config)
+        checkpoint.load(folder, saved, self.engine, self.groups)
         self.manifest.step = saved.step
         if self.engine.launch.rank == 0:
-            print(f"resumed from {found[-1]} (step {saved.step})", flush=True)
+            ranks = (
+                ""
+                if saved.world_size == self.manifest.world_size
+                else f", written by {saved.world_size} ranks"
+            )
+            print(f"resumed from {folder} (step {saved.step}{ranks})", flush=True)
 
     def train(self) -> None:
         """Train to the last step, with logs, evaluations and checkpoints on the way."""
         train = self.config.train
         for step in range(self.manifest.step + 1, train.steps + 1):
+            if self.sample_log is not None:
+                self.sample_log.write(step)
             rate = learning_rate(step, train.steps, self.config.optimizer.learning_rate, self.config.schedule)
             loss, norm = train_step(self.engine, self.groups, rate, step)
-            self.manifest.step = step
+            self.advance_manifest(step)
             self.recorder.collect(step, loss, norm, rate)
             self.progress.advance(step)
             last = step == train.steps
@@ -114,6 +143,13 @@ class Run:
                 self.evaluate(self.data.valid)
             if last or step % self.config.checkpoint.interval == 0:
                 self.save()
+        self.saver.wait()
+
+    def advance_manifest(self, step: int) -> None:
+        """Bring the facts of the next checkpoint up to a step that was just trained."""
+        self.manifest.step = step
+        self.manifest.tokens = step * self.config.train.global_batch_size * self.config.data.sequence_length
+        self.manifest.held_out_loss = None
 
     def due(self, interval: int, step: int) -> bool:
         """Say whether something done every `interval` steps (0: never), and at the last one, is due."""
@@ -134,6 +170,7 @@ class Run:
         if self.config.optimizer.ema_decay is not None:
             with self.engine.averaged_weights():
                 losses["held_out/ema_loss"] = self.held_out_loss(valid)
+        self.manifest.held_out_loss = losses.get("held_out/ema_loss", losses["held_out/loss"])
         self.recorder.write(self.manifest.step, losses)
         facts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.progress.say(f"step {self.manifest.step}: {facts} nats a masked token")
@@ -146,10 +183,24 @@ class Run:
         return held_out_loss(self.engine, valid, samples, batch_size, objective, self.manifest.step)
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        folder = checkpoint.save(self.config, self.engine, self.groups, self.manifest)
-        self.progress.say(f"saved {folder}")
+        """Save the run, with all figures up to this step in their files first."""
+        if self.recorder.pending:
+            self.log()
+        self.recorder.sync()
+        self.saver.save(self.manifest)
         self.recorder.restart_clock()
+
+
+def fit_micro_batch(config: Config, launch: Launch) -> Config:
+    """Return the configuration with a micro-batch that fits the number of ranks; say so if it is smaller."""
+    wanted, train = config.train, config.train.fitted(launch.data_size, launch.sequence_size)
+    if launch.rank == 0 and train.micro_batch_size != wanted.micro_batch_size:
+        print(
+            f"train.micro_batch_size is {train.micro_batch_size} instead of {wanted.micro_batch_size}: it "
+            f"must divide the {wanted.global_batch_size // launch.data_size} sequences of a rank and step",
+            flush=True,
+        )
+    return dataclasses.replace(config, train=train)
 
 
 def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
@@ -180,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         run = Run(config, launch, stack)
         if launch.rank == 0:
-            (run.folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+            with replacing(run.folder / "config.yaml") as file:
+                file.write(configuration.to_yaml(config).encode())
         run.train()
         run.progress.say(f"done: {config.train.steps} steps, checkpoints in {run.folder / 'checkpoints'}")
 

@@ -119,5 +119,21 @@ def test_bad_yaml_is_one_line_with_file(tmp_path: Path, content: str, parts: lis
 def test_global_batch_must_divide(good: str) -> None:
     train = configuration.load(["--config", good]).train
     assert [train.accumulation(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(UserError, match=r"train.global_batch_size = 8 .* 2 x 3 = 6.*multiple of 6"):
-        train.accumulation(3)
+    with pytest.raises(UserError, match=r"train.global_batch_size = 8 .*to 3 ranks: start 1, 2, 4, 8 ranks"):
+        train.fitted(3)
+
+
+def test_the_micro_batch_fits_the_number_of_ranks(good: str) -> None:
+    """The global batch stays: the micro-batch is lowered only where it does not divide a rank's share."""
+    train = configuration.load(["--config", good, "--train.global_batch_size", "24"]).train
+    train.micro_batch_size = 4
+    for ranks, micro_batch, accumulation in [
+        (1, 4, 6),
+        (2, 4, 3),
+        (4, 3, 2),
+        (8, 3, 1),
+        (12, 2, 1),
+        (24, 1, 1),
+    ]:
+        fitted = train.fitted(ranks)
+        assert (fitted.micro_batch_size, fitted.accumulation(ranks)) == (micro_batch, accumulation)

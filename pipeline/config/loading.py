@@ -47,7 +47,7 @@ class Config:
         for section in (self.data, self.model, self.objective, self.optimizer, self.train):
             section.check()
         self.schedule.check(self.train.steps)
-        self.checkpoint.check()
+        self.checkpoint.check(self.evaluation.interval)
         self.evaluation.check()
         self.engine.check(self.model, self.data.sequence_length)
         self.profiling.check(self.engine.kind)

@@ -9,19 +9,45 @@ from pipeline.config.checks import require, require_positive
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved.
+    """When the run is saved, and what is kept.
 
     Args:
         interval: Steps between two checkpoints; the last step is always saved.
+        asynchronous: Write behind the training, from a copy in host memory; false = train on when all is on
+            the disk.
         keep: Newest checkpoints that are kept.
+        keep_every: Also keep for ever those whose step is a multiple of this; 0 = none.
+        keep_best: Also keep so many with the lowest held-out loss; needs evaluations at the saved steps.
+        max_failed_saves: Stop after so many failed saves in a row (full disk, lost permission).
+        verify_hashes: Before going on from a checkpoint, read every file and compare its hash; false = sizes
+            only.
     """
 
     interval: int = 1000
+    asynchronous: bool = True
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    max_failed_saves: int = 3
+    verify_hashes: bool = True
 
-    def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
-        require_positive("checkpoint", self, "interval", "keep")
+    def check(self, evaluation_interval: int) -> None:
+        """Raise a `UserError` for the first setting that cannot work with evaluations at such an interval."""
+        require_positive("checkpoint", self, "interval", "keep", "max_failed_saves")
+        for key in ("keep_every", "keep_best"):
+            value = getattr(self, key)
+            require(value >= 0, f"checkpoint.{key} is {value}: it must be 0 or more.")
+        require(
+            self.keep_every % self.interval == 0,
+            f"checkpoint.keep_every is {self.keep_every}: make it a multiple of checkpoint.interval = "
+            f"{self.interval}, or no checkpoint is ever at such a step.",
+        )
+        require(
+            self.keep_best == 0 or (evaluation_interval > 0 and self.interval % evaluation_interval == 0),
+            f"checkpoint.keep_best is {self.keep_best}, but checkpoint.interval = {self.interval} is no "
+            f"multiple of evaluation.interval = {evaluation_interval}: the saved steps would have no "
+            "held-out loss.",
+        )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pipeline.config.checks import require, require_positive
@@ -89,9 +89,11 @@ class TrainConfig:
     Args:
         steps: Optimizer steps.
         global_batch_size: Sequences a step over all ranks; also the number of slots.
-        micro_batch_size: Sequences a forward on one rank; the accumulation follows from both.
+        micro_batch_size: Sequences a forward on one rank, at most: lowered where it does not divide a rank's
+            share of the global batch. The accumulation follows.
         seed: Seed of the initial weights, the order of the samples and every mask.
         log_interval: Steps between two lines and TensorBoard points.
+        log_samples: Write which samples each step was trained on to samples/ in the run folder; slower.
     """
 
     steps: int = 1000
@@ -99,29 +101,39 @@ class TrainConfig:
     micro_batch_size: int = 32
     seed: int = 1234
     log_interval: int = 10
+    log_samples: bool = False
 
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
         require_positive("train", self, "steps", "global_batch_size", "micro_batch_size", "log_interval")
         require(0 <= self.seed < 2**31, f"train.seed is {self.seed}: it must be at least 0 and below 2^31.")
 
-    def accumulation(self, data_size: int) -> int:
-        """Return the micro-batches that a rank runs a step.
+    def fitted(self, data_size: int, sequence_size: int = 1) -> TrainConfig:
+        """Return these settings with the largest micro-batch, up to the given one, that fits the ranks.
+
+        The global batch stays as it is: a run goes on with the same losses on more or fewer ranks.
 
         Args:
             data_size: ranks among which the batch is divided; those of a sequence-parallel group count once.
+            sequence_size: ranks of such a group.
 
         Raises:
-            UserError: when they do not divide the global batch.
+            UserError: when the sequences of a step cannot be dealt evenly.
         """
-        per_forward = self.micro_batch_size * data_size
+        total, ranks = self.global_batch_size, data_size * sequence_size
+        possible = [str(n * sequence_size) for n in range(1, total + 1) if total % n == 0]
         require(
-            self.global_batch_size % per_forward == 0,
-            f"train.global_batch_size = {self.global_batch_size} cannot be divided by train.micro_batch_size "
-            f"x data-parallel ranks = {self.micro_batch_size} x {data_size} = {per_forward}: make it a "
-            f"multiple of {per_forward}, or change train.micro_batch_size or the number of ranks.",
+            str(ranks) in possible,
+            f"train.global_batch_size = {total} sequences cannot be dealt evenly to {ranks} ranks: start "
+            f"{', '.join(possible)} ranks, or begin a new run with another global batch.",
         )
-        return self.global_batch_size // per_forward
+        share = total // data_size
+        fitting = max(n for n in range(1, min(share, self.micro_batch_size) + 1) if share % n == 0)
+        return replace(self, micro_batch_size=fitting)
+
+    def accumulation(self, data_size: int) -> int:
+        """Return the micro-batches that a rank runs a step; these settings must be `fitted`."""
+        return self.global_batch_size // (data_size * self.micro_batch_size)
 
 
 @dataclass

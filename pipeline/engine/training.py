@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.ema import WeightAverage, file_name
+from pipeline.engine.checkpointing import TAG, SnapshotWriter, loading_universal, make_universal
 from pipeline.engine.profiling import Profiler
 from pipeline.engine.settings import complete_settings, read_deepspeed_json
 from pipeline.engine.shards import find_shards
 from pipeline.engine.ulysses import UlyssesSequence
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
-from pipeline.optimizer import adamw_settings, parameter_groups
-from pipeline.runtime import Launch, make_model
-from pipeline.weights import StoredWeight, StoredWeights
+from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
+from pipeline.runtime import Launch, T, make_model
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-TAG = "model"
 
 
 class DeepSpeedEngine:
@@ -60,6 +57,8 @@ class DeepSpeedEngine:
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
         self.profiler = Profiler(config, self.engine)
+        self.snapshots = SnapshotWriter(self.engine)
+        self.layout = f"zero{self.engine.zero_optimization_stage()} on {launch.world_size} ranks"
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
             self.shards = find_shards(self.engine.optimizer, zero.get("stage", 0), str(path))
@@ -118,17 +117,31 @@ class DeepSpeedEngine:
         """See `Engine`."""
         torch.distributed.barrier()
 
-    def save(self, folder: Path) -> None:
+    def all_gather(self, value: T) -> list[T]:
+        """See `Engine`."""
+        values: list[Any] = [None] * self.launch.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def snapshot(self, folder: Path) -> dict[str, Any]:
         """See `Engine`."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.average is not None:
-            torch.save(self.average.state_dict(), folder / file_name(self.launch.rank))
+            self.snapshots.keep(file_name(self.launch.rank), self.average.state_dict())
+        return self.snapshots.take()
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, layout: str) -> None:
         """See `Engine`."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        settings = hyper_parameters(self.engine.optimizer)
+        if layout == self.layout:
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        else:
+            universal = make_universal(folder, self.launch.rank, self.all_gather)
+            with loading_universal(self.engine):
+                path, _ = self.engine.load_checkpoint(str(universal), tag=TAG)
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to go on from an older one.")
+        set_hyper_parameters(self.engine.optimizer, settings)
         if self.average is not None:
             self.average.load(folder, self.launch.rank)
 
@@ -136,16 +149,3 @@ class DeepSpeedEngine:
         """See `Engine`."""
         self.engine.destroy()
         torch.distributed.destroy_process_group()
-
-
-def open_sharded_weights(folder: Path) -> StoredWeights:
-    """Return the fp32 weights that `DeepSpeedEngine.save` wrote, put together one by one as they are read.
-
-    Only what is read comes into memory; but ZeRO 1 and 2 cut through parameters: DeepSpeed joins all at once.
-    """
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
-    return {
-        name.removeprefix("module."): StoredWeight(tuple(value.shape), value.contiguous)
-        for name, value in state.items()
-    }

@@ -55,8 +55,7 @@ def export(
     """
     if output.exists():
         raise UserError(f"--output {output} exists: remove it, or name another folder.")
-    folder = checkpoint.find(source)
-    manifest = checkpoint.read_manifest(folder)
+    folder, manifest = checkpoint.find(source)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     averaged = takes_average(folder, weights)
     stored = dict(open_weights(folder / "model", averaged))

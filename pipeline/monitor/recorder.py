@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.files import keep_lines
 from pipeline.runtime import Engine
 from pipeline.slots import SlotGroup
 
@@ -35,8 +36,7 @@ class Recorder:
         self.writer: SummaryWriter | None = None
         self.path = run_dir / METRICS_FILE
         if engine.launch.rank == 0:
-            kept = [line for line in _lines(self.path) if orjson.loads(line)["step"] < first_step]
-            self.path.write_bytes(b"".join(line + b"\n" for line in kept))
+            keep_lines(self.path, lambda line: orjson.loads(line)["step"] < first_step)
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def collect(self, step: int, loss: Tensor, gradient_norm: Tensor | float, learning_rate: float) -> None:
@@ -88,6 +88,11 @@ class Recorder:
         with self.path.open("ab") as file:
             file.write(orjson.dumps({"step": step, **values}) + b"\n")
 
+    def sync(self) -> None:
+        """See to it that all that was flushed is in the files, before a checkpoint says that it is."""
+        if self.writer is not None:
+            self.writer.flush()
+
     def restart_clock(self) -> None:
         """Leave out of the rates what has passed since the last flush (evaluation, saving)."""
         self.since = time.monotonic()
@@ -96,9 +101,3 @@ class Recorder:
         """Write what is buffered."""
         if self.writer is not None:
             self.writer.close()
-
-
-def _lines(path: Path) -> list[bytes]:
-    """Return the whole lines of a file; a process that was killed may have left half a line."""
-    content = path.read_bytes() if path.exists() else b""
-    return [line for line in content.split(b"\n")[:-1] if line]

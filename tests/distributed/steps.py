@@ -6,6 +6,7 @@ usage: steps.py OUTPUT.pt STEPS [--section.key value ...]
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline import config as configuration
 from pipeline import objectives
 from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array
 from pipeline.data.streams import SlotStream
+from pipeline.files import write_hashed
 from pipeline.model.batch import Vocabulary
 from pipeline.optimizer import learning_rate
 from pipeline.runtime import PlainEngine, build_engine, read_launch, read_weights
@@ -68,7 +70,8 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     assert torch.equal(engine.evaluate(batch).nll, before), "the weights are back, bit for bit"
     assert not torch.equal(averaged, before)
     folder = Path(output + ".model")
-    engine.save(folder)
+    for name, state in engine.snapshot(folder).items():
+        write_hashed(folder / name, partial(torch.save, state))
     engine.barrier()
     if launch.rank == 0:
         result = {"losses": losses, "norms": norms, "averaged_nll": averaged, "history": history}

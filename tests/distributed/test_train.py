@@ -120,7 +120,6 @@ def test_only_the_newest_checkpoints_are_kept(train: Train, tmp_path: Path) -> N
         (["--data.kind", "packed"], ["holds pairs", "data.kind", "'pairs'"]),
         (["--data.sequence_length", "5"], ["data.sequence_length = 5", "document", "raise"]),
         (["--model.vocab_size", "4"], ["model.vocab_size is 4", "tokens"]),
-        (["--train.micro_batch_size", "5"], ["train.global_batch_size = 16", "multiple of 5"]),
         (["--data.split", "100,0,0"], ["data.split", "evaluation.interval"]),
         (["--engine.device", "cuda"], ["engine.device", "'cpu'"]),
         (["--engine.kind", "deepspeed", "--engine.deepspeed_config", "nowhere.json"], ["nowhere.json"]),

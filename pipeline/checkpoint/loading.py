@@ -1,0 +1,130 @@
+"""How a run goes on: from the newest whole checkpoint, at any world size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from pipeline import config as configuration
+from pipeline.checkpoint.manifest import (
+    Damaged,
+    Manifest,
+    check_files,
+    read_manifest,
+    step_folders,
+)
+from pipeline.checkpoint.saving import merge_states
+from pipeline.cli import UserError
+from pipeline.config import Config
+from pipeline.runtime import Engine, agree
+from pipeline.slots import SlotGroup
+
+
+def newest(run_dir: Path, engine: Engine, hashes: bool) -> tuple[Path, Manifest] | None:
+    """Return the newest whole checkpoint of a run, and say which were skipped and why; every rank calls this.
+
+    The ranks share the work of hashing, and take the same one.
+
+    Args:
+        run_dir: the run.
+        engine: to agree by.
+        hashes: compare the hashes of the files, not only their sizes.
+
+    Returns:
+        The folder and its manifest; nothing where the run has no checkpoint yet.
+
+    Raises:
+        UserError: when there are checkpoints, but none is whole: beginning anew would bury the run.
+    """
+    launch = engine.launch
+    folders = engine.all_gather(step_folders(run_dir))[0]
+    for folder in reversed(folders):
+        manifest, problem = None, None
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest, hashes, launch.rank, launch.world_size)
+        except Damaged as error:
+            problem = str(error)
+        problems = [each for each in engine.all_gather(problem) if each is not None]
+        if not problems and manifest is not None:
+            return folder, manifest
+        if launch.rank == 0:
+            print(f"skipped {folder}: {problems[0]}", flush=True)
+    if folders:
+        raise UserError(
+            f"{run_dir} has {len(folders)} checkpoints and none is whole (the reasons are above): restore "
+            "one, or give another run_dir to begin anew."
+        )
+    return None
+
+
+def check_continues(folder: Path, saved: Manifest, now: Manifest, config: Config) -> None:
+    """Raise a `UserError` unless a run with `config` may go on from the checkpoint in `folder`."""
+    before = configuration.load(["--config", str(folder / "config.yaml")])
+    pairs = [
+        ("engine.kind", before.engine.kind, config.engine.kind),
+        ("train.global_batch_size", saved.global_batch_size, now.global_batch_size),
+        ("train.seed", before.train.seed, config.train.seed),
+        *_differences("model", before.model, config.model),
+        *_differences("objective", before.objective, config.objective),
+        ("the vocabulary", saved.vocabulary, now.vocabulary),
+        ("the data (data.*, train.seed)", saved.data_fingerprint[:12], now.data_fingerprint[:12]),
+    ]
+    for what, then, new in pairs:
+        if then != new:
+            raise UserError(
+                f"{folder} was written with {what} = {then}, the run has {new}: set it back, or begin a new "
+                "run with another run_dir."
+            )
+
+
+def _differences(section: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """Return the settings of a section, as (name, then, now)."""
+    keys = [item.name for item in dataclasses.fields(now)]
+    return [(f"{section}.{key}", getattr(before, key), getattr(now, key)) for key in keys]
+
+
+def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[SlotGroup]) -> None:
+    """Go on from a checkpoint, written at any world size; every rank calls this.
+
+    Raises:
+        UserError: when a file cannot be used.
+    """
+    states, problem = [], None
+    try:
+        states = _states_of_slots(folder, manifest, engine.launch.rank, [group.slots for group in groups])
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
+        problem = f"the slots in {folder} cannot be read ({error}): remove it to use an older checkpoint."
+    agree(engine, problem)
+    engine.load(folder / "model", manifest.layout)
+    for group, state in zip(groups, states, strict=True):
+        group.load_state_dict(state)
+
+
+def _states_of_slots(
+    folder: Path, manifest: Manifest, rank: int, wanted: Sequence[np.ndarray]
+) -> list[dict[str, np.ndarray]]:
+    """Return the state of each group of slots in `wanted`, whichever ranks wrote them.
+
+    The file of the same rank is read first: at the same world size it holds all of them.
+    """
+    everything = set(np.concatenate(wanted).tolist())
+    order = [rank] * (rank < manifest.world_size) + [r for r in range(manifest.world_size) if r != rank]
+    parts: list[dict[str, np.ndarray]] = []
+    for writer in order:
+        with np.load(folder / f"slots_{writer:05d}.npz") as file:
+            parts.append(dict(file))
+        everything -= set(parts[-1]["slots"].tolist())
+        if not everything:
+            break
+    if everything:
+        raise KeyError(f"slot {min(everything)} is in no file")
+    merged = merge_states(parts)
+    row_of = {slot: row for row, slot in enumerate(merged["slots"].tolist())}
+    rows = [[row_of[slot] for slot in slots.tolist()] for slots in wanted]
+    return [{key: values[each] for key, values in merged.items()} for each in rows]

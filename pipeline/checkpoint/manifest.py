@@ -1,0 +1,141 @@
+"""What a checkpoint is: a folder that a manifest describes file by file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import UserError
+from pipeline.files import FileFacts, sha256_of
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step_(\d{8})")
+PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "numpy")
+
+
+@dataclass
+class Manifest:
+    """The facts of a checkpoint.
+
+    Attributes:
+        format: version of the layout of the folder.
+        step: optimizer steps done.
+        tokens: tokens seen, over all steps and ranks.
+        world_size: ranks that wrote it.
+        layout: how the engine's state is cut into files, see `Engine.layout`.
+        global_batch_size: slots.
+        vocabulary: the fields of a Vocabulary.
+        data_fingerprint: identity of the samples and their order.
+        held_out_loss: measured at this very step, or none.
+        versions: packages that wrote it.
+        files: every other file of the folder, by its path in it.
+    """
+
+    format: int
+    step: int
+    tokens: int
+    world_size: int
+    layout: str
+    global_batch_size: int
+    vocabulary: dict[str, int]
+    data_fingerprint: str
+    held_out_loss: float | None = None
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
+    files: dict[str, FileFacts] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """Return the manifest as `read_manifest` reads it."""
+        return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
+
+
+class Damaged(Exception):
+    """A checkpoint that must not be used, and why."""
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first, whole or not."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found)
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run that have a manifest, oldest first."""
+    return [path for path in step_folders(run_dir) if (path / MANIFEST).is_file()]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint.
+
+    Raises:
+        Damaged: when there is none, or it cannot be read.
+        UserError: when another version of this program wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {values['format']}, this program reads {FORMAT}: use the version that "
+                "wrote it."
+            )
+        files = {name: FileFacts(**facts) for name, facts in values.pop("files").items()}
+        return Manifest(**values, files=files)
+    except FileNotFoundError:
+        raise Damaged(f"it has no {MANIFEST}, so it was never finished or is only a part") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"its {MANIFEST} cannot be read ({error})") from None
+
+
+def check_files(folder: Path, manifest: Manifest, hashes: bool, rank: int = 0, ranks: int = 1) -> None:
+    """Raise `Damaged` for the first file that is not as it was written.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        hashes: read the files and compare their hashes too, not only their sizes.
+        rank: which share of the hashes to compare.
+        ranks: into how many shares they are dealt.
+    """
+    for i, (name, facts) in enumerate(sorted(manifest.files.items())):
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != facts.size:
+                raise Damaged(f"{name} has {size:,} bytes and was written with {facts.size:,}")
+            if hashes and i % ranks == rank and sha256_of(path) != facts.sha256:
+                raise Damaged(f"the content of {name} has changed since it was written (sha256)")
+        except FileNotFoundError:
+            raise Damaged(f"{name} is missing") from None
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+
+
+def find(path: Path) -> tuple[Path, Manifest]:
+    """Return the checkpoint meant by `path`: a checkpoint folder itself, or a run's newest whole one.
+
+    Sizes are compared, hashes are not.
+
+    Raises:
+        UserError: when there is none, or it is damaged.
+    """
+    found = [path] if STEP_FOLDER.fullmatch(path.name) else step_folders(path)[::-1]
+    if not found or not path.is_dir():
+        raise UserError(
+            f"{path} holds no checkpoint: give a run folder or one of its checkpoints/step_* folders."
+        )
+    problems = []
+    for folder in found:
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest, hashes=False)
+            return folder, manifest
+        except Damaged as error:
+            problems.append(f"{folder}: {error}")
+    raise UserError(f"{path} holds no whole checkpoint ({'; '.join(problems)}): restore one.")

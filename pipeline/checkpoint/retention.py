@@ -1,0 +1,55 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from pipeline.checkpoint.manifest import Damaged, Manifest, checkpoints, read_manifest
+from pipeline.config import CheckpointConfig
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; one that is half removed is not taken for a checkpoint."""
+    removing = folder.with_name(f".removing_{folder.name}")
+    shutil.rmtree(removing, ignore_errors=True)
+    folder.rename(removing)
+    shutil.rmtree(removing, ignore_errors=True)
+
+
+def kept(manifests: list[Manifest], config: CheckpointConfig) -> set[int]:
+    """Return the steps that stay: the newest, every m-th, and those with the lowest held-out loss."""
+    steps = sorted(manifest.step for manifest in manifests)
+    stay = set(steps[-config.keep :])
+    if config.keep_every:
+        stay |= {step for step in steps if step % config.keep_every == 0}
+    scores = sorted((m.held_out_loss, m.step) for m in manifests if m.held_out_loss is not None)
+    return stay | {step for _, step in scores[: config.keep_best]}
+
+
+def prune(run_dir: Path, step: int, config: CheckpointConfig) -> None:
+    """Remove what need not stay after the checkpoint of `step` has come to be.
+
+    Later ones, which a run has left behind that went on from an older one, are not touched: they are replaced
+    when the run comes to their steps. Forms for another number of ranks were of use to begin this one.
+    """
+    manifests = {}
+    for folder in checkpoints(run_dir):
+        with contextlib.suppress(Damaged):
+            manifest = read_manifest(folder)
+            if manifest.step <= step:
+                manifests[folder] = manifest
+    stay = kept(list(manifests.values()), config)
+    for folder, manifest in manifests.items():
+        if manifest.step not in stay:
+            discard(folder)
+    for folder in (run_dir / "checkpoints").glob("universal_*"):
+        discard(folder)
+
+
+def clear(run_dir: Path) -> None:
+    """Remove what a killed process left half written or half removed."""
+    for pattern in (".writing_*", ".removing_*"):
+        for left_over in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(left_over, ignore_errors=True)

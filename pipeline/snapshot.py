@@ -1,0 +1,70 @@
+"""Copies of a rank's state in host memory: training goes on while they are written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """Copies states to host memory, into the same buffers each time.
+
+    One copy exists at a time: a new one overwrites the last. The buffers cost the size of the state for as
+    long as the run lasts; fresh memory would make every copy several times slower, and pinned memory lets a
+    GPU copy at the full speed of its bus.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._shared: dict[Any, Tensor] = {}
+        self._on_gpu = False
+
+    def __call__(self, name: str, state: Any) -> Any:
+        """Return a copy of `state` (nested dictionaries, lists and tuples of tensors and plain values).
+
+        Args:
+            name: what is copied; the copies of different names live side by side.
+            state: what to copy. Tensors that share memory share it in the copy too.
+        """
+        self._shared.clear()
+        copied = self._copy(name, state)
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, place: str, state: Any) -> Any:
+        if isinstance(state, Tensor):
+            return self._tensor(place, state.detach())
+        if isinstance(state, Mapping):
+            return {key: self._copy(f"{place}/{key}", value) for key, value in state.items()}
+        if type(state) in (list, tuple):
+            return type(state)(self._copy(f"{place}/{i}", value) for i, value in enumerate(state))
+        return copy.deepcopy(state)
+
+    def _tensor(self, place: str, tensor: Tensor) -> Tensor:
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in self._shared:
+            return self._shared[memory]
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[place] = buffer
+        self._on_gpu |= tensor.is_cuda
+        buffer.copy_(tensor, non_blocking=True)
+        self._shared[memory] = buffer
+        return buffer
+
+
+def state_bytes(state: Any) -> int:
+    """Return the bytes of the tensors in a nested state."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, Mapping):
+        return sum(state_bytes(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return sum(state_bytes(value) for value in state)
+    return 0

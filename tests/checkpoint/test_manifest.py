@@ -1,0 +1,126 @@
+"""What is taken for a checkpoint, and what is said of one that is broken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from programs import Outcome
+
+Train = Callable[..., Outcome]
+NEWEST = "checkpoints/step_00000016"
+SHORT = ["--evaluation.interval", "0", "--checkpoint.interval", "8"]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("template") / "run"
+
+
+@pytest.fixture
+def run_dir(template: Path, train: Train, tmp_path: Path) -> Path:
+    """Return a copy of a run with checkpoints of steps 8 and 16."""
+    if not template.exists():
+        assert train(template, *SHORT).code == 0
+    return Path(shutil.copytree(template, tmp_path / "run"))
+
+
+def corrupt(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_manifest_describes_every_file(run_dir: Path) -> None:
+    """Sizes and hashes as the standard library computes them; facts of the run."""
+    folder = run_dir / NEWEST
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    del found["manifest.json"]
+    assert set(manifest["files"]) == set(found)
+    for name, path in found.items():
+        content = path.read_bytes()
+        facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert manifest["files"][name] == facts
+    assert (manifest["step"], manifest["tokens"], manifest["world_size"]) == (16, 16 * 16 * 12, 1)
+    assert (manifest["global_batch_size"], manifest["layout"]) == (16, "plain")
+    assert {"torch", "deepspeed"} <= set(manifest["versions"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: corrupt(f / "model/plain.pt"), "the content of model/plain.pt has changed"),
+        (lambda f: corrupt(f / "slots_00000.npz"), "the content of slots_00000.npz has changed"),
+        (lambda f: os.truncate(f / "model/plain.pt", 1000), "model/plain.pt has 1,000 bytes and was written"),
+        (lambda f: (f / "slots_00000.npz").unlink(), "slots_00000.npz is missing"),
+        (lambda f: os.truncate(f / "manifest.json", 50), "its manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "its manifest.json cannot be read"),
+        (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
+    ],
+    ids=["shard", "slots", "short-shard", "missing", "short-manifest", "other-manifest", "no-manifest"],
+)
+def test_a_broken_checkpoint_is_skipped_with_the_reason(
+    train: Train, run_dir: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    """The run goes on from the older one and replaces the broken one."""
+    before = (run_dir / NEWEST / "model/plain.pt").read_bytes()
+    damage(run_dir / NEWEST)
+    outcome = train(run_dir, *SHORT)
+    assert outcome.code == 0
+    lines = [line for line in outcome.output.splitlines() if line.startswith("skipped ")]
+    assert len(lines) == 1
+    assert f"{run_dir / NEWEST}: {reason}" in lines[0]
+    assert "(step 8)" in outcome.output
+    assert (run_dir / NEWEST / "model/plain.pt").read_bytes() == before, "repeated bit for bit"
+    assert "skipped" not in train(run_dir, *SHORT).output, "the replacement is whole"
+
+
+def test_hashes_can_be_left_out(train: Train, run_dir: Path) -> None:
+    corrupt(run_dir / NEWEST / "tokenizer/tokenizer.model")
+    outcome = train(run_dir, *SHORT, "--checkpoint.verify_hashes", "false")
+    assert "skipped" not in outcome.output
+    assert "(step 16)" in outcome.output
+
+
+def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(train: Train, run_dir: Path) -> None:
+    """Beginning anew in the same folder would bury what may still be restored."""
+    for path in run_dir.glob("checkpoints/*/manifest.json"):
+        path.unlink()
+    metrics = (run_dir / "metrics.jsonl").read_bytes()
+    complaint = train(run_dir, *SHORT).complaint()
+    assert f"{run_dir} has 2 checkpoints and none is whole" in complaint
+    assert "run_dir" in complaint
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_an_unknown_format_is_refused(train: Train, run_dir: Path) -> None:
+    """Going on from an older checkpoint would silently lose steps."""
+    path = run_dir / NEWEST / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    assert f"{path} has format 99, this program reads" in train(run_dir, *SHORT).complaint()
+
+
+def test_what_a_killed_process_left_is_cleared(train: Train, run_dir: Path) -> None:
+    folder = run_dir / "checkpoints"
+    for name in (".writing_00000016", ".removing_step_00000004"):
+        (folder / name).mkdir()
+        (folder / name / "manifest.json").touch()
+    assert train(run_dir, *SHORT).code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000008", "step_00000016"]
+
+
+def test_optimizer_settings_of_the_configuration_count(train: Train, run_dir: Path) -> None:
+    """A checkpoint brings the optimizer's state, not its settings: they can be changed on the way."""
+    shutil.rmtree(run_dir / NEWEST)
+    same = shutil.copytree(run_dir, run_dir.with_name("same"))
+    for folder, decay in ((run_dir, "0.5"), (same, "0.01")):
+        assert train(folder, *SHORT, "--optimizer.weight_decay", decay).code == 0
+    weights = [(folder / NEWEST / "model/plain.pt").read_bytes() for folder in (run_dir, same)]
+    assert weights[0] != weights[1]

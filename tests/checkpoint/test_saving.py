@@ -1,0 +1,201 @@
+"""Saving: behind the training, with failures that harm nothing, and what is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from programs import Outcome
+from runs import curve
+
+from pipeline import cli
+from pipeline.checkpoint import Manifest, saving
+from pipeline.checkpoint.retention import kept
+from pipeline.config import CheckpointConfig
+from pipeline.snapshot import HostCopy
+
+Train = Callable[..., Outcome]
+SHORT = ["--evaluation.interval", "0"]
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Return the steps of a run's checkpoints."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def test_blocking_and_asynchronous_saves_are_the_same(train: Train, tmp_path: Path) -> None:
+    """The file of every checkpoint, byte by byte: training behind a save never reaches into it."""
+    for name, asynchronous in (("behind", "true"), ("blocking", "false")):
+        assert train(tmp_path / name, *SHORT, "--checkpoint.asynchronous", asynchronous).code == 0
+    for step in (4, 8, 12, 16):
+        name = f"checkpoints/step_{step:08d}/model/plain.pt"
+        assert (tmp_path / "behind" / name).read_bytes() == (tmp_path / "blocking" / name).read_bytes()
+
+
+def test_training_goes_on_while_a_save_is_written(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk stands still until two more steps are done; the next save waits for the last one."""
+    written = saving.write_hashed
+    events: list[str] = []
+    go_on = threading.Event()
+
+    def slow(path: Path, write: Callable[..., object]) -> object:
+        if path.name == "plain.pt":
+            assert go_on.wait(60)
+            events.append("written")
+        return written(path, write)
+
+    class Watched(saving.Saver):
+        def save(self, manifest: Manifest) -> None:
+            events.append(f"save {manifest.step}")
+            if manifest.step == 12:
+                go_on.set()
+            super().save(manifest)
+            events.append(f"saved {manifest.step}")
+
+    monkeypatch.setattr(saving, "write_hashed", slow)
+    monkeypatch.setattr("pipeline.checkpoint.Saver", Watched)
+    assert train(tmp_path / "run", *SHORT, "--checkpoint.interval", "6", "--train.steps", "12").code == 0
+    assert events == ["save 6", "saved 6", "save 12", "written", "saved 12", "written"]
+    assert steps(tmp_path / "run") == [6, 12]
+
+
+def test_copies_stay_as_they_were_and_share_what_was_shared() -> None:
+    copy, weight = HostCopy(), torch.arange(6.0)
+    state = {"a": weight, "b": weight.view(6), "c": [weight[:2], (1, "x")], "d": torch.empty(0)}
+    first = copy("file", state)
+    weight += 1
+    assert first["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert first["a"] is first["b"]
+    assert first["c"] == [first["c"][0], (1, "x")]
+    assert first["c"][0].tolist() == [0, 1]
+    again = copy("file", state)
+    assert again["a"] is first["a"], "the same memory, not more of it"
+    assert again["a"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_failed_save_is_reported_and_the_run_goes_on(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failures that are not in a row do not stop a run, leave nothing behind and change no loss."""
+    assert train(tmp_path / "sound", *SHORT).code == 0
+    written = saving.write_hashed
+
+    def failing(path: Path, write: Callable[..., object]) -> object:
+        if path.parent.parent.name in (".writing_00000004", ".writing_00000012") and path.name == "plain.pt":
+            raise OSError(28, "No space left on device", str(path))
+        return written(path, write)
+
+    monkeypatch.setattr(saving, "write_hashed", failing)
+    outcome = train(tmp_path / "run", *SHORT, "--checkpoint.max_failed_saves", "2")
+    assert outcome.code == 0
+    for step in (4, 12):
+        lines = [line for line in outcome.output.splitlines() if f"saving step {step} FAILED" in line]
+        assert len(lines) == 1
+        assert "plain.pt: No space left on device" in lines[0]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step_00000008",
+        "step_00000016",
+    ]
+    assert curve(tmp_path / "run", "loss") == curve(tmp_path / "sound", "loss")
+
+
+def test_too_many_failed_saves_stop_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit code is that of a failure, and the good checkpoint stays."""
+    assert train(tmp_path / "run", *SHORT, "--train.steps", "4").code == 0
+
+    def failing(path: Path, write: Callable[..., object]) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(saving, "write_hashed", failing)
+    outcome = train(tmp_path / "run", *SHORT, "--checkpoint.max_failed_saves", "2")
+    assert outcome.code == cli.EXIT_FAILED
+    assert outcome.error.count("\n") == 1
+    assert "2 saves in a row have failed" in outcome.error
+    assert "Permission denied" in outcome.error
+    assert steps(tmp_path / "run") == [4]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["before", "while-writing"])
+def test_full_disk(
+    train: Train, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
+) -> None:
+    """Space is checked before writing; where it runs out all the same, nothing is left behind."""
+    run_dir = small_disk / "run"
+    if not checked:
+        lots = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: lots)
+    more = ["--data.cache", str(tmp_path / "cache"), "--model.hidden_size", "128", "--train.steps", "8"]
+    outcome = train(run_dir, *SHORT, *more, "--checkpoint.max_failed_saves", "2")
+    assert outcome.code == cli.EXIT_FAILED
+    wanted = "MB free: make room" if checked else "No space left on device"
+    assert outcome.output.count("FAILED") == 2
+    assert outcome.output.count(wanted) == 2
+    assert wanted in outcome.error
+    assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+def test_read_only_folder(train: Train, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    complaint = train(small_disk).complaint()
+    assert str(small_disk / "run.lock") in complaint
+    assert "Read-only file system" in complaint
+
+
+def test_which_checkpoints_stay() -> None:
+    """The newest, every m-th and the best, against a table made by hand."""
+
+    def manifest(step: int, loss: float | None) -> Manifest:
+        return Manifest(2, step, 0, 1, "plain", 1, {}, "", loss)
+
+    losses = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 1.5, 60: None, 70: 2.5}
+    manifests = [manifest(step, loss) for step, loss in losses.items()]
+    for settings, stay in [
+        ({"keep": 1}, {70}),
+        ({"keep": 3}, {50, 60, 70}),
+        ({"keep": 9}, set(losses)),
+        ({"keep": 1, "keep_every": 30}, {30, 60, 70}),
+        ({"keep": 1, "keep_best": 2}, {20, 50, 70}),
+        ({"keep": 2, "keep_every": 40, "keep_best": 1}, {20, 40, 60, 70}),
+    ]:
+        assert kept(manifests, CheckpointConfig(**settings)) == stay, settings
+
+
+def test_retention_in_a_run(train: Train, tmp_path: Path) -> None:
+    """keep_every and keep_best hold back what keep would remove; the losses decide."""
+    more = ["--checkpoint.keep", "1", "--checkpoint.keep_every", "8", "--checkpoint.keep_best", "1"]
+    assert train(tmp_path / "run", "--evaluation.interval", "4", "--train.steps", "20", *more).code == 0
+    losses = dict(curve(tmp_path / "run", "held_out/loss"))
+    best = min(losses, key=lambda step: losses[step])
+    assert steps(tmp_path / "run") == sorted({8, 16, 20, best})
+
+
+def test_checkpoints_of_an_abandoned_future_are_not_counted(train: Train, tmp_path: Path) -> None:
+    """A run that goes on from an older checkpoint keeps its own new ones, not the broken newer ones."""
+    run_dir = tmp_path / "run"
+    assert train(run_dir, *SHORT, "--checkpoint.keep", "2").code == 0
+    os.truncate(run_dir / "checkpoints/step_00000016/model/plain.pt", 10)
+    more = ["--checkpoint.interval", "1", "--train.steps", "14", "--checkpoint.keep", "1"]
+    assert train(run_dir, *SHORT, *more).code == 0
+    assert steps(run_dir) == [14, 16]
+    assert "(step 14)" in train(run_dir, *SHORT).output
