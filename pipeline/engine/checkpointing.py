@@ -15,6 +15,7 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.files import sync_tree
@@ -132,6 +133,10 @@ def loading_universal(engine: Any) -> Iterator[None]:
         yield
     finally:
         engine._config.load_universal_checkpoint = False
+    # All states share one counter then, which torch's AdamW would advance once for each of them.
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def open_sharded_weights(folder: Path) -> StoredWeights:
