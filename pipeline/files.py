@@ -1,9 +1,12 @@
-"""Files that exist whole or not at all, and are known by their content."""
+"""Files and folders that exist whole or not at all, and are known by their content."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,15 +24,54 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Parent folders are made. After an error nothing is left behind and an older file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    writing = _writing(path)
     try:
         with writing.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         writing.replace(path)
+        sync_folder(path.parent)
     finally:
         writing.unlink(missing_ok=True)
+
+
+@contextmanager
+def creating_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that appears as `path`, with its files on the disk, when the block ends without an error.
+
+    Several processes, also on several machines, may make the same folder: the first one stays, the work of
+    the others is dropped. So it is for contents that are the same whoever makes them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = _writing(path)
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir()
+    try:
+        yield writing
+        sync_tree(writing)
+        try:
+            writing.rename(path)
+        except OSError:  # a folder that is not empty is never replaced
+            if not path.is_dir():
+                raise
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
+def _writing(path: Path) -> Path:
+    """Return the name of `path` while it is being written, which no other process uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.writing")
+
+
+def remove_left_overs(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.writing"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:

@@ -1,44 +1,127 @@
-"""Show what is in an indexed dataset: counts, lengths and decoded samples."""
+"""Show what is in an indexed dataset: where it comes from, counts, lengths, decoded samples; or verify it."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.cli import ToolParser, run
-from pipeline.data.indexed import read_index, read_sequence, unigram_entropy
-from pipeline.data.preprocess import read_facts
+from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
+from pipeline.data.facts import DatasetFacts, read_facts
+from pipeline.data.indexed import (
+    IndexFacts,
+    bin_path,
+    find_faults,
+    idx_path,
+    read_index,
+    read_sequence,
+)
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.files import sha256_of
+
+COLOURS = {"prompt": "\033[36m", "answer": "\033[32m", "text": ""}
+PLAIN = "\033[0m"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print counts and samples."""
+def show_facts(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> None:
+    """Print what PREFIX.json says."""
+    print(
+        f"{prefix}: {facts.kind}, {facts.documents:,} documents, {facts.tokens:,} tokens "
+        f"({index.dtype}), sha256 of .bin {facts.sha256['bin'][:12]}"
+    )
+    print(f"from the corpus: {facts.counts.describe()}")
+    ids = ", ".join(f"{name} {token}" for name, token in facts.special_ids.items())
+    print(f"tokenizer {facts.tokenizer} ({facts.tokenizer_sha256[:12]}): {facts.vocab_size:,} tokens; {ids}")
+    print(f"options: {json.dumps(facts.options)}")
+    print("made with: " + ", ".join(f"{name} {number}" for name, number in facts.versions.items()))
+    mean = facts.tokens / max(1, facts.documents)
+    print(f"tokens a document: mean {mean:.1f}, longest {facts.longest_document}")
+    print(
+        "documents of up to so many tokens: "
+        + ", ".join(f"{k}: {n:,}" for k, n in facts.length_histogram.items())
+    )
+
+
+def show_samples(
+    prefix: Path, facts: DatasetFacts, index: IndexFacts, tokenizer: Tokenizer, count: int
+) -> None:
+    """Print the first documents, prompt and answer in colours on a terminal."""
+    names = ("prompt", "answer") if facts.kind == "pairs" else ("text",)
+    colours = sys.stdout.isatty()
+    for document in range(min(count, facts.documents)):
+        for part, name in enumerate(names):
+            ids = read_sequence(prefix, index, document * len(names) + part)
+            text = repr(tokenizer.decode(ids))
+            text = f"{COLOURS[name]}{text}{PLAIN}" if colours else text
+            print(f"[{document}] {name} ({len(ids)} tokens): {text}")
+
+
+def verify(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> list[str]:
+    """Return what is wrong with a dataset: hashes, the invariants of its index, counts that do not add up."""
+    faults = find_faults(prefix, index, facts.vocab_size)
+    for name, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
+        found = sha256_of(path)
+        if found != facts.sha256[name]:
+            faults.append(f"{path} has sha256 {found[:12]}, PREFIX.json says {facts.sha256[name][:12]}")
+    if sum(facts.token_histogram) + sum(facts.prompt_histogram) != facts.tokens:
+        faults.append("the token histograms do not add up to the tokens")
+    if sum(facts.length_histogram.values()) != facts.documents:
+        faults.append("the length histogram does not add up to the documents")
+    return faults
+
+
+def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
+    """Write a histogram of the documents' lengths as a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--histogram needs matplotlib: pip install matplotlib.") from None
+    step = 2 if facts.kind == "pairs" else 1
+    lengths = np.asarray(index.lengths).reshape(-1, step).sum(axis=1, dtype=np.int64)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    top = max(1, int(lengths.max(initial=1)))
+    axes.hist(lengths, bins=np.unique(np.geomspace(1, top + 1, 80).astype(np.int64)).tolist())
+    axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents")
+    axes.set_title(f"{facts.documents:,} documents, {facts.tokens:,} tokens")
+    figure.savefig(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print facts and samples; with --verify exit with 1 where something is wrong."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("prefix", type=Path, help="path of the dataset, without .bin and .idx")
     parser.add_argument("--tokenizer", type=Path, help="folder (default: the one it was made with)")
     parser.add_argument("--samples", type=int, default=3, help="documents to show")
     parser.add_argument("--entropy", action="store_true", help="also the entropy of the token frequencies")
+    parser.add_argument("--verify", action="store_true", help="read all, check hashes and every invariant")
+    parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the documents' lengths")
     options = parser.parse_args(arguments)
     facts, index = read_facts(options.prefix), read_index(options.prefix)
     tokenizer = Tokenizer.load(options.tokenizer or Path(facts.tokenizer))
-    per_document = 2 if facts.kind == "pairs" else 1
-    lengths = np.asarray(index.lengths).reshape(-1, per_document).sum(axis=1)
-    print(
-        f"{options.prefix}: {facts.kind}, {facts.documents:,} documents, {facts.tokens:,} tokens "
-        f"({index.dtype})"
-    )
-    print(f"tokenizer {facts.tokenizer}, {facts.vocab_size:,} tokens; eos appended: {facts.append_eos}")
-    print(f"tokens a document: mean {lengths.mean():.1f}, shortest {lengths.min()}, longest {lengths.max()}")
+    if tokenizer.sha256 != facts.tokenizer_sha256:
+        raise UserError(
+            f"--tokenizer {options.tokenizer or facts.tokenizer} is not the one that {options.prefix} was "
+            f"made with (sha256 {facts.tokenizer_sha256[:12]}): name that one."
+        )
+    show_facts(options.prefix, facts, index)
     if options.entropy:
-        entropy = unigram_entropy(options.prefix, index, (1,) if per_document == 2 else (0, 1))
-        print(f"entropy of the {'answers' if per_document == 2 else 'text'}: {entropy:.4f} nats a token")
-    names = ("prompt", "answer") if per_document == 2 else ("text",)
-    for document in range(min(options.samples, facts.documents)):
-        for part, name in enumerate(names):
-            ids = read_sequence(options.prefix, index, document * per_document + part)
-            print(f"[{document}] {name} ({len(ids)} tokens): {tokenizer.decode(ids)!r}")
+        what = "answers" if facts.kind == "pairs" else "text"
+        print(f"entropy of the {what}: {facts.entropy:.4f} nats a token")
+    show_samples(options.prefix, facts, index, tokenizer, options.samples)
+    if options.histogram is not None:
+        plot_lengths(facts, index, options.histogram)
+        print(f"wrote {options.histogram}")
+    if options.verify:
+        faults = verify(options.prefix, facts, index)
+        for fault in faults:
+            print(f"wrong: {fault}")
+        print(f"verified {options.prefix}: {len(faults)} faults")
+        return EXIT_FAILED if faults else EXIT_DONE
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from pipeline.cli import UserError
-from pipeline.data.records import Keys
+from pipeline.data.records import MESSAGE_FORMAT, Keys
 
 
-def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --input and the keys of jsonl lines."""
-    parser.add_argument("--input", nargs="+", type=Path, required=True, help="jsonl or txt files")
-    parser.add_argument("--text-key", help="key of a jsonl line's text (default: text)")
+def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --input and the keys of jsonl lines and table rows."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        required=required,
+        help="jsonl, txt (both also .gz, .zst, .bz2, .xz), parquet or arrow files; globs in quotes; folders; "
+        "@FILE = a list of them, one a line",
+    )
+    parser.add_argument("--text-key", help="key of the text, a.b for nested ones (without the option: text)")
     parser.add_argument("--prompt-key", help="key of the prompt, which is never masked")
     parser.add_argument("--answer-key", help="key of the answer; with --prompt-key instead of --text-key")
+    parser.add_argument(
+        "--messages-key",
+        help="key of a list of chat messages, {role, content}: the last is the answer, the others the prompt",
+    )
+    parser.add_argument(
+        "--message-format",
+        default=MESSAGE_FORMAT,
+        type=lambda text: text.replace("\\n", "\n"),
+        help="how messages of a prompt are written (\\n: line end); what precedes {content} opens the answer",
+    )
+    parser.add_argument(
+        "--split-documents", choices=["line", "sentence"], help="make each line or sentence a document"
+    )
 
 
 def corpus_keys(options: argparse.Namespace) -> Keys:
@@ -23,8 +42,23 @@ def corpus_keys(options: argparse.Namespace) -> Keys:
     if (pair[0] is None) != (pair[1] is None):
         missing = "--prompt-key" if pair[0] is None else "--answer-key"
         raise UserError(f"{missing} is missing: --prompt-key and --answer-key go together.")
-    if pair[0] is None:
-        return Keys((options.text_key or "text",))
-    if options.text_key is not None:
-        raise UserError("--text-key excludes --prompt-key and --answer-key: give one or the other.")
-    return Keys(pair)
+    chosen = [
+        name
+        for name, given in (
+            ("--text-key", options.text_key),
+            ("--prompt-key and --answer-key", pair[0]),
+            ("--messages-key", options.messages_key),
+        )
+        if given is not None
+    ]
+    if len(chosen) > 1:
+        raise UserError(f"{chosen[0]} excludes {chosen[1]}: give one or the other.")
+    if options.split_documents is not None and chosen not in ([], ["--text-key"]):
+        raise UserError(f"--split-documents cuts texts: it cannot go with {chosen[0]}.")
+    if options.messages_key is not None:
+        if "{content}" not in options.message_format:
+            raise UserError(f"--message-format is {options.message_format!r}: it must hold {{content}}.")
+        return Keys((options.messages_key,), messages=True, message_format=options.message_format)
+    if pair[0] is not None:
+        return Keys(pair)
+    return Keys((options.text_key or "text",), split=options.split_documents)

@@ -1,4 +1,4 @@
-"""Writing megatron-core's indexed datasets (.bin/.idx) in parts, and their header facts.
+"""megatron-core's indexed datasets (.bin/.idx): written from parts in one pass, read and verified.
 
 The bytes are those of megatron-core's own IndexedDatasetBuilder, which takes one tensor at a time in one
 process; here many workers write parts, and a part's index is only its lengths. Layout of .idx: magic, uint64
@@ -8,24 +8,27 @@ document indices and, for pairs, int8 modes. .bin holds the tokens of every sequ
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 
 from pipeline.cli import UserError
-from pipeline.data.batch import Array
-from pipeline.files import replacing
+from pipeline.data.arrays import Array
+from pipeline.files import remove_left_overs, replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<QBQQ")
 DTYPE_CODES: dict[np.dtype[Any], int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+CHUNK = 2**14  # sequences copied at a time, and
+ENTRIES = 2**20  # entries of a table: memory does not grow with the dataset
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -43,9 +46,14 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
+def facts_path(prefix: Path) -> Path:
+    """Return the path of a dataset's facts."""
+    return prefix.with_name(prefix.name + ".json")
+
+
 @dataclass
 class Part:
-    """A piece of a dataset: its tokens are in a file, the rest is here.
+    """A piece of a dataset.
 
     Attributes:
         tokens: file of the tokens.
@@ -55,30 +63,97 @@ class Part:
     tokens: Path
     lengths: Array
 
+    def chunks(self, dtype: np.dtype[Any], keep: Array | None = None) -> Iterator[Chunk]:
+        """Yield the sequences in order, a bounded number at a time; only those of `keep` [sequences] bool."""
+        tokens = np.memmap(self.tokens, dtype, "r") if self.tokens.stat().st_size else np.zeros(0, dtype)
+        start = 0
+        for first in range(0, len(self.lengths), CHUNK):
+            lengths = np.asarray(self.lengths[first : first + CHUNK])
+            stop = start + int(lengths.sum(dtype=np.int64))
+            found = tokens[start:stop]
+            start = stop
+            if keep is not None and not keep[first : first + CHUNK].all():
+                kept = keep[first : first + CHUNK]
+                found, lengths = found[np.repeat(kept, lengths)], lengths[kept]
+            yield found, lengths
 
-def join(parts: Sequence[Part], prefix: Path, dtype: np.dtype[Any], pairs: bool) -> None:
-    """Write the dataset of `parts`, in their order; .idx comes last, and a dataset without it does not exist.
+
+Chunk = tuple[Array, Array]  # tokens [sum of lengths], lengths [sequences] int32
+
+
+def join(parts: Iterable[Part], prefix: Path, dtype: np.dtype[Any], pairs: bool) -> dict[str, str]:
+    """Write the dataset of `parts`, in their order; see `write_dataset`."""
+    return write_dataset((c for part in parts for c in part.chunks(dtype)), prefix, dtype, pairs)
+
+
+def write_dataset(
+    chunks: Iterable[Chunk],
+    prefix: Path,
+    dtype: np.dtype[Any],
+    pairs: bool,
+    before_index: Callable[[dict[str, str]], object] = lambda sha256: None,
+) -> dict[str, str]:
+    """Write a dataset in one pass and constant memory; .idx comes last, without it there is no dataset.
+
+    After an error an older dataset is as it was; otherwise it is gone, with its PREFIX.json.
 
     Args:
-        parts: pieces, whose token files are left in place.
+        chunks: sequences, in order.
         prefix: path of the dataset without .bin and .idx.
         dtype: integer type of the tokens.
         pairs: two sequences a document, with modes 0 and 1; otherwise one, without modes.
+        before_index: called with the sha256 of both files just before .idx appears, to write PREFIX.json.
+
+    Returns:
+        The sha256 of both files, by "bin" and "idx".
     """
-    idx_path(prefix).unlink(missing_ok=True)
-    with replacing(bin_path(prefix)) as file:
-        for part in parts:
-            with part.tokens.open("rb") as source:
-                shutil.copyfileobj(source, file, 2**22)
-    lengths = np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in parts)]).astype(np.int32)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    documents = np.arange(0, len(lengths) + 1, 2 if pairs else 1, dtype=np.int64)
-    with replacing(idx_path(prefix)) as file:
-        file.write(MAGIC + HEADER.pack(VERSION, DTYPE_CODES[dtype], len(lengths), len(documents)))
-        for table in (lengths, np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)], documents):
-            file.write(table.tobytes())
-        if pairs:
-            file.write(np.tile(np.array([0, 1], np.int8), len(lengths) // 2).tobytes())
+    digests = {"bin": hashlib.sha256(), "idx": hashlib.sha256()}
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for path in (bin_path(prefix), idx_path(prefix), facts_path(prefix)):
+        remove_left_overs(path)
+    with TemporaryFile(dir=prefix.parent) as held:
+        with replacing(bin_path(prefix)) as file:
+            for tokens, lengths in chunks:
+                data = np.ascontiguousarray(tokens).data
+                file.write(data)
+                digests["bin"].update(data)
+                held.write(np.ascontiguousarray(lengths, np.int32).data)
+            held.flush()
+            for stale in (facts_path(prefix), idx_path(prefix)):
+                stale.unlink(missing_ok=True)
+        size = held.tell()
+        all_lengths = np.memmap(held, np.int32, "r") if size else np.zeros(0, np.int32)
+        with replacing(idx_path(prefix)) as file:
+            for piece in _index(all_lengths, dtype, pairs):
+                file.write(piece)
+                digests["idx"].update(piece)
+            sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
+            before_index(sha256)
+    return sha256
+
+
+def _index(lengths: Array, dtype: np.dtype[Any], pairs: bool) -> Iterator[bytes]:
+    """Yield the bytes of .idx."""
+    sequences, step = len(lengths), 2 if pairs else 1
+    documents = sequences // step + 1
+    yield MAGIC + HEADER.pack(VERSION, DTYPE_CODES[dtype], sequences, documents)
+    for piece in _pieces(sequences):
+        yield lengths[piece].tobytes()
+    start = 0
+    for piece in _pieces(sequences):
+        ends = start + np.cumsum(lengths[piece], dtype=np.int64) * dtype.itemsize
+        yield np.concatenate([np.array([start], np.int64), ends[:-1]]).tobytes()
+        start = int(ends[-1])
+    for piece in _pieces(documents):
+        yield (np.arange(piece.start, piece.stop, dtype=np.int64) * step).tobytes()
+    if pairs:
+        for piece in _pieces(sequences):
+            yield (np.arange(piece.start, piece.stop) % 2).astype(np.int8).tobytes()
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    """Yield slices that cover a table, an even number of entries each."""
+    return (slice(first, min(first + ENTRIES, size)) for first in range(0, size, ENTRIES))
 
 
 @dataclass
@@ -91,7 +166,9 @@ class IndexFacts:
         tokens: number of tokens.
         dtype: integer type of the tokens.
         lengths: [sequences] int32, memory-mapped.
-        has_modes: whether sequences carry modes (prompt 0, answer 1).
+        offsets: [sequences] int64, bytes into .bin, memory-mapped.
+        document_starts: [documents + 1] int64, memory-mapped.
+        modes: [sequences] int8 (prompt 0, answer 1), memory-mapped; None without.
     """
 
     sequences: int
@@ -99,11 +176,17 @@ class IndexFacts:
     tokens: int
     dtype: np.dtype[Any]
     lengths: Array
-    has_modes: bool
+    offsets: Array
+    document_starts: Array
+    modes: Array | None
 
 
 def read_index(prefix: Path) -> IndexFacts:
-    """Return the facts of a dataset; raise a `UserError` when a file is missing, cut short or foreign."""
+    """Return the facts of a dataset, in constant time.
+
+    Raises:
+        UserError: when a file is missing, cut short or foreign.
+    """
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
             raise UserError(
@@ -115,42 +198,68 @@ def read_index(prefix: Path) -> IndexFacts:
     if magic != MAGIC or len(header) < HEADER.size:
         raise UserError(f"{path} is no index of a dataset: preprocess the corpus again.")
     version, code, sequences, indices = HEADER.unpack(header)
-    tables = path.stat().st_size - len(MAGIC) - HEADER.size
-    without_modes = sequences * 12 + indices * 8
-    if version != VERSION or code not in DTYPES or tables not in (without_modes, without_modes + sequences):
-        raise UserError(f"{path} is cut short or of another format: preprocess the corpus again.")
     offset = len(MAGIC) + HEADER.size
-    lengths = np.memmap(path, np.int32, "r", offset, (sequences,)) if sequences else np.zeros(0, np.int32)
-    dtype, tokens = DTYPES[code], int(np.sum(lengths, dtype=np.int64))
-    if bin_path(prefix).stat().st_size != tokens * dtype.itemsize:
+    size = path.stat().st_size - offset
+    without_modes = sequences * 12 + indices * 8
+    if version != VERSION or code not in DTYPES or size not in (without_modes, without_modes + sequences):
+        raise UserError(f"{path} is cut short or of another format: preprocess the corpus again.")
+    has_modes = size > without_modes
+    tables: list[Array] = []
+    for kind, count in zip(
+        "iqqb", (sequences, sequences, indices, sequences if has_modes else 0), strict=True
+    ):
+        tables.append(np.memmap(path, kind, "r", offset, (count,)) if count else np.zeros(0, kind))
+        offset += tables[-1].nbytes
+    lengths, offsets, starts, modes = tables
+    dtype = DTYPES[code]
+    size = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
+    if bin_path(prefix).stat().st_size != size:
         raise UserError(f"{bin_path(prefix)} has not the size that {path} says: preprocess the corpus again.")
-    has_modes = tables > without_modes
-    return IndexFacts(sequences, max(0, indices - 1), tokens, dtype, lengths, has_modes)
-
-
-def unigram_entropy(prefix: Path, facts: IndexFacts, modes: tuple[int, ...] = (0, 1)) -> float:
-    """Return the entropy (nats a token) of a dataset's token frequencies: what a model must get below.
-
-    Args:
-        prefix: path of the dataset.
-        facts: its index.
-        modes: which sequences of prompt/answer documents are counted; ignored for text.
-    """
-    counts = np.zeros(np.iinfo(np.uint16).max + 1 if facts.dtype == np.uint16 else 2**20, np.int64)
-    tokens = np.memmap(bin_path(prefix), facts.dtype, "r")
-    chosen = (
-        np.isin(np.arange(facts.sequences) % 2, modes) if facts.has_modes else np.ones(facts.sequences, bool)
-    )
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(facts.lengths, dtype=np.int64)])
-    for first in range(0, facts.sequences, 2**16):
-        part = slice(first, min(first + 2**16, facts.sequences))
-        ids = tokens[starts[part.start] : starts[part.stop]]
-        counts += np.bincount(ids[np.repeat(chosen[part], facts.lengths[part])], minlength=len(counts))
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    return IndexFacts(
+        sequences, max(0, indices - 1), size // dtype.itemsize, dtype, lengths, offsets, starts,
+        modes if has_modes else None,
+    )  # fmt: skip
 
 
 def read_sequence(prefix: Path, facts: IndexFacts, number: int) -> Array:
     """Return the tokens of one sequence."""
-    start = int(np.sum(facts.lengths[:number], dtype=np.int64)) * facts.dtype.itemsize
-    return np.fromfile(bin_path(prefix), facts.dtype, int(facts.lengths[number]), offset=start)
+    return np.fromfile(
+        bin_path(prefix), facts.dtype, int(facts.lengths[number]), offset=int(facts.offsets[number])
+    )
+
+
+def find_faults(prefix: Path, facts: IndexFacts, vocab_size: int) -> list[str]:
+    """Return every invariant of a dataset that its files break; reads all of them, in constant memory."""
+    faults = []
+    step = 1 if facts.modes is None else 2
+    expected_start = 0
+    for piece in _pieces(facts.sequences):
+        lengths = np.asarray(facts.lengths[piece], np.int64)
+        if (lengths < 0).any():
+            faults.append(f"sequence {piece.start + int(np.argmax(lengths < 0))} has a negative length")
+        ends = expected_start + np.cumsum(lengths) * facts.dtype.itemsize
+        wrong = facts.offsets[piece] != ends - lengths * facts.dtype.itemsize
+        if wrong.any():
+            faults.append(
+                f"sequence {piece.start + int(np.argmax(wrong))} does not begin where the one before ends"
+            )
+        expected_start = int(ends[-1])
+        if facts.modes is not None:
+            wrong = facts.modes[piece] != np.arange(piece.start, piece.stop) % 2
+            if wrong.any():
+                faults.append(f"sequence {piece.start + int(np.argmax(wrong))} has the wrong mode")
+    for piece in _pieces(facts.documents + 1):
+        wrong = facts.document_starts[piece] != np.arange(piece.start, piece.stop, dtype=np.int64) * step
+        if wrong.any():
+            faults.append(f"document {piece.start + int(np.argmax(wrong))} does not begin at its sequence")
+    if expected_start != facts.tokens * facts.dtype.itemsize:
+        faults.append(
+            f"the lengths add up to {expected_start} bytes, .bin has {facts.tokens * facts.dtype.itemsize}"
+        )
+    tokens = np.memmap(bin_path(prefix), facts.dtype, "r") if facts.tokens else np.zeros(0, facts.dtype)
+    for piece in _pieces(facts.tokens):
+        wrong = (tokens[piece] < 0) | (tokens[piece] >= vocab_size)
+        if wrong.any():
+            faults.append(f"token {piece.start + int(np.argmax(wrong))} is no id of the vocabulary")
+            break
+    return faults

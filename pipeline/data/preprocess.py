@@ -1,203 +1,322 @@
-"""A corpus to an indexed dataset: workers read, encode and write parts alone, the parent joins them."""
+"""A corpus to an indexed dataset: a pool of workers makes the parts of a plan, then they are joined.
+
+The parent sees no token: it hands out units, watches the workers and counts. Killed at any moment, the same
+command goes on: parts that are there are whole and are not made again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
+import fcntl
 import json
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from pipeline.cli import UserError
-from pipeline.data.batch import Array
-from pipeline.data.indexed import Part, bin_path, idx_path, join, read_index, token_dtype
-from pipeline.data.records import Keys, Record, Unit, check_inputs, cut, read
-from pipeline.data.tokenizer import Tokenizer
-from pipeline.files import replacing
+from pipeline.data import worker
+from pipeline.data.facts import Counts, read_facts
+from pipeline.data.merge import (
+    MEGABYTE,
+    existing,
+    is_whole,
+    merge_parts,
+    missing_units,
+    parts_folder,
+)
+from pipeline.data.units import Plan, differences, read_plan, write_plan
+from pipeline.data.worker import QUARANTINE, Board, Job, part_folder, read_part
+from pipeline.files import remove_left_overs, replacing
 from pipeline.monitor.progress import Progress
 
-FORMAT = 1
-UNIT_BYTES = 2**23
-BATCH = 512  # documents encoded by one call
+POLL_SECONDS = 0.5
 REPORT_SECONDS = 10
-
-
-@dataclass
-class DatasetFacts:
-    """What PREFIX.json says of a dataset.
-
-    Attributes:
-        format: version of the file.
-        kind: text, or pairs of prompt and answer.
-        tokenizer: folder of the tokenizer, as it was given.
-        tokenizer_sha256: its identity.
-        vocab_size: its tokens.
-        append_eos: whether documents end with the end-of-sequence token.
-        documents: number of documents.
-        tokens: number of tokens.
-        longest_document: tokens of the longest document.
-    """
-
-    format: int
-    kind: Literal["text", "pairs"]
-    tokenizer: str
-    tokenizer_sha256: str
-    vocab_size: int
-    append_eos: bool
-    documents: int
-    tokens: int
-    longest_document: int
+SILENT_SECONDS = 60  # a worker that has not been heard of for so long is named
+FEW_RECORDS = 1000  # before so many, a run is not stopped for the share of bad ones
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker has to know."""
+class Work:
+    """How the work is done; none of it changes the dataset.
 
-    tokenizer: Path
-    keys: Keys
-    append_eos: bool
+    Attributes:
+        workers: processes.
+        shard_index: which share of the units is made here.
+        num_shards: shares; with more than one, tools/merge_datasets.py joins the parts.
+        on_error: quarantine bad records, or fail at the first.
+        max_bad_fraction: share of bad records above which the run stops.
+        overwrite: replace an older dataset.
+        restart: throw away the parts of an earlier attempt.
+    """
 
-
-def facts_path(prefix: Path) -> Path:
-    """Return the path of a dataset's facts."""
-    return prefix.with_name(prefix.name + ".json")
-
-
-def read_facts(prefix: str | Path) -> DatasetFacts:
-    """Return the facts of a dataset; raise a `UserError` when it is missing or damaged."""
-    prefix = Path(prefix)
-    index = read_index(prefix)
-    path = facts_path(prefix)
-    try:
-        facts = DatasetFacts(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: preprocess the corpus again.") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): preprocess the corpus again.") from None
-    if (facts.documents, facts.tokens) != (index.documents, index.tokens):
-        raise UserError(f"{path} and {idx_path(prefix)} do not belong together: preprocess the corpus again.")
-    return facts
+    workers: int
+    shard_index: int = 0
+    num_shards: int = 1
+    on_error: Literal["quarantine", "fail"] = "quarantine"
+    max_bad_fraction: float = 0.01
+    overwrite: bool = False
+    restart: bool = False
 
 
-def preprocess(
-    inputs: Sequence[Path], tokenizer: Path, prefix: Path, keys: Keys, append_eos: bool, workers: int
-) -> DatasetFacts:
-    """Write ``prefix``.bin, .idx and .json; the same bytes for any number of workers.
+@dataclass(frozen=True)
+class Summary:
+    """What a run of the preprocessor did, for PREFIX.summary.json.
+
+    Attributes:
+        complete: whether the dataset is whole.
+        counts: of all the units of this shard.
+        units: of this shard.
+        units_done_before: parts that were there already.
+        workers: processes.
+        seconds: of this run.
+        megabytes_per_second: of the input, read in this run.
+        tokens_per_second: written in this run.
+    """
+
+    complete: bool
+    counts: Counts
+    units: int
+    units_done_before: int
+    workers: int
+    seconds: float
+    megabytes_per_second: float
+    tokens_per_second: float
+
+
+def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
+    """Write ``prefix``.bin, .idx and .json; the same bytes for any workers, shards and interruptions.
 
     A text is a document of one sequence; a pair is a document of two, prompt and answer. The end-of-sequence
     token closes the text or the answer.
 
     Args:
-        inputs: jsonl or txt files.
-        tokenizer: folder of the tokenizer.
+        plan: what the dataset is made from.
         prefix: path of the dataset, without suffix.
-        keys: what to read of a jsonl line.
-        append_eos: close every document with the end-of-sequence token.
-        workers: processes.
+        work: how.
 
     Raises:
-        UserError: for the first record that cannot be used, or an input that cannot be read.
+        UserError: when the corpus or an option has changed since the parts were begun; for too many bad
+            records, a full disk, a vanished input or a worker that died. What is done is kept.
     """
-    check_inputs(inputs, keys)
-    made = Tokenizer.load(tokenizer)
-    job = Job(tokenizer, keys, append_eos)
-    units = [unit for path in inputs for unit in cut(path, UNIT_BYTES)]
-    folder = prefix.with_name(f".{prefix.name}.parts")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        parts = list(_parts(job, units, folder, workers))
-        lengths = np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in parts)])
-        if len(lengths) == 0:
-            raise UserError(f"--input {', '.join(map(str, inputs))}: no document in it.")
-        facts_path(prefix).unlink(missing_ok=True)
-        join(parts, prefix, token_dtype(made.vocab_size), keys.is_pair)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    per_document = lengths.reshape(-1, 2).sum(axis=1) if keys.is_pair else lengths
-    facts = DatasetFacts(
-        format=FORMAT,
-        kind="pairs" if keys.is_pair else "text",
-        tokenizer=str(tokenizer),
-        tokenizer_sha256=made.sha256,
-        vocab_size=made.vocab_size,
-        append_eos=append_eos,
-        documents=len(per_document),
-        tokens=int(lengths.sum(dtype=np.int64)),
-        longest_document=int(per_document.max()),
+    started = time.monotonic()
+    folder = parts_folder(prefix)
+    with _locked(prefix, work):
+        if not work.restart and is_whole(prefix, plan):  # also after a kill between its last file and here
+            shutil.rmtree(folder, ignore_errors=True)
+            return _summarise(prefix, read_facts(prefix).counts, plan, work, started, [])
+        plan = _continued(plan, prefix, work)
+        mine = list(range(work.shard_index, len(plan.units), work.num_shards))
+        _remove_left_overs(folder, mine)
+        todo = sorted(set(missing_units(plan, folder)) & set(mine))
+        with _disk_errors(prefix):
+            made = _make_parts(Job(plan, folder, work.on_error), mine, todo, work)
+            counts = Counts.total(read_part(folder, unit, plan.sha256).counts for unit in mine)
+            _check_bad(counts, folder, mine, work, final=True)
+            if work.num_shards == 1:
+                counts = merge_parts(folder, prefix)[0][1].counts
+        summary = _summarise(prefix, counts, plan, work, started, made)
+        if work.num_shards == 1:
+            shutil.rmtree(folder)
+        return summary
+
+
+def summary_path(prefix: Path, work: Work) -> Path:
+    """Return the path of a run's summary: beside the dataset, of a shard among the parts."""
+    if work.num_shards == 1:
+        return prefix.with_name(prefix.name + ".summary.json")
+    return parts_folder(prefix) / f"summary-{work.shard_index:05d}-of-{work.num_shards:05d}.json"
+
+
+def _summarise(
+    prefix: Path, counts: Counts, plan: Plan, work: Work, started: float, made: Sequence[tuple[int, Counts]]
+) -> Summary:
+    """Write the summary of a run."""
+    seconds = time.monotonic() - started
+    units = len(range(work.shard_index, len(plan.units), work.num_shards))
+    size = sum(span.size for unit, _ in made for span in plan.units[unit])
+    summary = Summary(
+        complete=is_whole(prefix, plan),
+        counts=counts,
+        units=units,
+        units_done_before=units - len(made),
+        workers=work.workers,
+        seconds=round(seconds, 3),
+        megabytes_per_second=round(size / MEGABYTE / seconds, 3),
+        tokens_per_second=round(sum(c.tokens for _, c in made) / seconds),
     )
-    with replacing(facts_path(prefix)) as file:
-        file.write(json.dumps(dataclasses.asdict(facts), indent=2).encode() + b"\n")
-    return facts
+    path = summary_path(prefix, work)
+    remove_left_overs(path)
+    with replacing(path) as file:
+        file.write(json.dumps(dataclasses.asdict(summary), indent=2).encode() + b"\n")
+    return summary
 
 
-def _parts(job: Job, units: Sequence[Unit], folder: Path, workers: int) -> Iterator[Part]:
-    """Yield the part of each unit, in order, while reporting progress."""
-    total = sum(unit.end - unit.start for unit in units)
-    progress = Progress(total, 0, "byte")
-    done, tokens, started, reported = 0, 0, time.monotonic(), 0.0
-    # spawn: the workers inherit no threads and locks of the parent.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
+@contextlib.contextmanager
+def _locked(prefix: Path, work: Work) -> Iterator[None]:
+    """Refuse a second process at the same shard, as far as the file system has locks."""
+    folder = parts_folder(prefix)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".lock-{work.shard_index:05d}-of-{work.num_shards:05d}"
+    try:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another process is at work on the same shard: wait for it."
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+    finally:
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {path.name}:
+            shutil.rmtree(folder)  # nothing was begun
+
+
+def _continued(plan: Plan, prefix: Path, work: Work) -> Plan:
+    """Return the plan of the parts that are there, or begin with `plan`.
+
+    Raises:
+        UserError: when it differs in more than the cut into units, or a dataset would be replaced unasked.
+    """
+    folder = parts_folder(prefix)
+    if work.restart:
+        if work.num_shards > 1:
+            raise UserError(
+                f"--restart would throw away what other shards do: remove {folder} yourself, once."
+            )
+        for entry in [entry for entry in folder.iterdir() if not entry.name.startswith(".lock-")]:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    begun = read_plan(folder)
+    if begun is None:
+        found = existing(prefix)
+        if found is not None and not work.overwrite:
+            raise UserError(f"{found} exists: give --overwrite to replace it, or another --output-prefix.")
+        write_plan(plan, folder)
+        return plan
+    for what, then, now in differences(begun, plan):
+        raise UserError(
+            f"{folder} was begun with {what} = {then}, now it is {now}: set it back to go on, or give "
+            "--restart to begin anew."
+        )
+    return begun
+
+
+def _remove_left_overs(folder: Path, units: Sequence[int]) -> None:
+    """Remove the halves of parts that a killed run has left."""
+    mine = {part_folder(folder, unit).name for unit in units}
+    for entry in folder.glob(".*.writing"):
+        if entry.name[1:].split(".")[0] in mine:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(prefix: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a message that says that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise UserError(
+            f"{error.filename or prefix.parent}: {what}. Mend it and run the same command again: the parts "
+            f"that are whole in {parts_folder(prefix)} are kept."
+        ) from error
+
+
+def _make_parts(job: Job, mine: Sequence[int], todo: Sequence[int], work: Work) -> list[tuple[int, Counts]]:
+    """Make the parts of the units `todo`; return their counts."""
+    if not todo:
+        return []
+    sizes = {unit: sum(span.size for span in job.plan.units[unit]) for unit in mine}
+    total, before = sum(sizes.values()), sum(sizes.values()) - sum(sizes[unit] for unit in todo)
+    workers = min(work.workers, len(todo))
+    context = multiprocessing.get_context("spawn")  # the workers inherit no threads and locks of the parent
+    memory = Board.memory(context, workers)
+    board = Board(memory, workers)
+    arguments = (job, memory, workers, context.Value("i", 0))
+    made: list[tuple[int, Counts]] = []
+    with (
+        closing(_Watch(board, total, before)) as watch,
+        ProcessPoolExecutor(workers, context, worker.start, arguments) as pool,
+    ):
+        futures = {pool.submit(worker.work, unit): unit for unit in todo}
+        waiting: set[Future[Counts]] = set(futures)
         try:
-            paths = [folder / f"{number:06d}" for number in range(len(units))]
-            for unit, part in zip(units, pool.map(_write_part, units, paths), strict=True):
-                done, tokens = done + unit.end - unit.start, tokens + int(part.lengths.sum(dtype=np.int64))
-                progress.advance(done)
-                if time.monotonic() - started - reported > REPORT_SECONDS or done == total:
-                    reported = time.monotonic() - started
-                    progress.report(f"{tokens:,} tokens  {tokens / max(reported, 1e-9):,.0f} tokens/s")
-                yield part
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            while waiting:
+                ended, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+                made += [(futures[future], future.result()) for future in ended]
+                watch.show()
+                _check_bad(
+                    Counts.total(c for _, c in made), job.folder, [u for u, _ in made], work, final=False
+                )
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker died, perhaps for want of memory: run the same command again, with fewer --workers "
+                "if it happens again. The parts that are whole are kept."
+            ) from None
         finally:
-            progress.close()
+            board.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+    return made
 
 
-_worker: dict[str, Any] = {}
+def _check_bad(counts: Counts, folder: Path, units: Sequence[int], work: Work, final: bool) -> None:
+    """Stop at too many bad records; of few records only at the end."""
+    few = counts.records - counts.blank < FEW_RECORDS
+    if counts.bad_fraction <= work.max_bad_fraction or (few and not final):
+        return
+    first = next(path for unit in sorted(units) if (path := part_folder(folder, unit) / QUARANTINE).exists())
+    with first.open(encoding="utf-8") as file:
+        entry = json.loads(file.readline())
+    where = (
+        f"{entry['file']}, byte {entry['byte']}"
+        if "byte" in entry
+        else f"{entry['file']}, row {entry['row']}"
+    )
+    raise UserError(
+        f"{counts.bad:,} of {counts.records - counts.blank:,} records are bad, more than --max-bad-fraction "
+        f"{work.max_bad_fraction}; the first: {where}: {entry['detail']}. All are in "
+        f"{folder}/*/{QUARANTINE}. Mend the corpus or the options, or raise --max-bad-fraction."
+    )
 
 
-def _start_worker(job: Job) -> None:
-    """Load the tokenizer once in each worker."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    _worker.update(job=job, tokenizer=Tokenizer.load(job.tokenizer))
+class _Watch:
+    """Shows how far the workers are, and whether they are alive."""
 
+    def __init__(self, board: Board, total: int, before: int) -> None:
+        self.board = board
+        self.before = before
+        self.progress = Progress(round(total / MEGABYTE, 1), round(before / MEGABYTE, 1), "MB")
+        self.started = self.reported = time.monotonic()
 
-def _write_part(unit: Unit, path: Path) -> Part:
-    """Encode a unit into its own token file."""
-    job, tokenizer = _worker["job"], _worker["tokenizer"]
-    records, lengths = read(unit, job.keys), []
-    with path.open("wb") as file:
-        while batch := list(itertools.islice(records, BATCH)):
-            sequences = encode(batch, tokenizer, job.append_eos)
-            file.write(np.concatenate(sequences).astype(token_dtype(tokenizer.vocab_size)).tobytes())
-            lengths.append(np.fromiter(map(len, sequences), np.int32, len(sequences)))
-    return Part(path, np.concatenate([np.zeros(0, np.int32), *lengths]))
+    def show(self) -> None:
+        """Move the bar, and report from time to time."""
+        done = self.before + int(self.board.rows[:, 1].sum())
+        self.progress.advance(min(round(done / MEGABYTE, 1), self.progress.total))
+        now = time.monotonic()
+        if now - self.reported >= REPORT_SECONDS:
+            self.reported = now
+            tokens = int(self.board.rows[:, 2].sum()) / (now - self.started)
+            self.progress.report(f"{tokens:,.0f} tokens/s  {self._alive()}")
 
+    def _alive(self) -> str:
+        rows: list[Any] = self.board.rows.tolist()
+        busy = [(number, row) for number, row in enumerate(rows) if row[0]]
+        words = [f"{len(busy)} of {len(rows)} workers busy"]
+        for number, (unit, _, _, beat) in busy:
+            silent = time.time() - beat
+            if silent > SILENT_SECONDS:
+                words.append(f"worker {number} silent for {silent:.0f} s in unit {unit - 1}")
+        return ", ".join(words)
 
-def encode(records: Sequence[Record], tokenizer: Tokenizer, append_eos: bool) -> list[Array]:
-    """Return the sequences of the records: one of a text, two of a pair."""
-    sequences = tokenizer.encode_batch([text for record in records for text in record.texts])
-    per_record = len(records[0].texts)
-    eos = np.array([tokenizer.eos], np.int32)
-    for number in range(per_record - 1, len(sequences), per_record):
-        if len(sequences[number]) == 0:
-            raise UserError(f"{records[number // per_record].place} has an answer of length 0 in tokens.")
-        if append_eos:
-            sequences[number] = np.concatenate([sequences[number], eos])
-    return sequences
-
-
-def existing(prefix: Path) -> Path | None:
-    """Return a file of the dataset at `prefix` that exists, if any."""
-    return next((path for path in (bin_path(prefix), idx_path(prefix)) if path.exists()), None)
+    def close(self) -> None:
+        """Take the bar away."""
+        self.progress.close()

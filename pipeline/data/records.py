@@ -1,183 +1,216 @@
-"""Reading a corpus: jsonl and txt files as records, in byte ranges that workers read on their own.
-
-A jsonl line is a record. A txt file is cut into records at blank lines. Ranges end where records do, so every
-record is in exactly one.
-"""
+"""Documents from raw records: which keys are read, how chat becomes pairs, what cannot be used."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import orjson
 
 from pipeline.cli import UserError, nearest
+from pipeline.data.reading import BadRecord, Content, Reading, Span, SpanReader
+from pipeline.data.sources import Source, open_file
 
-SUFFIXES = (".jsonl", ".json", ".txt")
+MESSAGE_FORMAT = "{role}: {content}\n"
+LONGEST_RECORD = 2**24  # bytes
+TEXT, PAIR = ("text",), ("prompt", "answer")
+
+# After full stops and their like with closing quotes, before white space; after full-width ones anywhere.
+_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[”’」』]*")
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Which values of a jsonl line are read: a text, or a prompt and an answer.
+    """Which values of a record are read: a text, a prompt and an answer, or a list of chat messages.
 
     Attributes:
-        names: (text,) or (prompt, answer).
+        names: (text,), (prompt, answer) or (messages,); ``a.b`` is key b of the object at key a.
+        messages: the one name is a list of {"role", "content"}; the answer is the last message, which must be
+            the assistant's, the prompt is all before it.
+        message_format: how a message of the prompt is written; what precedes {content} also opens the answer.
+        split: cut each text into documents of a line or a sentence.
     """
 
     names: tuple[str, ...]
+    messages: bool = False
+    message_format: str = MESSAGE_FORMAT
+    split: Literal["line", "sentence"] | None = None
 
     @property
     def is_pair(self) -> bool:
-        """Whether records are prompt/answer pairs."""
-        return len(self.names) == 2
+        """Whether documents are prompt/answer pairs."""
+        return self.messages or len(self.names) == 2
+
+    def reading(self, limit: int = LONGEST_RECORD) -> Reading:
+        """Return how raw records are read: of a table the columns of the keys, or of their first parts."""
+        columns = dict.fromkeys(part for name in self.names for part in (name, name.split(".")[0]))
+        return Reading(self.split == "line", limit, tuple(columns))
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A byte range of one file that ends where a record does.
+def documents(content: Content, keys: Keys, is_text: bool) -> list[tuple[str, ...]]:
+    """Return the documents of a raw record: (text,) or (prompt, answer); several where texts are split.
 
-    Attributes:
-        path: the file.
-        start: first byte.
-        end: byte after the last one.
+    Args:
+        content: what a `SpanReader` gave.
+        keys: what is read.
+        is_text: the record is of a text file.
+
+    Raises:
+        BadRecord: when it cannot be used.
     """
+    if isinstance(content, BadRecord):
+        raise content
+    if is_text:
+        assert isinstance(content, bytes)
+        texts: tuple[str, ...] = (_decoded(content),)
+    else:
+        tree = _parsed(content) if isinstance(content, bytes) else content
+        texts = _from_messages(tree, keys) if keys.messages else tuple(_value(tree, n) for n in keys.names)
+    if not texts[-1]:
+        what = ("empty_answer", "an answer") if keys.is_pair else ("empty_text", "a text")
+        raise BadRecord(what[0], f"{what[1]} of length 0")
+    if keys.split is None or keys.is_pair:
+        return [texts]
+    cut = texts[0].split("\n") if keys.split == "line" else sentences(texts[0])
+    pieces: list[tuple[str, ...]] = [(piece,) for piece in cut if piece and not piece.isspace()]
+    if not pieces:
+        raise BadRecord("empty_text", f"no {keys.split} with anything but white space")
+    return pieces
 
-    path: Path
-    start: int
-    end: int
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text without the white space around them, by their closing punctuation."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [text[a:b].strip() for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord(
+            "invalid_utf8", f"not valid UTF-8 ({error.reason} at its byte {error.start})"
+        ) from None
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        tree = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        _decoded(line)
+        raise BadRecord("invalid_json", f"not valid JSON ({error.msg})") from None
+    if not isinstance(tree, dict):
+        raise BadRecord("wrong_type", "no JSON object, such as {...}")
+    return tree
+
+
+def _find(tree: dict[str, Any], name: str) -> Any:
+    """Return the value of a key, which may be nested; the whole name comes first."""
+    if name in tree:
+        return tree[name]
+    found: Any = tree
+    for part in name.split("."):
+        if not isinstance(found, dict) or part not in found:
+            has = ", ".join(map(repr, tree)) or "none"
+            raise BadRecord("missing_key", f"no key {name!r}; it has {has}.{nearest(name, tree)}".rstrip("."))
+        found = found[part]
+    return found
+
+
+def _value(tree: dict[str, Any], name: str) -> str:
+    value = _find(tree, name)
+    if not isinstance(value, str):
+        raise BadRecord("wrong_type", f"{name!r} is of type {type(value).__name__}, not a text")
+    return value
+
+
+def _from_messages(tree: dict[str, Any], keys: Keys) -> tuple[str, str]:
+    messages = _find(tree, keys.names[0])
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not messages:
+        raise BadRecord(
+            "wrong_type", f"{keys.names[0]!r} is no list of messages, [{{'role', 'content'}}, ...]"
+        )
+    turns = [(_value(message, "role"), _value(message, "content")) for message in messages]
+    role, answer = turns[-1]
+    if role != "assistant":
+        raise BadRecord("empty_answer", f"the last message is of {role!r}, not of 'assistant'")
+    opening = keys.message_format.split("{content}")[0].replace("{role}", role)
+    prompt = "".join(keys.message_format.replace("{role}", r).replace("{content}", c) for r, c in turns[:-1])
+    return prompt + opening, answer
 
 
 @dataclass(frozen=True)
 class Record:
-    """One document.
+    """One document with the place that it comes from.
 
     Attributes:
-        texts: the values of `Keys.names`.
-        path: the file it comes from.
-        offset: the byte where it begins there.
+        texts: (text,), or (prompt, answer).
+        source: the input that it comes from.
+        position: where in it; see `SpanReader`.
     """
 
     texts: tuple[str, ...]
-    path: Path
-    offset: int
+    source: Source
+    position: int
 
     @property
     def place(self) -> str:
-        """Where the record is, for messages."""
-        return place(self.path, self.offset)
+        """Where the document is, for messages."""
+        return place(self.source, self.position)
 
 
-def place(path: Path, offset: int) -> str:
-    """Return ``FILE, line N`` for the line that begins at a byte offset."""
-    with path.open("rb") as file:
-        line = 1 + file.read(offset).count(b"\n")
-    return f"{path}, line {line}"
+def place(source: Source, position: int) -> str:
+    """Return where a raw record is, for people: ``FILE, line N`` or ``FILE, row N``."""
+    if source.format not in ("lines", "text"):
+        return f"{source.path}, row {position + 1}"
+    file, raw = open_file(source)
+    with raw, file:
+        line = 1
+        while position > 0 and (piece := file.read(min(position, 2**20))):
+            line += piece.count(b"\n")
+            position -= len(piece)
+    return f"{source.path}, line {line}"
 
 
-def check_inputs(paths: Sequence[Path], keys: Keys) -> None:
-    """Raise a `UserError` for the first input that is missing, or cannot hold such records."""
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"--input {path} does not exist, or is no file.")
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"--input {path}: its kind is not known; use {', '.join(SUFFIXES)}.")
-        if path.suffix == ".txt" and keys.is_pair:
-            raise UserError(f"--input {path} is text: prompt/answer pairs come from jsonl files.")
+def check_inputs(paths: Iterable[Path], keys: Keys) -> list[Source]:
+    """Return the sources of files; raise a `UserError` for one that is missing or holds no such records."""
+    sources = [Source.of_file(path) for path in paths]
+    check_kinds(sources, keys)
+    return sources
 
 
-def cut(path: Path, target_bytes: int) -> list[Unit]:
-    """Return units of about `target_bytes`, or more where a record is longer, that cover the file."""
-    size, units, start = path.stat().st_size, [], 0
-    with path.open("rb") as file:
-        while start < size:
-            end = _end_of_record(file, min(size, start + target_bytes), size, path.suffix == ".txt")
-            units.append(Unit(path, start, end))
-            start = end
-    return units
-
-
-def _end_of_record(file: BinaryIO, position: int, size: int, at_blank_lines: bool) -> int:
-    """Return the end of the record that holds the byte before `position`."""
-    if position >= size:
-        return size
-    file.seek(position - 1)
-    file.readline()  # to the end of the line that holds the byte
-    while at_blank_lines:
-        line = file.readline()
-        if not line.strip():
-            break
-    return min(file.tell(), size)
-
-
-def read(unit: Unit, keys: Keys) -> Iterator[Record]:
-    """Yield the records of a unit; raise a `UserError` with file and line for one that cannot be used."""
-    parts = _paragraphs(unit) if unit.path.suffix == ".txt" else _lines(unit)
-    for offset, content in parts:
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place(unit.path, offset)} is not valid UTF-8: {error.reason}.") from None
-        texts = (text,) if unit.path.suffix == ".txt" else _values(text, keys, unit.path, offset)
-        yield Record(texts, unit.path, offset)
-
-
-def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, line) of the lines that are not blank."""
-    with unit.path.open("rb") as file:
-        file.seek(unit.start)
-        offset = unit.start
-        while offset < unit.end:
-            line = file.readline()
-            if line.strip():
-                yield offset, line
-            offset += len(line)
-
-
-def _paragraphs(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, text) of the runs of lines between blank lines, without the last line end."""
-    begun, lines = unit.start, bytearray()
-    with unit.path.open("rb") as file:
-        file.seek(unit.start)
-        offset = unit.start
-        while offset < unit.end:
-            line = file.readline()
-            if line.strip():
-                begun = begun if lines else offset
-                lines += line
-            elif lines:
-                yield begun, bytes(lines).rstrip(b"\r\n")
-                lines.clear()
-            offset += len(line)
-    if lines:
-        yield begun, bytes(lines).rstrip(b"\r\n")
-
-
-def _values(line: str, keys: Keys, path: Path, offset: int) -> tuple[str, ...]:
-    """Return the values of a jsonl line."""
-    try:
-        tree: Any = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{place(path, offset)} is not valid JSON: {error.msg}.") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{place(path, offset)} is no JSON object: each line must be one, such as {{...}}.")
-    for key in keys.names:
-        if key not in tree:
+def check_kinds(sources: Sequence[Source], keys: Keys) -> None:
+    """Raise a `UserError` for a source that cannot hold such records."""
+    for source in sources:
+        if source.format == "text" and keys.is_pair:
             raise UserError(
-                f"{place(path, offset)} has no key {key!r}; it has {', '.join(map(repr, tree))}."
-                f"{nearest(key, tree)} Name keys with --text-key, or --prompt-key and --answer-key."
+                f"--input {source.path} is text: prompt/answer pairs come from jsonl lines or tables."
             )
-        if not isinstance(tree[key], str):
-            kind = type(tree[key]).__name__
-            raise UserError(f"{place(path, offset)}: {key!r} is of type {kind}: it must be a text.")
-    if not tree[keys.names[-1]]:
-        what = "an answer of length 0" if keys.is_pair else "an empty text"
-        raise UserError(f"{place(path, offset)} has {what} ({keys.names[-1]!r}): remove the line.")
-    return tuple(tree[key] for key in keys.names)
 
 
 def read_all(paths: Iterable[Path], keys: Keys) -> Iterator[Record]:
-    """Yield every record of the files, in order."""
-    for path in paths:
-        yield from read(Unit(path, 0, path.stat().st_size), keys)
+    """Yield every document of the files, in order; raise a `UserError` for the first that cannot be used."""
+    for source in check_inputs(paths, keys):
+        span = Span(0, 0, source.size, source.size)
+        for position, content in SpanReader(source, span, keys.reading()):
+            if isinstance(content, bytes) and not content.strip():
+                continue
+            try:
+                found = documents(content, keys, source.format == "text")
+            except BadRecord as bad:
+                raise UserError(complaint(source, position, bad)) from None
+            for texts in found:
+                yield Record(texts, source, position)
+
+
+def complaint(source: Source, position: int, bad: BadRecord) -> str:
+    """Return the message for a record that cannot be used, with its place and the remedy."""
+    remedy = {
+        "missing_key": "Name keys with --text-key, or --prompt-key and --answer-key, or --messages-key.",
+        "too_long": "Raise --max-document-bytes, or cut the record.",
+        "damaged_file": "Bring a whole copy of the file.",
+    }.get(bad.reason, "Mend or remove the record.")
+    return f"{place(source, position)}: {bad.detail.rstrip('.?')}. {remedy}"

@@ -23,7 +23,7 @@ with warnings.catch_warnings():  # megatron-core warns of optional packages that
 from pipeline.cli import UserError
 from pipeline.config import DataConfig
 from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array, SampleDataset
-from pipeline.data.preprocess import DatasetFacts, read_facts
+from pipeline.data.facts import DatasetFacts, read_facts
 from pipeline.data.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers: a folder with the model and a small JSON of special ids."""
+"""Tokenizers: a folder with the model, of SentencePiece or Hugging Face, and a small JSON of special ids."""
 
 from __future__ import annotations
 
@@ -6,26 +6,49 @@ import dataclasses
 import hashlib
 import io
 import json
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import sentencepiece
+import tokenizers
 
 from pipeline.cli import UserError
-from pipeline.data.batch import Array
+from pipeline.data.arrays import Array
+from pipeline.files import creating_folder
 
 MODEL_TYPES = ("unigram", "bpe", "char", "word")
-MODEL_FILE, FACTS_FILE = "tokenizer.model", "tokenizer.json"
+HUGGING_FACE = "huggingface"
+MODEL_FILE, HUGGING_FACE_FILE, FACTS_FILE = "tokenizer.model", "model.json", "tokenizer.json"
 FORMAT = 1
 MASK = "<mask>"
+# Usual names of special tokens in Hugging Face files, the most specific first.
+USUAL_NAMES = {
+    "mask": (MASK, "<|mask|>", "[MASK]", "<|mdm_mask|>"),
+    "pad": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>"),
+    "eos": (
+        "</s>",
+        "<eos>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|im_end|>",
+        "[EOS]",
+        "[SEP]",
+    ),
+    "unk": ("<unk>", "[UNK]", "<|unk|>"),
+}
 
 
 @dataclass
 class TokenizerFacts:
-    """What tokenizer.json holds: the special ids, and the identity of the model file."""
+    """What tokenizer.json holds: the special ids, and the identity of the model file.
+
+    unk_id is -1 where every text can be encoded.
+    """
 
     format: int
     model_type: str
@@ -35,6 +58,74 @@ class TokenizerFacts:
     eos_id: int
     mask_id: int
     sha256: str
+
+    @property
+    def model_file(self) -> str:
+        """Name of the model file in the folder."""
+        return HUGGING_FACE_FILE if self.model_type == HUGGING_FACE else MODEL_FILE
+
+
+class Model(Protocol):
+    """What the two libraries have in common; special tokens never come from text."""
+
+    def encode(self, texts: Sequence[str]) -> list[Array]:
+        """Return the ids [n] int32 of each text, by one thread."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+
+    def token(self, token_id: int) -> str:
+        """Return the name of an id."""
+
+
+class SentencePieceModel:
+    """A SentencePiece model."""
+
+    def __init__(self, content: bytes) -> None:
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+
+    def encode(self, texts: Sequence[str]) -> list[Array]:
+        """See `Model`; no Python list of numbers in between."""
+        ids: list[Array] = self.processor.encode(list(texts), out_type="numpy", num_threads=1)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Model`."""
+        text: str = self.processor.decode(ids)
+        return text
+
+    def token(self, token_id: int) -> str:
+        """See `Model`."""
+        name: str = self.processor.id_to_piece(token_id)
+        return name
+
+
+class HuggingFaceModel:
+    """A tokenizer.json of Hugging Face's `tokenizers`."""
+
+    def __init__(self, content: bytes) -> None:
+        self.tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        self.tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+
+    def encode(self, texts: Sequence[str]) -> list[Array]:
+        """See `Model`; one thread because the workers set TOKENIZERS_PARALLELISM."""
+        found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in found]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Model`."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def token(self, token_id: int) -> str:
+        """See `Model`."""
+        return str(self.tokenizer.id_to_token(token_id))
+
+
+def _model(content: bytes, model_type: str) -> Model:
+    return HuggingFaceModel(content) if model_type == HUGGING_FACE else SentencePieceModel(content)
 
 
 class Tokenizer:
@@ -46,9 +137,9 @@ class Tokenizer:
         sha256: identity of the model, hexadecimal.
     """
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, facts: TokenizerFacts) -> None:
+    def __init__(self, model: Model, facts: TokenizerFacts) -> None:
         """Wrap a loaded model; see `load`."""
-        self.processor = processor
+        self.model = model
         self.vocab_size = facts.vocab_size
         self.unk, self.pad, self.eos, self.mask = facts.unk_id, facts.pad_id, facts.eos_id, facts.mask_id
         self.eod = self.eos  # megatron-core's name
@@ -58,32 +149,36 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Return the tokenizer of a folder; raise a `UserError` when it is missing or damaged."""
-        model, facts_path = folder / MODEL_FILE, folder / FACTS_FILE
-        for path in (model, facts_path):
-            if not path.is_file():
-                raise UserError(
-                    f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py."
-                )
-        content = model.read_bytes()
+        facts_path = folder / FACTS_FILE
+        _require(folder, facts_path)
         try:
             facts = TokenizerFacts(**json.loads(facts_path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{facts_path} is damaged ({error}): train the tokenizer again.") from None
+            raise UserError(
+                f"{facts_path} is damaged ({str(error).split(':')[0]}): train the tokenizer again, or "
+                "import a Hugging Face file with tools/train_tokenizer.py --import-json."
+            ) from None
+        model = folder / facts.model_file
+        _require(folder, model)
+        content = model.read_bytes()
         if hashlib.sha256(content).hexdigest() != facts.sha256:
             raise UserError(
                 f"{model} is not the file that {facts_path} describes: train the tokenizer again."
             )
-        return cls(sentencepiece.SentencePieceProcessor(model_proto=content), facts)
+        return cls(_model(content, facts.model_type), facts)
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens by name."""
+        return {"mask": self.mask, "pad": self.pad, "eos": self.eos, "unk": self.unk}
 
     def encode(self, text: str) -> Array:
         """Return the token ids [n] int32 of a text."""
-        ids: Array = self.processor.encode(text, out_type="numpy")
-        return ids
+        return self.model.encode([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
-        """Return the token ids of each text; without a Python list of numbers in between."""
-        ids: list[Array] = self.processor.encode(list(texts), out_type="numpy", num_threads=1)
-        return ids
+        """Return the token ids [n] int32 of each text."""
+        return self.model.encode(texts)
 
     def decode(self, ids: Iterable[int], mask_text: str = "") -> str:
         """Return the text of token ids; pad and eos are left out, mask tokens shown as `mask_text`."""
@@ -91,11 +186,87 @@ class Tokenizer:
         run: list[int] = []
         for token in (int(i) for i in ids):
             if token == self.mask:
-                text.append(self.processor.decode(run) + mask_text)
+                text.append(self.model.decode(run) + mask_text)
                 run = []
             elif token not in (self.pad, self.eos):
                 run.append(token)
-        return "".join([*text, self.processor.decode(run)])
+        return "".join([*text, self.model.decode(run)])
+
+
+def _require(folder: Path, path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
+
+
+def _write(output: Path, content: bytes, facts: TokenizerFacts) -> Tokenizer:
+    """Write the folder of a tokenizer, whole or not at all."""
+    with creating_folder(output) as folder:
+        (folder / facts.model_file).write_bytes(content)
+        (folder / FACTS_FILE).write_text(
+            json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8"
+        )
+    return Tokenizer(_model(content, facts.model_type), facts)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+
+
+def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> tuple[Tokenizer, list[str]]:
+    """Write the folder of a Hugging Face tokenizer.json.
+
+    A mask or padding token that the file does not have is added behind its last id: models that were not made
+    for masking have none.
+
+    Args:
+        path: the tokenizer.json.
+        names: the special tokens by use (mask, pad, eos); None for one of the usual names.
+        output: the folder; it must not exist.
+
+    Returns:
+        The tokenizer, and the tokens that were added.
+
+    Raises:
+        UserError: for a file that `tokenizers` cannot read, or tokens that it does not have.
+    """
+    _refuse_existing(output)
+    try:
+        found = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # its errors are plain Exceptions
+        if isinstance(error, OSError):
+            raise
+        raise UserError(f"--import-json {path} is no tokenizer.json ({error}): bring it again.") from None
+    ids: dict[str, int] = {}
+    added: list[str] = []
+    for use, usual in USUAL_NAMES.items():
+        given = names.get(use)
+        known = [t for t in ([given] if given else usual) if found.token_to_id(t) is not None]
+        if not known and use in ("mask", "pad"):
+            known = [given or usual[0]]
+            added.append(known[0])
+        if not known and use == "eos":
+            raise UserError(
+                f"--import-json {path} has no token {given or ' or '.join(usual)}: name its end-of-sequence "
+                "token with --eos-token."
+            )
+        if known and use != "unk":
+            found.add_special_tokens([known[0]])  # one that was an ordinary token must never come from text
+        ids[use] = int(found.get_vocab()[known[0]]) if known else -1
+    if len({ids["mask"], ids["pad"], ids["eos"]}) < 3:
+        raise UserError(f"--import-json {path}: mask, pad and eos must be three tokens, not {ids}.")
+    content = found.to_str().encode()
+    facts = TokenizerFacts(
+        format=FORMAT,
+        model_type=HUGGING_FACE,
+        vocab_size=max(found.get_vocab().values()) + 1,
+        unk_id=ids["unk"],
+        pad_id=ids["pad"],
+        eos_id=ids["eos"],
+        mask_id=ids["mask"],
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    return _write(output, content, facts), added
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, output: Path) -> Tokenizer:
@@ -114,8 +285,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
     Raises:
         UserError: when the corpus is empty or does not fit the vocabulary size.
     """
-    if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+    _refuse_existing(output)
     falls_back = model_type in ("unigram", "bpe")
     model = io.BytesIO()
     try:
@@ -157,12 +327,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
         mask_id=processor.piece_to_id(MASK),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    writing = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    (writing / MODEL_FILE).write_bytes(content)
-    (writing / FACTS_FILE).write_text(
-        json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8"
-    )
-    writing.rename(output)
-    return Tokenizer(processor, facts)
+    return _write(output, content, facts)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 class Progress:
     """Progress of a long piece of work with its rate and the time left."""
 
-    def __init__(self, total: int, done: int, unit: str, enabled: bool = True) -> None:
+    def __init__(self, total: float, done: float, unit: str, enabled: bool = True) -> None:
         """Begin at `done` of `total`; a Progress that is not `enabled` shows nothing (ranks above 0)."""
         self.total = total
         self.first = self.done = done
@@ -21,7 +21,7 @@ class Progress:
         on_tty = enabled and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True) if on_tty else None
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: float) -> None:
         """Say that `done` units are done in all."""
         if self.bar is not None:
             self.bar.update(done - self.done)

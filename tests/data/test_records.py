@@ -1,4 +1,4 @@
-"""Records: every document once, whatever the cuts; what cannot be used is named with file and line."""
+"""Records: every document once, whatever the cuts; keys, chat and sentences; what cannot be used is named."""
 
 from __future__ import annotations
 
@@ -10,10 +10,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli import UserError
-from pipeline.data.records import Keys, Unit, check_inputs, cut, read, read_all
+from pipeline.data.reading import BadRecord, Span, SpanReader
+from pipeline.data.records import Keys, check_inputs, documents, read_all, sentences
+from pipeline.data.sources import Source
+from pipeline.data.units import cut
 
 TEXT = Keys(("text",))
 LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=12)
+
+
+def read_cut(path: Path, target: int, keys: Keys = TEXT) -> list[str]:
+    """Return the texts of a file that is read in spans of about `target` bytes."""
+    source = Source.of_file(path)
+    found = []
+    for span in cut(0, source, target, keys.split == "line"):
+        for _, content in SpanReader(source, span, keys.reading()):
+            if content and not (isinstance(content, bytes) and content.isspace()):
+                found += [texts[0] for texts in documents(content, keys, source.format == "text")]
+    return found
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -21,14 +35,14 @@ LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), 
 def test_jsonl_is_cut_without_loss(
     tmp_path: Path, texts: list[str], target: int, ascii_only: bool, last_line_end: bool
 ) -> None:
-    """Units cover the file; each document is in exactly one, in order; U+2028 and the like end no line."""
+    """Spans cover the file; each document is in exactly one, in order; U+2028 and the like end no line."""
     path = tmp_path / "x.jsonl"
     lines = [json.dumps({"text": text}, ensure_ascii=ascii_only) for text in texts]
     path.write_bytes(("\n".join(lines) + ("\n" if last_line_end and lines else "")).encode())
-    units = cut(path, target)
-    assert [unit.start for unit in units[1:]] == [unit.end for unit in units[:-1]]
-    assert sum(unit.end - unit.start for unit in units) == path.stat().st_size
-    assert [record.texts[0] for unit in units for record in read(unit, TEXT)] == texts
+    spans = list(cut(0, Source.of_file(path), target, False))
+    assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
+    assert sum(span.end - span.start for span in spans) == path.stat().st_size
+    assert read_cut(path, target) == texts
 
 
 PARAGRAPH = st.text(st.sampled_from("ab é\t"), min_size=1).map(lambda t: t + "x")
@@ -43,12 +57,13 @@ PARAGRAPH = st.text(st.sampled_from("ab é\t"), min_size=1).map(lambda t: t + "x
 def test_txt_is_cut_at_blank_lines(
     tmp_path: Path, paragraphs: list[list[str]], blanks: list[str], target: int
 ) -> None:
-    """Each run of lines between blank lines is a document, verbatim, in exactly one unit."""
+    """Each run of lines between blank lines is a document, verbatim, in exactly one span; or each line is."""
     path = tmp_path / "x.txt"
     content = "".join("\n".join(lines) + "\n" + blanks[i] for i, lines in enumerate(paragraphs))
     path.write_bytes(content.encode())
-    found = [record.texts[0] for unit in cut(path, target) for record in read(unit, TEXT)]
-    assert found == ["\n".join(lines) for lines in paragraphs]
+    assert read_cut(path, target) == ["\n".join(lines) for lines in paragraphs]
+    by_line = read_cut(path, target, Keys(("text",), split="line"))
+    assert by_line == [line for lines in paragraphs for line in lines]
 
 
 def test_pairs_are_read_in_order(tmp_path: Path) -> None:
@@ -60,30 +75,95 @@ def test_pairs_are_read_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"),
+    ("content", "reason", "parts"),
     [
-        (b'{"text": "fine"}\n{"text": \n', ["line 2", "not valid JSON"]),
-        (b'{"text": "fine"}\n{"txt": "x"}\n', ["line 2", "no key 'text'", "'txt'", "--text-key"]),
-        (b'{"text": 7}\n', ["line 1", "'text' is of type int"]),
-        (b'{"text": ""}\n', ["line 1", "an empty text"]),
-        (b'["text"]\n', ["line 1", "no JSON object"]),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', ["line 2", "not valid UTF-8"]),
+        (b'{"text": "fine"}\n{"text": \n', "invalid_json", ["line 2", "not valid JSON"]),
+        (b'{"text": "\\ud800"}\n', "invalid_json", ["line 1", "not valid JSON"]),
+        (b'{"text": NaN}\n', "invalid_json", ["line 1", "not valid JSON"]),
+        (
+            b'{"text": "fine"}\n{"txt": "x"}\n',
+            "missing_key",
+            ["line 2", "no key 'text'", "'txt'", "--text-key"],
+        ),
+        (b'{"text": 7}\n', "wrong_type", ["line 1", "'text' is of type int"]),
+        (b'{"text": null}\n', "wrong_type", ["line 1", "'text' is of type NoneType"]),
+        (b'{"text": ""}\n', "empty_text", ["line 1", "a text of length 0"]),
+        (b'["text"]\n', "wrong_type", ["line 1", "no JSON object"]),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "invalid_utf8", ["line 2", "not valid UTF-8"]),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, content: bytes, parts: list[str]) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, content: bytes, reason: str, parts: list[str]) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        list(read(Unit(path, 0, len(content)), TEXT))
+        list(read_all([path], TEXT))
     for part in [str(path), *parts]:
         assert part in str(caught.value)
+    with pytest.raises(BadRecord) as bad:
+        documents(content.splitlines()[-1], TEXT, False)
+    assert bad.value.reason == reason
 
 
 def test_an_empty_answer_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"q": "", "a": "fine"}\n{"q": "x", "a": ""}\n')
-    with pytest.raises(UserError, match="line 2 has an answer of length 0"):
+    with pytest.raises(UserError, match="line 2: an answer of length 0"):
         list(read_all([path], Keys(("q", "a"))))
+
+
+def test_a_line_that_is_too_long_is_never_held(tmp_path: Path) -> None:
+    """Whether the limit cuts it before, in or behind its line end; the lines around it are read."""
+    for size in (9, 10, 11, 12, 13, 500):
+        path = tmp_path / f"{size}.jsonl"
+        path.write_bytes(b"1\n" + b"x" * size + b"\r\n2\n")
+        source = Source.of_file(path)
+        reader = SpanReader(source, Span(0, 0, source.size, source.size), TEXT.reading(10))
+        found = list(reader)
+        assert [position for position, _ in found] == [0, 2, size + 4]
+        assert [found[0][1], found[2][1]] == [b"1\n", b"2\n"]
+        assert isinstance(found[1][1], BadRecord) == (size > 10)
+
+
+def test_nested_keys() -> None:
+    line = b'{"a": {"b": {"c": "deep"}}, "a.b": "flat"}'
+    assert documents(line, Keys(("a.b.c",)), False) == [("deep",)]
+    assert documents(line, Keys(("a.b",)), False) == [("flat",)]
+    with pytest.raises(BadRecord, match=r"no key 'a.x'"):
+        documents(line, Keys(("a.x",)), False)
+    with pytest.raises(BadRecord, match=r"no key 'a.b.c.d'"):
+        documents(line, Keys(("a.b.c.d",)), False)
+
+
+def test_chat_messages() -> None:
+    def of(*turns: tuple[str, str], template: str = "{role}: {content}\n") -> list[tuple[str, ...]]:
+        line = json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}).encode()
+        return documents(line, Keys(("messages",), messages=True, message_format=template), False)
+
+    chat = (("system", "Be {role}."), ("user", "2+2?"), ("assistant", "4"))
+    assert of(*chat) == [("system: Be {role}.\nuser: 2+2?\nassistant: ", "4")]
+    assert of(*chat, template="<{role}>{content}</>") == [
+        ("<system>Be {role}.</><user>2+2?</><assistant>", "4")
+    ]
+    assert of(("assistant", "hi")) == [("assistant: ", "hi")]
+    for turns, reason in (
+        (chat[:2], "empty_answer"),
+        ((*chat[:2], ("assistant", "")), "empty_answer"),
+        ((), "wrong_type"),
+    ):
+        with pytest.raises(BadRecord) as caught:
+            of(*turns)
+        assert caught.value.reason == reason
+
+
+def test_sentences() -> None:
+    assert sentences('He said "No." Then e.g. 3.14 of it... left!  So?') == [
+        'He said "No."', "Then e.g.", "3.14 of it...", "left!", "So?"
+    ]  # fmt: skip
+    assert sentences("好。是吗？」对") == ["好。", "是吗？」", "对"]
+    line = json.dumps({"text": "One.\nTwo!  \n Three"}).encode()
+    assert documents(line, Keys(("text",), split="sentence"), False) == [("One.",), ("Two!",), ("Three",)]
+    with pytest.raises(BadRecord):
+        documents(b'{"text": " \\n "}', Keys(("text",), split="line"), False)
 
 
 def test_inputs_are_checked_first(tmp_path: Path) -> None:

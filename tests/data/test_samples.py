@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corpora import make_dataset
 
 from pipeline.cli import UserError
 from pipeline.config import DataConfig
 from pipeline.data.batch import ANSWER, PADDING, PROMPT
-from pipeline.data.preprocess import preprocess
 from pipeline.data.records import Keys
 from pipeline.data.samples import Datasets, build_datasets
 from pipeline.data.tokenizer import Tokenizer, train_tokenizer
@@ -44,7 +44,7 @@ class Corpus:
         path = self.folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         eos = not keys.is_pair
-        preprocess([path], self.folder / "tokenizer", self.folder / name, keys, eos, 1)
+        make_dataset([path], self.folder / "tokenizer", self.folder / name, keys, append_eos=eos)
 
     def build(self, prefixes: str, **settings: object) -> Datasets:
         """Build the datasets named by the letters of `prefixes`."""
@@ -176,6 +176,8 @@ def test_an_answer_of_length_0_is_refused(corpus: Corpus) -> None:
     part = corpus.folder / "part"
     part.write_bytes(np.array([5, 6, 7, 8], np.uint16).tobytes())
     lengths = np.array([1, 2, 1, 0], np.int32)
+    facts = (corpus.folder / "z.json").read_bytes()
     join([Part(part, lengths)], corpus.folder / "z", token_dtype(16), True)
+    (corpus.folder / "z.json").write_bytes(facts)
     with pytest.raises(UserError, match=r"document 1 has an answer of length 0"):
         corpus.build("z", kind="pairs", sequence_length=8, split="100,0,0")

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import run_here
 
 from pipeline.cli import UserError
-from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from tools import train_tokenizer as tool
 
 CORPUS = [f"the {a} {b} jumps over\n{b} lazy dogs, {n}!" for a in ("quick", "slow") for b in ("fox", "cat") for n in range(40)]  # fmt: skip  # noqa: E501
@@ -81,7 +82,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus.write_text("".join(json.dumps({"q": text, "a": "yes"}) + "\n" for text in CORPUS))
     base = ["--input", str(corpus), "--output", str(tmp_path / "t"), "--vocab-size"]
     complaint = run_here(tool.main, [*base, "300"], capsys).complaint()
-    assert "line 1 has no key 'text'; it has 'q', 'a'" in complaint
+    assert "line 1: no key 'text'; it has 'q', 'a'" in complaint
     keys = ["--prompt-key", "q", "--answer-key", "a"]
     assert "--vocab-size 99999" in run_here(tool.main, [*base, "99999", *keys], capsys).complaint()
     assert "--vocab-size 20" in run_here(tool.main, [*base, "20", *keys], capsys).complaint()
@@ -96,3 +97,78 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty.write_text("")
     command = ["--input", str(empty), "--vocab-size", "300", "--output", str(tmp_path / "e")]
     assert "--vocab-size 300" in run_here(tool.main, command, capsys).complaint()
+
+
+def write_hugging_face(path: Path, specials: list[str]) -> None:
+    """Train a byte-level BPE and write its tokenizer.json."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(CORPUS, trainer)
+    model.enable_truncation(3)
+    model.enable_padding()
+    model.save(str(path))
+
+
+def test_a_hugging_face_file_is_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ids are those of `tokenizers` itself; special tokens never come from text; nothing is cut."""
+    path = tmp_path / "tokenizer.json"
+    write_hugging_face(path, ["<|endoftext|>", "<pad>"])
+    arguments = ["--import-json", str(path), "--output", str(tmp_path / "t")]
+    outcome = run_here(tool.main, arguments, capsys)
+    assert outcome.code == 0, outcome.error
+    assert "added <mask>" in outcome.output
+    oracle = tokenizers.Tokenizer.from_file(str(path))
+    oracle.no_truncation()
+    oracle.no_padding()
+    ours = Tokenizer.load(tmp_path / "t")
+    size = oracle.get_vocab_size()
+    assert (ours.eos, ours.pad, ours.mask, ours.unk) == (0, 1, size, -1)
+    assert ours.vocab_size == size + 1
+    for text in (*CORPUS[:5], "", "Ünïcode 🎉\n\n\u2028"):
+        assert ours.encode(text).tolist() == oracle.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    strange = "<|endoftext|> <mask> <pad>"
+    assert not set(ours.encode(strange).tolist()) & {ours.eos, ours.pad, ours.mask}
+    assert ours.decode(ours.encode(strange)) == strange
+    assert ours.decode([*ours.encode("fox"), ours.mask, ours.eos], mask_text="_") == "fox_"
+    assert [ids.tolist() for ids in ours.encode_batch(["a", ""])] == [oracle.encode("a").ids, []]
+    assert "exists" in run_here(tool.main, arguments, capsys).complaint()
+
+
+def test_special_tokens_are_named_or_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tokenizer.json"
+    write_hugging_face(path, ["[MASK]", "[PAD]", "stop"])
+    arguments = ["--import-json", str(path), "--output", str(tmp_path / "t")]
+    assert "--eos-token" in run_here(tool.main, arguments, capsys).complaint()
+    complaint = run_here(tool.main, [*arguments, "--eos-token", "no"], capsys).complaint()
+    assert "has no token no" in complaint
+    complaint = run_here(tool.main, [*arguments, "--eos-token", "[MASK]"], capsys).complaint()
+    assert "must be three tokens" in complaint
+    assert not (tmp_path / "t").exists()
+    assert run_here(tool.main, [*arguments, "--eos-token", "stop"], capsys).code == 0
+    loaded = Tokenizer.load(tmp_path / "t")
+    assert (loaded.mask, loaded.pad, loaded.eos) == (0, 1, 2)
+    path.write_text("{}")
+    complaint = run_here(tool.main, [*arguments[:3], str(tmp_path / "u")], capsys).complaint()
+    assert "is no tokenizer.json" in complaint
+
+
+def test_an_imported_tokenizer_is_exported_for_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from pipeline.huggingface.tokenizer_files import write_tokenizer
+
+    write_hugging_face(tmp_path / "tokenizer.json", ["<|endoftext|>"])
+    ours, _ = import_tokenizer(tmp_path / "tokenizer.json", {}, tmp_path / "t")
+    (tmp_path / "model").mkdir()
+    write_tokenizer(tmp_path / "t", tmp_path / "model", 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs.encode(CORPUS[0], add_special_tokens=False) == ours.encode(CORPUS[0]).tolist()
+    assert (theirs.mask_token_id, theirs.pad_token_id, theirs.eos_token_id) == (ours.mask, ours.pad, ours.eos)

@@ -1,0 +1,205 @@
+"""PREFIX.json: what a dataset is, where it comes from, and what became of every record of its corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.cli import UserError
+from pipeline.data.arrays import Array
+from pipeline.data.indexed import facts_path, idx_path, read_index
+from pipeline.files import replacing
+
+FORMAT = 2
+LENGTH_BINS = 32  # powers of two
+PACKAGES = ("sentencepiece", "tokenizers", "numpy", "orjson", "pyarrow")
+
+
+@dataclass
+class Counts:
+    """What became of the records; every one is in exactly one place.
+
+    Attributes:
+        records: lines, paragraphs or rows that were read.
+        blank: blank lines among them.
+        quarantined: bad ones, by reason.
+        added_by_splitting: documents beyond the first of each record that was cut into several.
+        filtered: documents left out, by filter.
+        duplicates: documents left out because their texts came before.
+        documents: documents in the dataset.
+        tokens: tokens in the dataset.
+    """
+
+    records: int = 0
+    blank: int = 0
+    quarantined: dict[str, int] = field(default_factory=dict)
+    added_by_splitting: int = 0
+    filtered: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+    @property
+    def bad(self) -> int:
+        """Records that are quarantined."""
+        return sum(self.quarantined.values())
+
+    @property
+    def bad_fraction(self) -> float:
+        """Share of the records that are not blank which are quarantined."""
+        return self.bad / max(1, self.records - self.blank)
+
+    def check(self) -> None:
+        """Raise a `RuntimeError` unless every record is accounted for."""
+        left = self.documents + self.duplicates + sum(self.filtered.values()) + self.bad + self.blank
+        if self.records + self.added_by_splitting != left:
+            raise RuntimeError(f"{self.records} records and {self} do not add up: a fault of this program.")
+
+    @classmethod
+    def total(cls, parts: Iterable[Counts]) -> Counts:
+        """Return the sums."""
+        total = cls()
+        for part in parts:
+            for name, value in vars(part).items():
+                if isinstance(value, dict):
+                    merged = Counter(getattr(total, name)) + Counter(value)
+                    setattr(total, name, dict(sorted(merged.items())))
+                else:
+                    setattr(total, name, getattr(total, name) + value)
+        return total
+
+    def describe(self) -> str:
+        """Return the counts in a line."""
+        words = [f"{self.documents:,} documents, {self.tokens:,} tokens from {self.records:,} records"]
+        words += [f"{self.blank:,} blank"] if self.blank else []
+        words += [f"{self.bad:,} quarantined ({_listed(self.quarantined)})"] if self.bad else []
+        words += (
+            [f"{sum(self.filtered.values()):,} filtered ({_listed(self.filtered)})"] if self.filtered else []
+        )
+        words += [f"{self.duplicates:,} duplicates"] if self.duplicates else []
+        return "; ".join(words)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+@dataclass
+class DatasetFacts:
+    """What PREFIX.json says.
+
+    Attributes:
+        format: version of the file.
+        kind: text, or pairs of prompt and answer.
+        tokenizer: folder of the tokenizer, as it was given.
+        tokenizer_sha256: its identity.
+        special_ids: ids of its mask, pad, eos and unk tokens.
+        vocab_size: its tokens.
+        options: what was asked for; see `units.Options`.
+        plan_sha256: identity of inputs and options; None for a merger of datasets.
+        counts: what became of the records.
+        longest_document: tokens of the longest document.
+        length_histogram: documents by the power of two that their tokens do not exceed: {"1": .., "2": ..}.
+        token_histogram: how often each id occurs; of pairs, in the answers.
+        prompt_histogram: how often each id occurs in the prompts of pairs.
+        sha256: of the .bin and .idx files.
+        versions: packages that made it.
+    """
+
+    format: int
+    kind: Literal["text", "pairs"]
+    tokenizer: str
+    tokenizer_sha256: str
+    special_ids: dict[str, int]
+    vocab_size: int
+    options: dict[str, Any]
+    plan_sha256: str | None
+    counts: Counts
+    longest_document: int
+    length_histogram: dict[str, int]
+    token_histogram: list[int]
+    prompt_histogram: list[int]
+    sha256: dict[str, str]
+    versions: dict[str, str] = field(
+        default_factory=lambda: {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        }
+    )
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return self.counts.documents
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.counts.tokens
+
+    @property
+    def entropy(self) -> float:
+        """Entropy (nats a token) of the token histogram, what a model must get below."""
+        counts = np.array(self.token_histogram, np.float64)
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+
+def write_facts(facts: DatasetFacts, prefix: Path) -> None:
+    """Write PREFIX.json, a key a line."""
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in dataclasses.asdict(facts).items())
+    with replacing(facts_path(prefix)) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def read_facts(prefix: str | Path) -> DatasetFacts:
+    """Return the facts of a dataset; raise a `UserError` when it is missing or damaged."""
+    prefix = Path(prefix)
+    index = read_index(prefix)
+    path = facts_path(prefix)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, this program reads {FORMAT}")
+        facts = DatasetFacts(**{**values, "counts": Counts(**values["counts"])})
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: preprocess the corpus again.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}): preprocess the corpus again.") from None
+    if (facts.documents, facts.tokens) != (index.documents, index.tokens):
+        raise UserError(f"{path} and {idx_path(prefix)} do not belong together: preprocess the corpus again.")
+    return facts
+
+
+def length_histogram(lengths: Array) -> Array:
+    """Return how many document lengths are at most 1, 2, 4, ... and above half of it: [LENGTH_BINS] int64."""
+    bins = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    return np.bincount(bins, minlength=LENGTH_BINS)
+
+
+def named_lengths(histogram: Array) -> dict[str, int]:
+    """Return a length histogram by the upper bounds of its bins, empty ends left out."""
+    used = np.flatnonzero(histogram)
+    return {str(2 ** int(bin)): int(histogram[bin]) for bin in range(used[-1] + 1)} if len(used) else {}
+
+
+def check_same(facts: Sequence[DatasetFacts], names: Sequence[str], what: str) -> None:
+    """Raise a `UserError` unless datasets can be used together: one tokenizer, one kind."""
+    for name, fact in zip(names, facts, strict=True):
+        for key in ("tokenizer_sha256", "kind"):
+            first, found = getattr(facts[0], key), getattr(fact, key)
+            if first != found:
+                said = {"tokenizer_sha256": "the tokenizer (sha256)", "kind": "what it holds"}[key]
+                raise UserError(
+                    f"{what} {names[0]} and {name} differ in {said}: {first[:12]} and {found[:12]}. "
+                    "Preprocess one of them again."
+                )

@@ -1,0 +1,230 @@
+"""Where a corpus is: files by path, glob, folder or list, and datasets that Hugging Face streams.
+
+A source is read in spans that a worker opens on its own: a byte range of a plain file, row groups of a
+parquet file, a whole compressed or arrow file, one shard of a streamed dataset.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from backports import zstd
+
+from pipeline.cli import UserError
+
+Format = Literal["lines", "text", "parquet", "arrow", "hub"]
+FORMATS: dict[str, Format] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSIONS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".zst": zstd.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+KNOWN = f"{', '.join(FORMATS)}; the first four also with {', '.join(COMPRESSIONS)}"
+_ENDS = 2**16  # bytes hashed at the head and at the tail
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A dataset that `datasets` streams.
+
+    Attributes:
+        name: of the dataset on the hub, or a local folder of data files.
+        config: its configuration, if it has several.
+        split: which split is read.
+        revision: commit or tag on the hub.
+    """
+
+    name: str
+    config: str | None
+    split: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input, as it was when the work was planned.
+
+    Attributes:
+        path: of the file, or the name of a streamed dataset.
+        format: what is inside.
+        compression: suffix of the compression, empty for none.
+        size: bytes; shards of a streamed dataset.
+        mtime_ns: time of the last change; 0 for a streamed dataset.
+        ends: sha256 of the size, head and tail; the fingerprint of a streamed dataset.
+        hub: how a streamed dataset is loaded.
+    """
+
+    path: str
+    format: Format
+    compression: str
+    size: int
+    mtime_ns: int
+    ends: str
+    hub: Hub | None = None
+
+    @property
+    def is_cut_in_bytes(self) -> bool:
+        """Whether a span is a byte range."""
+        return self.format in ("lines", "text") and not self.compression
+
+    @classmethod
+    def of_file(cls, path: Path) -> Source:
+        """Return the source of a file; raise a `UserError` for one of an unknown kind or that is missing."""
+        if not path.is_file():
+            raise UserError(f"--input {path} does not exist, or is no file.")
+        found = format_of(path)
+        if found is None:
+            raise UserError(f"--input {path}: its kind is not known; use {KNOWN}.")
+        facts = path.stat()
+        return cls(str(path), *found, facts.st_size, facts.st_mtime_ns, _hash_ends(path, facts.st_size))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Source:
+        """Return the source that `to_json` described."""
+        hub = values.pop("hub")
+        return cls(**values, hub=Hub(**hub) if hub else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the source in plain types."""
+        return asdict(self)
+
+    def check_unchanged(self) -> None:
+        """Raise a `UserError` when size or time show that the file is not the planned one any more."""
+        if self.hub is not None:
+            return
+        try:
+            facts = Path(self.path).stat()
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} has vanished: bring it back and run the same again; what is done is kept."
+            ) from None
+        if (facts.st_size, facts.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise UserError(
+                f"{self.path} has changed since the plan was made (size {self.size}, now {facts.st_size}): "
+                "bring the old file back, or give --restart to begin anew."
+            )
+
+
+def format_of(path: Path) -> tuple[Format, str] | None:
+    """Return format and compression that a file's name tells; None for an unknown kind."""
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    found = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
+    if found is None or (compression and found not in ("lines", "text")):
+        return None
+    return found, compression
+
+
+def _hash_ends(path: Path, size: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_ENDS))
+        file.seek(max(0, size - _ENDS))
+        digest.update(file.read(_ENDS))
+    return digest.hexdigest()
+
+
+def find(inputs: Sequence[str]) -> list[Path]:
+    """Return the files meant by the inputs, in their order.
+
+    An input is a file, a glob (``data/**/*.jsonl.zst``), a folder (every file of a known kind below it, by
+    name; the data files of a dataset saved by `datasets`, in its order) or ``@LIST``, a file of inputs, one a
+    line.
+
+    Raises:
+        UserError: for an input without a file.
+    """
+    files: list[Path] = []
+    for given in inputs:
+        path = Path(given)
+        if given.startswith("@"):
+            files += find(_read_list(Path(given[1:])))
+        elif path.is_dir():
+            files += _files_of_folder(path)
+        elif not path.exists() and glob.has_magic(given):
+            matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+            files += [match for match in matches if match.is_file()]
+            if not matches:
+                raise UserError(f"--input {given}: no file matches.")
+        else:
+            files.append(path)
+    return files
+
+
+def _read_list(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"--input @{path}: the list {path} does not exist.")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    state = folder / "state.json"
+    if state.is_file() and (folder / "dataset_info.json").is_file():
+        try:
+            return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{state} is damaged ({error}): save the dataset again.") from None
+    if (folder / "dataset_dict.json").is_file():
+        raise UserError(f"--input {folder} holds several splits: name the folder of one, {folder}/train.")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    known = [path for path in files if format_of(path) is not None]
+    if not known:
+        raise UserError(f"--input {folder}: no file of a known kind in it; use {KNOWN}.")
+    return known
+
+
+def open_file(source: Source) -> tuple[BinaryIO, BinaryIO]:
+    """Return a text file, decompressed, and the file below it, whose position tells progress."""
+    raw: BinaryIO = Path(source.path).open("rb", buffering=2**18)  # noqa: SIM115  the caller closes both
+    if not source.compression:
+        return raw, raw
+    return COMPRESSIONS[source.compression](raw, "rb"), raw
+
+
+@functools.cache
+def load_hub(hub: Hub) -> Any:
+    """Return the builder of a dataset; raise a `UserError` when `datasets` cannot find it or its split."""
+    import datasets  # takes seconds, and most corpora are files
+
+    try:
+        builder = datasets.load_dataset_builder(hub.name, hub.config, revision=hub.revision)
+        builder.as_streaming_dataset(split=hub.split)
+    except Exception as error:  # its own errors, the hub's, the network's
+        raise UserError(
+            f"--hub-dataset {hub.name} cannot be loaded ({type(error).__name__}: {error}): check its name, "
+            "--hub-config, --hub-split and --hub-revision."
+        ) from None
+    return builder
+
+
+def hub_source(hub: Hub) -> Source:
+    """Return the source of a streamed dataset.
+
+    Its fingerprint is that of its data files: on the hub their addresses, which carry the commit; of local
+    files also sizes and times.
+    """
+    builder = load_hub(hub)
+    files = []
+    for path in map(str, (builder.config.data_files or {}).get(hub.split, [])):
+        facts = Path(path).stat() if Path(path).is_file() else None
+        files.append([path, facts.st_size, facts.st_mtime_ns] if facts else [path])
+    fingerprint = hashlib.sha256(json.dumps([asdict(hub), files]).encode()).hexdigest()
+    shards = builder.as_streaming_dataset(split=hub.split).num_shards
+    return Source(hub.name, "hub", "", shards, 0, fingerprint, hub)

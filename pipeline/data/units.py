@@ -1,0 +1,262 @@
+"""The plan of a corpus: what is read, how, and the units of work, written once; nothing else is shared.
+
+A unit is some spans that one worker turns into one part. The plan says all that the dataset depends on, so
+the parts of equal plans can be joined, whoever made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cli import UserError
+from pipeline.data.reading import PIECE, Span
+from pipeline.data.records import Keys, check_kinds
+from pipeline.data.sources import Hub, Source, find, hub_source
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.files import replacing
+
+FORMAT = 1
+PLAN_FILE = "plan.json"
+MANY_UNITS = 4096
+SMALLEST, LARGEST = 2**23, 2**30  # bytes of a unit, where none are asked for
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for; each value changes the dataset.
+
+    Attributes:
+        keys: what is read of a record.
+        append_eos: close every document with the end-of-sequence token.
+        max_document_bytes: longest line, paragraph or text.
+        min_tokens: shorter documents are left out.
+        max_tokens: longer documents are left out; None for no limit.
+        deduplicate: leave out documents whose texts came before.
+        shuffle_seed: seed of a random order of all documents; None keeps the order of the input.
+    """
+
+    keys: Keys
+    append_eos: bool = False
+    max_document_bytes: int = 2**24
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    deduplicate: bool = False
+    shuffle_seed: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as flat plain values."""
+        values = dataclasses.asdict(self)
+        return {**values.pop("keys"), **values, "names": list(self.keys.names)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Options:
+        """Return the options that `to_json` described."""
+        names = {field.name for field in dataclasses.fields(Keys)}
+        keys = {k: v for k, v in values.items() if k in names}
+        keys["names"] = tuple(keys["names"])
+        return cls(Keys(**keys), **{k: v for k, v in values.items() if k not in names})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a dataset is made from.
+
+    Attributes:
+        sources: the inputs, in order.
+        options: what is asked for.
+        tokenizer: folder of the tokenizer, as it was given.
+        tokenizer_sha256: its identity.
+        units: spans of each unit; the documents of the dataset are in this order.
+    """
+
+    sources: tuple[Source, ...]
+    options: Options
+    tokenizer: str
+    tokenizer_sha256: str
+    units: tuple[tuple[Span, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan in plain types."""
+        return {
+            "format": FORMAT,
+            "options": self.options.to_json(),
+            "tokenizer": self.tokenizer,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "sources": [source.to_json() for source in self.sources],
+            "units": [[dataclasses.astuple(span) for span in unit] for unit in self.units],
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the inputs and options; how they are cut into units does not change the dataset."""
+        values = self.to_json()
+        del values["units"], values["tokenizer"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all units."""
+        return sum(span.size for unit in self.units for span in unit)
+
+
+def make_plan(
+    inputs: Sequence[str], hub: Hub | None, tokenizer: Path, options: Options, unit_bytes: int | None
+) -> Plan:
+    """Return the plan of a corpus; files are looked at, only their ends are read.
+
+    Args:
+        inputs: see `sources.find`.
+        hub: a dataset that `datasets` streams, after the inputs.
+        tokenizer: its folder.
+        options: what is asked for.
+        unit_bytes: size of a unit; None for about 4,096 units of 8 MiB to 1 GiB.
+
+    Raises:
+        UserError: for an input that is missing, unreadable or cannot hold such records.
+    """
+    sources = [Source.of_file(path) for path in find(inputs)] + ([hub_source(hub)] if hub else [])
+    check_kinds(sources, options.keys)
+    total = sum(source.size for source in sources)
+    target = unit_bytes or min(max(total // MANY_UNITS, SMALLEST), LARGEST)
+    by_line = options.keys.reading().by_line
+    units: list[tuple[Span, ...]] = []
+    held: list[Span] = []
+    for number, source in enumerate(sources):
+        for span in cut(number, source, target, by_line):
+            held.append(span)
+            if sum(span.size for span in held) >= target:
+                units.append(tuple(held))
+                held = []
+    units += [tuple(held)] if held else []
+    sha256 = Tokenizer.load(tokenizer).sha256
+    return Plan(tuple(sources), options, str(tokenizer), sha256, tuple(units))
+
+
+def cut(number: int, source: Source, target: int, by_line: bool) -> Iterator[Span]:
+    """Yield the spans of a source, of about `target` bytes where it can be cut, in order."""
+    if source.format == "hub":
+        yield from (Span(number, shard, shard + 1, target) for shard in range(source.size))
+    elif source.format == "parquet":
+        yield from _cut_parquet(number, source, target)
+    elif not source.is_cut_in_bytes:
+        yield Span(number, 0, source.size, source.size)
+    else:
+        start, paragraphs = 0, source.format == "text" and not by_line
+        with Path(source.path).open("rb") as file:
+            while start < source.size:
+                end = _end_of_record(file, min(source.size, start + target), source.size, paragraphs)
+                yield Span(number, start, end, end - start)
+                start = end
+
+
+def _cut_parquet(number: int, source: Source, target: int) -> Iterator[Span]:
+    try:
+        with pq.ParquetFile(source.path) as file:
+            groups = file.metadata.num_row_groups
+            sizes = [
+                sum(
+                    file.metadata.row_group(g).column(c).total_compressed_size
+                    for c in range(file.metadata.num_columns)
+                )
+                for g in range(groups)
+            ]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"--input {source.path} is no whole parquet file ({error}): bring it again."
+        ) from None
+    first, size = 0, 0
+    for group, of_group in enumerate(sizes, start=1):
+        size += of_group
+        if size >= target or group == groups:
+            yield Span(number, first, group, size)
+            first, size = group, 0
+
+
+def _end_of_record(file: BinaryIO, position: int, size: int, paragraphs: bool) -> int:
+    """Return the end of the record that holds the byte before `position`."""
+    if position >= size:
+        return size
+    file.seek(position - 1)
+    _skip_line(file)
+    while paragraphs and _skip_line(file).strip():
+        pass
+    return min(file.tell(), size)
+
+
+def _skip_line(file: BinaryIO) -> bytes:
+    """Read to the end of a line, however long; return a piece of it that is blank only if it all is."""
+    seen = piece = file.readline(PIECE)
+    while piece and not piece.endswith(b"\n"):
+        piece = file.readline(PIECE)
+        seen = seen if seen.strip() else piece
+    return seen
+
+
+Difference = tuple[str, Any, Any]
+
+
+def differences(old: Plan, new: Plan) -> list[Difference]:
+    """Return what differs between two plans apart from the cut into units: (name, then, now)."""
+    found: list[Difference] = []
+    before, now = old.options.to_json(), new.options.to_json()
+    found += [(name, before.get(name), now[name]) for name in now if before.get(name) != now[name]]
+    if old.tokenizer_sha256 != new.tokenizer_sha256:
+        found.append(("the tokenizer's sha256", old.tokenizer_sha256[:12], new.tokenizer_sha256[:12]))
+    if [s.path for s in old.sources] != [s.path for s in new.sources]:
+        gone = [s.path for s in old.sources if s.path not in {n.path for n in new.sources}]
+        come = [s.path for s in new.sources if s.path not in {o.path for o in old.sources}]
+        found.append(
+            ("the list of inputs", gone or f"{len(old.sources)} files", come or f"{len(new.sources)} files")
+        )
+        return found
+    for one, other in zip(old.sources, new.sources, strict=True):
+        for what in ("size", "mtime_ns", "ends"):
+            if getattr(one, what) != getattr(other, what):
+                name = {"ends": "hash of head and tail", "mtime_ns": "time of change (ns)"}.get(what, what)
+                found.append((f"{one.path}: its {name}", getattr(one, what), getattr(other, what)))
+                break
+    return found
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """Write the plan into the folder of the parts."""
+    values = plan.to_json()
+    lines = [f"{json.dumps(key)}: {_listed(value)}" for key, value in values.items()]
+    with replacing(folder / PLAN_FILE) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _listed(value: Any) -> str:
+    """Return a value as JSON, a list with an entry a line."""
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[" + ",".join(f"\n  {json.dumps(entry)}" for entry in value) + "]"
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return the plan in a folder of parts, if there is one; raise a `UserError` when it is damaged."""
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, this program reads {FORMAT}")
+        return Plan(
+            tuple(Source.from_json(source) for source in values["sources"]),
+            Options.from_json(values["options"]),
+            values["tokenizer"],
+            values["tokenizer_sha256"],
+            tuple(tuple(Span(*span) for span in unit) for unit in values["units"]),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give --restart to begin anew.") from None
