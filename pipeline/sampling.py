@@ -10,15 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline import checkpoint
+from pipeline import checkpoint, objectives
 from pipeline import config as configuration
 from pipeline.cli import UserError
 from pipeline.config import Config
+from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.ema import has_average
-from pipeline.model.batch import Vocabulary
-from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.objectives.base import take_highest
+from pipeline.model.batch import Visibility, Vocabulary
+from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
+from pipeline.objectives.base import Layout, take_highest
 from pipeline.runtime import make_model, read_weights
 
 Weights = Literal["ema", "raw"]
@@ -42,6 +43,12 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     step: int
+
+    @property
+    def layout(self) -> Layout:
+        """How the objective of the last step showed sequences to the model."""
+        schedule = objectives.build(self.config, self.tokenizer.mask, has_padding=True)
+        return schedule.at(max(1, self.step)).layout
 
 
 def load_model(
@@ -89,8 +96,11 @@ def decode(
     masked: Tensor,
     tokens_per_step: int = 1,
     attention_mask: Tensor | None = None,
+    visibility: Visibility = EVERYTHING,
 ) -> Tensor:
     """Fill the masked positions, at each step those with the highest max_v p(v | xt), by argmax_v.
+
+    Of a model trained in blocks, or from left to right, the blocks are filled one after another.
 
     Args:
         model: the network.
@@ -98,6 +108,7 @@ def decode(
         masked: [B, L] bool; rows may have different counts.
         tokens_per_step: positions filled in each row at a step.
         attention_mask: [B, L] bool, False at padding.
+        visibility: which positions see which others (`Layout.decoding`).
 
     Returns:
         [B, L] int64 without mask tokens at the masked positions.
@@ -105,15 +116,19 @@ def decode(
     tokens, masked = tokens.clone(), masked.clone()
     count = torch.full((len(tokens),), tokens_per_step, device=tokens.device)
     while masked.any():
-        rows = masked.flatten().nonzero().squeeze(1)  # [R]
-        logits = model.logits(
-            tokens.masked_fill(masked, model.lm_head.vocabulary.mask_id), rows, attention_mask
-        )
+        candidates = masked
+        if visibility.blocks is not None:
+            last = visibility.blocks.max() + 1
+            blocks = torch.where(masked, visibility.blocks, last)  # [B, L]
+            candidates = masked & (blocks == blocks.amin(dim=1, keepdim=True))
+        rows = candidates.flatten().nonzero().squeeze(1)  # [R]
+        inputs = tokens.masked_fill(masked, model.lm_head.vocabulary.mask_id)
+        logits = model.logits(inputs, rows, attention_mask, visibility)
         best, choice = logits.max(dim=-1)
         confidence = torch.full(masked.shape, -torch.inf, device=tokens.device)
         confidence.view(-1)[rows] = torch.exp(best - logits.logsumexp(dim=-1))
         chosen = tokens.flatten().index_copy(0, rows, choice).view_as(tokens)
-        revealed = take_highest(masked, confidence, count)
+        revealed = take_highest(candidates, confidence, count)
         tokens = torch.where(revealed, chosen, tokens)
         masked &= ~revealed
     return tokens
@@ -138,7 +153,8 @@ def complete(
         on_progress: called with the number of prompts done.
 
     Raises:
-        UserError: when prompt and continuation exceed the trained sequence length.
+        UserError: when prompt and continuation exceed the trained sequence length, or a model that needs a
+            first token is given none.
     """
     limit = loaded.config.data.sequence_length
     encoded = [loaded.tokenizer.encode(prompt) for prompt in prompts]
@@ -152,6 +168,11 @@ def complete(
                     f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
                     f"sequence length that the model was trained on, {limit}: shorten one of them."
                 )
+            if not ids and loaded.model.shifted:
+                raise UserError(
+                    "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the "
+                    "one before it: give prompts of at least one token."
+                )
         device = loaded.model.lm_head.weight.device
         tokens = torch.full((len(part), max(ends)), loaded.tokenizer.pad, device=device)
         masked = torch.zeros_like(tokens, dtype=torch.bool)
@@ -159,7 +180,10 @@ def complete(
             tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
             masked[row, len(ids) : end] = True
         present = torch.arange(max(ends), device=device) < torch.tensor(ends, device=device)[:, None]
-        filled = decode(loaded.model, tokens, masked, tokens_per_step, None if present.all() else present)
+        roles = torch.where(present, torch.where(masked, ANSWER, PROMPT), PADDING)
+        visibility = loaded.layout.decoding(Samples(tokens, roles, torch.arange(len(part), device=device)))
+        shown = None if present.all() else present
+        filled = decode(loaded.model, tokens, masked, tokens_per_step, shown, visibility)
         for row, (ids, end) in enumerate(zip(part, ends, strict=True)):
             results.append(_text(loaded.tokenizer, filled[row, len(ids) : end].tolist()))
         on_progress(len(results))

@@ -75,9 +75,7 @@ class Run:
             self.data.train, config.train.global_batch_size, config.train.seed, config.data.workers
         )
         stack.callback(stream.close)
-        self.objectives = objectives.build(
-            config.objective, config.train.seed, stream.slots, tokenizer.mask, self.data.has_padding
-        )
+        self.objectives = objectives.build(config, tokenizer.mask, self.data.has_padding)
         slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
         self.groups = [SlotGroup(part, stream, self.objectives, launch.device) for part in slots]
         self.manifest = Manifest(

@@ -32,6 +32,24 @@ def test_command_line_overrides_yaml(good: str) -> None:
     assert config.data.prefixes == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--objective.stages 12 --objective.stages_increment 3 --objective.stages_first_increase 60 "
+        "--objective.stages_interval 30 --objective.stages_maximum 42 --objective.threshold 0.9",
+        "--objective.kind random_masking --objective.mask_count bernoulli --objective.stratified true",
+        "--objective.kind random_masking --objective.complementary true --objective.block_size 8",
+        "--objective.random_share 0.2 --objective.complementary true --objective.policy margin",
+        "--objective.kind autoregressive --model.prediction shifted --objective.switch_to puma "
+        "--objective.switch_step 50 --objective.attention_annealing_steps 90",
+        "--model.prediction shifted --objective.block_size 8 --objective.policy entropy",
+    ],
+)
+def test_objectives_that_work(good: str, arguments: str) -> None:
+    """Everything that docs/method.md offers is accepted, together where it goes together."""
+    configuration.load(["--config", good, *arguments.split()])
+
+
 def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
     config = configuration.load(
         ["--config", good, "--objective.threshold", "0.9", "--data.weights", "[1, 2]"]
@@ -52,6 +70,53 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
         (["--objective.kind", "pumma"], ["objective.kind", "puma", "pumma"]),
         (["--objective.stages", "0"], ["objective.stages is 0"]),
         (["--objective.threshold", "1.5"], ["objective.threshold is 1.5", "between 0 and 1"]),
+        (
+            ["--objective.threshold", "0.9", "--objective.policy", "left_to_right"],
+            ["objective.threshold is 0.9", "'left_to_right'", "null"],
+        ),
+        (["--objective.stages_increment", "3"], ["objective.stages_increment is 3", "stages_first_increase"]),
+        (["--objective.stages_maximum", "9"], ["objective.stages_maximum is 9", "stages_increment is 0"]),
+        (["--objective.stages_increment", "-1"], ["objective.stages_increment is -1", "only grows"]),
+        (
+            "--objective.stages_increment 1 --objective.stages_first_increase 5 "
+            "--objective.stages_interval 5 --objective.stages_maximum 4".split(),
+            ["objective.stages_maximum is 4", "below objective.stages = 8"],
+        ),
+        (["--objective.random_share", "1.0"], ["objective.random_share is 1.0", "random_masking"]),
+        (
+            ["--objective.kind", "random_masking", "--objective.threshold", "0.9"],
+            ["objective.threshold is 0.9", "no effect", "'random_masking'", "puma"],
+        ),
+        (["--objective.mask_count", "bernoulli"], ["objective.mask_count is bernoulli", "no effect"]),
+        (["--objective.stratified", "true"], ["objective.stratified is True", "no effect"]),
+        (
+            "--objective.kind random_masking --objective.mask_count bernoulli "
+            "--objective.complementary true".split(),
+            ["objective.complementary", "objective.mask_count", "uniform"],
+        ),
+        (["--objective.switch_to", "random_masking"], ["objective.switch_step is None", "give both"]),
+        (
+            ["--objective.switch_to", "puma", "--objective.switch_step", "5"],
+            ["objective.switch_to is puma", "objective.kind itself"],
+        ),
+        (
+            ["--objective.switch_to", "random_masking", "--objective.switch_step", "101"],
+            ["objective.switch_step is 101", "train.steps = 100"],
+        ),
+        (["--objective.kind", "autoregressive"], ["model.prediction is 'same'", "shifted"]),
+        (["--objective.block_size", "32"], ["objective.block_size is 32", "data.sequence_length = 32"]),
+        (
+            "--objective.kind autoregressive --model.prediction shifted --objective.block_size 4".split(),
+            ["objective.block_size is 4", "no effect"],
+        ),
+        (
+            ["--objective.block_size", "4", "--objective.attention_annealing_steps", "9"],
+            ["objective.attention_annealing_steps is 9", "objective.block_size is 4"],
+        ),
+        (
+            ["--objective.attention_annealing_steps", "-9"],
+            ["objective.attention_annealing_steps is -9", "0 or more"],
+        ),
         (["--model.heads", "3"], ["model.hidden_size is 128", "2 x model.heads = 6"]),
         (["--model.head_size", "7"], ["model.head_size is 7", "even"]),
         (["--model.rope_factor", "0.5"], ["model.rope_factor is 0.5", "1 (none)"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from synthetic import Pairs
 
-from pipeline.config import ObjectiveConfig
+from pipeline.config import Config, ObjectiveConfig, TrainConfig
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives import build
@@ -23,10 +23,15 @@ PUMA = ObjectiveConfig(stages=4, threshold=0.6)
 RANDOM = ObjectiveConfig(kind="random_masking")
 
 
+def settings(objective: ObjectiveConfig, total: int) -> Config:
+    """Return a run with `total` slots."""
+    return Config("unused", objective=objective, train=TrainConfig(seed=SEED, global_batch_size=total))
+
+
 def make(slots: list[int], total: int, config: ObjectiveConfig) -> SlotGroup:
     """Return a group over the 29 synthetic pairs."""
     stream = SlotStream(Pairs(SIZE), total, SEED, workers=1)
-    return SlotGroup(slots, stream, build(config, SEED, total, MASK, True), torch.device("cpu"))
+    return SlotGroup(slots, stream, build(settings(config, total), MASK, True), torch.device("cpu"))
 
 
 def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:

@@ -7,7 +7,8 @@ command line (``--train.steps 1000``). `load` returns a checked `Config`; what i
 
 from pipeline.config.data import DataConfig
 from pipeline.config.loading import Config, build_parser, load, to_yaml
-from pipeline.config.model import ModelConfig, ObjectiveConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
 from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 

@@ -15,7 +15,8 @@ import yaml
 from pipeline.cli import UserError, nearest
 from pipeline.config.checks import require
 from pipeline.config.data import DataConfig
-from pipeline.config.model import ModelConfig, ObjectiveConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
 from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -44,8 +45,9 @@ class Config:
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
         require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")
-        for section in (self.data, self.model, self.objective, self.optimizer, self.train):
+        for section in (self.data, self.model, self.optimizer, self.train):
             section.check()
+        self.objective.check(self.model.prediction, self.data.sequence_length, self.train.steps)
         self.schedule.check(self.train.steps)
         self.checkpoint.check(self.evaluation.interval)
         self.evaluation.check()

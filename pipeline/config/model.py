@@ -1,4 +1,4 @@
-"""Settings of the network and of what it is trained to do."""
+"""Settings of the network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.config.checks import require, require_positive
 
 @dataclass
 class ModelConfig:
-    """A bidirectional transformer with the parameter names of Qwen2, Qwen3 and Llama.
+    """A transformer with the parameter names of Qwen2, Qwen3 and Llama.
 
     Args:
         layers: Transformer blocks.
@@ -28,6 +28,8 @@ class ModelConfig:
         rope_original_length: Sequence length by which rope_factor tells slow from fast.
         norm_eps: Epsilon of RMSNorm.
         init_std: Standard deviation of the initial weights.
+        prediction: Where position i is predicted: same = at i; shifted = at i - 1, as in the causal models
+            that weights may come from. Position 0 is then always given.
     """
 
     layers: int = 4
@@ -45,6 +47,7 @@ class ModelConfig:
     rope_original_length: int = 8192
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    prediction: Literal["same", "shifted"] = "same"
 
     @property
     def head_width(self) -> int:
@@ -82,32 +85,4 @@ class ModelConfig:
         require(
             self.heads % (self.kv_heads or self.heads) == 0,
             f"model.kv_heads is {self.kv_heads}: it must divide model.heads = {self.heads}.",
-        )
-
-
-@dataclass
-class ObjectiveConfig:
-    """How training inputs are masked.
-
-    Args:
-        kind: puma = progressive unmasking; random_masking = a uniformly drawn number of random positions.
-        policy: What a PUMA chain reveals first: the highest confidence (probability of the likeliest token),
-            the highest margin (that less the second likeliest's), the lowest entropy, or, whatever the model
-            thinks, a random order or left to right.
-        stages: K, the number of stages of a PUMA chain.
-        threshold: Also reveal every position with a confidence above this; none = standard mode.
-    """
-
-    kind: Literal["puma", "random_masking"] = "puma"
-    policy: Literal["confidence", "margin", "entropy", "random", "left_to_right"] = "confidence"
-    stages: int = 8
-    threshold: float | None = None
-
-    def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
-        require_positive("objective", self, "stages")
-        require(
-            self.threshold is None or 0 < self.threshold < 1,
-            f"objective.threshold is {self.threshold}: it is a probability, give a value between 0 and 1, "
-            "or null for standard mode.",
         )

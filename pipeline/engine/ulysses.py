@@ -14,6 +14,7 @@ import deepspeed.comm
 import torch
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.model.sequence import WholeSequence
 
@@ -63,13 +64,13 @@ class UlyssesSequence(WholeSequence):
         first = min(self.rank * each, x.shape[dim])
         return x.narrow(dim, first, min(each, x.shape[dim] - first))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | BlockMask | None) -> Tensor:
         """See `WholeSequence`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, L / N, heads, D]
         out: Tensor = self.exchange(q, k, v, 0, None, attention_mask)
         return out.transpose(1, 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | BlockMask | None) -> Tensor:
         """Attend over the whole sequence in some of the heads; all [B, L, heads / N, D]."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return super().attend(q, k, v, attention_mask).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Bidirectional attention with rotary positions and grouped queries."""
+"""Attention with rotary positions and grouped queries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config import ModelConfig
 from pipeline.model.layers import Linear
@@ -51,7 +52,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over the whole sequence; there is no causal mask."""
+    """Self-attention over the whole sequence, or over what the mask shows of it."""
 
     def __init__(self, config: ModelConfig, residual_std: float, sequence: WholeSequence) -> None:
         """Make the projections.
@@ -75,13 +76,15 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | BlockMask | None
+    ) -> Tensor:
         """Return [B, L / N, H] for x [B, L / N, H], this process's positions.
 
         Args:
             x: the inputs.
             table: cosines and sines of the same positions.
-            attention_mask: [B, 1, 1, L] bool, over all positions, False at padding.
+            attention_mask: over all positions, False where one is not seen (`visibility.attention_mask`).
         """
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_size))

@@ -22,6 +22,22 @@ class Vocabulary(NamedTuple):
     mask_id: int
 
 
+class Visibility(NamedTuple):
+    """Which positions see which others; by default each sees all.
+
+    Attributes:
+        blocks: [B or 1, L] int64, number of each position's block: a position sees none of a higher one.
+            Blocks of one position each make attention causal.
+        clean_ids: [B, L] int64, x0. A position then sees its own block as in xt, and the lower blocks as they
+            are here; the model's input is [xt ; x0] (block diffusion, arXiv 2503.09573).
+        also_visible: [L, L] bool, pairs of query and key that see each other in spite of their blocks.
+    """
+
+    blocks: Tensor | None = None
+    clean_ids: Tensor | None = None
+    also_visible: Tensor | None = None
+
+
 class MaskedBatch(NamedTuple):
     """Partly masked sequences and what is to be predicted in them.
 
@@ -31,6 +47,7 @@ class MaskedBatch(NamedTuple):
         rows: [R] int64, the masked positions, as indices into the flattened [B * L].
         targets: [R] int64, the true tokens there.
         weights: [R] float32, the share of each row in the loss.
+        visibility: which positions see which others.
         scores: which of "margin" and "entropy" the head gives besides the confidence.
     """
 
@@ -39,6 +56,7 @@ class MaskedBatch(NamedTuple):
     rows: Tensor
     targets: Tensor
     weights: Tensor
+    visibility: Visibility = Visibility()
     scores: tuple[str, ...] = ()
 
 

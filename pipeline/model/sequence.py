@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+_flex_attention = torch.compile(flex_attention)  # compiled when it is first called, on a GPU
 
 
 class WholeSequence:
@@ -22,16 +26,20 @@ class WholeSequence:
         """Return this process's share of the positions (or masked rows) along `dim` of x."""
         return x
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | BlockMask | None) -> Tensor:
         """Return softmax(q k^T / sqrt(D)) v, [B, heads, L / N, D], over the keys of the whole sequence.
 
         Args:
             q: [B, heads, L / N, D], this process's positions.
             k: [B, kv_heads, L / N, D].
             v: [B, kv_heads, L / N, D].
-            attention_mask: broadcastable to [B, heads, L, L], False where a key is not to be seen.
+            attention_mask: broadcastable to [B, heads, L, L], False where a key is not to be seen; or the
+                block mask that says so.
         """
         grouped = k.shape[1] != q.shape[1]
+        if isinstance(attention_mask, BlockMask):
+            out: Tensor = _flex_attention(q, k, v, block_mask=attention_mask, enable_gqa=grouped)
+            return out
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:

@@ -1,17 +1,21 @@
-"""The network: a bidirectional transformer whose parameters are named as Hugging Face's Qwen and Llama."""
+"""The network: a transformer, bidirectional unless told otherwise, with the names of Qwen and Llama."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig
 from pipeline.model.attention import Attention, rotary_frequencies, rotary_table
-from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
+from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility, Vocabulary
 from pipeline.model.layers import Embedding, SwiGLU
 from pipeline.model.masked_head import MaskedHead
 from pipeline.model.sequence import WHOLE, WholeSequence
+from pipeline.model.visibility import attention_mask as mask_of
+
+EVERYTHING = Visibility()
 
 
 class Block(nn.Module):
@@ -26,7 +30,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.init_std, residual_std)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | BlockMask | None
+    ) -> Tensor:
         """Return [B, L / N, H] for x [B, L / N, H], this process's positions."""
         x = x + self.self_attn(self.input_layernorm(x), table, attention_mask)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -47,13 +53,25 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Block(config, sequence) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return hidden states [B, L, H] for input_ids [B, L]; attention_mask [B, L] is False at padding."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, visibility: Visibility = EVERYTHING
+    ) -> Tensor:
+        """Return hidden states [B, L, H]; with a clean copy [B, 2 L, H], those of xt first.
+
+        Args:
+            input_ids: [B, L], xt.
+            attention_mask: [B, L] bool, False at padding.
+            visibility: which positions see which others.
+        """
+        keys = mask_of(attention_mask, visibility)
+        table_length, copies = input_ids.shape[1], 1
+        if visibility.clean_ids is not None:
+            input_ids, copies = torch.cat([input_ids, visibility.clean_ids], dim=1), 2
         length = input_ids.shape[1]
         x = self.embed_tokens(self.sequence.own(input_ids, dim=1))  # [B, L / N, H]
-        cos, sin = rotary_table(length, rotary_frequencies(self.config, x.device))
+        angles = rotary_table(table_length, rotary_frequencies(self.config, x.device))
+        cos, sin = (part.repeat(copies, 1) for part in angles)  # a copy stands where its original does
         table = self.sequence.own(cos, dim=0), self.sequence.own(sin, dim=0)
-        keys = None if attention_mask is None else attention_mask[:, None, None, :]
         for layer in self.layers:
             if self.recompute_blocks and torch.is_grad_enabled():  # there is no dropout: no generator state
                 x = checkpoint(layer, x, table, keys, use_reentrant=False, preserve_rng_state=False)
@@ -83,6 +101,7 @@ class MaskedDiffusionModel(nn.Module):
         """
         super().__init__()
         self.sequence = sequence
+        self.shifted = config.prediction == "shifted"
         self.model = Body(config, vocabulary.rows, recompute_blocks, sequence)
         output = self.model.embed_tokens
         if not config.tie_embeddings:
@@ -91,9 +110,10 @@ class MaskedDiffusionModel(nn.Module):
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """Return loss, NLL and scores at the rows of `batch`."""
-        hidden = self.model(batch.input_ids, batch.attention_mask)
+        hidden = self.model(batch.input_ids, batch.attention_mask, batch.visibility)
+        outputs = self.outputs_of(batch.rows, batch.input_ids.shape[1], batch.visibility)
         rows, targets, weights = (
-            self.sequence.own(x, dim=0) for x in (batch.rows, batch.targets, batch.weights)
+            self.sequence.own(x, dim=0) for x in (outputs, batch.targets, batch.weights)
         )
         output: HeadOutput = self.lm_head(hidden.flatten(0, 1)[rows], targets, weights, batch.scores)
         return output if self.sequence.size == 1 else self._join(output, batch)
@@ -108,8 +128,30 @@ class MaskedDiffusionModel(nn.Module):
         total = (values["nll"] * batch.weights).sum()
         return HeadOutput(own.loss + (total - own.loss).detach(), **values)
 
+    def outputs_of(self, rows: Tensor, length: int, visibility: Visibility) -> Tensor:
+        """Return where `rows` [R] of the flattened [B, L] are read in the flattened outputs [B, L or 2 L].
+
+        Shifted, position i is read at i - 1; for the first position of a block that is in the clean copy,
+        which is what a sampler has there. Position 0 has none before it: it is always given.
+        """
+        copies = 1 if visibility.clean_ids is None else 2
+        row, position = rows // length, rows % length
+        if self.shifted:
+            before = (position - 1).clamp(min=0)
+            if copies == 2 and visibility.blocks is not None:
+                crosses = visibility.blocks[row, before] != visibility.blocks[row, position]
+                before = before + length * crosses
+            position = before
+        return row * (copies * length) + position
+
     @torch.no_grad()
-    def logits(self, input_ids: Tensor, rows: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return logits [R, V] float32 at `rows` [R] of the flattened input_ids [B, L], for sampling."""
-        hidden = self.model(input_ids, attention_mask)
-        return self.lm_head.logits(hidden.flatten(0, 1)[rows])
+    def logits(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        attention_mask: Tensor | None = None,
+        visibility: Visibility = EVERYTHING,
+    ) -> Tensor:
+        """Return logits [R, V] float32 for `rows` [R] of the flattened input_ids [B, L], for sampling."""
+        hidden = self.model(input_ids, attention_mask, visibility).flatten(0, 1)
+        return self.lm_head.logits(hidden[self.outputs_of(rows, input_ids.shape[1], visibility)])

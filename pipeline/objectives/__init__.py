@@ -1,33 +1,56 @@
-"""Ways of masking, on one seam (base.py); `build` is the one place that knows them by name."""
+"""Ways of masking, on one seam (base.py); this is the one place that knows them by name."""
 
 from __future__ import annotations
 
-from pipeline.config import ObjectiveConfig
+from pipeline.config import Config, ObjectiveConfig
+from pipeline.objectives.autoregressive import Autoregressive
 from pipeline.objectives.base import Objective, ObjectiveSchedule
-from pipeline.objectives.layouts import Whole
+from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
+from pipeline.objectives.mixture import Mixture
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
 from pipeline.objectives.stages import StageSchedule
 
 
-def build(
-    config: ObjectiveConfig, seed: int, slots: int, mask_id: int, has_padding: bool
-) -> ObjectiveSchedule:
+def build(config: Config, mask_id: int, has_padding: bool) -> ObjectiveSchedule:
     """Return the configured objective of each step.
 
     Args:
-        config: the settings.
-        seed: seed of every mask.
-        slots: sequences of a global batch.
+        config: the run.
         mask_id: the mask token M.
         has_padding: whether the model must be told of padding positions.
     """
-    layout = Whole(mask_id, has_padding)
-    objective: Objective
-    if config.kind == "puma":
-        policy = POLICIES[config.policy]
-        objective = ProgressiveUnmasking(seed, layout, StageSchedule(config.stages), policy, config.threshold)
-    else:
-        objective = RandomMasking(seed, layout)
-    return ObjectiveSchedule((1, objective))
+    settings = config.objective
+    parts = [(1, _objective(settings.kind, config, mask_id, has_padding))]
+    if settings.switch_to is not None and settings.switch_step is not None:
+        parts.append((settings.switch_step, _objective(settings.switch_to, config, mask_id, has_padding)))
+    return ObjectiveSchedule(*parts)
+
+
+def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Objective:
+    settings, seed = config.objective, config.train.seed
+    first_given = config.model.prediction == "shifted"
+    if kind == "autoregressive":
+        return Autoregressive(LeftToRight(mask_id, has_padding, first_given))
+    layout = Whole(mask_id, has_padding, first_given, settings.attention_annealing_steps, seed)
+    if settings.block_size is not None:
+        layout = Blocks(mask_id, has_padding, first_given, size=settings.block_size)
+    strata = config.train.global_batch_size if settings.stratified else None
+    random = RandomMasking(seed, layout, settings.mask_count, strata, settings.complementary)
+    if kind == "random_masking":
+        return random
+    policy = POLICIES[settings.policy]
+    chains = ProgressiveUnmasking(seed, layout, stage_schedule(settings), policy, settings.threshold)
+    return Mixture(chains, random, settings.random_share) if settings.random_share else chains
+
+
+def stage_schedule(settings: ObjectiveConfig) -> StageSchedule:
+    """Return K as a function of the step."""
+    return StageSchedule(
+        settings.stages,
+        settings.stages_increment,
+        settings.stages_first_increase or 1,
+        settings.stages_interval or 1,
+        settings.stages_maximum,
+    )

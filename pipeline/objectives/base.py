@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Samples
-from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
 
 
 @dataclass
@@ -133,6 +133,9 @@ class Layout(Protocol):
             rows: how many they are; known on the host.
             step: the optimizer step, 1 is the first.
         """
+
+    def decoding(self, samples: Samples) -> Visibility:
+        """Return which positions see which others when a sampler fills the answers, block after block."""
 
 
 class Objective(Protocol):

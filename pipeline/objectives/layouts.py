@@ -8,32 +8,97 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import PADDING, Samples
-from pipeline.model.batch import MaskedBatch, masked_batch
+from pipeline.model.batch import MaskedBatch, Visibility, masked_batch
+from pipeline.objectives import noise
 from pipeline.objectives.base import Chains, positions_like
 
 
 @dataclass(frozen=True)
 class Whole:
-    """One chain for the whole answer; every position sees every other.
+    """One chain for the whole answer; every position sees every other, at once or by and by.
 
     Attributes:
         mask_id: the mask token M.
         has_padding: whether the model must be told of padding positions.
         first_given: position 0 is never masked: the model reads a prediction at the position before.
+        annealing_steps: steps from causal to bidirectional attention (DiffuLLaMA, arXiv 2410.17891).
+        seed: seed of which positions are seen meanwhile.
     """
 
     mask_id: int
     has_padding: bool
     first_given: bool = False
+    annealing_steps: int = 0
+    seed: int = 0
 
     def chains(self, samples: Samples) -> Chains:
         """See `Layout`."""
-        answer = samples.answer
-        if self.first_given:
-            answer = answer & (positions_like(samples.tokens) > 0)
-        return Chains(torch.where(answer, 0, 1), 1)
+        return Chains(torch.where(self.answer(samples), 0, 1), 1)
+
+    def answer(self, samples: Samples) -> Tensor:
+        """Return [B, L] bool: the positions that may be masked."""
+        return samples.answer & (positions_like(samples.tokens) >= int(self.first_given))
 
     def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`."""
         padding = samples.roles == PADDING if self.has_padding else None
-        return masked_batch(samples.tokens, masked, rows, self.mask_id, padding, weights)
+        batch = masked_batch(samples.tokens, masked, rows, self.mask_id, padding, weights)
+        return batch._replace(visibility=self.annealed(samples, step))
+
+    def annealed(self, samples: Samples, step: int) -> Visibility:
+        """Return what is seen at `step`: of what is behind a position, each with probability
+        (step - 1) / annealing_steps, drawn anew at each step and alike for all sequences.
+        """
+        if step > self.annealing_steps:
+            return Visibility()
+        positions = positions_like(samples.tokens)  # [1, L]
+        counter = torch.full_like(positions, step)
+        drawn = noise.uniform(self.seed, noise.ANNEALED_ATTENTION, counter, positions.T, positions)  # [L, L]
+        return Visibility(positions, also_visible=drawn < (step - 1) / self.annealing_steps)
+
+    def decoding(self, samples: Samples) -> Visibility:
+        """See `Layout`."""
+        return Visibility()
+
+
+@dataclass(frozen=True)
+class Blocks(Whole):
+    """Block diffusion: a chain for each block of the answer, conditioned on the clean blocks before it.
+
+    All blocks are trained in one forward on [xt ; x0] (BD3-LM, arXiv 2503.09573).
+
+    Attributes:
+        size: tokens of a block; the last one of an answer may be shorter.
+    """
+
+    size: int = 1
+
+    def chains(self, samples: Samples) -> Chains:
+        """See `Layout`."""
+        answer, count = self.answer(samples), -(-samples.tokens.shape[1] // self.size)
+        return Chains(torch.where(answer, (answer.cumsum(dim=1) - 1) // self.size, count), count)
+
+    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+        """See `Layout`."""
+        batch = super().batch(samples, masked, weights, rows, step)
+        return batch._replace(visibility=self.decoding(samples)._replace(clean_ids=samples.tokens))
+
+    def decoding(self, samples: Samples) -> Visibility:
+        """See `Layout`; a prompt is a block of its own before the others, padding one behind them."""
+        chains = self.chains(samples)
+        outside = torch.where(samples.roles == PADDING, chains.count + 1, 0)
+        return Visibility(torch.where(chains.answer, chains.index + 1, outside))
+
+
+@dataclass(frozen=True)
+class LeftToRight(Whole):
+    """Causal attention over the true tokens: each position is predicted from those before it."""
+
+    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+        """See `Layout`; nothing is masked in the input, because no position sees what is predicted there."""
+        batch = super().batch(samples, masked, weights, rows, step)
+        return batch._replace(input_ids=samples.tokens, visibility=self.decoding(samples))
+
+    def decoding(self, samples: Samples) -> Visibility:
+        """See `Layout`."""
+        return Visibility(positions_like(samples.tokens))

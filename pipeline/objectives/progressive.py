@@ -57,10 +57,10 @@ class ProgressiveUnmasking:
     def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
         """Return chains with the count of `stage` [B, N] revealed, by the policy's order or at random."""
         chains = self.layout.chains(samples)
-        stage = stage.expand(-1, chains.count)
+        stage = stage.expand(-1, chains.count).contiguous()
         count = self.target_count(samples, chains, stage, step)
         revealed = chains.take_highest(chains.answer, self.policy.initial(self.seed, samples), count)
-        return ChainState(chains.answer & ~revealed, stage.contiguous())
+        return ChainState(chains.answer & ~revealed, stage)
 
     def weights(self, samples: Samples, state: ChainState) -> Tensor:
         """Return 1 / (masked positions of the chain), shared out equally over chains and sequences."""

@@ -51,7 +51,7 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     stream = SlotStream(SyntheticPairs(), config.train.global_batch_size, config.train.seed, workers=1)
     accumulation = config.train.accumulation(launch.data_size)
     slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
-    schedule = objectives.build(config.objective, config.train.seed, stream.slots, MASK, True)
+    schedule = objectives.build(config, MASK, True)
     groups = [SlotGroup(part, stream, schedule, launch.device) for part in slots]
     losses, norms, history = [], [], []
     if isinstance(engine, PlainEngine):

@@ -107,7 +107,7 @@ def masked_sets(state: ChainState) -> list[set[int]]:
     return [set(row.nonzero().flatten().tolist()) for row in state.masked]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(cases(), st.data())
 def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     """Start, targets, reveals, threshold, stage and end equal the oracle from any stage to the end.

@@ -1,16 +1,19 @@
-"""Random masking against the NumPy oracle, and its distribution."""
+"""Random masking in all its forms against the NumPy oracle, its distribution and its expectation."""
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import oracles
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batch import ANSWER, PROMPT, Samples
-from pipeline.objectives.base import Scores
-from pipeline.objectives.layouts import Whole
+from pipeline.objectives.base import ChainState, Scores
+from pipeline.objectives.layouts import Blocks, Whole
 from pipeline.objectives.random_masking import RandomMasking
 
 LAYOUT = Whole(mask_id=3, has_padding=False)
@@ -28,14 +31,101 @@ def answers_only(count: int, length: int) -> Samples:
     return Samples(torch.zeros(count, 1 + length, dtype=torch.int64), roles, torch.arange(count))
 
 
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 20), st.integers(0, 10_000))
-def test_equals_the_oracle(length: int, seed: int) -> None:
+def positions(state: ChainState, row: int) -> set[int]:
+    """Return the masked positions of a row."""
+    return set(state.masked[row].nonzero().flatten().tolist())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 20), st.integers(0, 10_000), st.none() | st.integers(1, 9), st.integers(0, 3))
+def test_uniform_counts_equal_the_oracle(length: int, seed: int, strata: int | None, stage: int) -> None:
+    """Stratified or not; each stage has a draw of its own."""
     samples = answers_only(5, length)
-    state = RandomMasking(seed, LAYOUT).begin(samples, zeros(5), 1)
+    state = RandomMasking(seed, LAYOUT, strata=strata).begin(samples, zeros(5) + stage, 1)
     for row in range(5):
-        expected = oracles.random_mask(seed, row, list(range(1, length + 1)))
-        assert set(state.masked[row].nonzero().flatten().tolist()) == expected
+        answer = list(range(1, length + 1))
+        assert positions(state, row) == oracles.random_mask(seed, row, answer, stage, strata=strata)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 20), st.integers(0, 10_000), st.none() | st.integers(1, 9))
+def test_bernoulli_masks_and_weights_equal_the_oracle(length: int, seed: int, strata: int | None) -> None:
+    """Never empty, whatever t; the weights are those of the loss divided by t L, times P(not empty)."""
+    samples = answers_only(5, length)
+    objective = RandomMasking(seed, LAYOUT, "bernoulli", strata)
+    state = objective.begin(samples, zeros(5), 1)
+    weights = objective.weights(samples, state)
+    for row in range(5):
+        masked, weight = oracles.bernoulli_mask(seed, row, list(range(1, length + 1)), strata)
+        assert positions(state, row) == masked
+        assert masked, "a sequence without a mask would waste its forward"
+        np.testing.assert_allclose(weights[row, sorted(masked)] * 5, weight, rtol=1e-6)
+        assert weight <= 1 + 1e-12
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 14), st.integers(1, 5), st.integers(0, 1000))
+def test_blocks_are_masked_independently(length: int, size: int, seed: int) -> None:
+    """Each block has a number of its own; the loss is the mean over its sequence's blocks."""
+    samples, layout = answers_only(4, length), Blocks(3, False, size=size)
+    objective = RandomMasking(seed, layout)
+    state = objective.begin(samples, zeros(4), 1)
+    weights = objective.weights(samples, state)
+    starts = range(1, length + 1, size)
+    for row in range(4):
+        expected = set()
+        for number, start in enumerate(starts):
+            block = list(range(start, min(start + size, length + 1)))
+            masked = oracles.random_mask(seed, row, block, number=number)
+            assert masked
+            np.testing.assert_allclose(weights[row, sorted(masked)], 1 / (len(masked) * len(starts) * 4))
+            expected |= masked
+        assert positions(state, row) == expected
+
+
+def exact_bound(length: int, loss: dict[frozenset[int], float]) -> float:
+    """Return the mean over n of the mean over masks of n positions of the mean loss of a position."""
+    means = [
+        np.mean([loss[frozenset(mask)] / n for mask in combinations(range(1, length + 1), n)])
+        for n in range(1, length + 1)
+    ]
+    return float(np.mean(means))
+
+
+@pytest.mark.parametrize(
+    ("count", "strata", "complementary"),
+    [("uniform", None, False), ("uniform", 50, False), ("uniform", None, True), ("uniform", 50, True),
+     ("bernoulli", None, False), ("bernoulli", 50, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("length", [1, 4])
+def test_every_form_is_unbiased(count: str, strata: int | None, complementary: bool, length: int) -> None:
+    """The expected loss is the bound / L_eff, for a loss that depends on the whole mask in any way.
+
+    Also where an empty mask is the likeliest (L_eff = 1), and where a full one has no complement.
+    """
+    random = np.random.default_rng(length)
+    masks = [frozenset(m) for n in range(1, length + 1) for m in combinations(range(1, length + 1), n)]
+    table = {mask: float(random.exponential(len(mask))) for mask in masks}
+    lookup = np.zeros(2**length)
+    for mask, value in table.items():
+        lookup[sum(1 << (i - 1) for i in mask)] = value / len(mask)  # of each masked position
+    samples = answers_only(100_000, length)
+    objective = RandomMasking(2, LAYOUT, count, strata, complementary)  # type: ignore[arg-type]
+    state = objective.begin(samples, zeros(100_000), 1)
+    losses, rounds = np.zeros(100_000), 0
+    while True:
+        assert state.masked.any(dim=1).all()
+        codes = (state.masked[:, 1:].long() << torch.arange(length)).sum(dim=1).numpy()
+        weights = (objective.weights(samples, state) * state.masked).sum(dim=1).double().numpy() * 100_000
+        losses += weights * lookup[codes]
+        rounds += 1
+        state, ended = objective.advance(samples, state, Scores(torch.zeros(1)), rounds)
+        if ended.all():
+            break
+        assert not ended.any()
+    assert rounds == 1 + complementary
+    error = losses.std() / np.sqrt(len(losses)) / rounds
+    assert losses.mean() / rounds == pytest.approx(exact_bound(length, table), abs=4 * error + 1e-6)
 
 
 def test_count_and_positions_are_uniform() -> None:
@@ -49,9 +139,62 @@ def test_count_and_positions_are_uniform() -> None:
     assert (share - 0.55).abs().max() < 0.015
 
 
+def test_bernoulli_counts_are_uniform_and_positions_alike() -> None:
+    """With t ~ U(0, 1) each number of masks is as likely, given that there is one, and each position."""
+    samples = answers_only(20_000, 10)
+    objective = RandomMasking(1, LAYOUT, "bernoulli")
+    masked = objective.begin(samples, zeros(20_000), 1).masked[:, 1:]
+    weights = objective.weights(
+        samples, ChainState(masked=torch.nn.functional.pad(masked, (1, 0)), stage=zeros(20_000))
+    )
+    total = weights.amax(dim=1).double() * 20_000 * masked.sum(dim=1)  # sum of the weights of a sequence
+    each = torch.stack([total[masked.sum(dim=1) == n].sum() for n in range(1, 11)]) / 20_000
+    assert (each - 0.1).abs().max() < 0.01
+    share = (masked * total[:, None] / masked.sum(dim=1, keepdim=True)).mean(dim=0)
+    assert (share - 0.1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("count", ["uniform", "bernoulli"])
+def test_strata_cover_the_ratios_evenly(count: str) -> None:
+    """In each round of S sequences every interval of width 1/S holds one t; alone they would clump."""
+    slots, rounds = 32, 20
+    samples = answers_only(slots * rounds, 6)
+    objective = RandomMasking(9, LAYOUT, count, strata=slots)  # type: ignore[arg-type]
+    chains = LAYOUT.chains(samples)
+    ratios = objective.ratio(samples, chains, zeros(slots * rounds)).view(rounds, slots)
+    offsets = (ratios * slots % 1.0).numpy()
+    assert (np.sort((ratios * slots).long().numpy()) == np.arange(slots)).all()
+    assert len(np.unique(offsets[:, 0].round(6))) == rounds, "each round has a shift of its own"
+    plain = RandomMasking(9, LAYOUT, count).ratio(samples, chains, zeros(slots * rounds))  # type: ignore[arg-type]
+    assert len(np.unique((plain.view(rounds, slots)[0] * slots).long())) < slots
+
+
+def test_pairs_are_complementary() -> None:
+    """The second mask is the complement of the first; a full mask, whose complement is empty, comes twice."""
+    samples = answers_only(500, 3)
+    objective = RandomMasking(0, LAYOUT, complementary=True)
+    first = objective.begin(samples, zeros(500), 1)
+    second, ended = objective.advance(samples, first, Scores(torch.zeros(1)), 1)
+    assert not ended.any()
+    full = first.masked.sum(dim=1) == 3
+    assert 100 < int(full.sum()) < 250
+    assert second.masked[full].equal(first.masked[full])
+    assert (second.masked ^ first.masked)[~full].equal(samples.answer[~full])
+    _, ended = objective.advance(samples, second, Scores(torch.zeros(1)), 2)
+    assert ended.all()
+
+
 def test_every_sequence_lasts_one_step() -> None:
     samples = answers_only(4, 3)
     objective = RandomMasking(0, LAYOUT)
     state = objective.begin(samples, zeros(4), 1)
     _, ended = objective.advance(samples, state, Scores(torch.zeros(4, 4)), 1)
     assert ended.all()
+
+
+def test_held_out_masks_are_the_same_in_every_run() -> None:
+    """Whatever the seed, the form and the step: held-out losses can be compared."""
+    samples = answers_only(50, 9)
+    one = RandomMasking(1, LAYOUT, "bernoulli", 8).held_out().begin(samples, zeros(50), 1)
+    two = RandomMasking(2, LAYOUT, complementary=True).held_out().begin(samples, zeros(50), 900)
+    assert one.masked.equal(two.masked)

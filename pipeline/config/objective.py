@@ -1,0 +1,171 @@
+"""Settings of what the network is trained to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config.checks import require, require_positive
+
+Kind = Literal["puma", "random_masking", "autoregressive"]
+
+
+@dataclass
+class ObjectiveConfig:
+    """How training inputs are masked.
+
+    Args:
+        kind: puma = progressive unmasking; random_masking = a random subset of each answer; autoregressive =
+            the next token, from left to right.
+        switch_to: Objective that takes over at switch_step; the settings below serve both.
+        switch_step: First step of switch_to; every chain begins anew there.
+        policy: What a PUMA chain reveals first: the highest confidence (probability of the likeliest token),
+            the highest margin (that less the second likeliest's), the lowest entropy, or, whatever the model
+            thinks, a random order or left to right.
+        stages: K, the number of stages of a PUMA chain.
+        stages_increment: Stages added at each increase of K; 0 = K never changes.
+        stages_first_increase: First step with more stages.
+        stages_interval: Steps between two increases.
+        stages_maximum: The largest K; none = no limit.
+        threshold: Also reveal every position with a confidence above this; none = standard mode.
+        random_share: Share of the PUMA chains that show a fresh random mask at each of their stages instead.
+        mask_count: Positions that random masking masks: uniform = n out of 1 to all, each number as likely,
+            with a loss of 1/n each; bernoulli = each with probability t, uniform in (0, 1), with 1/(t L).
+        stratified: Spread t (or n/L) evenly over the global batch, which lowers the variance.
+        complementary: Train on each random mask and, in the next step, on its complement.
+        block_size: Block diffusion: cut answers into blocks of this many tokens, each with a chain of its own
+            and conditioned on the clean blocks before it; none = one chain an answer.
+        attention_annealing_steps: Begin with causal attention, for weights of a causal model, and let each
+            position see more of those behind it, until it sees all after this many steps; 0 = all at once.
+    """
+
+    kind: Kind = "puma"
+    switch_to: Kind | None = None
+    switch_step: int | None = None
+    policy: Literal["confidence", "margin", "entropy", "random", "left_to_right"] = "confidence"
+    stages: int = 8
+    stages_increment: int = 0
+    stages_first_increase: int | None = None
+    stages_interval: int | None = None
+    stages_maximum: int | None = None
+    threshold: float | None = None
+    random_share: float = 0.0
+    mask_count: Literal["uniform", "bernoulli"] = "uniform"
+    stratified: bool = False
+    complementary: bool = False
+    block_size: int | None = None
+    attention_annealing_steps: int = 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The objectives that the run comes to."""
+        return (self.kind,) if self.switch_to is None else (self.kind, self.switch_to)
+
+    def check(self, prediction: str, sequence_length: int, steps: int) -> None:
+        """Raise a `UserError` for the first setting that cannot work with the others, or has no effect."""
+        positive = ("stages", "stages_first_increase", "stages_interval", "stages_maximum", "block_size")
+        require_positive("objective", self, *positive)
+        self._check_switch(steps)
+        self._check_stages()
+        self._check_chains()
+        self._check_random_masks()
+        self._check_visibility(prediction, sequence_length)
+
+    def _check_switch(self, steps: int) -> None:
+        require(
+            (self.switch_to is None) == (self.switch_step is None),
+            f"objective.switch_to is {self.switch_to} and objective.switch_step is {self.switch_step}: give "
+            "both, or neither.",
+        )
+        require(
+            self.switch_to != self.kind,
+            f"objective.switch_to is {self.switch_to}, which is objective.kind itself: name another.",
+        )
+        require(
+            self.switch_step is None or 2 <= self.switch_step <= steps,
+            f"objective.switch_step is {self.switch_step}: it must lie between 2 and train.steps = {steps}.",
+        )
+
+    def _check_stages(self) -> None:
+        require(
+            self.stages_increment >= 0,
+            f"objective.stages_increment is {self.stages_increment}: K only grows, give 0 or more.",
+        )
+        growth = ("stages_first_increase", "stages_interval")
+        for key in (*growth, "stages_maximum"):
+            value, grows = getattr(self, key), self.stages_increment > 0
+            require(
+                value is None or grows,
+                f"objective.{key} is {value}, but objective.stages_increment is 0: set both.",
+            )
+            require(
+                value is not None or not grows or key not in growth,
+                f"objective.stages_increment is {self.stages_increment}: give objective.{key}, too.",
+            )
+        require(
+            self.stages_maximum is None or self.stages_maximum >= self.stages,
+            f"objective.stages_maximum is {self.stages_maximum}, below objective.stages = {self.stages}.",
+        )
+
+    def _check_chains(self) -> None:
+        require(
+            self.threshold is None or 0 < self.threshold < 1,
+            f"objective.threshold is {self.threshold}: it is a probability, give a value between 0 and 1, "
+            "or null for standard mode.",
+        )
+        require(
+            self.threshold is None or self.policy not in ("random", "left_to_right"),
+            f"objective.threshold is {self.threshold}: it reveals by confidence, against objective.policy = "
+            f"{self.policy!r}. Set it to null, or take another policy.",
+        )
+        require(
+            0 <= self.random_share < 1,
+            f"objective.random_share is {self.random_share}: give a share from 0 to below 1 (for 1, set "
+            "objective.kind to random_masking).",
+        )
+        for key, unset in (
+            ("threshold", None),
+            ("random_share", 0),
+            ("stages_increment", 0),
+            ("policy", "confidence"),
+        ):
+            self._require_kind(key, getattr(self, key) != unset, "puma" in self.kinds, "puma")
+
+    def _check_random_masks(self) -> None:
+        masks = "random_masking" in self.kinds or self.random_share > 0
+        for key, unset in (("mask_count", "uniform"), ("stratified", False), ("complementary", False)):
+            self._require_kind(key, getattr(self, key) != unset, masks, "random_masking")
+        require(
+            not self.complementary or self.mask_count == "uniform",
+            "objective.complementary with objective.mask_count = 'bernoulli': pairs are drawn by number. Set "
+            "objective.mask_count to uniform.",
+        )
+
+    def _check_visibility(self, prediction: str, sequence_length: int) -> None:
+        require(
+            "autoregressive" not in self.kinds or prediction == "shifted",
+            f"objective.kind or switch_to is 'autoregressive', but model.prediction is {prediction!r}: a "
+            "next token is predicted at the position before it. Set model.prediction to shifted.",
+        )
+        masked = self.kinds != ("autoregressive",)
+        self._require_kind("block_size", self.block_size is not None, masked, "puma or random_masking")
+        require(
+            self.block_size is None or self.block_size < sequence_length,
+            f"objective.block_size is {self.block_size}: it must be below data.sequence_length = "
+            f"{sequence_length}; leave it out for one block.",
+        )
+        anneal = self.attention_annealing_steps
+        require(anneal >= 0, f"objective.attention_annealing_steps is {anneal}: it must be 0 or more.")
+        self._require_kind("attention_annealing_steps", anneal > 0, masked, "puma or random_masking")
+        require(
+            anneal == 0 or self.block_size is None,
+            f"objective.attention_annealing_steps is {anneal}, and objective.block_size is {self.block_size}"
+            ": blocks see what is before them only. Set one of the two.",
+        )
+
+    def _require_kind(self, key: str, is_set: bool, is_used: bool, kind: str) -> None:
+        require(
+            not is_set or is_used,
+            f"objective.{key} is {getattr(self, key)}, which has no effect with objective.kind = "
+            f"{self.kind!r}: leave it out, or train with {kind}.",
+        )

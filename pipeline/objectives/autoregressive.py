@@ -1,0 +1,40 @@
+"""Autoregressive training: every answer position is predicted from those before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import Samples
+from pipeline.objectives.base import ChainState, Layout, Objective, Scores, mean_over_chains
+
+
+class Autoregressive:
+    """All answer positions are in the loss; every sequence lasts one step. The layout is causal."""
+
+    scores: tuple[str, ...] = ()
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def first_stage(self, slots: Tensor, step: int) -> Tensor:
+        """Return zeros [B]: there are no stages."""
+        return torch.zeros_like(slots)
+
+    def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
+        """Return every answer position."""
+        return ChainState(self.layout.chains(samples).answer, stage)
+
+    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+        """Return 1/L_eff, shared out equally over sequences."""
+        return mean_over_chains(self.layout.chains(samples), state.masked)
+
+    def advance(
+        self, samples: Samples, state: ChainState, scores: Scores, step: int
+    ) -> tuple[ChainState, Tensor]:
+        """Change nothing and end every sequence."""
+        return state, torch.ones_like(samples.ids, dtype=torch.bool)
+
+    def held_out(self) -> Objective:
+        """Return this objective: its loss is the exact negative log-likelihood, divided by L_eff."""
+        return self

@@ -1,0 +1,62 @@
+"""Chains of PUMA mixed with a share of sequences under random masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import Samples
+from pipeline.objectives import noise
+from pipeline.objectives.base import ChainState, Objective, Scores
+from pipeline.objectives.progressive import ProgressiveUnmasking
+from pipeline.objectives.random_masking import RandomMasking
+
+
+class Mixture:
+    """A given share of the sequences, decided for each by its noise, shows a fresh random mask at each stage.
+
+    They last as many stages as a chain of standard mode, so the share is that of the sequences and of the
+    training inputs alike, and both kinds use their sequences at the same rate. With a threshold chains are
+    shorter, and the random share of the inputs is larger than that of the sequences.
+    """
+
+    def __init__(self, chains: ProgressiveUnmasking, random: RandomMasking, share: float) -> None:
+        """Mix `chains` with `share` (0 to 1) of `random`; both have the same layout."""
+        self.chains = chains
+        self.random = random
+        self.share = share
+        self.layout = chains.layout
+        self.scores = chains.scores
+
+    def is_random(self, samples: Samples) -> Tensor:
+        """Return [B] bool: the sequences under random masks."""
+        return noise.uniform(self.chains.seed, noise.MIXTURE, samples.ids) < self.share
+
+    def first_stage(self, slots: Tensor, step: int) -> Tensor:
+        """Return staggered stages [B]."""
+        return self.chains.first_stage(slots, step)
+
+    def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
+        """Return the beginnings of both kinds, each where it belongs."""
+        random = self.random.begin(samples, stage, step)
+        return self.chains.begin(samples, stage, step).replaced(self.is_random(samples), random)
+
+    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+        """Return the weights of both kinds, each where it belongs."""
+        random, chains = self.random.weights(samples, state), self.chains.weights(samples, state)
+        return torch.where(self.is_random(samples)[:, None], random, chains)
+
+    def advance(
+        self, samples: Samples, state: ChainState, scores: Scores, step: int
+    ) -> tuple[ChainState, Tensor]:
+        """Move the chains on, and draw the random masks of the next stage."""
+        chains, ended = self.chains.advance(samples, state, scores, step)
+        stages = self.chains.stages
+        stage = stages.following(state.stage, step)
+        random = self.random.begin(samples, stage, step + 1)
+        where = self.is_random(samples)
+        return chains.replaced(where, random), torch.where(where, stage[:, 0] >= stages(step + 1), ended)
+
+    def held_out(self) -> Objective:
+        """Return random masking with the masks of every held-out loss."""
+        return self.chains.held_out()

@@ -1,0 +1,220 @@
+"""Blocks with chains of their own, mixtures and switches, slot by slot, against chains of the oracle."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from synthetic import Pairs
+
+from pipeline.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from pipeline.data.streams import SlotStream
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.objectives import build, noise
+from pipeline.objectives.autoregressive import Autoregressive
+from pipeline.objectives.base import Scores
+from pipeline.objectives.mixture import Mixture
+from pipeline.objectives.progressive import ProgressiveUnmasking
+from pipeline.objectives.random_masking import RandomMasking
+from pipeline.slots import SlotGroup
+
+SEED, SIZE, MASK, SLOTS, WIDTH = 3, 29, 4, 6, 8
+
+
+def run(objective: ObjectiveConfig, prediction: str = "same", slots: int = SLOTS) -> SlotGroup:
+    """Return a group of all slots over 29 synthetic pairs."""
+    config = Config(
+        "unused",
+        model=ModelConfig(prediction=prediction),  # type: ignore[arg-type]
+        objective=objective,
+        train=TrainConfig(seed=SEED, global_batch_size=slots),
+    )
+    stream = SlotStream(Pairs(SIZE), slots, SEED, workers=0)
+    return SlotGroup(range(slots), stream, build(config, MASK, True), torch.device("cpu"))
+
+
+def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:
+    """Return scores that depend on the sample and the position alone."""
+    sample, position = group.samples.ids[batch.rows // WIDTH], batch.rows % WIDTH
+    score = ((sample * 7919 + position * 104729 + 13) % 101).float() / 101
+    return HeadOutput(score.sum(), score, score, score**2, 1 - score)
+
+
+def step(group: SlotGroup, number: int) -> MaskedBatch:
+    """Run training step `number` without a model."""
+    batch = group.inputs(number)
+    group.advance(batch, output(group, batch), number)
+    return batch
+
+
+def answer(sample: dict[str, np.ndarray]) -> list[int]:
+    """Return the answer positions of a sample."""
+    return np.flatnonzero(sample["roles"] == 2).tolist()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.7])
+def test_each_block_walks_a_chain_of_its_own(threshold: float | None) -> None:
+    """A sequence stays until all its blocks have ended; an ended block is clean and out of the loss."""
+    stages = 4
+    group = run(ObjectiveConfig(stages=stages, threshold=threshold, block_size=2))
+    data, stream = Pairs(SIZE), SlotStream(Pairs(SIZE), SLOTS, SEED, workers=0)
+    cursors, chains = [0] * SLOTS, [list[oracles.Chain]() for _ in range(SLOTS)]
+    uneven = 0
+    for number in range(1, 50):
+        expected = {}
+        for slot in range(SLOTS):
+            position = slot + cursors[slot] * SLOTS
+            if not chains[slot]:
+                places = answer(data[stream.index(position)])
+                for block in range(0, len(places), 2):
+                    chain = oracles.Chain(
+                        SEED,
+                        position,
+                        places[block : block + 2],
+                        lambda _: stages,
+                        threshold,
+                        number=block // 2,
+                    )
+                    chain.begin(slot % stages if cursors[slot] == 0 else 0, number)
+                    chains[slot].append(chain)
+            live = [chain for chain in chains[slot] if not chain.ended]
+            uneven += len(live) < len(chains[slot])
+            for chain in live:
+                weight = 1 / (len(chain.masked) * len(live) * SLOTS)
+                expected |= {slot * WIDTH + i: weight for i in chain.masked}
+        batch = group.inputs(number)
+        assert dict(zip(batch.rows.tolist(), batch.weights.tolist(), strict=True)) == pytest.approx(expected)
+        assert batch.weights.sum().item() == pytest.approx(1)
+        scores = output(group, batch)
+        values = dict(zip(batch.rows.tolist(), scores.confidence.tolist(), strict=True))
+        group.advance(batch, scores, number)
+        for slot in range(SLOTS):
+            for chain in chains[slot]:
+                if not chain.ended:
+                    everywhere = {i: values.get(slot * WIDTH + i, 0.0) for i in chain.answer}
+                    chain.advance(everywhere, everywhere, number)
+            if all(chain.ended for chain in chains[slot]):
+                chains[slot] = []
+                cursors[slot] += 1
+    assert min(cursors) > 5
+    assert (uneven > 0) == (threshold is not None)
+
+
+def test_a_share_of_the_sequences_shows_random_masks() -> None:
+    """Which ones is a hash of the sequence; they stay as long as a chain, masked anew at each stage."""
+    stages, share = 3, 0.4
+    group = run(ObjectiveConfig(stages=stages, random_share=share, policy="entropy"), slots=12)
+    assert isinstance(group.objectives.at(1), Mixture)
+    randomly, inputs = 0, 0
+    begun = group.samples.ids.clone()
+    for number in range(1, 40):
+        ids, stage, masked = group.samples.ids, group.state.stage[:, 0], group.state.masked
+        begun = torch.cat([begun, ids])
+        where = noise.uniform(SEED, noise.MIXTURE, ids) < share
+        for row in where.nonzero().flatten().tolist():
+            places = group.samples.answer[row].nonzero().flatten().tolist()
+            expected = oracles.random_mask(SEED, int(ids[row]), places, int(stage[row]))
+            assert set(masked[row].nonzero().flatten().tolist()) == expected
+        randomly, inputs = randomly + int(where.sum()), inputs + len(where)
+        step(group, number)
+    unique = begun.unique()
+    of_sequences = (noise.uniform(SEED, noise.MIXTURE, unique) < share).double().mean().item()
+    assert of_sequences == pytest.approx(share, abs=0.12)
+    assert randomly / inputs == pytest.approx(of_sequences, abs=0.05), "inputs as sequences"
+    lengths = Counter(begun.tolist())
+    assert {lengths[int(i)] for i in unique[(unique > 12) & (unique < 120)]} == {stages}
+
+
+def test_the_chains_of_a_mixture_are_those_without_it() -> None:
+    """A sequence that is not masked at random walks exactly as it would alone."""
+    mixed, plain = (run(ObjectiveConfig(stages=3, random_share=share)) for share in (0.4, 0.0))
+    for number in range(1, 20):
+        alike = ~(noise.uniform(SEED, noise.MIXTURE, mixed.samples.ids) < 0.4)
+        assert mixed.samples.ids.equal(plain.samples.ids)
+        assert mixed.state.masked[alike].equal(plain.state.masked[alike])
+        assert alike.any()
+        step(mixed, number)
+        step(plain, number)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kinds"),
+    [
+        ("random_masking", "puma", (RandomMasking, ProgressiveUnmasking)),
+        ("puma", "random_masking", (ProgressiveUnmasking, RandomMasking)),
+        ("autoregressive", "puma", (Autoregressive, ProgressiveUnmasking)),
+    ],
+)
+def test_a_switch_begins_every_chain_anew(first: str, second: str, kinds: tuple[type, type]) -> None:
+    """At its step all slots take their next sample, at the stages that the new objective begins with."""
+    at, stages = 7, 3
+    config = ObjectiveConfig(first, second, at, stages=stages)  # type: ignore[arg-type]
+    group = run(config, "shifted")
+    assert [type(group.objectives.at(s)) for s in (1, at - 1)] == [kinds[0]] * 2
+    assert [type(group.objectives.at(s)) for s in (at, 10**6)] == [kinds[1]] * 2
+    before = np.zeros(SLOTS)
+    for number in range(1, 16):
+        group._settle()
+        if number == at:
+            assert (group.cursors == before + 1).all()
+            fresh = group.objectives.at(at).first_stage(torch.arange(SLOTS), at)[:, None]
+            expected = group.objectives.at(at).begin(group.samples, fresh, at)
+            assert group.state.masked.equal(expected.masked)
+            assert group.state.stage.equal(expected.stage)
+            assert second != "puma" or group.state.stage.unique().tolist() == list(range(stages))
+        before = group.cursors.copy()
+        batch = step(group, number)
+        causal = batch.visibility.blocks is not None
+        assert causal == (first == "autoregressive" and number < at)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ObjectiveConfig(stages=3, block_size=2, threshold=0.7),
+        ObjectiveConfig(
+            stages=2, stages_increment=1, stages_first_increase=3, stages_interval=4, threshold=0.8
+        ),
+        ObjectiveConfig(stages=4, random_share=0.3, complementary=True, policy="margin"),
+        ObjectiveConfig("random_masking", complementary=True, stratified=True),
+        ObjectiveConfig("random_masking", mask_count="bernoulli", stratified=True, block_size=3),
+        ObjectiveConfig("random_masking", "puma", 12, stages=3),
+    ],
+    ids=["blocks", "growing-k", "mixture", "pairs", "bernoulli-blocks", "switch"],
+)
+@pytest.mark.parametrize("steps", [0, 9, 11, 12])
+def test_every_objective_goes_on_exactly_from_its_arrays(config: ObjectiveConfig, steps: int) -> None:
+    """Cursors and arrays with one row a slot are the whole state: no generator, no counter of steps."""
+    first, second = run(config), run(config)
+    for number in range(1, steps + 1):
+        step(first, number)
+    state = first.state_dict()
+    assert all(len(value) == SLOTS for value in state.values())
+    second.load_state_dict(state)
+    for number in range(steps + 1, steps + 15):
+        one, two = step(first, number), step(second, number)
+        for field in ("input_ids", "rows", "weights"):
+            assert getattr(one, field).equal(getattr(two, field))
+
+
+def test_position_0_is_given_where_predictions_are_shifted() -> None:
+    """It is never masked; a sequence with no other position has no loss and makes room at once."""
+    group = run(ObjectiveConfig(stages=3), "shifted")
+    group.samples.roles[0] = 0
+    group.samples.roles[0, 0] = 2  # an answer of one token at position 0
+    group.samples.roles[1, :2] = 2  # an answer that begins at position 0
+    objective = group.objectives.at(1)
+    state = objective.begin(group.samples, torch.zeros(SLOTS, 1, dtype=torch.int64), 1)
+    assert not state.masked[:, 0].any()
+    assert not state.masked[0].any()
+    assert objective.layout.chains(group.samples).length[1] == group.samples.answer_length[1] - 1
+    group.state = state
+    weights = objective.weights(group.samples, state)
+    assert weights[state.masked].isfinite().all()
+    zeros = torch.zeros(SLOTS, WIDTH)
+    _, ended = objective.advance(group.samples, state, Scores(zeros), 1)
+    assert ended.tolist()[0]
+    assert not ended.all()
