@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +141,14 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's loss, which is a mean over its sequences."""
 
-    def step(self, learning_rate: float) -> Tensor | float:
-        """Update the weights with the mean gradient; return its global norm before clipping."""
+    def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+        """Update the weights with the mean gradient, and return its global norm [] before clipping.
+
+        Args:
+            learning_rate: of this step.
+            accept: asked with the norm whether to update. A refused step leaves weights, optimizer state and
+                average exactly as they were. All ranks must answer alike.
+        """
 
     def evaluate(self, batch: MaskedBatch) -> HeadOutput:
         """Run the model without gradients."""
@@ -152,6 +158,9 @@ class Engine(Protocol):
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Return the element-wise sum of `values` over all ranks."""
+
+    def max_over_ranks(self, values: Tensor) -> Tensor:
+        """Return the element-wise maximum of `values` over all ranks; NaN need not survive it."""
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -265,16 +274,17 @@ class PlainEngine:
         """See `Engine`."""
         (loss / self.accumulation).backward()
 
-    def step(self, learning_rate: float) -> Tensor | float:
+    def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         """See `Engine`."""
         limit = self.clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if accept is None or accept(norm):
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update()
         return norm
 
     @torch.no_grad()
@@ -291,6 +301,10 @@ class PlainEngine:
         self.average.exchange()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """See `Engine`; there is one rank."""
+        return values
+
+    def max_over_ranks(self, values: Tensor) -> Tensor:
         """See `Engine`; there is one rank."""
         return values
 

@@ -53,10 +53,16 @@ class SlotGroup:
         )
 
     def _begin(self, cursors: np.ndarray) -> None:
-        """Read the samples at `cursors` [B], and those that follow them."""
-        self.cursors = cursors
-        self.samples = self._read(range(len(self.slots)), cursors)
-        self.following = self._read(range(len(self.slots)), cursors + 1)
+        """Read the samples at `cursors` [B] or, where those are left out, after them; and the next ones."""
+        rows = range(len(self.slots))
+        self.cursors = self._admitted(rows, cursors)
+        self.next_cursors = self._admitted(rows, self.cursors + 1)
+        self.samples = self._read(rows, self.cursors)
+        self.following = self._read(rows, self.next_cursors)
+
+    def _admitted(self, rows: Sequence[int], cursors: np.ndarray) -> np.ndarray:
+        slots = self.slots[list(rows)].tolist()
+        return np.asarray(self.stream.admitted(slots, cursors.tolist()), dtype=np.int64)
 
     def _read(self, rows: Sequence[int], cursors: np.ndarray) -> Samples:
         return self.stream.read(self.slots[list(rows)].tolist(), cursors.tolist()).to(self.device)
@@ -79,8 +85,9 @@ class SlotGroup:
         *ended, masked = self._report.tolist()
         rows = [row for row, flag in enumerate(ended) if flag]
         if rows:
-            self.cursors[rows] += 1
-            fresh = self._read(rows, self.cursors[rows] + 1)
+            self.cursors[rows] = self.next_cursors[rows]
+            self.next_cursors[rows] = self._admitted(rows, self.cursors[rows] + 1)
+            fresh = self._read(rows, self.next_cursors[rows])
             where = torch.tensor(rows).to(self.device)
             for old, new in zip(vars(self.following).values(), vars(fresh).values(), strict=True):
                 old.index_copy_(0, where, new)
@@ -107,6 +114,7 @@ class SlotGroup:
         mean_stage = (stage * live).sum() / live.sum()
         self.statistics += torch.stack([share.double().mean(), mean_stage.double(), ended.double().sum()])
         state = fresh if then is not now else state.replaced(ended, fresh)
+        self.trained_ids = self.samples.ids
         self.samples = self.samples.replaced(ended, self.following)
         self._enter(state, ended)
 
@@ -120,16 +128,21 @@ class SlotGroup:
             "stage": self.state.stage.cpu().numpy(),
         }
 
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from what `state_dict` returned for the same slots."""
+    def load_state_dict(self, state: dict[str, np.ndarray], step: int) -> None:
+        """Go on with `step` from what `state_dict` returned for the same slots before it.
+
+        Chains of samples that are left out by now give way to new ones of the next sample.
+        """
         if not np.array_equal(state["slots"], self.slots):
             raise ValueError("the state belongs to other slots")
-        self._begin(state["cursors"].copy())
+        self._begin(state["cursors"])
         length = self.samples.tokens.shape[1]
         masked = np.unpackbits(state["masked"], axis=1, count=length).astype(bool)
         chains = ChainState(
             torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
         )
+        fresh = self.objectives.at(step).begin(self.samples, torch.zeros_like(chains.stage), step)
+        chains = chains.replaced(torch.from_numpy(self.cursors != state["cursors"]).to(self.device), fresh)
         self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
 
 

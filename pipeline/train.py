@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -29,33 +29,39 @@ from pipeline.model.batch import Vocabulary
 from pipeline.monitor.progress import Progress
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.sample_log import SampleLog
+from pipeline.monitor.stragglers import Stragglers
 from pipeline.optimizer import learning_rate
+from pipeline.resilience.guard import Guard
+from pipeline.resilience.signals import StopSignals
+from pipeline.resilience.skipped import SkipLog
+from pipeline.resilience.watchdog import Watchdog
 from pipeline.runtime import Engine, Launch, agree, build_engine, read_launch
 from pipeline.slots import SlotGroup, slots_of_rank
 
 
 def train_step(
-    engine: Engine, groups: Sequence[SlotGroup], rate: float, step: int
-) -> tuple[Tensor, Tensor | float]:
+    engine: Engine, groups: Sequence[SlotGroup], rate: float, step: int, guard: Guard | None = None
+) -> tuple[Tensor, Tensor]:
     """Run optimizer step `step` (1 is the first) of PUMA or any other objective, at learning rate `rate`.
 
     Returns:
-        This rank's loss [], the mean over its micro-batches, and the global gradient norm.
+        This rank's loss [], the mean over its micro-batches, and the global gradient norm [].
     """
-    losses = []
+    parts = []
     for group in groups:  # one a micro-batch, each with chains of its own
         batch = group.inputs(step)
         output = engine.forward(batch)
         group.advance(batch, output, step)  # the scores of this same forward: no second one
         engine.backward(output.loss)
-        losses.append(output.loss.detach())
-    return torch.stack(losses).mean(), engine.step(rate)
+        parts.append(output.loss.detach())
+    losses = torch.stack(parts)
+    return losses.mean(), engine.step(rate, guard.watch(engine, losses) if guard else None)
 
 
 class Run:
     """A run with everything that it holds open."""
 
-    def __init__(self, config: Config, launch: Launch, stack: ExitStack) -> None:
+    def __init__(self, config: Config, launch: Launch, signals: StopSignals, stack: ExitStack) -> None:
         """Build data, engine and chains, and go on from the newest checkpoint where there is one."""
         config = fit_micro_batch(config, launch)
         self.config = config
@@ -71,27 +77,28 @@ class Run:
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data)
-        stream = SlotStream(
+        self.stream = SlotStream(
             self.data.train, config.train.global_batch_size, config.train.seed, config.data.workers
         )
-        stack.callback(stream.close)
+        stack.callback(self.stream.close)
+        self.skip_log = SkipLog(self.folder, self.engine)
+        self.stream.exclude(self.skip_log.excluded())
         self.objectives = objectives.build(config, tokenizer.mask, self.data.has_padding)
         slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
-        self.groups = [SlotGroup(part, stream, self.objectives, launch.device) for part in slots]
+        self.groups = [SlotGroup(part, self.stream, self.objectives, launch.device) for part in slots]
         self.manifest = Manifest(
             FORMAT, 0, 0, launch.world_size, self.engine.layout, config.train.global_batch_size,
             vocabulary._asdict(), self.data.fingerprint,
         )  # fmt: skip
+        self.signals = signals
+        self.guard = Guard(config.guard, config.optimizer.gradient_clip, lambda: signals.received)
         self.resume()
-        total, done = config.train.steps, self.manifest.step
-        self.progress = Progress(total, done, "step", enabled=launch.rank == 0)
+        self.progress = Progress(config.train.steps, self.manifest.step, "step", enabled=launch.rank == 0)
         stack.callback(self.progress.close)
-        self.recorder = Recorder(self.folder, self.engine, self.groups, done + 1)
-        stack.callback(self.recorder.close)
-        self.sample_log: SampleLog | None = None
-        if config.train.log_samples:
-            self.sample_log = SampleLog(self.folder, self.engine, self.groups, stream, done + 1)
-            stack.callback(self.sample_log.close)
+        self.logs = stack.enter_context(ExitStack())
+        self.open_logs()
+        self.watchdog = Watchdog(config.watchdog, self.folder, launch.rank, config.engine.kind != "plain")
+        stack.callback(self.watchdog.close)
         self.saver = checkpoint.Saver(config, self.engine, self.groups, self.progress.say)
         stack.callback(self.saver.close)
 
@@ -109,12 +116,16 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
-        if found is None:
-            return
-        folder, saved = found
-        checkpoint.check_continues(folder, saved, self.manifest, self.config)
+        if found is not None:
+            checkpoint.check_continues(*found, self.manifest, self.config)
+            self.load(*found)
+
+    def load(self, folder: Path, saved: Manifest) -> None:
+        """Take up the state of a checkpoint."""
         checkpoint.load(folder, saved, self.engine, self.groups)
-        self.manifest.step = saved.step
+        self.advance_manifest(saved.step)
+        self.manifest.held_out_loss = saved.held_out_loss
+        self.guard.load_state_dict(saved.guard)
         if self.engine.launch.rank == 0:
             ranks = (
                 ""
@@ -123,25 +134,82 @@ class Run:
             )
             print(f"resumed from {folder} (step {saved.step}{ranks})", flush=True)
 
-    def train(self) -> None:
-        """Train to the last step, with logs, evaluations and checkpoints on the way."""
+    def open_logs(self) -> None:
+        """Open what is written step by step; what was written beyond the present step is dropped."""
+        self.logs.close()
+        first = self.manifest.step + 1
+        stragglers = Stragglers(self.engine, self.stream)
+        self.recorder = Recorder(self.folder, self.engine, self.groups, stragglers, first)
+        self.logs.callback(self.recorder.close)
+        self.sample_log: SampleLog | None = None
+        if self.config.train.log_samples:
+            self.sample_log = SampleLog(self.folder, self.engine, self.groups, self.stream, first)
+            self.logs.callback(self.sample_log.close)
+
+    def train(self) -> bool:
+        """Train on, with logs, evaluations and checkpoints on the way; say whether the last step is done.
+
+        It is not when a rank was asked to stop; the run is saved then.
+        """
         train = self.config.train
-        for step in range(self.manifest.step + 1, train.steps + 1):
+        if self.manifest.step and self.manifest.held_out_loss is None:
+            self.evaluate()  # a stop has cut it short, if it was due
+        while self.manifest.step < train.steps and not self.guard.stop:
+            step = self.manifest.step + 1
+            self.watchdog.enter("step")
             if self.sample_log is not None:
                 self.sample_log.write(step)
             rate = learning_rate(step, train.steps, self.config.optimizer.learning_rate, self.config.schedule)
-            loss, norm = train_step(self.engine, self.groups, rate, step)
+            loss, norm = train_step(self.engine, self.groups, rate, step, self.guard)
+            self.watchdog.enter("bookkeeping")
             self.advance_manifest(step)
             self.recorder.collect(step, loss, norm, rate)
+            if self.guard.problem is not None and self.refuse(step, self.guard.problem):
+                continue
             self.progress.advance(step)
-            last = step == train.steps
-            if last or step % train.log_interval == 0:
+            if step % train.log_interval == 0 or step == train.steps:
                 self.log()
-            if self.data.valid is not None and self.due(self.config.evaluation.interval, step):
-                self.evaluate(self.data.valid)
-            if last or step % self.config.checkpoint.interval == 0:
+            self.evaluate()
+            if self.due(self.config.checkpoint.interval, step) or self.guard.stop:
                 self.save()
+        self.watchdog.enter("save")
         self.saver.wait()
+        return self.manifest.step == train.steps
+
+    def refuse(self, step: int, problem: str) -> bool:
+        """Note a step whose update the guard has refused; say whether the run had to go back for it."""
+        ids = torch.full((self.stream.slots,), -1, device=self.engine.launch.device)
+        for group in self.groups:
+            ids[group.numbers] = group.trained_ids
+        samples = [self.stream.index(position) for position in self.engine.max_over_ranks(ids).tolist()]
+        in_a_row = self.guard.in_a_row
+        self.skip_log.skip(step, problem, samples, in_a_row)
+        self.progress.say(f"step {step} skipped: {problem} ({in_a_row} in a row, see {self.skip_log.path})")
+        if in_a_row < self.config.guard.skips_before_rollback:
+            return False
+        self.roll_back(step)
+        return True
+
+    def roll_back(self, step: int) -> None:
+        """Go back to the newest checkpoint, and leave out the samples of the steps that were refused."""
+        self.watchdog.enter("rollback")
+        self.saver.wait()
+        found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
+        limit = self.config.guard.max_rollbacks
+        if found is None or self.skip_log.rollbacks_to(found[1].step) >= limit:
+            before = "no checkpoint exists" if found is None else f"{found[0]} was gone back to {limit} times"
+            raise cli.Failure(
+                f"{self.guard.in_a_row} steps in a row were refused up to step {step}, and {before} "
+                f"(guard.max_rollbacks): {self.guard.problem}. See {self.skip_log.path}; a lower "
+                "optimizer.learning_rate or optimizer.gradient_clip may help."
+            )
+        self.skip_log.roll_back(step, found[1].step)
+        self.stream.exclude(self.skip_log.excluded())
+        self.load(*found)
+        self.open_logs()
+        self.progress.say(
+            f"went back from step {step} to {found[0]}, without the samples of the skipped steps"
+        )
 
     def advance_manifest(self, step: int) -> None:
         """Bring the facts of the next checkpoint up to a step that was just trained."""
@@ -150,41 +218,63 @@ class Run:
         self.manifest.held_out_loss = None
 
     def due(self, interval: int, step: int) -> bool:
-        """Say whether something done every `interval` steps (0: never), and at the last one, is due."""
-        return interval > 0 and (step == self.config.train.steps or step % interval == 0)
+        """Say whether something done every `interval` steps (0: never), and at the last one, is due.
+
+        Within a row of refused steps it is not: they may end in a return to the checkpoint before.
+        """
+        last = step == self.config.train.steps
+        return interval > 0 and (last or (step % interval == 0 and not self.guard.in_a_row))
+
+    def stopped(self) -> bool:
+        """Say whether a rank was asked to stop; every rank calls this."""
+        received = torch.tensor([float(self.signals.received)], device=self.engine.launch.device)
+        self.guard.stop = self.guard.stop or bool(self.engine.max_over_ranks(received))
+        return self.guard.stop
 
     def log(self) -> None:
         """Fetch, write and show the figures of the steps since the last time."""
         samples = self.config.train.global_batch_size
-        values = self.recorder.flush(samples, samples * self.config.data.sequence_length)
+        tokens = samples * self.config.data.sequence_length
+        values = self.recorder.flush(samples, tokens, self.skip_log.skipped())
         self.progress.report(
             f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
             f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
         )
 
-    def evaluate(self, valid: SampleDataset) -> None:
-        """Measure and write the held-out loss, of the averaged weights too where they are kept."""
+    def evaluate(self) -> None:
+        """If it is due, measure and write the held-out loss, of the averaged weights too where they are kept.
+
+        A rank that is asked to stop cuts it short; it is made up for when the run goes on.
+        """
+        step, valid = self.manifest.step, self.data.valid
+        if valid is None or not self.due(self.config.evaluation.interval, step):
+            return
+        self.watchdog.enter("evaluation")
         losses = {"held_out/loss": self.held_out_loss(valid)}
         if self.config.optimizer.ema_decay is not None:
             with self.engine.averaged_weights():
                 losses["held_out/ema_loss"] = self.held_out_loss(valid)
-        self.manifest.held_out_loss = losses.get("held_out/ema_loss", losses["held_out/loss"])
-        self.recorder.write(self.manifest.step, losses)
-        facts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.progress.say(f"step {self.manifest.step}: {facts} nats a masked token")
+        measured = {name: loss for name, loss in losses.items() if loss is not None}
+        if len(measured) == len(losses):
+            self.manifest.held_out_loss = measured.get("held_out/ema_loss", measured["held_out/loss"])
+            self.recorder.write(step, measured)
+            facts = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items())
+            self.progress.say(f"step {step}: {facts} nats a masked token")
         self.recorder.restart_clock()
 
-    def held_out_loss(self, valid: SampleDataset) -> float:
-        """Return the loss on the validation samples with the weights as they are."""
+    def held_out_loss(self, valid: SampleDataset) -> float | None:
+        """Return the loss on the validation samples with the weights as they are; nothing after a stop."""
         samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
-        objective = self.objectives.at(self.manifest.step).held_out()
-        return held_out_loss(self.engine, valid, samples, batch_size, objective, self.manifest.step)
+        step, objective = self.manifest.step, self.objectives.at(self.manifest.step).held_out()
+        return held_out_loss(self.engine, valid, samples, batch_size, objective, step, self.stopped)
 
     def save(self) -> None:
         """Save the run, with all figures up to this step in their files first."""
+        self.watchdog.enter("save")
         if self.recorder.pending:
             self.log()
         self.recorder.sync()
+        self.manifest.guard = self.guard.state_dict()
         self.saver.save(self.manifest)
         self.recorder.restart_clock()
 
@@ -222,17 +312,22 @@ def check_validation(config: Config, data: Datasets) -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the command line says."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; return the exit code."""
     config = configuration.load(sys.argv[1:] if arguments is None else arguments)
     launch = read_launch(config)
     with ExitStack() as stack:
-        run = Run(config, launch, stack)
+        signals = stack.enter_context(closing(StopSignals()))
+        run = Run(config, launch, signals, stack)
         if launch.rank == 0:
             with replacing(run.folder / "config.yaml") as file:
                 file.write(configuration.to_yaml(config).encode())
-        run.train()
+        if not run.train():
+            run.progress.say(f"stopped after step {run.manifest.step} and saved: the same command goes on")
+            signals.ignore()
+            return cli.EXIT_REQUEUE
         run.progress.say(f"done: {config.train.steps} steps, checkpoints in {run.folder / 'checkpoints'}")
+        return cli.EXIT_DONE
 
 
 if __name__ == "__main__":

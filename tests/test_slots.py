@@ -10,6 +10,7 @@ import pytest
 import torch
 from synthetic import Pairs
 
+from pipeline.cli import Failure
 from pipeline.config import Config, ObjectiveConfig, TrainConfig
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import HeadOutput, MaskedBatch
@@ -123,7 +124,7 @@ def test_a_saved_group_goes_on_exactly(config: ObjectiveConfig, steps: int) -> N
     for number in range(1, steps + 1):
         step(first, number)
     second = make([2, 3, 4, 5], 8, config)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(first.state_dict(), steps + 1)
     for number in range(steps + 1, steps + 31):
         one, two = step(first, number), step(second, number)
         assert one.input_ids.equal(two.input_ids)
@@ -135,4 +136,29 @@ def test_a_saved_group_goes_on_exactly(config: ObjectiveConfig, steps: int) -> N
 def test_a_state_of_other_slots_is_refused() -> None:
     state = make([0, 1], 8, RANDOM).state_dict()
     with pytest.raises(ValueError, match="other slots"):
-        make([2, 3], 8, RANDOM).load_state_dict(state)
+        make([2, 3], 8, RANDOM).load_state_dict(state, 1)
+
+
+@pytest.mark.parametrize("config", [PUMA, RANDOM], ids=["puma", "random"])
+def test_excluded_samples_never_come_again(config: ObjectiveConfig) -> None:
+    """From a saved state on: chains of such samples are replaced, every other sample is still used."""
+    first = make(list(range(8)), 8, config)
+    for number in range(1, 8):
+        step(first, number)
+    state = first.state_dict()
+    now = [first.stream.index(position) for position in first.samples.ids.tolist()]
+    excluded = {now[0], now[3], (now[0] + 1) % SIZE}
+    second = make(list(range(8)), 8, config)
+    second.stream.exclude(excluded)
+    second.load_state_dict(state, 8)
+    kept = [row for row, sample in enumerate(now) if sample not in excluded]
+    assert second.state.masked[kept].equal(first.state.masked[kept]), "other chains go on where they were"
+    seen = set()
+    for number in range(8, 200):
+        seen |= set((step(second, number).input_ids[:, 0] - 100).tolist())
+    assert seen == set(range(SIZE)) - excluded
+
+
+def test_too_many_excluded_samples_are_refused() -> None:
+    with pytest.raises(Failure, match="left out as harmful"):
+        make([0], 8, RANDOM).stream.exclude(range(SIZE // 2 + 1))

@@ -103,7 +103,7 @@ def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[Slot
     agree(engine, problem)
     engine.load(folder / "model", manifest.layout)
     for group, state in zip(groups, states, strict=True):
-        group.load_state_dict(state)
+        group.load_state_dict(state, manifest.step + 1)
 
 
 def _states_of_slots(

@@ -33,6 +33,7 @@ class Manifest:
         vocabulary: the fields of a Vocabulary.
         data_fingerprint: identity of the samples and their order.
         held_out_loss: measured at this very step, or none.
+        guard: what the guard compares the next steps with, see `Guard.state_dict`.
         versions: packages that wrote it.
         files: every other file of the folder, by its path in it.
     """
@@ -46,6 +47,7 @@ class Manifest:
     vocabulary: dict[str, int]
     data_fingerprint: str
     held_out_loss: float | None = None
+    guard: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
     files: dict[str, FileFacts] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from pipeline.config.data import DataConfig
 from pipeline.config.loading import Config, build_parser, load, to_yaml
 from pipeline.config.model import ModelConfig
 from pipeline.config.objective import ObjectiveConfig
+from pipeline.config.resilience import GuardConfig, WatchdogConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
 from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -18,12 +19,14 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ProfilingConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "WatchdogConfig",
     "build_parser",
     "load",
     "to_yaml",

@@ -17,6 +17,7 @@ from pipeline.config.checks import require
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.objective import ObjectiveConfig
+from pipeline.config.resilience import GuardConfig, WatchdogConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
 from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -40,6 +41,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def check(self) -> None:
@@ -52,6 +55,8 @@ class Config:
         self.checkpoint.check(self.evaluation.interval)
         self.evaluation.check()
         self.engine.check(self.model, self.data.sequence_length)
+        self.guard.check()
+        self.watchdog.check()
         self.profiling.check(self.engine.kind)
 
 

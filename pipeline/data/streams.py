@@ -7,11 +7,13 @@ begun, its cursor, is all that has to be remembered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from pipeline.cli import Failure
 from pipeline.data.batch import Array, SampleDataset, Samples, stack_samples
 
 _ROUNDS = 4
@@ -61,6 +63,8 @@ class SlotStream:
         self.size = len(dataset)
         self._permutations: dict[int, Permutation] = {}
         self._ahead: dict[int, Future[dict[str, Array]]] = {}
+        self._waited = 0.0
+        self._excluded: frozenset[int] = frozenset()
         self._pool = ThreadPoolExecutor(workers, "samples") if workers else None
 
     def index(self, position: int) -> int:
@@ -70,11 +74,34 @@ class SlotStream:
             self._permutations[epoch] = Permutation(self.size, self.seed, epoch)
         return self._permutations[epoch](offset)
 
+    def exclude(self, samples: Iterable[int]) -> None:
+        """Leave out these samples of every epoch from now on; slots go on to the next of their sub-stream.
+
+        Raises:
+            Failure: when half of the samples or more would be left out: it is not they who are to blame.
+        """
+        self._excluded = frozenset(samples)
+        if 2 * len(self._excluded) >= self.size:
+            raise Failure(
+                f"{len(self._excluded)} of {self.size} training samples would be left out as harmful: look "
+                "for another cause (skipped.jsonl of the run, the learning rate, a defective GPU)."
+            )
+
+    def admitted(self, slots: Sequence[int], cursors: Sequence[int]) -> list[int]:
+        """Return for each slot the first cursor, from `cursors` on, whose sample is not left out."""
+        admitted = []
+        for slot, cursor in zip(slots, cursors, strict=True):
+            while self._excluded and self.index(slot + cursor * self.slots) in self._excluded:
+                cursor += 1
+            admitted.append(cursor)
+        return admitted
+
     def _read(self, position: int) -> dict[str, Array]:
         return self.dataset[self.index(position)]
 
     def read(self, slots: Sequence[int], cursors: Sequence[int]) -> Samples:
         """Return the samples at `cursors` of `slots`, on the CPU, and begin to read those that follow."""
+        began = time.perf_counter()
         positions = [s + c * self.slots for s, c in zip(slots, cursors, strict=True)]
         rows = []
         for position in positions:
@@ -83,7 +110,14 @@ class SlotStream:
             if self._pool is not None:
                 following = position + self.slots
                 self._ahead[following] = self._pool.submit(self._read, following)
-        return stack_samples(rows, positions)
+        samples = stack_samples(rows, positions)
+        self._waited += time.perf_counter() - began
+        return samples
+
+    def take_waited(self) -> float:
+        """Return the seconds that `read` has taken since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def close(self) -> None:
         """Stop the reading threads."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
-from pipeline.cli import UserError
 from pipeline.ema import Piece
+
+REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it waits for the norm and skips the step
 
 
 class Shards(Protocol):
@@ -23,21 +25,17 @@ class Shards(Protocol):
     def publish(self) -> None:
         """Make the forward pass use `weights` as they are now; every rank calls this."""
 
+    def judge(self, accept: Callable[[Tensor], bool]) -> None:
+        """Let `accept` decide on each update by the global gradient norm [].
 
-def find_shards(optimizer: Any, stage: int, path: str) -> Shards:
-    """Return the shards of DeepSpeed's `optimizer` for a ZeRO stage; `path` names its settings in errors.
+        A norm that is not finite reaches it as one that is infinite or negative. A refused step leaves
+        weights and optimizer state as they were.
+        """
 
-    Raises:
-        UserError: where the weights are not in memory.
-    """
-    if stage < 3:
-        return _OptimizerShards(optimizer)
-    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
-        raise UserError(
-            f"optimizer.ema_decay needs the weights in memory, but {path} keeps them on NVMe: offload to "
-            "'cpu' instead, or set optimizer.ema_decay to null."
-        )
-    return _ParameterShards(optimizer)
+
+def find_shards(optimizer: Any, stage: int) -> Shards:
+    """Return the shards of DeepSpeed's `optimizer` for a ZeRO stage."""
+    return _OptimizerShards(optimizer) if stage < 3 else _ParameterShards(optimizer)
 
 
 class _OptimizerShards:
@@ -62,6 +60,18 @@ class _OptimizerShards:
 
     def publish(self) -> None:
         self.optimizer.update_lp_params()
+
+    def judge(self, accept: Callable[[Tensor], bool]) -> None:
+        norm_of = self.optimizer.scaled_global_norm
+
+        def judged(**options: Any) -> Tensor:
+            norm: Tensor = norm_of(**options)
+            return norm if accept(norm) else norm.new_tensor(REFUSED)
+
+        self.optimizer.scaled_global_norm = judged
+        # The norm shows what is not finite; a pass over all gradients before it would keep it from us.
+        self.optimizer.check_grad_overflow = True
+        self.optimizer.check_overflow = lambda **_: None
 
 
 class _ParameterShards:
@@ -91,3 +101,12 @@ class _ParameterShards:
         for number in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
         self.optimizer.checkpoint_event_epilogue()  # gathers the small ones that are always kept whole
+
+    def judge(self, accept: Callable[[Tensor], bool]) -> None:
+        norms_of = self.optimizer._get_norm_groups
+
+        def judged() -> list[Tensor]:
+            norms: list[Tensor] = norms_of()
+            return norms if accept(combine_grad_norm_groups(norms)) else [norms[0].new_tensor(REFUSED)]
+
+        self.optimizer._get_norm_groups = judged

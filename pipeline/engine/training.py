@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,16 @@ class DeepSpeedEngine:
         self.profiler = Profiler(config, self.engine)
         self.snapshots = SnapshotWriter(self.engine)
         self.layout = f"zero{self.engine.zero_optimization_stage()} on {launch.world_size} ranks"
+        self.shards = find_shards(self.engine.optimizer, zero["stage"])
+        self.shards.judge(self._accept)
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
-            self.shards = find_shards(self.engine.optimizer, zero.get("stage", 0), str(path))
+            for part in ("optimizer", "param"):
+                if zero.get(f"offload_{part}", {}).get("device") == "nvme":
+                    raise UserError(
+                        f"optimizer.ema_decay needs the weights in memory, but {path} has "
+                        f"offload_{part}.device = 'nvme': set it to 'cpu', or optimizer.ema_decay to null."
+                    )
             weights, pieces = self.shards.weights(), self.shards.pieces(names)
             self.average = WeightAverage(config.optimizer.ema_decay, weights, pieces)
 
@@ -78,16 +85,21 @@ class DeepSpeedEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def step(self, learning_rate: float) -> Tensor | float:
+    def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         """See `Engine`."""
+        self.accept = accept
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         if self.average is not None and self.engine.was_step_applied():
             self.average.update()
-        norm: Tensor | float = self.engine.get_global_grad_norm()
         self.profiler.end_step()
-        return norm
+        return self.norm
+
+    def _accept(self, norm: Tensor) -> bool:
+        """Pass on DeepSpeed's question whether to update the weights."""
+        self.norm = norm
+        return self.accept is None or self.accept(norm)
 
     @torch.no_grad()
     def evaluate(self, batch: MaskedBatch) -> HeadOutput:
@@ -112,6 +124,12 @@ class DeepSpeedEngine:
         total = values.clone()
         torch.distributed.all_reduce(total)
         return total
+
+    def max_over_ranks(self, values: Tensor) -> Tensor:
+        """See `Engine`."""
+        highest = values.clone()
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        return highest
 
     def barrier(self) -> None:
         """See `Engine`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from pipeline.data.batch import SampleDataset, stack_samples
@@ -10,8 +12,14 @@ from pipeline.runtime import Engine
 
 
 def held_out_loss(
-    engine: Engine, dataset: SampleDataset, samples: int, batch_size: int, objective: Objective, step: int
-) -> float:
+    engine: Engine,
+    dataset: SampleDataset,
+    samples: int,
+    batch_size: int,
+    objective: Objective,
+    step: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Return the mean over sequences of the mean NLL (nats) at the positions that `objective` masks.
 
     With n ~ U{1..L_eff} random positions its expectation over masks is the bound on the negative
@@ -25,10 +33,16 @@ def held_out_loss(
         batch_size: sequences a forward.
         objective: what masks them, one input for each sample (`Objective.held_out`).
         step: the optimizer step that the model has come to.
+        stopped: asked before every forward whether to give up; all ranks must answer alike.
+
+    Returns:
+        The loss; nothing when it was given up.
     """
     launch, count = engine.launch, min(samples, len(dataset))
     total = torch.zeros(2, dtype=torch.float64, device=launch.device)
     for start in range(0, count, batch_size * launch.data_size):
+        if stopped():
+            return None
         first = start + launch.data_rank * batch_size
         indices = range(first, first + batch_size)
         counted = torch.tensor([i < count for i in indices], device=launch.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.files import keep_lines
+from pipeline.monitor.stragglers import Stragglers
 from pipeline.runtime import Engine
 from pipeline.slots import SlotGroup
 
@@ -20,17 +21,21 @@ METRICS_FILE = "metrics.jsonl"
 class Recorder:
     """Collects values on the device every step, and fetches and writes them once an interval."""
 
-    def __init__(self, run_dir: Path, engine: Engine, groups: list[SlotGroup], first_step: int) -> None:
+    def __init__(
+        self, run_dir: Path, engine: Engine, groups: list[SlotGroup], stragglers: Stragglers, first_step: int
+    ) -> None:
         """Open the files; what an interrupted run wrote from `first_step` on is dropped.
 
         Args:
             run_dir: folder of the run.
             engine: what the steps run on.
             groups: where the chains' statistics come from.
+            stragglers: what compares the ranks.
             first_step: the step that comes next.
         """
         self.engine = engine
         self.groups = groups
+        self.stragglers = stragglers
         self.pending: list[tuple[int, Tensor, Tensor | float, float]] = []
         self.since = time.monotonic()
         self.writer: SummaryWriter | None = None
@@ -43,7 +48,7 @@ class Recorder:
         """Remember a step; `loss` [] is this rank's mean over its micro-batches, still on the device."""
         self.pending.append((step, loss, gradient_norm, learning_rate))
 
-    def flush(self, samples: int, tokens: int) -> dict[str, float]:
+    def flush(self, samples: int, tokens: int, skipped: int) -> dict[str, float]:
         """Write the steps collected since the last flush, and return the figures of the interval.
 
         Every rank calls this: it waits for the device once, and reduces once.
@@ -51,17 +56,19 @@ class Recorder:
         Args:
             samples: sequences of a step, over all ranks.
             tokens: tokens of a step, over all ranks.
+            skipped: steps that the guard has refused since the run began.
         """
         steps = len(self.pending)
         losses = torch.stack([loss for _, loss, _, _ in self.pending]).double()
         chains = torch.stack([group.statistics for group in self.groups]).sum(dim=0)
         world_size = self.engine.launch.world_size
-        total = self.engine.sum_over_ranks(torch.cat([losses, chains])).tolist()
+        ranks = self.stragglers.measure(steps)
+        total = self.engine.sum_over_ranks(torch.cat([losses, chains, ranks])).tolist()
         for group in self.groups:
             group.statistics.zero_()
         rate = steps / (time.monotonic() - self.since)
         self.since = time.monotonic()
-        masked, stage, ended = total[steps:]
+        (masked, stage, ended), measured = total[steps : steps + 3], total[steps + 3 :]
         batches = steps * len(self.groups) * world_size
         interval = {
             "masked_fraction": masked / batches,
@@ -69,6 +76,8 @@ class Recorder:
             "chains_ended_per_step": ended / steps / self.engine.launch.sequence_size,
             "samples_per_second": rate * samples,
             "tokens_per_second": rate * tokens,
+            "skipped_steps": skipped,
+            **self.stragglers.figures(measured),
         }
         last: dict[str, float] = {}
         for (step, _, norm, rate_now), loss in zip(self.pending, total, strict=False):

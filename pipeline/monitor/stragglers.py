@@ -1,0 +1,68 @@
+"""Which rank holds the others up.
+
+Under ZeRO-3 the ranks wait for each other in every layer: all have the same time a step, and it names
+nobody. So each rank measures what it does alone: how long it waited for its samples, and how long its device
+takes for a fixed matrix product, right after training steps, when it is as warm as in them.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from pipeline.data.streams import SlotStream
+from pipeline.runtime import Engine
+
+MEASURES = ("data_wait", "compute_probe")  # seconds a step, seconds a probe
+_PRODUCTS = 4
+
+
+class Stragglers:
+    """Measures this rank, and compares all of them."""
+
+    def __init__(self, engine: Engine, stream: SlotStream) -> None:
+        """Prepare the probe."""
+        self.launch = engine.launch
+        self.stream = stream
+        on_gpu = self.launch.device.type == "cuda"
+        size, dtype = (4096, torch.bfloat16) if on_gpu else (256, torch.float32)
+        self.matrix = torch.full((size, size), 1.0 / size, dtype=dtype, device=self.launch.device)
+        self._probe()  # the first product loads the library
+
+    def _probe(self) -> float:
+        """Return the seconds that the device takes for the products."""
+        if self.launch.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        product = self.matrix
+        for _ in range(_PRODUCTS):
+            product = product @ self.matrix
+        if self.launch.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def measure(self, steps: int) -> Tensor:
+        """Return a [2 x ranks] float64 tensor to be summed over the ranks: each fills in its own measures.
+
+        Args:
+            steps: since the last call.
+        """
+        mine = torch.zeros(len(MEASURES), self.launch.world_size, dtype=torch.float64)
+        mine[:, self.launch.rank] = torch.tensor([self.stream.take_waited() / steps, self._probe()])
+        return mine.flatten().to(self.launch.device)
+
+    def figures(self, measured: list[float]) -> dict[str, float]:
+        """Return the slowest rank, its figure and the median by name, from `measure` summed over ranks."""
+        figures: dict[str, float] = {}
+        for row, name in enumerate(MEASURES):
+            values = measured[row * self.launch.world_size : (row + 1) * self.launch.world_size]
+            slowest = max(range(len(values)), key=values.__getitem__)
+            figures |= {
+                f"ranks/{name}_slowest": values[slowest],
+                f"ranks/{name}_median": median(values),
+                f"ranks/{name}_slowest_rank": slowest,
+            }
+        return figures

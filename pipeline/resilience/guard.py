@@ -1,0 +1,130 @@
+"""The guard: an update that would harm the weights is not made, on no rank.
+
+Before an update all ranks exchange one small tensor, the worst loss of any micro-batch and whether a rank was
+asked to stop; the gradient norm is global already. So all ranks judge by the same numbers and need no further
+word. They are read on the host, where DeepSpeed waits for the norm in any case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import GuardConfig
+from pipeline.runtime import Engine
+
+WINDOW = 128  # steps that a new one is compared with
+FEWEST = 32  # with fewer, only what is not finite is refused
+_MAD_TO_DEVIATION = 1.4826  # of a normal distribution
+_LEAST_DEVIATION = 0.1  # of a gradient norm, as a share of the median
+_LEAST_JUMP = 1.0  # of a loss, in nats: near 0 any change is many deviations
+
+
+class Guard:
+    """Judges each step before its update.
+
+    Attributes:
+        in_a_row: steps that were refused one after the other, up to the last one.
+        problem: why the last step was refused; None when it was not.
+        stop: whether a rank was asked to stop, as of the last step.
+    """
+
+    def __init__(
+        self, config: GuardConfig, gradient_clip: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Begin without a history.
+
+        Args:
+            config: the limits.
+            gradient_clip: ``optimizer.gradient_clip``: a norm that clipping would leave alone is no spike.
+            stop_requested: whether this rank was asked to stop.
+        """
+        self.config = config
+        self.gradient_clip = gradient_clip
+        self.stop_requested = stop_requested
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+        self.in_a_row = 0
+        self.problem: str | None = None
+        self.stop = False
+
+    def watch(self, engine: Engine, losses: Tensor) -> Callable[[Tensor], bool]:
+        """Begin to judge a step; every rank calls this after its last backward.
+
+        Args:
+            engine: what the ranks exchange by.
+            losses: this rank's loss of each micro-batch [G].
+
+        Returns:
+            What the engine asks with the global gradient norm [] whether to update the weights.
+        """
+        worst = torch.nan_to_num(losses.detach().double(), math.inf, math.inf, math.inf).max()
+        facts = torch.stack([worst, worst.new_full((), float(self.stop_requested()))])
+        agreed = engine.max_over_ranks(facts)
+
+        def accept(norm: Tensor) -> bool:
+            loss, stop, size = torch.cat([agreed, norm.double().reshape(1)]).tolist()
+            self.stop = bool(stop)
+            return self.judge(loss, size)
+
+        return accept
+
+    def judge(self, loss: float, norm: float) -> bool:
+        """Say whether a step with this worst loss (nats) and gradient norm is sound, and remember it."""
+        self.problem = self._problem(loss, norm)
+        for history, value in ((self.losses, loss), (self.norms, norm)):
+            if _is_finite(value):  # spikes too: what is not a spike any more must become the rule
+                history.append(value)
+        if self.problem is None:
+            self.in_a_row = 0
+        else:
+            self.in_a_row += 1
+        return self.problem is None
+
+    def _problem(self, loss: float, norm: float) -> str | None:
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not _is_finite(value):
+                return f"the {name} is not finite"
+        if self.config.spike_limit == 0 or len(self.losses) < FEWEST:
+            return None
+        limit = self.config.spike_limit
+        highest = _median(self.losses) + max(limit * _deviation(self.losses), _LEAST_JUMP)
+        if loss > highest:
+            return f"the loss of a micro-batch is {loss:.4g}, above {highest:.4g}"
+        middle = _median(self.norms)
+        deviation = max(_deviation(self.norms), _LEAST_DEVIATION * middle)
+        highest = max(middle + limit * deviation, self.gradient_clip)
+        if norm > highest:
+            return f"the gradient norm is {norm:.4g}, above {highest:.4g}"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to judge alike, as JSON has it."""
+        return {"losses": list(self.losses), "norms": list(self.norms)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; an empty one begins anew."""
+        self.losses = deque(state.get("losses", []), WINDOW)
+        self.norms = deque(state.get("norms", []), WINDOW)
+        self.in_a_row = 0
+        self.problem = None
+
+
+def _is_finite(value: float) -> bool:
+    return math.isfinite(value) and value >= 0  # DeepSpeed's sign for a norm that is not finite is -1
+
+
+def _median(values: Sequence[float] | deque[float]) -> float:
+    return float(np.median(values))
+
+
+def _deviation(values: deque[float]) -> float:
+    """Return the standard deviation as the median absolute deviation estimates it: outliers do not count."""
+    middle = _median(values)
+    return _MAD_TO_DEVIATION * _median([abs(value - middle) for value in values])

@@ -1,0 +1,64 @@
+"""What the guard refused: RUN/skipped.jsonl, for people to read and for the run to leave out bad samples.
+
+A line a skipped step: ``{"step": 120, "problem": "the loss is not finite", "samples": [3, 17]}``, and a line
+a rollback: ``{"step": 124, "rollback_to": 100, "excluded": [3, 17]}``. Samples are numbered as in the
+training split (tools/inspect_data.py). The file outlives the checkpoints: what was left out stays left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from pipeline.files import keep_lines
+from pipeline.runtime import Engine
+
+SKIPPED_FILE = "skipped.jsonl"
+
+
+class SkipLog:
+    """The file, and what it says; the first rank reads and writes it for all."""
+
+    def __init__(self, run_dir: Path, engine: Engine) -> None:
+        """Read what earlier processes of the run left; every rank calls this."""
+        self.path = run_dir / SKIPPED_FILE
+        self.writes = engine.launch.rank == 0
+        self.streak: list[int] = []
+        entries: list[dict[str, Any]] = []
+        if self.writes and self.path.exists():
+            keep_lines(self.path, lambda _: True)  # half a line of a killed process goes
+            entries = [orjson.loads(line) for line in self.path.read_bytes().splitlines()]
+        self.entries = engine.all_gather(entries)[0]
+
+    def skipped(self) -> int:
+        """Return how many steps were skipped since the run began."""
+        return sum("problem" in entry for entry in self.entries)
+
+    def excluded(self) -> set[int]:
+        """Return the samples that are left out."""
+        return {sample for entry in self.entries for sample in entry.get("excluded", [])}
+
+    def rollbacks_to(self, step: int) -> int:
+        """Return how often the run went back to the checkpoint of `step`."""
+        return sum(entry.get("rollback_to") == step for entry in self.entries)
+
+    def skip(self, step: int, problem: str, samples: Sequence[int], in_a_row: int) -> None:
+        """Note a skipped step, the `in_a_row`-th one after another, with the samples that were in it."""
+        self.streak = [*samples] if in_a_row == 1 else [*self.streak, *samples]
+        self._write({"step": step, "problem": problem, "samples": sorted(set(samples))})
+
+    def roll_back(self, step: int, to: int) -> None:
+        """Note that the run goes back from `step` to `to`, without the samples of the steps skipped last."""
+        self._write({"step": step, "rollback_to": to, "excluded": sorted(set(self.streak))})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        if self.writes:
+            with self.path.open("ab") as file:
+                file.write(orjson.dumps(entry) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())

@@ -1,0 +1,113 @@
+"""The watchdog: when nothing moves any more, a rank says where it stands and ends, whatever holds it.
+
+A rank that hangs makes all others wait for it in a collective. Each has a watchdog thread of its own, so all
+of them report and leave, none keeps its GPU, and the same command can go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from pipeline.cli import EXIT_REQUEUE
+from pipeline.config import WatchdogConfig
+
+FOLDER = "watchdog"
+_REPORT_WITHIN = 60  # seconds; a report that hangs itself is cut off
+_REMEMBERED = 100  # durations of each phase
+
+
+class Watchdog:
+    """Measures what the main thread does, and ends the process when it takes far longer than before."""
+
+    def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int, enabled: bool = True) -> None:
+        """Prepare; nothing is limited before the first `enter`.
+
+        Args:
+            config: the limits.
+            run_dir: where reports go.
+            rank: of this process.
+            enabled: whether to watch; a process in a debugger stands still for long, and is well.
+        """
+        self.enabled = enabled and config.factor > 0
+        self.config = config
+        self.folder = run_dir / FOLDER
+        self.rank = rank
+        self.main = threading.get_ident()
+        self.durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
+        self.phase, self.since = "", time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def enter(self, phase: str) -> None:
+        """Say that the last phase is over and another one, or the same once more, begins."""
+        now = time.monotonic()
+        if self.phase:
+            self.durations[self.phase].append(now - self.since)
+        elif self.enabled:
+            self._thread.start()
+        self.phase, self.since = phase, now
+
+    def limit(self, phase: str) -> float:
+        """Return how many seconds a phase may take."""
+        known = self.durations[phase]
+        if not known:
+            return self.config.first
+        return max(self.config.minimum, self.config.factor * median(known))
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self.config.minimum / 4)):
+            phase, elapsed = self.phase, time.monotonic() - self.since
+            if elapsed > self.limit(phase):
+                try:
+                    self._report(phase, elapsed)
+                finally:
+                    os._exit(EXIT_REQUEUE)
+
+    def _report(self, phase: str, elapsed: float) -> None:
+        """Write the stacks of all threads, and what NCCL knows, to the run folder and to stderr."""
+        faulthandler.dump_traceback_later(_REPORT_WITHIN, exit=True)
+        path = self.folder / f"rank_{self.rank:05d}.txt"
+        headline = (
+            f"rank {self.rank}: no end of {phase} after {elapsed:.0f} s, limit {self.limit(phase):.0f} s. "
+            f"It is {self._whereabouts()}. Ending with exit code {EXIT_REQUEUE}: the same command goes on. "
+            f"Stacks: {path}"
+        )
+        print(headline, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the file system may be what hangs or fails
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {headline}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+                trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+                path.with_suffix(".nccl.pickle").write_bytes(trace)
+
+    def _whereabouts(self) -> str:
+        """Return the function of ours, and the collective, that the main thread is in."""
+        ours = collective = ""
+        frame = sys._current_frames().get(self.main)
+        while frame is not None:  # from the innermost outwards
+            module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+            if not ours and (module.startswith("pipeline.") or module == "__main__"):
+                ours = f"{module}.{name}, line {frame.f_lineno}"
+            if not ours and module.startswith(("torch.distributed.", "deepspeed.comm.")):
+                collective = name  # ends as the outermost: the collective as it was called
+            frame = frame.f_back
+        return f"in {ours or 'no function of ours'}" + (f", waiting in {collective}" if collective else "")

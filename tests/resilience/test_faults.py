@@ -1,0 +1,85 @@
+"""Faults injected on one rank of two, in the program as users run it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import run_program
+from runs import command, curve
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]
+FAULTY = str(Path(__file__).with_name("faulty.py"))
+QUIET = "--evaluation.interval 0 --train.log_samples true --optimizer.ema_decay 0.9".split()
+
+
+def start_faulty(faults: dict[str, Any], data: Path, run_dir: Path, *more: str) -> Any:
+    """Train on two ranks with faults; return the finished process."""
+    return run_program(FAULTY, json.dumps(faults), *command(data, run_dir, *QUIET, *more), ranks=2)
+
+
+def entries(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "skipped.jsonl").read_text().splitlines()]
+
+
+def samples_of(run_dir: Path) -> dict[int, list[int]]:
+    """Return the samples of each step over both ranks, from the logs of the ranks."""
+    samples: dict[int, list[int]] = {}
+    for rank in range(2):
+        for line in (run_dir / f"samples/rank_{rank:05d}.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            samples.setdefault(entry["step"], []).extend(sample for _, sample in entry["samples"])
+    return samples
+
+
+def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
+    """NaN, a spike of the loss and one of the gradient on rank 1 alone: both ranks skip, nothing changes.
+
+    faulty.py compares weights, moments and average before and after each refused step on both ranks.
+    """
+    faults = {
+        "nan": {"rank": 1, "steps": [5]},
+        "norm_spike": {"rank": 1, "steps": [36]},
+        "loss_spike": {"rank": 1, "steps": [38]},
+    }
+    result = start_faulty(faults, data, tmp_path, "--train.steps", "40", "--checkpoint.interval", "20")
+    assert result.returncode == 0, result.stderr
+    skipped = entries(tmp_path)
+    assert [entry["step"] for entry in skipped] == [5, 36, 38]
+    for entry, problem in zip(skipped, ("loss is not finite", "gradient norm is", "loss of a"), strict=True):
+        assert problem in entry["problem"]
+    samples = samples_of(tmp_path)
+    assert sorted(samples) == list(range(1, 41)), "the chains went on"
+    for entry in skipped:
+        assert entry["samples"] == sorted(set(samples[entry["step"]]))
+    counted = dict(curve(tmp_path, "skipped_steps"))
+    assert (counted[4], counted[8], counted[36], counted[40]) == (0, 1, 2, 3)
+
+
+def test_rollback_leaves_the_samples_out(data: Path, tmp_path: Path) -> None:
+    """A sample that always gives NaN: after three skipped steps the run goes back and ends without it."""
+    small = "--train.global_batch_size 4 --train.micro_batch_size 1 --train.steps 24".split()
+    small += "--guard.skips_before_rollback 3 --schedule.warmup_steps 1 --objective.stages 8".split()
+    first = start_faulty({}, data, tmp_path / "sound", *small)
+    assert first.returncode == 0, first.stderr
+    samples = samples_of(tmp_path / "sound")
+    bad = next(each for each in samples[7] if each not in samples[4] and each in samples[9])
+
+    result = start_faulty({"sample": {"sample": bad}}, data, tmp_path / "run", *small)
+    assert result.returncode == 0, result.stderr
+    *skips, back = entries(tmp_path / "run")
+    assert [entry["step"] for entry in skips] == [skips[0]["step"] + i for i in range(3)]
+    assert (back["step"], back["rollback_to"]) == (skips[-1]["step"], 4)
+    assert back["excluded"] == sorted({sample for entry in skips for sample in entry["samples"]})
+    assert bad in back["excluded"]
+    assert "went back from step" in result.stdout
+    after = samples_of(tmp_path / "run")
+    assert sorted(after) == list(range(1, 25))
+    assert not any(set(back["excluded"]) & set(after[step]) for step in range(5, 25))
+    assert all(len(set(after[step])) == 4 for step in range(5, 25))
+    losses = curve(tmp_path / "run", "loss")
+    assert [step for step, _ in losses] == list(range(1, 25))
+    assert all(math.isfinite(loss) for _, loss in losses)

@@ -1,0 +1,89 @@
+"""Which steps the guard refuses, judged by numbers made for it, and what a run does about them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from pipeline.config import GuardConfig
+from pipeline.resilience.guard import FEWEST, WINDOW, Guard
+
+
+def seasoned(limit: float = 20.0, clip: float = 1.0) -> tuple[Guard, list[float], list[float]]:
+    """Return a guard that has seen 200 sound steps, and their losses and gradient norms."""
+    random = np.random.default_rng(0)
+    guard = Guard(GuardConfig(spike_limit=limit), clip)
+    losses, norms = random.normal(3.0, 0.2, 200).tolist(), random.lognormal(0.0, 0.5, 200).tolist()
+    assert all(guard.judge(loss, norm) for loss, norm in zip(losses, norms, strict=True))
+    return guard, losses, norms
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "problem"),
+    [
+        (math.nan, 1.0, "loss is not finite"),
+        (math.inf, 1.0, "loss is not finite"),
+        (3.0, math.nan, "gradient norm is not finite"),
+        (3.0, math.inf, "gradient norm is not finite"),
+        (3.0, -1.0, "gradient norm is not finite"),  # DeepSpeed's sign for it
+    ],
+)
+def test_what_is_not_finite_is_refused_at_once(loss: float, norm: float, problem: str) -> None:
+    guard = Guard(GuardConfig(spike_limit=0), 1.0)
+    assert guard.judge(3.0, 1.0)
+    assert not guard.judge(loss, norm)
+    assert problem in str(guard.problem)
+    assert guard.in_a_row == 1
+    assert guard.judge(3.0, 1.0)
+    assert (guard.problem, guard.in_a_row) == (None, 0)
+
+
+def test_limits_are_those_of_the_last_128_steps() -> None:
+    """The limits by their definition: median + limit x 1.4826 MAD; just below passes, just above does not."""
+
+    def highest(values: list[float], least: float) -> float:
+        last = values[-WINDOW:]
+        middle = statistics.median(last)
+        spread = 1.4826 * statistics.median([abs(value - middle) for value in last])
+        return middle + max(20 * spread, least)
+
+    guard, losses, norms = seasoned()
+    loss_limit, norm_limit = highest(losses, 1.0), highest(norms, 0.0)
+    state = guard.state_dict()
+    for loss, norm, sound in [
+        (loss_limit - 1e-6, 1.0, True),
+        (loss_limit + 1e-6, 1.0, False),
+        (3.0, norm_limit - 1e-6, True),
+        (3.0, norm_limit + 1e-6, False),
+    ]:
+        guard.load_state_dict(state)  # a restored guard judges as the one that was saved
+        assert guard.judge(loss, norm) is sound, (loss, norm)
+
+
+def test_small_changes_near_zero_are_no_spikes() -> None:
+    """A loss below 1 nat, and a norm that clipping would leave alone, are never refused."""
+    guard = Guard(GuardConfig(), 1.0)
+    for _ in range(WINDOW):
+        assert guard.judge(1e-4, 1e-3)
+    assert guard.judge(0.9, 0.99)
+    assert not guard.judge(1.1, 0.99)
+    assert not guard.judge(0.1, 1.01)
+
+
+def test_a_spike_that_stays_becomes_the_rule() -> None:
+    """After half a window of a new level, it is no spike any more: no run is refused for ever."""
+    guard, _, _ = seasoned()
+    answers = [guard.judge(30.0, 1.0) for _ in range(WINDOW)]
+    assert not any(answers[: WINDOW // 2 - 2])
+    assert all(answers[WINDOW // 2 + 2 :])
+
+
+def test_no_spikes_without_a_history_or_a_limit() -> None:
+    guard = Guard(GuardConfig(), 1.0)
+    assert all(guard.judge(1.0, 0.5) for _ in range(FEWEST - 1))
+    assert guard.judge(1e6, 1e6)
+    guard, _, _ = seasoned(limit=0)
+    assert guard.judge(1e6, 1e6)

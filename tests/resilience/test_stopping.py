@@ -1,0 +1,222 @@
+"""Signals, hangs and hopeless runs: how a run ends, and what its exit code says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from programs import ROOT, Outcome, run_program
+from runs import command, curve, metrics, train_on
+
+from pipeline import cli
+from pipeline.resilience import signals
+from pipeline.runtime import PlainEngine
+
+pytestmark = pytest.mark.xdist_group("train")
+FAULTY = str(Path(__file__).with_name("faulty.py"))
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """Give this process its signals back: a run that was stopped ignores them while it ends."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_step(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The step ends, the run is saved, and the same command makes the rest as if nothing had happened."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole).code == cli.EXIT_DONE
+    step, count = PlainEngine.step, iter(range(1, 100))
+
+    def interrupted(engine: PlainEngine, *arguments: object) -> torch.Tensor:
+        if next(count) == 6:
+            os.kill(os.getpid(), number)
+        return step(engine, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainEngine, "step", interrupted)
+        outcome = train(parts)
+    assert outcome.code == cli.EXIT_REQUEUE == 75
+    assert "stopped after step 7" in outcome.output  # step 6 had asked already
+    assert signal.getsignal(number) == signal.SIG_IGN, "the launcher must not change the exit code now"
+    assert "(step 7)" in train(parts).output
+    for key in ("loss", "gradient_norm", "held_out/loss"):
+        assert curve(parts, key) == curve(whole, key), key
+
+
+def test_a_signal_in_an_evaluation(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation is cut short, and made up for when the run goes on."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole).code == cli.EXIT_DONE
+    evaluate, batches = PlainEngine.evaluate, []
+
+    def interrupted(engine: PlainEngine, batch: object) -> object:
+        if not batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+        batches.append(batch)
+        return evaluate(engine, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainEngine, "evaluate", interrupted)
+        assert train(parts).code == cli.EXIT_REQUEUE
+    assert len(batches) == 1
+    assert curve(parts, "held_out/loss") == []
+    assert train(parts).code == cli.EXIT_DONE
+    for key in ("loss", "held_out/loss"):
+        assert curve(parts, key) == curve(whole, key), key
+
+
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """Repeats within 3 s are one request: launchers forward what the process group has got already."""
+    code = (
+        "import time\nfrom pipeline.resilience import signals\nsignals.REPEATS_WITHIN = 1.0\n"
+        "stop = signals.StopSignals()\nprint('ready', flush=True)\n"
+        "while not stop.received: time.sleep(0.01)\n"
+        "print('asked', flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGTERM)  # the launcher's copy
+        time.sleep(1.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == cli.EXIT_INTERRUPTED == 130
+        message = process.stderr.read()
+    assert "SIGTERM: stopping after this step" in message
+    assert "SIGINT again" in message
+
+
+def test_a_hopeless_run_fails(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN from step 6 on, whatever the samples: back twice, then the end, with the code for failed."""
+    forward = PlainEngine.forward
+
+    def broken(engine: PlainEngine, batch: object) -> object:
+        output = forward(engine, batch)
+        weights_have_moved = (
+            engine.optimizer.state
+            and max(float(state["step"]) for state in engine.optimizer.state.values()) >= 5
+        )
+        return output._replace(loss=output.loss * (float("nan") if weights_have_moved else 1.0))
+
+    monkeypatch.setattr(PlainEngine, "forward", broken)
+    small = "--train.global_batch_size 4 --train.micro_batch_size 4 --evaluation.interval 0".split()
+    outcome = train(tmp_path, *small, "--guard.skips_before_rollback", "2")
+    assert outcome.code == cli.EXIT_FAILED == 1
+    (line,) = outcome.error.strip().splitlines()
+    for part in (
+        "2 steps in a row",
+        "step_00000004",
+        "guard.max_rollbacks",
+        "loss is not finite",
+        "skipped.jsonl",
+    ):
+        assert part in line
+    kinds = [
+        "rollback_to" in json.loads(each) for each in (tmp_path / "skipped.jsonl").read_text().splitlines()
+    ]
+    assert kinds == [False, False, True, False, False, True, False, False]
+
+
+def test_no_checkpoint_to_go_back_to(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = PlainEngine.forward
+    monkeypatch.setattr(
+        PlainEngine, "forward", lambda e, b: (o := forward(e, b))._replace(loss=o.loss * float("inf"))
+    )
+    outcome = train(tmp_path, "--evaluation.interval", "0")
+    assert outcome.code == cli.EXIT_FAILED
+    assert "no checkpoint exists" in outcome.error
+
+
+@pytest.mark.distributed
+def test_one_rank_is_signalled(data: Path, tmp_path: Path) -> None:
+    """SIGTERM to rank 1 alone: both end after the same step, saved; the rest equals an uninterrupted run."""
+    settings = ["--optimizer.ema_decay", "0.9"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_on(2, data, whole, *settings)
+    faults = json.dumps({"signal": {"rank": 1, "steps": [6]}})
+    result = run_program(FAULTY, faults, *command(data, parts, *settings), ranks=2)
+    assert result.returncode == 1, "torchrun has one code for whatever its ranks return"
+    assert "stopped after step 6 and saved" in result.stdout
+    assert result.stderr.count("exitcode  : 75") == 2, result.stderr
+    assert "(step 6)" in train_on(2, data, parts, *settings)
+    for key in ("loss", "gradient_norm", "held_out/loss", "held_out/ema_loss"):
+        assert curve(parts, key) == curve(whole, key), key
+
+
+@pytest.mark.distributed
+def test_the_process_group_is_signalled(data: Path, tmp_path: Path) -> None:
+    """Ctrl+C goes to torchrun and its ranks, and torchrun sends it on: still one request."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = command(data, tmp_path, "--train.steps", "100000", "--checkpoint.interval", "50000")
+    with subprocess.Popen(
+        [*launcher, "-m", "pipeline.train", *arguments], cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    ) as process:  # fmt: skip
+        ranks = wait_for_steps(process.pid, tmp_path)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "and saved: the same command goes on" in output
+    assert not any(rank.is_running() for rank in ranks)
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name.startswith("step_")
+
+
+def wait_for_steps(pid: int, run_dir: Path) -> list[psutil.Process]:
+    """Return the processes that a launcher has started, once the run has logged a step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and metrics(run_dir):
+            return psutil.Process(pid).children(recursive=True)
+        time.sleep(0.1)
+    raise AssertionError("no step within two minutes")
+
+
+@pytest.mark.distributed
+def test_a_hang_is_ended_by_every_rank(data: Path, tmp_path: Path) -> None:
+    """Rank 1 sleeps for ever at step 9: both say where they are, and leave with the code to be requeued."""
+    faults = json.dumps({"hang": {"rank": 1, "steps": [9]}})
+    settings = (
+        "--watchdog.minimum 3 --watchdog.factor 3 --evaluation.interval 0 --optimizer.ema_decay 0.9".split()
+    )
+    began = time.monotonic()
+    result = run_program(FAULTY, faults, *command(data, tmp_path, *settings), ranks=2)
+    assert time.monotonic() - began < 120
+    assert result.returncode == 1
+    assert "exitcode  : 75" in result.stderr
+    reports = [(tmp_path / f"watchdog/rank_{rank:05d}.txt").read_text() for rank in range(2)]
+    assert "rank 0: no end of step" in reports[0]
+    assert "waiting in" in reports[0], "rank 0 waits for rank 1 in a collective"
+    assert "rank 1: no end of step" in reports[1]
+    assert "__main__.faulty_inputs" in reports[1]
+    for report in reports:
+        assert "Current thread" in report or "Thread 0x" in report
+        assert "faulty.py" in report
+    shutil.rmtree(tmp_path / "watchdog")
+    assert "(step 8)" in train_on(
+        2, data, tmp_path, "--evaluation.interval", "0", "--optimizer.ema_decay", "0.9"
+    )

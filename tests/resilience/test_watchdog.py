@@ -1,0 +1,69 @@
+"""The watchdog's limits; and which rank is slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from pipeline.config import WatchdogConfig
+from pipeline.data.streams import SlotStream
+from pipeline.monitor.stragglers import Stragglers
+from pipeline.resilience import watchdog as module
+from pipeline.resilience.watchdog import Watchdog
+from pipeline.runtime import Engine, Launch
+
+
+def test_limits_follow_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase has its own: the first allowance, then factor x median, and never less than the minimum."""
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    dog = Watchdog(WatchdogConfig(factor=10, minimum=30, first=1000), tmp_path, 0)
+    monkeypatch.setattr(
+        dog, "_thread", type("Idle", (), {"start": lambda _: None, "is_alive": lambda _: False})()
+    )
+    for phase, seconds in [("step", 50), ("step", 2), ("step", 4), ("save", 60), ("step", 5), ("step", 100)]:
+        dog.enter(phase)
+        clock[0] += seconds
+    dog.enter("evaluation")
+    assert dog.limit("evaluation") == 1000
+    assert dog.limit("save") == 600
+    assert dog.limit("step") == 50  # the median of 50, 2, 4, 5, 100: one slow step does not count
+    clock[0] += 1
+    dog.enter("step")
+    assert dog.limit("evaluation") == 30
+
+
+class SlowStream:
+    """A stream that says how long it took."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def take_waited(self) -> float:
+        return self.seconds
+
+
+def test_the_slow_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three ranks the second waits longest for data, and the third has the slowest device."""
+    waited, probed = [0.4, 2.0, 0.6], [0.010, 0.011, 0.030]
+    total = torch.zeros(6, dtype=torch.float64)
+    for rank in range(3):
+        launch = Launch(rank, 3, rank, torch.device("cpu"), "fp32")
+        engine = cast(Engine, type("Alone", (), {"launch": launch})())
+        ranks = Stragglers(engine, cast(SlotStream, SlowStream(waited[rank])))
+        assert ranks._probe() > 0
+        monkeypatch.setattr(ranks, "_probe", lambda rank=rank: probed[rank])
+        total += ranks.measure(steps=2)
+    assert ranks.figures(total.tolist()) == pytest.approx(
+        {
+            "ranks/data_wait_slowest": 1.0,
+            "ranks/data_wait_median": 0.3,
+            "ranks/data_wait_slowest_rank": 1,
+            "ranks/compute_probe_slowest": 0.030,
+            "ranks/compute_probe_median": 0.011,
+            "ranks/compute_probe_slowest_rank": 2,
+        }
+    )
