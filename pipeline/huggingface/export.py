@@ -13,6 +13,7 @@ import torch
 from pipeline import checkpoint
 from pipeline import config as configuration
 from pipeline.cli import UserError
+from pipeline.config import Config
 from pipeline.data.tokenizer import MASK
 from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
@@ -24,6 +25,19 @@ from pipeline.sampling import Weights, takes_average
 
 DType = Literal["float32", "bfloat16"]
 CODE = Path(__file__).with_name("remote_code")
+
+
+def check_exportable(config: Config) -> None:
+    """Raise a `UserError` for a model that the exported code would run in another way than it was trained."""
+    for key, value, only in [
+        ("model.prediction", config.model.prediction, "same"),
+        ("objective.block_size", config.objective.block_size, None),
+    ]:
+        if value != only:
+            raise UserError(
+                f"the run has {key} = {value!r}: the exported code knows bidirectional attention with each token "
+                "predicted at its own position only. Decode with tools/generate.py."
+            )
 
 
 def export(
@@ -57,6 +71,7 @@ def export(
         raise UserError(f"--output {output} exists: remove it, or name another folder.")
     folder, manifest = checkpoint.find(source)
     config = configuration.load(["--config", str(folder / "config.yaml")])
+    check_exportable(config)
     averaged = takes_average(folder, weights)
     stored = dict(open_weights(folder / "model", averaged))
     if config.model.tie_embeddings:  # one tensor under two names; a checkpoint may hold either or both

@@ -39,6 +39,7 @@ def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
         # The threshold is above chance for 24 tokens: it reveals from the first step.
         (2, ["--objective.policy", "entropy", "--objective.threshold", "0.06"]),
         (2, ["--model.tie_embeddings", "false", "--model.kv_heads", "2", "--model.attention_bias", "true"]),
+        (2, [*"--objective.block_size 3 --objective.policy margin --model.prediction shifted".split()]),
         (2, ["--objective.kind", "random_masking", "--engine.deepspeed_config", "ds_configs/cpu_debug.json"]),
         (2, ["--engine.sequence_parallel_size", "2"]),
         (
@@ -47,7 +48,7 @@ def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
              "--model.kv_heads", "2", "--objective.threshold", "0.06"],
         ),
     ],
-    ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "random-masking", "sequence-parallel",
+    ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "blocks", "random-masking", "sequence-parallel",
          "sequence-and-data-parallel"],
 )  # fmt: skip
 def test_zero3_equals_plain_training(tmp_path: Path, ranks: int, more: list[str]) -> None:

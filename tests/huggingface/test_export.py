@@ -15,6 +15,9 @@ from programs import Outcome, run_here, run_program
 from runs import train_on
 from safetensors import safe_open
 
+from pipeline.cli import UserError
+from pipeline.config import Config, ModelConfig, ObjectiveConfig
+from pipeline.huggingface.export import check_exportable
 from pipeline.huggingface.folders import divide, write_weights
 from pipeline.runtime import read_weights
 from pipeline.sampling import load_model
@@ -175,3 +178,16 @@ def test_shards_keep_the_order_and_the_limit(limit: int) -> None:
         total = sum(sizes[name] for name in names)
         assert total <= limit or len(names) == 1
         assert following is None or total + sizes[following[0]] > limit, "no shard is smaller than it need be"
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (Config("x", model=ModelConfig(prediction="shifted")), "model.prediction = 'shifted'"),
+        (Config("x", objective=ObjectiveConfig(block_size=4)), "objective.block_size = 4"),
+    ],
+)
+def test_a_model_that_the_exported_code_would_run_otherwise_is_refused(config: Config, named: str) -> None:
+    check_exportable(Config("x"))
+    with pytest.raises(UserError, match=named):
+        check_exportable(config)
