@@ -35,8 +35,8 @@ def check_exportable(config: Config) -> None:
     ]:
         if value != only:
             raise UserError(
-                f"the run has {key} = {value!r}: the exported code knows bidirectional attention with each token "
-                "predicted at its own position only. Decode with tools/generate.py."
+                f"the run has {key} = {value!r}: the exported code knows bidirectional attention with each "
+                "token predicted at its own position only. Decode with tools/generate.py."
             )
 
 

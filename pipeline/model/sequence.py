@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-_flex_attention = torch.compile(flex_attention)  # compiled when it is first called, on a GPU
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Return flex_attention for a GPU; asking for the compiler only here keeps it out of other runs' start."""
+    return torch.compile(flex_attention)
 
 
 class WholeSequence:
@@ -38,8 +45,7 @@ class WholeSequence:
         """
         grouped = k.shape[1] != q.shape[1]
         if isinstance(attention_mask, BlockMask):
-            out: Tensor = _flex_attention(q, k, v, block_mask=attention_mask, enable_gqa=grouped)
-            return out
+            return _compiled_flex_attention()(q, k, v, block_mask=attention_mask, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:

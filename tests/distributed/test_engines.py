@@ -48,8 +48,8 @@ def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
              "--model.kv_heads", "2", "--objective.threshold", "0.06"],
         ),
     ],
-    ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "blocks", "random-masking", "sequence-parallel",
-         "sequence-and-data-parallel"],
+    ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "blocks", "random-masking",
+         "sequence-parallel", "sequence-and-data-parallel"],
 )  # fmt: skip
 def test_zero3_equals_plain_training(tmp_path: Path, ranks: int, more: list[str]) -> None:
     """20 steps of ZeRO-3 on several ranks, accumulating, equal 20 steps of plain torch in one process."""
