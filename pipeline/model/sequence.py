@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Return flex_attention for a GPU; asking for the compiler only here keeps it out of other runs' start."""
+    """Return flex_attention for a GPU; other runs start faster without the compiler."""
     return torch.compile(flex_attention)
 
 
