@@ -20,6 +20,7 @@ from pipeline import config as configuration
 from pipeline.checkpoint import FORMAT, Manifest
 from pipeline.config import Config
 from pipeline.data.batch import SampleDataset
+from pipeline.data.blend import describe_order, write_order
 from pipeline.data.samples import Datasets, build_datasets, check_data
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ class Run:
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data)
+        self.report_order()
         self.stream = SlotStream(
             self.data.train, config.train.global_batch_size, config.train.seed, config.data.workers
         )
@@ -101,6 +103,12 @@ class Run:
         stack.callback(self.watchdog.close)
         self.saver = checkpoint.Saver(config, self.engine, self.groups, self.progress.say)
         stack.callback(self.saver.close)
+
+    def report_order(self) -> None:
+        """Show and write what each dataset gives to an epoch."""
+        if self.engine.launch.rank == 0:
+            write_order(self.folder, self.data.shares, self.data.fingerprint)
+            print(describe_order(self.data.shares), flush=True)
 
     def take_folder(self, stack: ExitStack) -> None:
         """Make sure that no other run works on the folder, and clear up after one that was killed."""

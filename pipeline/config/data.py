@@ -18,6 +18,10 @@ class DataConfig:
         kind: pairs = one prompt/answer document a sample; packed = text cut into samples of sequence_length.
         sequence_length: Tokens in a sample.
         weights: Share of each prefix in a blend; without it every sample of each is used once an epoch.
+        temperature: Instead of weights: shares in proportion to tokens^(1/temperature). 1 = by size, more =
+            more of the small ones.
+        max_epochs: Most times that the samples of each prefix come in an epoch of a blend with weights or a
+            temperature; the others give more instead.
         split: Shares of the documents for training, validation and test.
         padding: What follows a short answer: ignored = never seen by the model; eos_targets = end-of-sequence
             tokens that are part of the answer, so that the model learns where to stop.
@@ -31,6 +35,8 @@ class DataConfig:
     kind: Literal["pairs", "packed"] = "packed"
     sequence_length: int = 512
     weights: list[float] | None = None
+    temperature: float | None = None
+    max_epochs: list[float] | None = None
     split: str = "98,2,0"
     padding: Literal["ignored", "eos_targets"] = "ignored"
     too_long: Literal["error", "drop"] = "error"
@@ -45,12 +51,23 @@ class DataConfig:
             bool(self.prefixes),
             "data.prefixes is empty: name at least one dataset written by tools/preprocess_data.py.",
         )
-        if self.weights is not None:
+        for key in ("weights", "max_epochs"):
+            values = getattr(self, key)
             require(
-                len(self.weights) == len(self.prefixes) and all(w > 0 for w in self.weights),
-                f"data.weights is {self.weights}: give one weight above 0 for each of the "
-                f"{len(self.prefixes)} data.prefixes.",
+                values is None or (len(values) == len(self.prefixes) and all(value > 0 for value in values)),
+                f"data.{key} is {values}: give one number above 0 for each of the {len(self.prefixes)} "
+                "data.prefixes.",
             )
+        require_positive("data", self, "temperature")
+        require(
+            self.weights is None or self.temperature is None,
+            f"data.weights and data.temperature ({self.temperature}) are both set: give one of them.",
+        )
+        require(
+            self.max_epochs is None or self.weights is not None or self.temperature is not None,
+            f"data.max_epochs is {self.max_epochs}, but every sample comes once an epoch: set data.weights "
+            "or data.temperature too, or leave it out.",
+        )
         parts = self.split.split(",")
         require(
             len(parts) == 3

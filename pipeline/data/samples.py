@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ with warnings.catch_warnings():  # megatron-core warns of optional packages that
 from pipeline.cli import UserError
 from pipeline.config import DataConfig
 from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array, SampleDataset
+from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
 from pipeline.data.facts import DatasetFacts, read_facts
 from pipeline.data.tokenizer import Tokenizer
 
@@ -57,22 +58,33 @@ class PairDataset(MegatronDataset):
         config: SampleConfig,
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
-        first = dataset.document_indices[indices]
-        prompt, answer = dataset.sequence_lengths[first], dataset.sequence_lengths[first + 1]
-        self._refuse(answer == 0, "has an answer of length 0", "preprocess the corpus again without it")
-        too_long = prompt.astype(np.int64) + answer > config.sequence_length
-        if config.too_long == "error":
-            self._refuse(
-                too_long,
-                f"is longer than data.sequence_length = {config.sequence_length}",
-                f"raise data.sequence_length to {int((prompt + answer).max(initial=0))}, or set "
-                "data.too_long: drop",
-            )
-        self.first_sequence = first[~too_long]
-        self.has_padding = config.padding == "ignored" and bool(
-            (prompt + answer)[~too_long].min(initial=config.sequence_length) < config.sequence_length
-        )
+        cached = Path(config.path_to_cache) / f"pairs-{self._identity()}.npy"
+        if not cached.exists():
+            np.save(cached, self._first_sequences())
+        # One entry more than samples: it says whether any sample is shorter than the sequence length.
+        self.first_sequence = np.load(cached, mmap_mode="r")[:-1]
+        self.has_padding = config.padding == "ignored" and bool(np.load(cached, mmap_mode="r")[-1])
         self.size = len(self.first_sequence) if num_samples is None else num_samples
+
+    def _identity(self) -> str:
+        """Return what the documents depend on, apart from the number of samples."""
+        text = repr([self.dataset_path, self.index_split.name, self.config.split])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _first_sequences(self) -> Array:
+        """Return the first sequence of each document that is used, and whether any is shorter than L."""
+        first = self.dataset.document_indices[self.indices]
+        prompt, answer = self.dataset.sequence_lengths[first], self.dataset.sequence_lengths[first + 1]
+        self._refuse(answer == 0, "has an answer of length 0", "preprocess the corpus again without it")
+        lengths, limit = prompt.astype(np.int64) + answer, self.config.sequence_length
+        if self.config.too_long == "error":
+            self._refuse(
+                lengths > limit,
+                f"is longer than data.sequence_length = {limit}",
+                f"raise data.sequence_length to {int(lengths.max(initial=0))}, or set data.too_long: drop",
+            )
+        fits = lengths <= limit
+        return np.append(first[fits], int(lengths[fits].min(initial=limit) < limit))
 
     def _refuse(self, bad: Array, what: str, remedy: str) -> None:
         if bad.any():
@@ -122,12 +134,14 @@ class Datasets:
         valid: the validation samples; none where data.split leaves no share to them.
         has_padding: whether a sample may hold positions that the model must not attend to.
         fingerprint: changes whenever the samples or their order do.
+        shares: what each dataset gives to an epoch.
     """
 
     train: SampleDataset
     valid: SampleDataset | None
     has_padding: bool
     fingerprint: str
+    shares: list[Share]
 
 
 def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
@@ -153,22 +167,35 @@ def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
 
 
 def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Datasets:
-    """Build the samples of a run; every rank calls this, the first one writes the cached indices.
+    """Build the samples of a run, or load their indices from `cache`; every rank calls this.
 
     Raises:
         UserError: for data that does not fit the tokenizer or the run, or too little of it.
     """
     facts = check_data(config, tokenizer)
-    identity = repr([facts, config.kind, config.sequence_length, config.weights, config.split, config.padding,
+    identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
+                     config.weights, config.temperature, config.max_epochs, config.split, config.padding,
                      config.too_long, seed])  # fmt: skip
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    folder = cache / fingerprint[:16]
+    build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing))
+    with as_if_alone():
+        train, valid, shares = _build(config, facts, tokenizer, seed, folder)
+    has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)
+    return Datasets(train, valid, has_padding, fingerprint, shares)
+
+
+def _build(
+    config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int, folder: Path
+) -> tuple[SampleDataset, SampleDataset | None, list[Share]]:
+    """Build the samples, with their indices in `folder`, or load what is there."""
     settings = SampleConfig(
         random_seed=seed,
         sequence_length=config.sequence_length,
         blend=(config.prefixes, None),
         split=config.split,
         tokenizer=tokenizer,
-        path_to_cache=str(cache / fingerprint[:16]),
+        path_to_cache=str(folder),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -177,24 +204,32 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: P
         padding=config.padding,
         too_long=config.too_long,
     )
-    train, valid = _build(config, settings, [None, None, None])
-    if train is None or len(train) == 0:
+    train, valid = _build_splits(config, settings, [None, None, None])
+    samples = [len(part) for part in getattr(train, "datasets", [train])] if train is not None else []
+    if train is None or len(train) == 0 or 0 in samples:
+        empty = [prefix for prefix, count in zip(config.prefixes, samples, strict=True) if not count]
         raise UserError(
-            f"{', '.join(config.prefixes)} give no training sample of data.sequence_length = "
-            f"{config.sequence_length} tokens with data.split = {config.split!r}: bring more text, or lower "
-            "data.sequence_length."
+            f"{', '.join(empty or config.prefixes)} gives no training sample of data.sequence_length = "
+            f"{config.sequence_length} tokens with data.split = {config.split!r}: bring more text, leave it "
+            "out, or lower data.sequence_length."
         )
-    if config.weights is not None:
-        # An epoch of a weighted blend is as long as that of its datasets together.
-        settings.blend = (config.prefixes, config.weights)
+    weights, used = config.weights, samples
+    if config.temperature is not None:
+        weights = [float(fact.tokens ** (1 / config.temperature)) for fact in facts]
+    if weights is not None:
+        used = blend_sizes(samples, weights, config.max_epochs)
+        settings.blend = (config.prefixes, [float(count) for count in used])
         settings.__post_init__()  # normalises the weights
-        train, _ = _build(config, settings, [len(train), 0, 0])
+        train, _ = _build_splits(config, settings, [sum(used), 0, 0])
         assert train is not None
-    has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)
-    return Datasets(train, valid if valid is not None and len(valid) else None, has_padding, fingerprint)
+    shares = [
+        Share(prefix, fact.tokens, *counts)
+        for prefix, fact, *counts in zip(config.prefixes, facts, samples, used, strict=True)
+    ]
+    return train, valid if valid is not None and len(valid) else None, shares
 
 
-def _build(
+def _build_splits(
     config: DataConfig, settings: SampleConfig, sizes: list[int | None]
 ) -> tuple[SampleDataset | None, SampleDataset | None]:
     kind = PairDataset if config.kind == "pairs" else PackedDataset

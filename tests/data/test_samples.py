@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 from corpora import make_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import run_program
 
 from pipeline.cli import UserError
 from pipeline.config import DataConfig
 from pipeline.data.batch import ANSWER, PADDING, PROMPT
+from pipeline.data.blend import blend_sizes, build_once, describe_order, write_order
 from pipeline.data.records import Keys
 from pipeline.data.samples import Datasets, build_datasets
 from pipeline.data.tokenizer import Tokenizer, train_tokenizer
@@ -181,3 +187,94 @@ def test_an_answer_of_length_0_is_refused(corpus: Corpus) -> None:
     (corpus.folder / "z.json").write_bytes(facts)
     with pytest.raises(UserError, match=r"document 1 has an answer of length 0"):
         corpus.build("z", kind="pairs", sequence_length=8, split="100,0,0")
+
+
+@given(
+    samples=st.lists(st.integers(1, 10**6), min_size=1, max_size=6),
+    weights=st.lists(st.floats(0.01, 100), min_size=6, max_size=6),
+    caps=st.lists(st.floats(0.5, 5), min_size=6, max_size=6),
+)
+def test_blend_sizes_fill_up_like_water(samples: list[int], weights: list[float], caps: list[float]) -> None:
+    """The oracle finds one level for all by bisection: each gives min(cap, weight x level)."""
+    weights, caps = weights[: len(samples)], caps[: len(samples)]
+    limits = [cap * n for cap, n in zip(caps, samples, strict=True)]
+    low, high = 0.0, max(limit / weight for limit, weight in zip(limits, weights, strict=True))
+    for _ in range(200):
+        level = (low + high) / 2
+        total = sum(min(limit, weight * level) for limit, weight in zip(limits, weights, strict=True))
+        low, high = (level, high) if total < sum(samples) else (low, level)
+    expected = [min(limit, weight * high) for limit, weight in zip(limits, weights, strict=True)]
+    found = blend_sizes(samples, weights, caps)
+    for one, other in zip(found, expected, strict=True):
+        assert abs(one - max(1, other)) <= 1 + 1e-6 * other
+    plain = blend_sizes(samples, weights, None)
+    for one, weight in zip(plain, weights, strict=True):
+        assert abs(one - max(1, sum(samples) * weight / sum(weights))) <= 1 + 1e-6 * one
+
+
+def test_temperature_and_caps(corpus: Corpus) -> None:
+    """Shares follow tokens^(1/T); a capped dataset gives no more than it may, the other fills the epoch."""
+    base = {"kind": "pairs", "sequence_length": 16, "split": "100,0,0"}
+    tokens = [sum(len(a) + len(b) for a, b in corpus.pairs[name]) for name in "pq"]
+    for temperature in (1.0, 3.0):
+        data = corpus.build("pq", temperature=temperature, **base)
+        powers = [count ** (1 / temperature) for count in tokens]
+        assert [share.used for share in data.shares] == [int(50 * power / sum(powers)) for power in powers]
+        assert [share.tokens for share in data.shares] == tokens
+    data = corpus.build("pq", weights=[1.0, 1.0], max_epochs=[9.0, 2.0], **base)
+    assert [(share.samples, share.used, share.epochs) for share in data.shares] == [
+        (40, 30, 0.75),
+        (10, 20, 2.0),
+    ]
+    found = Counter(corpus.decoded(data.train[index])[:2] for index in range(len(data.train)))
+    assert sum(found[pair] for pair in set(corpus.pairs["q"])) == 20
+    text = describe_order(data.shares)
+    assert "20 (40.0%), 2.00 epochs of 10 samples" in text
+
+
+def test_the_order_is_written_into_the_run_folder(corpus: Corpus, tmp_path: Path) -> None:
+    data = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0")
+    write_order(tmp_path, data.shares, data.fingerprint)
+    values = json.loads((tmp_path / "data_order.json").read_text())
+    assert values["fingerprint"] == data.fingerprint
+    assert [(d["samples"], d["used"], d["epochs"]) for d in values["datasets"]] == [
+        (40, 40, 1.0),
+        (10, 10, 1.0),
+    ]
+
+
+def test_a_killed_build_leaves_no_cache_and_a_whole_one_is_only_loaded(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+
+    def fail(writing: Path) -> None:
+        (writing / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_once(folder, fail)
+    assert list(tmp_path.iterdir()) == []
+    build_once(folder, lambda writing: (writing / "whole").write_text("x"))
+    build_once(folder, fail)
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+
+    first = corpus.build("pq", kind="pairs", sequence_length=16, split="75,25,0", weights=[1.0, 3.0])
+    from megatron.core.datasets import helpers
+
+    monkeypatch.setattr(np, "save", None)
+    monkeypatch.setattr(helpers, "build_blending_indices", None)
+    again = corpus.build("pq", kind="pairs", sequence_length=16, split="75,25,0", weights=[1.0, 3.0])
+    assert all((first.train[i]["tokens"] == again.train[i]["tokens"]).all() for i in range(len(first.train)))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("disk", "builds"), [("own", [1, 1]), ("shared", [1, 0])])
+def test_one_rank_a_node_builds_the_cache(corpus: Corpus, disk: str, builds: list[int]) -> None:
+    """On a shared file system the first rank alone; on disks of their own one each; all see equal samples."""
+    shutil.rmtree(corpus.folder / "shared_cache", ignore_errors=True)
+    result = run_program("tests/data/load_samples.py", str(corpus.folder), disk, ranks=2)
+    assert result.returncode == 0, result.stderr
+    found = re.findall(r"rank (\d): (\d) builds, samples (\w+)", result.stdout)
+    assert [int(count) for _, count, _ in sorted(found)] == builds
+    assert len({samples for _, _, samples in found}) == 1
