@@ -134,6 +134,10 @@ class Saver:
         else:
             self._failed(work, problem)
 
+    def writing(self) -> bool:
+        """Say whether this rank is still writing the last save."""
+        return self.work is not None and self.work.thread is not None and self.work.thread.is_alive()
+
     def close(self) -> None:
         """Give a checkpoint that is being written the time to become whole; no rank waits for another.
 

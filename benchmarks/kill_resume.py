@@ -1,0 +1,235 @@
+"""Kill a training again and again, and compare its losses with those of a run that was left alone.
+
+usage: python benchmarks/kill_resume.py --kills 100
+
+Every process of the training is killed (SIGKILL) at random moments: some steps after it has come up, while
+it comes up, while a checkpoint is being written, during an evaluation. The same command goes on each time. At
+the end every loss, gradient norm and held-out loss must equal the undisturbed run's bit for bit; the exit
+code says whether they do. What is done is remembered in the folder: this program can itself be interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from pipeline.checkpoint import checkpoints
+from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
+from pipeline.files import replacing
+from pipeline.monitor.recorder import METRICS_FILE
+
+SETTINGS = """
+    --model.layers 2 --model.hidden_size 64 --model.intermediate_size 128 --objective.threshold 0.3
+    --objective.stages 6 --optimizer.ema_decay 0.99 --train.global_batch_size 16 --train.micro_batch_size 4
+    --train.log_interval 1 --schedule.warmup_steps 10 --data.kind pairs --data.sequence_length 32
+    --evaluation.interval 5 --evaluation.samples 64 --checkpoint.interval 3
+""".split()
+AIMS = ("training", "save", "evaluation", "start")
+STEP = re.compile(r"step (\d+)/")
+EVALUATION = 5  # steps between two, as above
+
+
+@dataclass
+class Death:
+    """One kill.
+
+    Attributes:
+        aim: what it was meant to hit.
+        seconds: since the start of the processes.
+        step: the last step that was reported; 0 = none since the start.
+        checkpoint: the newest checkpoint left behind; 0 = none.
+        hit: what the run was found doing.
+    """
+
+    aim: str
+    seconds: float
+    step: int
+    checkpoint: int
+    hit: str
+
+
+class Life:
+    """A training from its start to its death or its end."""
+
+    def __init__(self, command: Sequence[str], run_dir: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.run_dir = run_dir
+        self.started = time.monotonic()
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    def ended(self) -> bool:
+        """Say whether the training is over."""
+        return self.process.poll() is not None
+
+    def steps(self) -> list[int]:
+        """Return the steps that were reported since the start."""
+        return [int(found[1]) for line in list(self.lines) if (found := STEP.match(line))]
+
+    def saving(self) -> bool:
+        """Say whether a checkpoint is being written."""
+        return any((self.run_dir / "checkpoints").glob(".writing_*"))
+
+    def evaluating(self) -> bool:
+        """Say whether the last line is that of a step with an evaluation, whose result is still to come."""
+        steps = [line for line in list(self.lines) if line.startswith("step ")]
+        found = STEP.match(steps[-1]) if steps else None
+        return found is not None and int(found[1]) % EVALUATION == 0
+
+    def wait_for(self, aim: str, chance: random.Random) -> None:
+        """Return at a moment to kill, or when the training has ended."""
+        if aim == "start":
+            self._sleep(chance.uniform(0, 12))
+            return
+        wanted = chance.randrange(1, 9)
+        while len(self.steps()) < wanted and not self.ended():
+            time.sleep(0.01)
+        if aim == "training":
+            self._sleep(chance.uniform(0, 0.5))
+        doing = {"save": self.saving, "evaluation": self.evaluating}.get(aim, lambda: True)
+        while not doing() and not self.ended():
+            time.sleep(0.0005)
+        if aim != "training":
+            self._sleep(chance.uniform(0, 0.05))
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.ended():
+            time.sleep(0.001)
+
+    def kill(self, aim: str) -> Death:
+        """Kill every process without warning, and say what was going on."""
+        everyone = [
+            *psutil.Process(self.process.pid).children(recursive=True),
+            psutil.Process(self.process.pid),
+        ]
+        for each in everyone:
+            each.suspend()  # so that none sees another die
+        seconds = time.monotonic() - self.started
+        for each in everyone:
+            each.kill()
+        self.process.wait()
+        psutil.wait_procs(everyone)
+        self.reader.join()
+        steps, left = self.steps(), checkpoints(self.run_dir)
+        hit = "start" if not steps else "save" if self.saving() else "training"
+        if steps and self.evaluating():
+            hit = "evaluation" if hit == "training" else "save and evaluation"
+        newest = int(left[-1].name.removeprefix("step_")) if left else 0
+        return Death(aim, round(seconds, 2), steps[-1] if steps else 0, newest, hit)
+
+
+def prepare(folder: Path) -> list[str]:
+    """Make the data, once, and return the command of a training on two ranks, less its run_dir."""
+    python = sys.executable
+    corpus, tokenizer, pairs = folder / "puzzles.jsonl", folder / "tokenizer", folder / "pairs"
+    keys = ["--input", str(corpus), "--prompt-key", "prompt", "--answer-key", "answer"]
+    if not pairs.with_suffix(".idx").exists():
+        puzzles = ["--size", "4", "--clues", "8", "--count", "500", "--seed", "1", "--output", str(corpus)]
+        characters = ["--vocab-size", "16", "--model-type", "char", "--output", str(tokenizer)]
+        output = ["--tokenizer", str(tokenizer), "--output-prefix", str(pairs), "--workers", "1"]
+        subprocess.run([python, "tools/make_sudoku.py", *puzzles], check=True)
+        subprocess.run([python, "tools/train_tokenizer.py", *keys, *characters], check=True)
+        subprocess.run([python, "tools/preprocess_data.py", *keys, *output], check=True)
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipeline.train"]
+    return [python, *ranks, "--data.tokenizer", str(tokenizer), "--data.prefixes", f"[{pairs}]", *SETTINGS]
+
+
+def finish(command: Sequence[str], run_dir: Path) -> list[dict[str, float]]:
+    """Let a training run to its end; return its metrics, a line a step or evaluation."""
+    life = Life([*command, "--run_dir", str(run_dir)], run_dir)
+    if life.process.wait() != EXIT_DONE:
+        life.reader.join()
+        raise UserError(f"the training in {run_dir} failed: {' '.join(life.lines[-3:])}")
+    return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+
+
+def die(command: Sequence[str], run_dir: Path, number: int, seed: int) -> Death | None:
+    """Start the training and kill it; nothing where it came to its end before."""
+    chance = random.Random(f"{seed}/{number}")
+    aim = AIMS[number % len(AIMS)]
+    life = Life([*command, "--run_dir", str(run_dir)], run_dir)
+    life.wait_for(aim, chance)
+    if life.ended():
+        if life.process.returncode != EXIT_DONE:
+            life.reader.join()
+            raise UserError(f"the training in {run_dir} failed by itself: {' '.join(life.lines[-3:])}")
+        return None
+    return life.kill(aim)
+
+
+def compare(alone: list[dict[str, float]], killed: list[dict[str, float]]) -> dict[str, object]:
+    """Return how many values there are and how many differ in any bit; rates are no values."""
+    timed = {"samples_per_second", "tokens_per_second"}
+    flat = [
+        {(line["step"], key): value for line in lines for key, value in line.items() if key not in timed}
+        for lines in (alone, killed)
+    ]
+    differing = [key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key)]
+    return {"values": len(flat[0]), "differing": len(differing), "first": sorted(differing)[:3]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Kill, compare, print the table and write it."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--kills", type=int, default=100, help="how often the run is killed")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the moments")
+    parser.add_argument(
+        "--steps", type=int, default=None, help="steps of the run (default: 20, and 4 a kill)"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/kill_resume"), help="where the runs are")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kill_resume.json"))
+    options = parser.parse_args(arguments)
+    steps = options.steps or 20 + 4 * options.kills
+    options.folder.mkdir(parents=True, exist_ok=True)
+    command = [*prepare(options.folder), "--train.steps", str(steps)]
+    journal = options.folder / "deaths.json"
+    deaths = [Death(**death) for death in json.loads(journal.read_text())] if journal.exists() else []
+    alone = finish(command, options.folder / "alone")
+    while len(deaths) < options.kills:
+        death = die(command, options.folder / "killed", len(deaths), options.seed)
+        if death is None:
+            raise UserError(
+                f"the run ended after {len(deaths)} kills: give more --steps in another --folder."
+            )
+        deaths.append(death)
+        with replacing(journal) as file:
+            file.write(json.dumps([asdict(each) for each in deaths]).encode())
+        print(f"kill {len(deaths):3}/{options.kills}  {death}", flush=True)
+    killed = finish(command, options.folder / "killed")
+    result = compare(alone, killed)
+    hits = dict(Counter(death.hit for death in deaths))
+    print(f"{len(deaths)} kills ({hits}), {steps} steps: {result}", flush=True)
+    facts = {"kills": len(deaths), "hits": hits, "ranks": 2, "steps": steps, **result}
+    where = {"machine": platform.platform(), "torch": torch.__version__, "seed": options.seed}
+    with replacing(options.output) as file:
+        table = [asdict(death) for death in deaths]
+        file.write((json.dumps(facts | where | {"deaths": table}, indent=1) + "\n").encode())
+    return EXIT_DONE if result["differing"] == 0 else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+"""A run goes on at any world size: the plain engine in one process, uninterrupted, is the oracle."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from programs import Outcome
+from runs import curve, train_on
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("elastic")]
+
+Train = Callable[..., Outcome]
+# A strong weight decay that only one group of parameters has, chains of different lengths, a moving average.
+SETTINGS = """
+    --objective.threshold 0.3 --optimizer.weight_decay 0.5 --optimizer.ema_decay 0.9 --schedule.kind wsd
+    --train.log_samples true --evaluation.interval 4 --data.workers 0
+""".split()
+
+
+def samples_of(run_dir: Path) -> dict[int, list[tuple[int, int]]]:
+    """Return the (epoch, sample) pairs of every step, from the files of all ranks."""
+    steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for path in (run_dir / "samples").iterdir():
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            steps[entry["step"]] += [(epoch, sample) for epoch, sample in entry["samples"]]
+    return steps
+
+
+def check_each_sample_once(steps: dict[int, list[tuple[int, int]]], size: int) -> None:
+    """Every sample of a finished epoch is trained on in one unbroken row of steps, and in one slot."""
+    seen: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for step in sorted(steps):
+        assert max(Counter(steps[step]).values()) == 1, "no sample is in two slots at once"
+        for sample in steps[step]:
+            seen[sample].append(step)
+    for sample, when in seen.items():
+        assert when == list(range(when[0], when[-1] + 1)), f"{sample} left its slot and came back"
+    epochs = Counter(epoch for epoch, _ in seen)
+    assert epochs[0] == size, "the first epoch is complete"
+    assert {sample for epoch, sample in seen if epoch == 0} == set(range(size))
+    assert len(epochs) > 1, "and the second has begun"
+
+
+def test_world_sizes_are_interchangeable(data: Path, train: Train, tmp_path: Path) -> None:
+    """2, 4, 1 and 2 ranks in turn, by the same command: losses, gradients and averages of one process."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, *SETTINGS).code == 0
+    for ranks, steps in ((2, 4), (4, 8), (1, 12), (2, 16)):
+        output = train_on(ranks, data, parts, *SETTINGS, "--train.steps", str(steps))
+        if steps > 4:
+            assert f"(step {steps - 4}, written by" in output
+        assert f"saved {parts}/checkpoints/step_{steps:08d}" in output
+    for key in ("loss", "gradient_norm", "held_out/loss", "held_out/ema_loss"):
+        expected, found = dict(curve(whole, key)), dict(curve(parts, key))
+        assert found == pytest.approx(expected, abs=1e-5), key
+    steps = samples_of(parts)
+    assert {step: sorted(each) for step, each in steps.items()} == {
+        step: sorted(each) for step, each in samples_of(whole).items()
+    }
+    check_each_sample_once(steps, 48)
+    left = sorted(path.name for path in (parts / "checkpoints").iterdir())
+    assert left == [f"step_{step:08d}" for step in (4, 8, 12, 16)], "no converted form is left behind"
+
+
+def test_zero_stages_are_interchangeable(data: Path, train: Train, tmp_path: Path) -> None:
+    """ZeRO-2 saves and loads, and a run may go on with another stage and world size."""
+    stage_2 = tmp_path / "zero2.json"
+    stage_2.write_text('{"zero_optimization": {"stage": 2}}')
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, *SETTINGS).code == 0
+    json_2, json_3 = (["--engine.deepspeed_config", str(p)] for p in (stage_2, "ds_configs/cpu_debug.json"))
+    train_on(2, data, parts, *SETTINGS, *json_2, "--train.steps", "4")
+    train_on(2, data, parts, *SETTINGS, *json_2, "--train.steps", "8")
+    train_on(1, data, parts, *SETTINGS, *json_3, "--train.steps", "12")
+    for key in ("loss", "held_out/ema_loss"):
+        expected = {step: value for step, value in curve(whole, key) if step <= 12}
+        assert dict(curve(parts, key)) == pytest.approx(expected, abs=1e-5), key
