@@ -129,11 +129,11 @@ class Engine(Protocol):
 
     Attributes:
         launch: this process among its peers.
-        layout: how a snapshot is cut into files, such as "zero3 on 8 ranks".
+        sharding: how a snapshot is cut into files: none, zero1, zero2 or zero3.
     """
 
     launch: Launch
-    layout: str
+    sharding: str
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """Run the model on a micro-batch."""
@@ -180,13 +180,13 @@ class Engine(Protocol):
             What is to be written by torch.save, by the names of files below `folder`.
         """
 
-    def load(self, folder: Path, layout: str) -> None:
+    def load(self, folder: Path, world_size: int) -> None:
         """Go on from the files of a snapshot; called by every rank.
 
         Args:
             folder: where the files are.
-            layout: that of the engine that wrote them. Another one than this engine's costs a conversion,
-                which is kept beside the checkpoint.
+            world_size: ranks that wrote them, under the same sharding. Another number than now costs a
+                conversion, which is kept beside the checkpoint.
 
         Raises:
             UserError: for files that cannot be converted.
@@ -246,7 +246,7 @@ class PlainEngine:
                 "process, or set engine.kind to 'deepspeed'."
             )
         self.launch = launch
-        self.layout = "plain"
+        self.sharding = "none"
         self.accumulation = config.train.accumulation(1)
         # megatron-core's blends ask torch.distributed for the rank, also where there is one alone.
         address = f"tcp://127.0.0.1:{_free_port()}"
@@ -323,7 +323,7 @@ class PlainEngine:
             states[file_name(0)] = self.average.state_dict()
         return {name: self.host_copy(name, state) for name, state in states.items()}
 
-    def load(self, folder: Path, layout: str) -> None:
+    def load(self, folder: Path, world_size: int) -> None:
         """See `Engine`."""
         state = torch.load(folder / PLAIN_FILE, map_location=self.launch.device, weights_only=True)
         self.model.load_state_dict(state["model"])

@@ -89,7 +89,7 @@ class Run:
         slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
         self.groups = [SlotGroup(part, self.stream, self.objectives, launch.device) for part in slots]
         self.manifest = Manifest(
-            FORMAT, 0, 0, launch.world_size, self.engine.layout, config.train.global_batch_size,
+            FORMAT, 0, 0, launch.world_size, self.engine.sharding, config.train.global_batch_size,
             vocabulary._asdict(), self.data.fingerprint,
         )  # fmt: skip
         self.signals = signals

@@ -67,7 +67,7 @@ def check_continues(folder: Path, saved: Manifest, now: Manifest, config: Config
     """Raise a `UserError` unless a run with `config` may go on from the checkpoint in `folder`."""
     before = configuration.load(["--config", str(folder / "config.yaml")])
     pairs = [
-        ("engine.kind", before.engine.kind, config.engine.kind),
+        ("the sharding (engine.kind, engine.deepspeed_config)", saved.sharding, now.sharding),
         ("train.global_batch_size", saved.global_batch_size, now.global_batch_size),
         ("train.seed", before.train.seed, config.train.seed),
         *_differences("model", before.model, config.model),
@@ -101,7 +101,7 @@ def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[Slot
     except (OSError, KeyError, ValueError, BadZipFile) as error:
         problem = f"the slots in {folder} cannot be read ({error}): remove it to use an older checkpoint."
     agree(engine, problem)
-    engine.load(folder / "model", manifest.layout)
+    engine.load(folder / "model", manifest.world_size)
     for group, state in zip(groups, states, strict=True):
         group.load_state_dict(state, manifest.step + 1)
 

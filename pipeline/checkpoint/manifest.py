@@ -28,7 +28,7 @@ class Manifest:
         step: optimizer steps done.
         tokens: tokens seen, over all steps and ranks.
         world_size: ranks that wrote it.
-        layout: how the engine's state is cut into files, see `Engine.layout`.
+        sharding: how the engine's state is cut into files, see `Engine.sharding`.
         global_batch_size: slots.
         vocabulary: the fields of a Vocabulary.
         data_fingerprint: identity of the samples and their order.
@@ -42,7 +42,7 @@ class Manifest:
     step: int
     tokens: int
     world_size: int
-    layout: str
+    sharding: str
     global_batch_size: int
     vocabulary: dict[str, int]
     data_fingerprint: str

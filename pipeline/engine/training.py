@@ -58,7 +58,7 @@ class DeepSpeedEngine:
             raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
         self.profiler = Profiler(config, self.engine)
         self.snapshots = SnapshotWriter(self.engine)
-        self.layout = f"zero{self.engine.zero_optimization_stage()} on {launch.world_size} ranks"
+        self.sharding = f"zero{self.engine.zero_optimization_stage()}"
         self.shards = find_shards(self.engine.optimizer, zero["stage"])
         self.shards.judge(self._accept)
         self.average: WeightAverage | None = None
@@ -148,10 +148,10 @@ class DeepSpeedEngine:
             self.snapshots.keep(file_name(self.launch.rank), self.average.state_dict())
         return self.snapshots.take()
 
-    def load(self, folder: Path, layout: str) -> None:
+    def load(self, folder: Path, world_size: int) -> None:
         """See `Engine`."""
         settings = hyper_parameters(self.engine.optimizer)
-        if layout == self.layout:
+        if world_size == self.launch.world_size:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         else:
             universal = make_universal(folder, self.launch.rank, self.all_gather)

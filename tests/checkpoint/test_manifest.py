@@ -49,7 +49,7 @@ def test_the_manifest_describes_every_file(run_dir: Path) -> None:
         facts = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         assert manifest["files"][name] == facts
     assert (manifest["step"], manifest["tokens"], manifest["world_size"]) == (16, 16 * 16 * 12, 1)
-    assert (manifest["global_batch_size"], manifest["layout"]) == (16, "plain")
+    assert (manifest["global_batch_size"], manifest["sharding"]) == (16, "none")
     assert {"torch", "deepspeed"} <= set(manifest["versions"])
 
 
@@ -105,6 +105,13 @@ def test_an_unknown_format_is_refused(train: Train, run_dir: Path) -> None:
     path = run_dir / NEWEST / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     assert f"{path} has format 99, this program reads" in train(run_dir, *SHORT).complaint()
+
+
+def test_another_sharding_is_refused(train: Train, run_dir: Path) -> None:
+    path = run_dir / NEWEST / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sharding": "zero2"}))
+    complaint = train(run_dir, *SHORT).complaint()
+    assert "(engine.kind, engine.deepspeed_config) = zero2, the run has none" in complaint
 
 
 def test_what_a_killed_process_left_is_cleared(train: Train, run_dir: Path) -> None:
