@@ -34,7 +34,9 @@ from pipeline.monitor.recorder import METRICS_FILE
 
 SETTINGS = """
     --model.layers 2 --model.hidden_size 64 --model.intermediate_size 128 --objective.threshold 0.3
-    --objective.stages 6 --optimizer.ema_decay 0.99 --train.global_batch_size 16 --train.micro_batch_size 4
+    --objective.stages 6 --objective.stages_increment 1 --objective.stages_first_increase 20
+    --objective.stages_interval 20 --optimizer.ema_decay 0.99 --train.global_batch_size 16
+    --train.micro_batch_size 4
     --train.log_interval 1 --schedule.warmup_steps 10 --data.kind pairs --data.sequence_length 32
     --evaluation.interval 5 --evaluation.samples 64 --checkpoint.interval 3
 """.split()
