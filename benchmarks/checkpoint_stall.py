@@ -33,7 +33,7 @@ from pipeline.runtime import Engine, build_engine, read_launch
 from pipeline.slots import SlotGroup, slots_of_rank
 from pipeline.train import train_step
 
-ROUNDS, LENGTH, TOKENS, MASK = 5, 64, 32000, 3
+ROUNDS, LENGTH, TOKENS, MASK = 3, 16, 32000, 3
 RESULT = Path("benchmarks/results/checkpoint_stall.json")
 SETTINGS = """
     --run_dir runs/checkpoint_stall --data.prefixes [unused] --data.tokenizer unused --checkpoint.keep 1
@@ -73,7 +73,7 @@ class Training:
 
     def timed_save(self, saver: Saver, manifest: Manifest) -> tuple[float, float]:
         """Save; return the seconds of the stall, and of the drag until the files are written."""
-        usual = median(self.timed_step() for _ in range(5))
+        usual = median(self.timed_step() for _ in range(3))
         self.engine.barrier()
         began = time.perf_counter()
         saver.save(dataclasses.replace(manifest, step=self.step))

@@ -43,7 +43,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     ready = context.Event()
     process = context.Process(target=hold, args=(str(tmp_path), ready))
     process.start()
-    assert ready.wait(60)
+    assert ready.wait(300)
     with pytest.raises(UserError, match=f"process {process.pid}"):
         RunLock(tmp_path)
     assert process.pid is not None
