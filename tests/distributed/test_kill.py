@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("kill")]
 
 @pytest.mark.timeout(1500)
 def test_a_killed_run_repeats_the_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
-    """Two ranks, accumulation, threshold, growing K, moving average; killed in a step, a save, an evaluation."""
+    """Two ranks, accumulation, threshold, growing K, moving average; in a step, a save, an evaluation."""
     output = tmp_path / "result.json"
     options = ["--kills", "3", "--steps", "36", "--folder", str(tmp_path), "--output", str(output)]
     result = run_program("benchmarks/kill_resume.py", *options, timeout=1400)
