@@ -234,7 +234,8 @@ class Run:
         return interval > 0 and (last or (step % interval == 0 and not self.guard.in_a_row))
 
     def stopped(self) -> bool:
-        """Say whether a rank was asked to stop; every rank calls this."""
+        """Say before each batch of an evaluation whether a rank was asked to stop; every rank calls this."""
+        self.watchdog.enter("evaluation")
         received = torch.tensor([float(self.signals.received)], device=self.engine.launch.device)
         self.guard.stop = self.guard.stop or bool(self.engine.max_over_ranks(received))
         return self.guard.stop
@@ -257,7 +258,6 @@ class Run:
         step, valid = self.manifest.step, self.data.valid
         if valid is None or not self.due(self.config.evaluation.interval, step):
             return
-        self.watchdog.enter("evaluation")
         losses = {"held_out/loss": self.held_out_loss(valid)}
         if self.config.optimizer.ema_decay is not None:
             with self.engine.averaged_weights():

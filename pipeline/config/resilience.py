@@ -37,7 +37,7 @@ class WatchdogConfig:
     """A run in which nothing moves any more says where it stands, and ends with the code to be requeued.
 
     Args:
-        factor: Limit for a step, an evaluation or a save, as a multiple of the median time that it has taken
+        factor: Limit for a step, a batch of an evaluation or a save, as a multiple of the median time it took
             so far in this process; 0 = no watchdog.
         minimum: The limit is never below this, in seconds.
         first: Limit where nothing has been measured yet, in seconds; the first step compiles and reads most.

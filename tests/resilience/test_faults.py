@@ -57,6 +57,9 @@ def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
         assert entry["samples"] == sorted(set(samples[entry["step"]]))
     counted = dict(curve(tmp_path, "skipped_steps"))
     assert (counted[4], counted[8], counted[36], counted[40]) == (0, 1, 2, 3)
+    slowest = [rank for _, rank in curve(tmp_path, "ranks/compute_probe_slowest_rank")]
+    assert len(slowest) == 10
+    assert set(slowest) <= {0, 1}
 
 
 def test_rollback_leaves_the_samples_out(data: Path, tmp_path: Path) -> None:
