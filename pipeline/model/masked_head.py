@@ -61,7 +61,7 @@ class _MaskedLoss(torch.autograd.Function):
                 grad_logits = exponentials.mul_(scale).scatter_add_(1, target, -weights[part, None])
                 grad_logits = grad_logits.to(w.dtype)
                 grad_hidden[part] = _product(grad_logits, w)
-                grad_weight += _product(grad_logits.T, h[part])
+                _add_product(grad_weight, grad_logits.T, h[part])
         if grad_hidden is not None and grad_weight is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(*(x for x in (nll, confidence, margin, entropy) if x is not None))
@@ -90,6 +90,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         if a.dtype == torch.float32:
             return a @ b
         return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to the fp32 `total`, for fp32 operands without another matrix of its size."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32:
+            total.addmm_(a, b)
+        else:
+            total += torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
