@@ -168,7 +168,7 @@ def complete(
                     f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
                     f"sequence length that the model was trained on, {limit}: shorten one of them."
                 )
-            if not ids and loaded.model.shifted:
+            if len(ids) == 0 and loaded.model.shifted:
                 raise UserError(
                     "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the "
                     "one before it: give prompts of at least one token."
