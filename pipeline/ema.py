@@ -10,35 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.cli import UserError
-from pipeline.weights import StoredWeight, StoredWeights
+from pipeline.weights import Piece, StoredWeight, StoredWeights
 
 FILES = "ema_*.pt"
-
-
-class Piece(NamedTuple):
-    """Consecutive elements of one parameter in one of this rank's weight tensors.
-
-    Attributes:
-        name: of the parameter.
-        shape: of the whole parameter.
-        offset: first element, counted in the flattened parameter.
-        tensor: number of the weight tensor that holds it.
-        start: first element, counted in that flattened tensor.
-        length: how many elements.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    tensor: int
-    start: int
-    length: int
 
 
 class WeightAverage:
@@ -135,7 +115,7 @@ def open_average(folder: Path) -> StoredWeights:
     files = _Files(sorted(folder.glob(FILES)))
 
     def stored(name: str, shape: tuple[int, ...]) -> StoredWeight:
-        return StoredWeight(shape, lambda: files.read(name, 0, math.prod(shape)).view(shape))
+        return StoredWeight(shape, torch.float32, lambda: files.read(name, 0, math.prod(shape)).view(shape))
 
     return {name: stored(name, tuple(shape)) for name, shape in files.shapes.items()}
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from pipeline.cli import UserError
 from pipeline.config import Config
-from pipeline.ema import Piece, WeightAverage, file_name, open_average
+from pipeline.ema import WeightAverage, file_name, open_average
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.snapshot import HostCopy
-from pipeline.weights import StoredWeight, StoredWeights
+from pipeline.weights import Piece, StoredWeight, StoredWeights, copy_pieces
 
 T = TypeVar("T")
 
@@ -134,6 +134,13 @@ class Engine(Protocol):
 
     launch: Launch
     sharding: str
+
+    def start_from(self, weights: StoredWeights) -> None:
+        """Put these in place of the initial weights; called by every rank before the first step.
+
+        Raises:
+            UserError: for a weight that is missing or of another shape.
+        """
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """Run the model on a micro-batch."""
@@ -259,9 +266,19 @@ class PlainEngine:
         self.host_copy = HostCopy()
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
-            named = list(self.model.named_parameters())
-            pieces = [Piece(name, tuple(p.shape), 0, i, 0, p.numel()) for i, (name, p) in enumerate(named)]
-            self.average = WeightAverage(config.optimizer.ema_decay, [p for _, p in named], pieces)
+            weights = list(self.model.parameters())
+            self.average = WeightAverage(config.optimizer.ema_decay, weights, self.pieces())
+
+    def pieces(self) -> list[Piece]:
+        """Return every parameter as one piece."""
+        named = enumerate(self.model.named_parameters())
+        return [Piece(name, tuple(p.shape), 0, number, 0, p.numel()) for number, (name, p) in named]
+
+    def start_from(self, weights: StoredWeights) -> None:
+        """See `Engine`."""
+        copy_pieces(weights, list(self.model.parameters()), self.pieces())
+        if self.average is not None:
+            self.average.restart()
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`; bf16 is torch's autocast here."""

@@ -26,6 +26,7 @@ from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.held_out import held_out_loss
 from pipeline.files import replacing
+from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.progress import Progress
 from pipeline.monitor.recorder import Recorder
@@ -124,9 +125,21 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
-        if found is not None:
+        if found is None:
+            self.start()
+        else:
             checkpoint.check_continues(*found, self.manifest, self.config)
             self.load(*found)
+
+    def start(self) -> None:
+        """Begin at given weights, where there are any."""
+        if self.config.train.initial_weights is None:
+            return
+        folder = Path(self.config.train.initial_weights)
+        vocabulary, tokenizer = Vocabulary(**self.manifest.vocabulary), Path(self.config.data.tokenizer)
+        self.engine.start_from(open_initial_weights(folder, self.config.model, vocabulary, tokenizer))
+        if self.engine.launch.rank == 0:
+            print(f"starting from the weights in {folder}", flush=True)
 
     def load(self, folder: Path, saved: Manifest) -> None:
         """Take up the state of a checkpoint."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.cli import UserError
-from pipeline.ema import Piece, WeightAverage, file_name, open_average
+from pipeline.ema import WeightAverage, file_name, open_average
+from pipeline.weights import Piece
 
 SHAPES = {"wide": (3, 5), "tall": (7, 2), "one": (1,)}
 

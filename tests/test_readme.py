@@ -40,14 +40,15 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.distributed
 def test_from_your_corpus_to_your_model(checkout: Path) -> None:
-    """Activation, then five commands; each succeeds, and the last one prints a completion."""
+    """Activation, then five commands; each succeeds, and the last one prints a completion. Then an export."""
     activate, *five = commands("From your corpus to your model")
     assert activate == "source .venv/bin/activate"
     assert len(five) == 5
+    [export] = commands("Out to Hugging Face, and in")
     binaries = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     printed = []
-    for command in five:
+    for command in [*five, export]:
         if command.startswith("torchrun"):
             command += SHORTER
         elif command.startswith("tensorboard"):  # would serve for ever
@@ -61,6 +62,7 @@ def test_from_your_corpus_to_your_model(checkout: Path) -> None:
     assert "train/loss" in printed[3]
     assert printed[4].startswith("Once upon a time")
     assert len(printed[4].strip()) > len("Once upon a time")
+    assert (checkout / "exported/mine/model.safetensors").exists()
 
 
 def test_the_two_commands_exist() -> None:

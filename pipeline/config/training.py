@@ -94,6 +94,8 @@ class TrainConfig:
         seed: Seed of the initial weights, the order of the samples and every mask.
         log_interval: Steps between two lines and TensorBoard points.
         log_samples: Write which samples each step was trained on to samples/ in the run folder; slower.
+        initial_weights: Folder of tools/import_hf.py or tools/export_hf.py with the weights that the run
+            begins at; by default they are random.
     """
 
     steps: int = 1000
@@ -102,6 +104,7 @@ class TrainConfig:
     seed: int = 1234
     log_interval: int = 10
     log_samples: bool = False
+    initial_weights: str | None = None
 
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""

@@ -147,6 +147,6 @@ def open_sharded_weights(folder: Path) -> StoredWeights:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
     return {
-        name.removeprefix("module."): StoredWeight(tuple(value.shape), value.contiguous)
+        name.removeprefix("module."): StoredWeight(tuple(value.shape), value.dtype, value.contiguous)
         for name, value in state.items()
     }

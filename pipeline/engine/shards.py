@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
-from pipeline.ema import Piece
+from pipeline.weights import Piece
 
 REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it waits for the norm and skips the step
 

@@ -25,6 +25,7 @@ from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
 from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.runtime import Launch, T, make_model
+from pipeline.weights import StoredWeights, copy_pieces
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
@@ -39,9 +40,9 @@ class DeepSpeedEngine:
         # DeepSpeed still calls collectives by the names that torch is renaming.
         warnings.filterwarnings("ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated")
         self.launch = launch
-        path = Path(config.engine.deepspeed_config)
+        self.path = path = Path(config.engine.deepspeed_config)
         settings = complete_settings(read_deepspeed_json(path), config, launch)
-        zero = settings.get("zero_optimization", {})
+        self.zero = zero = settings.get("zero_optimization", {})
         if not torch.distributed.is_initialized():
             backend = "nccl" if launch.device.type == "cuda" else "gloo"
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
@@ -49,7 +50,7 @@ class DeepSpeedEngine:
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
                 model = make_model(config, vocabulary, sequence)
-            names = {parameter: name for name, parameter in model.named_parameters()}
+            self.names = {parameter: name for name, parameter in model.named_parameters()}
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
             optimizer = adamw(parameter_groups(model, config.optimizer), **adamw_settings(config.optimizer))
@@ -63,14 +64,26 @@ class DeepSpeedEngine:
         self.shards.judge(self._accept)
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
-            for part in ("optimizer", "param"):
-                if zero.get(f"offload_{part}", {}).get("device") == "nvme":
-                    raise UserError(
-                        f"optimizer.ema_decay needs the weights in memory, but {path} has "
-                        f"offload_{part}.device = 'nvme': set it to 'cpu', or optimizer.ema_decay to null."
-                    )
-            weights, pieces = self.shards.weights(), self.shards.pieces(names)
+            self.require_in_memory("optimizer.ema_decay")
+            weights, pieces = self.shards.weights(), self.shards.pieces(self.names)
             self.average = WeightAverage(config.optimizer.ema_decay, weights, pieces)
+
+    def require_in_memory(self, key: str) -> None:
+        """Raise a `UserError` where the weights are on NVMe, out of reach of what `key` asks for."""
+        for part in ("optimizer", "param"):
+            if self.zero.get(f"offload_{part}", {}).get("device") == "nvme":
+                raise UserError(
+                    f"{key} needs the weights in memory, but {self.path} has offload_{part}.device = 'nvme': "
+                    f"set it to 'cpu', or {key} to null."
+                )
+
+    def start_from(self, weights: StoredWeights) -> None:
+        """See `Engine`; each rank reads the parts that it keeps, and nothing is gathered."""
+        self.require_in_memory("train.initial_weights")
+        copy_pieces(weights, self.shards.weights(), self.shards.pieces(self.names))
+        self.shards.publish()
+        if self.average is not None:
+            self.average.restart()
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`."""

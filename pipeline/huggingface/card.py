@@ -20,8 +20,8 @@ tags:
 
 # {name}
 
-A masked diffusion language model: a bidirectional transformer that fills in masked tokens in any order. It
-is no causal model: it has no `generate`, and a sampler calls it on partly masked sequences.
+A masked diffusion language model: a transformer that fills in masked tokens. It has no `generate`: a sampler
+calls it on partly masked sequences.
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -54,7 +54,15 @@ Neither a licence nor the data are described here: add them before you share the
 
 
 def model_card(
-    name: str, config: Config, manifest: Manifest, parameters: int, weights: str, dtype: str, mask: str
+    name: str,
+    config: Config,
+    manifest: Manifest,
+    *,
+    parameters: int,
+    weights: str,
+    dtype: str,
+    mask: str,
+    attention: str,
 ) -> str:
     """Return README.md.
 
@@ -66,6 +74,7 @@ def model_card(
         weights: "ema" or "raw".
         dtype: type of the numbers in the files.
         mask: how the mask token is written.
+        attention: which positions see which others.
     """
     model, train, objective = config.model, config.train, config.objective
     shape = {
@@ -77,12 +86,15 @@ def model_card(
         "vocabulary": f"{manifest.vocabulary['tokens']:,} tokens, {manifest.vocabulary['rows']:,} rows",
         "embeddings tied": "yes" if model.tie_embeddings else "no",
         "rotary base": f"{model.rope_theta:g}",
+        "position i is predicted at": {"same": "i", "shifted": "i - 1 (0 is given)"}[model.prediction],
+        "attention": attention,
     }
-    samples = manifest.step * train.global_batch_size
+    samples, loss = manifest.step * train.global_batch_size, manifest.held_out_loss
     facts = {
         "optimizer steps": f"{manifest.step:,}",
         "sequences seen": f"{samples:,} of {config.data.sequence_length} tokens",
-        "tokens seen": f"{samples * config.data.sequence_length:,}",
+        "tokens seen": f"{manifest.tokens:,}",
+        "held-out loss": "not measured at this step" if loss is None else f"{loss:.4f} nats a masked token",
         "datasets": ", ".join(Path(prefix).name for prefix in config.data.prefixes),
         "samples": config.data.kind,
         "data fingerprint": f"`{manifest.data_fingerprint[:16]}`",

@@ -3,16 +3,67 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.weights import StoredWeights
+from pipeline.cli import ToolParser, UserError
+from pipeline.huggingface import mapping
+from pipeline.monitor.progress import Progress
+from pipeline.weights import StoredWeight, StoredWeights
 
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+def add_shard_argument(parser: ToolParser) -> None:
+    """Add the option that bounds files and memory."""
+    parser.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default="5GB",
+        help="largest file of weights, and about the memory that is used",
+    )
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+) ?(KB|MB|GB)", text.upper())
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--max-shard-size is {text!r}: give a whole number with KB, MB or GB, such as 5GB.")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def open_weights(folder: Path) -> StoredWeights:
+    """Return the weights in a folder's safetensors files by name; they are mapped, not read.
+
+    Raises:
+        UserError: when a file is missing or damaged.
+    """
+    index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    if index.is_file():
+        places: dict[str, str] = mapping.read_json(index)["weight_map"]
+        names = sorted(set(places.values()))
+    elif single.is_file():
+        names = [WEIGHTS_FILE]
+    else:
+        raise UserError(
+            f"{folder} holds no {WEIGHTS_FILE} and no {INDEX_FILE}: convert older files by loading and "
+            "saving them with transformers."
+        )
+    weights: dict[str, StoredWeight] = {}
+    for name in names:
+        try:
+            file = safe_open(folder / name, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / name} is missing or damaged ({error}): bring it again.") from None
+        for key in file.keys():  # noqa: SIM118 (it is no mapping)
+            weights[key] = StoredWeight.of(file.get_tensor(key))  # mapped: nothing is read yet
+    return weights
 
 
 def divide(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -31,9 +82,8 @@ def divide(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def write_weights(
     weights: StoredWeights,
     folder: Path,
-    dtype: torch.dtype,
     max_shard_size: int,
-    on_progress: Callable[[int], None] = lambda written: None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write weights as model.safetensors, or in shards with an index where that file would be too large.
 
@@ -42,20 +92,24 @@ def write_weights(
     Args:
         weights: what to write, in this order.
         folder: where to write.
-        dtype: type of the numbers in the files.
         max_shard_size: bytes of weights in a file, unless a single weight is larger.
-        on_progress: called with the number of weights written so far.
+        dtype: type of the numbers in the files; by default the type that each weight has.
     """
-    sizes = {name: torch.Size(w.shape).numel() * dtype.itemsize for name, w in weights.items()}
+    types = {name: dtype or weight.dtype for name, weight in weights.items()}
+    sizes = {name: math.prod(w.shape) * types[name].itemsize for name, w in weights.items()}
     shards = divide(sizes, max_shard_size)
     places: dict[str, str] = {}
+    progress = Progress(len(weights), 0, "weight")
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # A dictionary of its own in each call: no shard is still held while the next one is read.
-        save_file({name: weights[name].read().to(dtype) for name in names}, folder / file, {"format": "pt"})
+        shard = {name: weights[name].read().to(types[name]) for name in names}
+        save_file(shard, folder / file, {"format": "pt"})
+        del shard  # before the next one is read
         (folder / file).chmod(0o666 & ~_umask())  # safetensors would let nobody else read it
         places |= dict.fromkeys(names, file)
-        on_progress(len(places))
+        progress.advance(len(places))
+        progress.report(file)
+    progress.close()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

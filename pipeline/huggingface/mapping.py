@@ -1,19 +1,57 @@
-"""The settings of a run in the words of transformers' config.json."""
+"""The model section of a run in the words of transformers' config.json, and back."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.cli import UserError
+from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.model.attention import FAST, SLOW
 from pipeline.model.batch import Vocabulary
 
 MODEL_TYPE = "masked_diffusion"
+FAMILIES = ("qwen2", "qwen3", "llama")
+# What config.json calls the settings of the model section.
+NAMES = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "tie_embeddings": "tie_word_embeddings",
+    "attention_bias": "attention_bias",
+    "qk_norm": "qk_norm",
+    "rope_theta": "rope_theta",
+    "rope_factor": "rope_factor",
+    "rope_original_length": "rope_original_length",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "prediction": "prediction",
+}
+NEEDED = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
 
 
-def config_json(config: Config, vocabulary: Vocabulary, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """Return the config.json of a trained model, for the code in `remote_code`."""
-    model = config.model
+def to_json(
+    model: ModelConfig, vocabulary: Vocabulary, tokenizer: Tokenizer, sequence_length: int, dtype: str
+) -> dict[str, Any]:
+    """Return the config.json of a model, for the code in `remote_code`.
+
+    Args:
+        model: shape of the network.
+        vocabulary: the tokens.
+        tokenizer: whose special tokens the model has.
+        sequence_length: tokens in a training sample.
+        dtype: type of the numbers in the files.
+    """
+    settings = {theirs: getattr(model, ours) for ours, theirs in NAMES.items()}
+    settings["vocab_size"] = vocabulary.rows
+    settings["num_key_value_heads"] = model.kv_heads or model.heads
+    settings["head_dim"] = model.head_width
     return {
         "architectures": ["MaskedDiffusionForMaskedLM"],
         "auto_map": {
@@ -23,24 +61,85 @@ def config_json(config: Config, vocabulary: Vocabulary, tokenizer: Tokenizer, dt
         },
         "model_type": MODEL_TYPE,
         "dtype": dtype,
-        "vocab_size": vocabulary.rows,
         "num_tokens": vocabulary.tokens,
         "mask_token_id": vocabulary.mask_id,
         "pad_token_id": tokenizer.pad,
         "eos_token_id": tokenizer.eos,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads or model.heads,
-        "head_dim": model.head_width,
-        "attention_bias": model.attention_bias,
-        "qk_norm": model.qk_norm,
-        "rope_theta": model.rope_theta,
-        "rope_factor": model.rope_factor,
-        "rope_original_length": model.rope_original_length,
-        "rms_norm_eps": model.norm_eps,
-        "initializer_range": model.init_std,
-        "max_position_embeddings": config.data.sequence_length,
-        "tie_word_embeddings": model.tie_embeddings,
+        "max_position_embeddings": sequence_length,
+        **settings,
     }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a config.json; raise a `UserError` when it is missing or damaged."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give the folder of a Hugging Face model.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): bring the folder again.") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold a JSON object: bring the folder again.")
+    return settings
+
+
+def from_json(settings: dict[str, Any], where: Path) -> ModelConfig:
+    """Return the model section that computes what the model of a config.json does, with any attention.
+
+    Args:
+        settings: the content of config.json, of a family in FAMILIES or of an exported model.
+        where: the file, for errors.
+
+    Raises:
+        UserError: for a model that is built in another way.
+    """
+    family = settings.get("model_type")
+    if family not in (*FAMILIES, MODEL_TYPE):
+        raise UserError(f"{where}: model_type is {family!r}; {', '.join(FAMILIES)} can be imported.")
+    found = {ours: settings[theirs] for ours, theirs in NAMES.items() if settings.get(theirs) is not None}
+    for ours in NEEDED:
+        if ours not in found:
+            raise UserError(f"{where}: {NAMES[ours]} is missing: bring the folder again.")
+    if family != MODEL_TYPE:
+        _check_family(settings, where)
+        found |= {"attention_bias": family == "qwen2", "qk_norm": family == "qwen3", "prediction": "shifted"}
+        found |= _rope(settings, where)
+        found.setdefault("tie_embeddings", False)  # the families' own defaults
+        if family == "qwen3":
+            found.setdefault("head_size", 128)
+    config = ModelConfig(**found)
+    if config.head_size == config.hidden_size / config.heads:
+        config.head_size = None
+    config.check()
+    return config
+
+
+def _check_family(settings: dict[str, Any], where: Path) -> None:
+    """Raise a `UserError` for a variant of a family that our blocks do not compute."""
+    layer_types = set(settings.get("layer_types") or ["full_attention"])
+    wrong = {
+        "hidden_act": settings.get("hidden_act", "silu") != "silu",
+        "attention_bias": settings["model_type"] != "qwen2" and bool(settings.get("attention_bias")),
+        "mlp_bias": bool(settings.get("mlp_bias")),
+        "use_sliding_window": bool(settings.get("use_sliding_window")),
+        "layer_types": layer_types != {"full_attention"},
+        "quantization_config": settings.get("quantization_config") is not None,
+    }
+    for key, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(f"{where}: {key} = {settings[key]!r} cannot be imported: take another model.")
+
+
+def _rope(settings: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Return our settings of the rotary embedding, from the keys of transformers 5 or those before."""
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    found = {"rope_theta": float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    bounds = (rope.get("low_freq_factor", SLOW), rope.get("high_freq_factor", FAST))
+    partial = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
+    if kind not in ("default", "llama3") or bounds != (SLOW, FAST) or partial != 1.0:
+        raise UserError(f"{where}: the rotary embedding {rope or partial} cannot be imported.")
+    if kind == "llama3":
+        length = rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]
+        found |= {"rope_factor": float(rope["factor"]), "rope_original_length": int(length)}
+    return found

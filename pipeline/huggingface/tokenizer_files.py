@@ -5,31 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from pipeline.data.tokenizer import HUGGING_FACE_FILE, MODEL_FILE, HuggingFaceModel, Tokenizer
+from pipeline.data.tokenizer import HUGGING_FACE_FILE, MODEL_FILE, Tokenizer
 
 
 def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokenizer:
     """Write the tokenizer of the folder `source`: as it is to FOLDER/tokenizer, and for transformers.
 
-    transformers reads the same SentencePiece model by the code in `remote_code`, or the same file of its own
-    kind, so that the ids are the same. One thing differs, as its users expect: "<mask>" written in a text
-    is the mask token there.
+    A SentencePiece model is read there by the code in `remote_code`, one of Hugging Face by transformers
+    itself, so the ids are the same. One thing differs, as its users expect: special tokens written in a text,
+    such as "<mask>", are these tokens there.
     """
     tokenizer = Tokenizer.load(source)
     shutil.copytree(source, folder / "tokenizer")
-    settings = {
-        "model_max_length": sequence_length,
-        "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": tokenizer.model.token(i) for name, i in tokenizer.special_ids.items() if i >= 0},
-    }
-    if isinstance(tokenizer.model, HuggingFaceModel):
-        shutil.copyfile(source / HUGGING_FACE_FILE, folder / "tokenizer.json")
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    else:
+    settings: dict[str, Any] = {"model_max_length": sequence_length, "clean_up_tokenization_spaces": False}
+    for use, token in tokenizer.special_ids.items():
+        if token >= 0:
+            settings[f"{use}_token"] = tokenizer.model.token(token)
+    if (source / MODEL_FILE).is_file():
         shutil.copyfile(source / MODEL_FILE, folder / MODEL_FILE)
         settings["tokenizer_class"] = "MaskedDiffusionTokenizer"
-        code = "tokenization_masked_diffusion.MaskedDiffusionTokenizer"
-        settings["auto_map"] = {"AutoTokenizer": [code, None]}
+        settings["auto_map"] = {
+            "AutoTokenizer": ["tokenization_masked_diffusion.MaskedDiffusionTokenizer", None]
+        }
+    else:
+        model = json.loads((source / HUGGING_FACE_FILE).read_text(encoding="utf-8"))
+        model["post_processor"] = None  # which would put tokens around a text that were not there in training
+        (folder / "tokenizer.json").write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return tokenizer

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from programs import run_here
 
 from pipeline.cli import UserError
-from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer, train_tokenizer
 from tools import train_tokenizer as tool
 
 CORPUS = [f"the {a} {b} jumps over\n{b} lazy dogs, {n}!" for a in ("quick", "slow") for b in ("fox", "cat") for n in range(40)]  # fmt: skip  # noqa: E501
@@ -158,17 +158,3 @@ def test_special_tokens_are_named_or_asked_for(tmp_path: Path, capsys: pytest.Ca
     path.write_text("{}")
     complaint = run_here(tool.main, [*arguments[:3], str(tmp_path / "u")], capsys).complaint()
     assert "is no tokenizer.json" in complaint
-
-
-def test_an_imported_tokenizer_is_exported_for_transformers(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from pipeline.huggingface.tokenizer_files import write_tokenizer
-
-    write_hugging_face(tmp_path / "tokenizer.json", ["<|endoftext|>"])
-    ours, _ = import_tokenizer(tmp_path / "tokenizer.json", {}, tmp_path / "t")
-    (tmp_path / "model").mkdir()
-    write_tokenizer(tmp_path / "t", tmp_path / "model", 64)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert theirs.encode(CORPUS[0], add_special_tokens=False) == ours.encode(CORPUS[0]).tolist()
-    assert (theirs.mask_token_id, theirs.pad_token_id, theirs.eos_token_id) == (ours.mask, ours.pad, ours.eos)

@@ -29,6 +29,9 @@ class MaskedDiffusionConfig(PretrainedConfig):
         initializer_range: standard deviation of new weights.
         max_position_embeddings: length of the sequences that the model was trained on.
         tie_word_embeddings: use the embedding as output matrix.
+        prediction: "same", or "shifted": position i is predicted by the hidden state at i - 1.
+        attention: "bidirectional", "causal", or "blocks": bidirectional in a block, causal between blocks.
+        block_size: tokens of a block, with attention "blocks".
     """
 
     model_type = "masked_diffusion"
@@ -55,6 +58,9 @@ class MaskedDiffusionConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         max_position_embeddings: int = 2048,
         tie_word_embeddings: bool = True,
+        prediction: str = "same",
+        attention: str = "bidirectional",
+        block_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -74,6 +80,9 @@ class MaskedDiffusionConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.max_position_embeddings = max_position_embeddings
+        self.prediction = prediction
+        self.attention = attention
+        self.block_size = block_size
         super().__init__(
             pad_token_id=pad_token_id,
             eos_token_id=eos_token_id,

@@ -1,6 +1,6 @@
 """A masked diffusion language model: a bidirectional transformer that fills in masked tokens.
 
-It has no causal mask, no cache and no `generate`: a sampler calls it on partly masked sequences.
+It has no cache and no `generate`: a sampler calls it on partly masked sequences.
 """
 
 import math
@@ -62,7 +62,7 @@ class MaskedDiffusionAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_size, config.rms_norm_eps) if normed else nn.Identity()
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
-        """Return [B, L, H] for x [B, L, H]; `attention_mask` [B, 1, 1, L] bool is False at padding."""
+        """Return [B, L, H] for x [B, L, H]; `attention_mask` broadcasts to [B, heads, L, L] bool."""
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_size))
         k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_size))
@@ -126,17 +126,43 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        blocks: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput | tuple[Tensor]:
-        """Return hidden states [B, L, H] for input_ids [B, L]; attention_mask [B, L] is 0 at padding."""
+        """Return hidden states [B, L, H].
+
+        Args:
+            input_ids: [B, L].
+            attention_mask: [B, L], 0 at padding.
+            blocks: [B or 1, L], the number of each position's block: a position sees none of a higher one.
+                By default all see all, or with config.attention "causal" those before them.
+            return_dict: False for a tuple.
+        """
         x = self.embed_tokens(input_ids)
         table = rotary_table(input_ids.shape[1], self.config, x.device)
-        keys = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        visible = self.visible(input_ids, attention_mask, blocks)
         for layer in self.layers:
-            x = layer(x, table, keys)
+            x = layer(x, table, visible)
         x = self.norm(x)
         return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
+
+    def visible(
+        self, input_ids: Tensor, attention_mask: Tensor | None, blocks: Tensor | None
+    ) -> Tensor | None:
+        """Return which keys each query sees, broadcastable to [B, heads, L, L] bool; None for all."""
+        if blocks is None and self.config.attention == "causal":
+            blocks = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        elif blocks is None and self.config.attention == "blocks":
+            raise ValueError(
+                f"this model was trained in blocks of {self.config.block_size} tokens: give `blocks`, the "
+                "number of each position's block, counted from 1, with 0 for the prompt."
+            )
+        keys = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        if blocks is None:
+            return keys
+        before = (blocks[:, None, :] <= blocks[:, :, None])[:, None]  # [B or 1, 1, L, L]
+        return before if keys is None else before & keys
 
 
 class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
@@ -155,6 +181,7 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        blocks: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
@@ -165,9 +192,12 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
             attention_mask: [B, L], 0 at padding.
             labels: [B, L], the true tokens where the loss is wanted and -100 elsewhere; the loss is the mean
                 negative log-likelihood in nats.
+            blocks: see `MaskedDiffusionModel`.
             return_dict: False for a tuple.
         """
-        hidden = self.model(input_ids, attention_mask).last_hidden_state
+        hidden = self.model(input_ids, attention_mask, blocks).last_hidden_state
+        if self.config.prediction == "shifted":  # position i is predicted at i - 1; position 0 must be given
+            hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         logits = fp32_product(hidden, self.lm_head.weight)
         logits[..., self.config.mask_token_id] = -torch.inf
         logits[..., self.config.num_tokens :] = -torch.inf

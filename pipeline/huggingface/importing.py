@@ -1,0 +1,128 @@
+"""A causal model of Hugging Face as a folder that a run of ours starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from pipeline.cli import UserError
+from pipeline.data.tokenizer import import_tokenizer
+from pipeline.files import creating_folder
+from pipeline.huggingface import mapping
+from pipeline.huggingface.folders import open_weights, write_weights
+from pipeline.model.batch import Vocabulary
+from pipeline.weights import StoredWeight
+
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "model.yaml"
+MATRICES = ("model.embed_tokens.weight", "lm_head.weight")  # with a row a token
+MEAN_ROWS = 4096  # rows that are added in float64 at a time
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of an import.
+
+    Attributes:
+        settings: the sections of a run's YAML that fit, as text.
+        vocabulary: of the new model.
+        mask: the mask token as it is written.
+        added: tokens that the tokenizer did not have.
+        old_rows: rows that the matrices had.
+    """
+
+    settings: str
+    vocabulary: Vocabulary
+    mask: str
+    added: list[str]
+    old_rows: int
+
+
+def import_model(
+    source: Path,
+    output: Path,
+    special_tokens: dict[str, str | None],
+    max_shard_size: int,
+) -> Imported:
+    """Write `output`, whole or not at all: a folder as an export makes it, without the code and the card.
+
+    The weights are copied bit for bit in the type that they have, one shard at a time. The embedding and the
+    output matrix get rows for the tokens that the tokenizer lacks (a mask token, as a rule), rounded up to a
+    multiple of 8. The rows of the mask token and of every added token start at the mean of the others: a new
+    direction that the network has never seen would be far from all that it knows.
+
+    Args:
+        source: folder with config.json, safetensors and tokenizer.json of a Qwen2, Qwen3 or Llama model.
+        output: the folder; it must not exist.
+        special_tokens: the tokens for mask, pad and eos; see `import_tokenizer`.
+        max_shard_size: bytes of weights in a file, unless a single weight is larger.
+
+    Raises:
+        UserError: for a model that is built in another way, a damaged folder, or when `output` exists.
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+    settings = mapping.read_json(source / "config.json")
+    model = mapping.from_json(settings, source / "config.json")
+    if settings["model_type"] == mapping.MODEL_TYPE:
+        raise UserError(f"{source} is an exported model already: set train.initial_weights to it.")
+    if not (source / TOKENIZER_FILE).is_file():
+        raise UserError(
+            f"{source / TOKENIZER_FILE} is missing: make it with transformers, by "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+    stored = dict(open_weights(source))
+    if model.tie_embeddings:
+        stored.pop("lm_head.weight", None)
+    with creating_folder(output) as writing:
+        tokenizer, added = import_tokenizer(source / TOKENIZER_FILE, special_tokens, writing / "tokenizer")
+        tokens, old_rows = tokenizer.vocab_size, model.vocab_size or 0
+        vocabulary = Vocabulary(max(old_rows, -(-tokens // 8) * 8), tokens, tokenizer.mask)
+        new = sorted({tokenizer.mask, *range(tokens - len(added), tokens)})
+        for name in MATRICES:
+            if name in stored:
+                stored[name] = with_tokens(stored[name], vocabulary, new)
+        write_weights(stored, writing, max_shard_size)
+        model = dataclasses.replace(model, vocab_size=vocabulary.rows)
+        length = int(settings.get("max_position_embeddings", 2048))
+        dtype = str(stored[MATRICES[0]].dtype).removeprefix("torch.")
+        own = mapping.to_json(model, vocabulary, tokenizer, length, dtype)
+        del own["architectures"], own["auto_map"]  # the code goes along with trained models only
+        (writing / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        sections = {
+            "data": {"tokenizer": str(output / "tokenizer")},
+            "model": {key: value for key, value in dataclasses.asdict(model).items() if value is not None},
+            "train": {"initial_weights": str(output)},
+        }
+        text = yaml.safe_dump(sections, sort_keys=False)
+        (writing / SETTINGS_FILE).write_text(text, encoding="utf-8")
+    return Imported(text, vocabulary, tokenizer.model.token(tokenizer.mask), added, old_rows)
+
+
+def with_tokens(matrix: StoredWeight, vocabulary: Vocabulary, new: Sequence[int]) -> StoredWeight:
+    """Return a matrix with a row a token as it is for a vocabulary with `new` tokens, on the disk until read.
+
+    Args:
+        matrix: [old rows, H], the embedding or the output matrix.
+        vocabulary: with as many rows as it has, or more; rows beyond the tokens that it has not are 0.
+        new: ids of the tokens that start at the mean of the others.
+    """
+
+    def read() -> Tensor:
+        old = matrix.read()
+        result = old.new_zeros(vocabulary.rows, old.shape[1])
+        result[: len(old)] = old
+        known = torch.ones(min(vocabulary.tokens, len(old)), 1, dtype=torch.bool)
+        known[[token for token in new if token < len(known)]] = False
+        parts = zip(old[: len(known)].split(MEAN_ROWS), known.split(MEAN_ROWS), strict=True)
+        total = torch.stack([torch.where(keep, part.double(), 0.0).sum(0) for part, keep in parts]).sum(0)
+        result[new] = (total / known.sum()).to(old.dtype)
+        return result
+
+    return StoredWeight((vocabulary.rows, matrix.shape[1]), matrix.dtype, read)

@@ -1,0 +1,83 @@
+"""Exported tokenizers in transformers against our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from transformers import AutoTokenizer
+
+from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from pipeline.huggingface.export import CODE
+from pipeline.huggingface.tokenizer_files import write_tokenizer
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "  two spaces,\ttab\nand lines\n\n",
+    "naïve café — 12.5 %",
+]
+STRANGE = ["", " ", "\n", "a  b   c ", " leading", "Ünïcode 🎉\u2028", "<0x41> ▁ </s", "tab\t\ttab"]
+
+
+def make(model_type: str, folder: Path) -> Tokenizer:
+    """Make a small tokenizer; that of Hugging Face would put a token before and after each text."""
+    if model_type != "huggingface":
+        return train_tokenizer(CORPUS * 3, 300, model_type, folder)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(CORPUS, trainer)
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    file = folder.with_suffix(".json")
+    model.save(str(file))
+    assert len(model.encode("x").ids) == 3
+    return import_tokenizer(file, {}, folder)[0]
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe", "char", "word", "huggingface"])
+def test_transformers_reads_our_tokenizers(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ids and texts; special tokens are known by their use; saved again by transformers too."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ours = make(model_type, tmp_path / "t")
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    write_tokenizer(tmp_path / "t", folder, 77)
+    code = CODE / "tokenization_masked_diffusion.py"
+    (folder / code.name).write_text(code.read_text())
+    assert Tokenizer.load(folder / "tokenizer").sha256 == ours.sha256
+    random = np.random.default_rng(0)
+    words = " ".join(CORPUS).split(" ")
+    texts = [*CORPUS, *STRANGE, *(" ".join(random.choice(words, 6)) for _ in range(30))]
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    theirs.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    for tokenizer in (theirs, again):
+        assert (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (
+            ours.mask, ours.pad, ours.eos,
+        )  # fmt: skip
+        assert tokenizer.model_max_length == 77
+        assert len(tokenizer) == ours.vocab_size
+        for text in texts:
+            ids = ours.encode(text).tolist()
+            assert tokenizer(text)["input_ids"] == ids, text
+            if ours.unk not in ids:  # transformers writes <unk>, SentencePiece a sign of its own
+                assert tokenizer.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+        mask, eos = tokenizer.mask_token, tokenizer.eos_token
+        filled = tokenizer(f" quick{mask}{mask} fox{eos}")["input_ids"]
+        assert filled == [*ours.encode(" quick"), ours.mask, ours.mask, *ours.encode(" fox"), ours.eos]
+        assert tokenizer.decode(filled[:-1]) == f" quick{mask}{mask} fox"
+        batch = tokenizer([" fox", " quick brown fox"], padding=True)
+        assert batch["attention_mask"][0] == [1] * len(ours.encode(" fox")) + [0] * (
+            len(ours.encode(" quick brown fox")) - len(ours.encode(" fox"))
+        )
