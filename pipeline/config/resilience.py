@@ -19,7 +19,7 @@ class GuardConfig:
         max_rollbacks: Stop when that has happened so many times at one checkpoint.
     """
 
-    spike_limit: float = 20.0
+    spike_limit: float = 50.0
     skips_before_rollback: int = 5
     max_rollbacks: int = 2
 
