@@ -218,8 +218,8 @@ def make_model(
 ) -> MaskedDiffusionModel:
     """Return the model with initial weights drawn from the run's seed, computing what `sequence` says."""
     torch.manual_seed(config.train.seed)
-    recompute_blocks = config.engine.activation_checkpointing == "blocks"
-    return MaskedDiffusionModel(config.model, vocabulary, recompute_blocks, sequence)
+    recompute = config.engine.activation_checkpointing
+    return MaskedDiffusionModel(config.model, vocabulary, recompute, sequence)
 
 
 def build_engine(config: Config, launch: Launch, vocabulary: Vocabulary) -> Engine:

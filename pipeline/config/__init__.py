@@ -11,7 +11,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.resilience import GuardConfig, WatchdogConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
-from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pipeline.config.training import EngineConfig, OptimizerConfig, Recompute, ScheduleConfig, TrainConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -24,6 +24,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ProfilingConfig",
+    "Recompute",
     "ScheduleConfig",
     "TrainConfig",
     "WatchdogConfig",

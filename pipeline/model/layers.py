@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.config import Recompute
 
 
 class Linear(nn.Linear):
@@ -42,13 +47,32 @@ class Embedding(nn.Embedding):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, GLU variants improve transformer)."""
 
-    def __init__(self, width: int, inner: int, std: float, residual_std: float) -> None:
+    def __init__(
+        self, width: int, inner: int, std: float, residual_std: float, recompute: Recompute = "none"
+    ) -> None:
         """Make the three projections; `residual_std` is for the one that writes to the residual stream."""
         super().__init__()
+        self.recompute = recompute == "swiglu"
         self.gate_proj = Linear(width, inner, std)
         self.up_proj = Linear(width, inner, std)
         self.down_proj = Linear(inner, width, residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, L, H] for x [B, L, H]."""
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return recomputed(self._down, gate, up) if self.recompute else self._down(gate, up)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | tuple[Tensor, ...] | None) -> Tensor:
+    """Return function(*inputs), keeping the inputs alone for the backward, which calls `function` again.
+
+    Chen et al. 2016, Training deep nets with sublinear memory cost (arXiv 1604.06174). `function` may not
+    draw random numbers.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    output: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return output

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, Recompute
 from pipeline.model.attention import Attention, rotary_frequencies, rotary_table
 from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility, Vocabulary
-from pipeline.model.layers import Embedding, SwiGLU
+from pipeline.model.layers import Embedding, SwiGLU, recomputed
 from pipeline.model.masked_head import MaskedHead
 from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.visibility import attention_mask as mask_of
@@ -21,14 +20,16 @@ EVERYTHING = Visibility()
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU."""
 
-    def __init__(self, config: ModelConfig, sequence: WholeSequence) -> None:
+    def __init__(self, config: ModelConfig, sequence: WholeSequence, recompute: Recompute) -> None:
         """Make the block; what writes to the residual stream starts smaller, by 1/sqrt(2 x layers)."""
         super().__init__()
         residual_std = config.init_std / (2 * config.layers) ** 0.5
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config, residual_std, sequence)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.init_std, residual_std)
+        self.mlp = SwiGLU(
+            config.hidden_size, config.intermediate_size, config.init_std, residual_std, recompute
+        )
 
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | BlockMask | None
@@ -42,15 +43,15 @@ class Body(nn.Module):
     """Tokens to hidden states; the name of its attribute gives the parameters their ``model.`` prefix."""
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, recompute_blocks: bool, sequence: WholeSequence
+        self, config: ModelConfig, vocab_size: int, sequence: WholeSequence, recompute: Recompute
     ) -> None:
         """Make the layers for `vocab_size` tokens."""
         super().__init__()
         self.sequence = sequence
-        self.recompute_blocks = recompute_blocks
+        self.recompute = recompute == "blocks"
         self.config = config
         self.embed_tokens = Embedding(vocab_size, config.hidden_size, config.init_std)
-        self.layers = nn.ModuleList(Block(config, sequence) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, sequence, recompute) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
@@ -73,10 +74,7 @@ class Body(nn.Module):
         cos, sin = (part.repeat(copies, 1) for part in angles)  # a copy stands where its original does
         table = self.sequence.own(cos, dim=0), self.sequence.own(sin, dim=0)
         for layer in self.layers:
-            if self.recompute_blocks and torch.is_grad_enabled():  # there is no dropout: no generator state
-                x = checkpoint(layer, x, table, keys, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, table, keys)
+            x = recomputed(layer, x, table, keys) if self.recompute else layer(x, table, keys)
         return self.sequence.gather(self.norm(x), dim=1, length=length)
 
 
@@ -87,7 +85,7 @@ class MaskedDiffusionModel(nn.Module):
         self,
         config: ModelConfig,
         vocabulary: Vocabulary,
-        recompute_blocks: bool = False,
+        recompute: Recompute = "none",
         sequence: WholeSequence = WHOLE,
     ) -> None:
         """Make the model.
@@ -95,14 +93,13 @@ class MaskedDiffusionModel(nn.Module):
         Args:
             config: shape of the network.
             vocabulary: the tokens.
-            recompute_blocks: keep only the input of each block for the backward, and run the block again
-                there (Chen et al. 2016, arXiv 1604.06174).
+            recompute: what is computed again in the backward instead of being kept (`EngineConfig`).
             sequence: which positions and masked rows this process computes.
         """
         super().__init__()
         self.sequence = sequence
         self.shifted = config.prediction == "shifted"
-        self.model = Body(config, vocabulary.rows, recompute_blocks, sequence)
+        self.model = Body(config, vocabulary.rows, sequence, recompute)
         output = self.model.embed_tokens
         if not config.tie_embeddings:
             output = Embedding(vocabulary.rows, config.hidden_size, config.init_std)
