@@ -88,7 +88,8 @@ class SlotGroup:
             self.cursors[rows] = self.next_cursors[rows]
             self.next_cursors[rows] = self._admitted(rows, self.cursors[rows] + 1)
             fresh = self._read(rows, self.next_cursors[rows])
-            where = torch.tensor(rows).to(self.device)
+            where = torch.tensor(rows, pin_memory=self.device.type == "cuda")
+            where = where.to(self.device, non_blocking=True)  # from pageable memory it would wait
             for old, new in zip(vars(self.following).values(), vars(fresh).values(), strict=True):
                 old.index_copy_(0, where, new)
             self._report[:-1] = 0

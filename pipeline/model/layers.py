@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(nn.functional.silu(gate) * up)
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor | tuple[Tensor, ...] | None) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """Return function(*inputs), keeping the inputs alone for the backward, which calls `function` again.
 
     Chen et al. 2016, Training deep nets with sublinear memory cost (arXiv 1604.06174). `function` may not

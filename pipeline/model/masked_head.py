@@ -35,15 +35,17 @@ class _MaskedLoss(torch.autograd.Function):
         need_gradients = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_gradients else None
+        chunk = max(1, CHUNK_LOGITS // weight.shape[0])
+        buffer = h.new_empty(min(chunk, rows), len(weight)) if h.dtype == torch.float32 else None
         nll = hidden.new_empty(rows, dtype=torch.float32)
         confidence = torch.empty_like(nll)
         margin = torch.empty_like(nll) if "margin" in scores else None
         entropy = torch.empty_like(nll) if "entropy" in scores else None
-        chunk = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             target = targets[part, None]
-            logits = _logits(h[part], w, vocabulary)  # [C, V] float32
+            out = None if buffer is None else buffer[: len(target)]
+            logits = _logits(h[part], w, vocabulary, out)  # [C, V] float32
             if margin is not None:
                 top = logits.topk(2, dim=-1).values  # [C, 2]
             highest = logits.amax(dim=-1, keepdim=True)  # [C, 1]
@@ -62,15 +64,16 @@ class _MaskedLoss(torch.autograd.Function):
                 grad_logits = grad_logits.to(w.dtype)
                 grad_hidden[part] = _product(grad_logits, w)
                 _add_product(grad_weight, grad_logits.T, h[part])
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.mark_non_differentiable(*(x for x in (nll, confidence, margin, entropy) if x is not None))
         return (nll * weights).sum(), nll, confidence, margin, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the masked head was run backward twice: it scales its gradients in place")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,11 +87,11 @@ def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b in fp32: a bf16 result would tie confidences that differ."""
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return a @ b in fp32: a bf16 result would tie confidences that differ. `out` saves an allocation."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
-            return a @ b
+            return torch.mm(a, b, out=out)
         return torch.mm(a, b, out_dtype=torch.float32)
 
 
@@ -101,9 +104,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total += torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary, out: Tensor | None = None) -> Tensor:
     """Return logits [R, V] float32 for hidden [R, H] and weight [V, H]; -inf for what is never predicted."""
-    logits = _product(hidden, weight.T)
+    logits = _product(hidden, weight.T, out)
     logits[:, vocabulary.mask_id] = -torch.inf
     logits[:, vocabulary.tokens :] = -torch.inf
     return logits

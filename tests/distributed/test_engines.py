@@ -37,7 +37,11 @@ def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
         (2, []),
         (4, []),
         # The threshold is above chance for 24 tokens: it reveals from the first step.
-        (2, ["--objective.policy", "entropy", "--objective.threshold", "0.06"]),
+        (
+            2,
+            ["--objective.policy", "entropy", "--objective.threshold", "0.06",
+             "--engine.activation_checkpointing", "swiglu"],
+        ),
         (2, ["--model.tie_embeddings", "false", "--model.kv_heads", "2", "--model.attention_bias", "true"]),
         (2, [*"--objective.block_size 3 --objective.policy margin --model.prediction shifted".split()]),
         (2, ["--objective.kind", "random_masking", "--engine.deepspeed_config", "ds_configs/cpu_debug.json"]),
@@ -45,7 +49,7 @@ def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
         (
             4,
             ["--engine.sequence_parallel_size", "2", "--engine.activation_checkpointing", "blocks",
-             "--model.kv_heads", "2", "--objective.threshold", "0.06"],
+             "--model.kv_heads", "2", "--objective.block_size", "3", "--model.prediction", "shifted"],
         ),
     ],
     ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "blocks", "random-masking",
@@ -112,7 +116,7 @@ def test_recomputing_and_profiling_change_nothing(tmp_path: Path) -> None:
         for name, value in re.findall(r"\((model|lm_head)\): \w+\(\s*.*?, ([0-9.]+) KMACs", report)
     }
     assert macs["model"] == pytest.approx(2 * block, abs=5), report
-    rows = macs["lm_head"] / (24 * 32) / 3  # the head forms both gradients in its forward
+    rows = macs["lm_head"] / (24 * 32) / 2  # logits and the gradient of the states; addmm_ is not seen
     assert rows == pytest.approx(round(rows), abs=0.02), "logits at masked positions, and nowhere else"
     assert 2 <= round(rows) <= 16
 

@@ -129,3 +129,12 @@ def test_mask_and_padding_rows_are_never_predicted() -> None:
     np.testing.assert_allclose(output.entropy, np.log(allowed), rtol=1e-6)
     assert not head.weight.grad[FORBIDDEN].any()
     assert (head.logits(torch.ones(1, WIDTH))[0, FORBIDDEN] == -torch.inf).all()
+
+
+def test_a_second_backward_is_refused() -> None:
+    """Gradients are scaled in place: a second one would be wrong, not slow."""
+    hidden, weight, targets, weights = inputs()
+    loss = MaskedHead(torch.nn.Parameter(weight.detach()), VOCABULARY)(hidden, targets, weights).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        loss.backward()

@@ -1,0 +1,348 @@
+"""Cost of a training step: ours with PUMA, ours with random masking, and a straightforward full-logit step.
+
+    python benchmarks/train_step.py --shape paper --batch-size 4 --output benchmarks/results/train_step.json
+
+All three train the same network in one process, in turns, on batches with the same number of masked
+positions. The full-logit step is written here as one would first write it: logits of every position in fp32,
+a log-softmax over them for the loss, a softmax over them for the confidence.
+
+On a GPU times are wall-clock times. On a CPU they are the processor time of one thread, which stays
+comparable on a machine that has other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import time
+import typing
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline import cli, objectives
+from pipeline.config import (
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    Recompute,
+    TrainConfig,
+)
+from pipeline.data.batch import ANSWER, Array
+from pipeline.data.streams import SlotStream
+from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
+from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.objectives.base import take_highest
+from pipeline.runtime import PlainEngine, read_launch
+from pipeline.slots import SlotGroup
+from pipeline.train import train_step
+
+MASK = 3
+RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network, its vocabulary and the sequences that it is trained on."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    intermediate_size: int
+    vocabulary: int
+    length: int
+
+    def model(self) -> ModelConfig:
+        """Return the settings of the network."""
+        return ModelConfig(
+            layers=self.layers,
+            hidden_size=self.hidden_size,
+            heads=self.heads,
+            intermediate_size=self.intermediate_size,
+        )
+
+    def step_flops(self, sequences: int, rows: int) -> int:
+        """Return the FLOPs of the products in a forward and backward with logits at `rows` positions.
+
+        A multiplication and an addition count as two; the backward of a product is two products. What is
+        recomputed in the backward does not count.
+        """
+        width, inner, length = self.hidden_size, self.intermediate_size, self.length
+        block = 2 * (4 * width * width + 3 * width * inner + 2 * length * width)  # a token
+        return 3 * (sequences * length * self.layers * block + rows * 2 * self.vocabulary * width)
+
+
+SHAPES = {
+    "paper": Shape(14, 512, 8, 1536, 151_645, 512),  # arXiv 2602.10314, the 125M run
+    "small": Shape(4, 192, 6, 512, 4_000, 128),  # configs/tiny_text.yaml
+}
+
+
+class RandomTokens:
+    """Samples of random tokens, all of them answer."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return 2**16
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Return a sample: {"tokens": [L] int64, "roles": [L] int8}."""
+        tokens = np.random.default_rng(index).integers(MASK + 1, self.shape.vocabulary, self.shape.length)
+        return {"tokens": tokens, "roles": np.full(self.shape.length, ANSWER, np.int8)}
+
+
+def full_logit_loss(model: MaskedDiffusionModel, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+    """Return loss [] and confidence [B * L] by logits of every position."""
+    hidden = model.model(batch.input_ids, batch.attention_mask)  # [B, L, H]
+    logits = F.linear(hidden, model.lm_head.weight).float().flatten(0, 1)  # [B * L, V]
+    logits[:, MASK] = -torch.inf
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    nll = -log_probabilities[batch.rows, batch.targets]
+    with torch.no_grad():
+        confidence = F.softmax(logits, dim=-1).amax(dim=-1)
+    return (nll * batch.weights).sum(), confidence
+
+
+class Contest:
+    """One network and the three ways to train it."""
+
+    def __init__(self, shape: Shape, batch_size: int, recompute: Recompute) -> None:
+        """Make the network and the chains."""
+        self.shape, self.batch_size = shape, batch_size
+        config = Config(
+            "unused",
+            data=DataConfig(prefixes=["unused"], sequence_length=shape.length),
+            model=shape.model(),
+            objective=ObjectiveConfig(stages=12),
+            train=TrainConfig(global_batch_size=batch_size, micro_batch_size=batch_size),
+            engine=EngineConfig(kind="plain", activation_checkpointing=recompute),
+        )
+        config.check()
+        launch = read_launch(config)
+        self.device = launch.device
+        self.engine = PlainEngine(config, launch, Vocabulary(shape.vocabulary, shape.vocabulary, MASK))
+        stream = SlotStream(RandomTokens(shape), batch_size, config.train.seed, workers=1)
+        objective = objectives.build(config, MASK, False)
+        self.group = SlotGroup(range(batch_size), stream, objective, self.device)
+        self.step = 0
+
+    def turn(self) -> dict[str, float]:
+        """Train a step in each way, with as many masked positions in each row; return their seconds."""
+        chains = self.group.inputs(self.step + 1)
+        masked, tokens = self.group.state.masked, self.group.samples.tokens
+        noise = torch.rand(masked.shape, device=self.device)
+        matched = take_highest(torch.ones_like(masked), noise, masked.sum(dim=1))
+        random = masked_batch(tokens, matched, len(chains.rows), MASK)
+        return {
+            "rows": len(chains.rows),
+            "full_logits": self.seconds(lambda: self.full_logits(chains)),
+            "random_masking": self.seconds(lambda: self.random_masking(random)),
+            "puma": self.seconds(self.puma),
+        }
+
+    def puma(self) -> None:
+        """Train a step as `pipeline.train` does."""
+        self.step += 1
+        train_step(self.engine, [self.group], RATE, self.step)
+
+    def random_masking(self, batch: MaskedBatch) -> None:
+        """Train a step on a batch that was made before: masking itself costs nothing here."""
+        self.engine.backward(self.engine.forward(batch).loss)
+        self.engine.step(RATE)
+
+    def full_logits(self, batch: MaskedBatch) -> None:
+        """Train a full-logit step."""
+        enabled = self.engine.launch.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            loss, _ = full_logit_loss(self.engine.model, batch)  # type: ignore[arg-type]
+        self.engine.backward(loss)
+        self.engine.step(RATE)
+
+    def seconds(self, action: Callable[[], Any]) -> float:
+        """Return how long an action takes; see the module for what is measured."""
+        on_gpu = self.device.type == "cuda"
+        clock = time.perf_counter if on_gpu else time.process_time
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = clock()
+        action()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return clock() - start
+
+
+class LiveStorages(TorchDispatchMode):
+    """Adds up the storages that operations return, and takes off those that are released.
+
+    What an operation uses inside, and returns to nobody, is not seen.
+    """
+
+    def __init__(self, present: Iterable[Tensor]) -> None:
+        """Begin to count; the storages of `present` are there already."""
+        super().__init__()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in present}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count what it returns."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.seen:
+            self.seen.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self.seen.remove(key)
+        self.now -= size
+
+
+def peak_bytes(shape: Shape, batch_size: int, recompute: Recompute, device: str) -> dict[str, int]:
+    """Return the most memory that forward and backward of each loss hold at once, at half the rows masked.
+
+    Beyond weights, gradients and optimizer state, which are there before. On "cuda" torch's allocator is
+    asked. On "meta" nothing is computed: operations return tensors without contents, and their sizes are
+    added up while they live, so that any batch can be counted; what an operation uses inside is left out.
+    """
+    with FakeTensorMode() if device == "meta" else contextlib.nullcontext():
+        real = "cpu" if device == "meta" else device
+        vocabulary = Vocabulary(shape.vocabulary, shape.vocabulary, MASK)
+        with torch.device(real):
+            model = MaskedDiffusionModel(shape.model(), vocabulary, recompute)
+            tokens = torch.zeros(batch_size, shape.length, dtype=torch.int64)
+            masked = torch.arange(shape.length).expand_as(tokens) % 2 == 0
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        batch = masked_batch(tokens, masked, tokens.numel() // 2, MASK)
+        return {
+            "full_logits": _peak(lambda: full_logit_loss(model, batch)[0], model, batch),
+            "ours": _peak(lambda: model(batch).loss, model, batch),
+        }
+
+
+def _peak(loss: Callable[[], Tensor], model: torch.nn.Module, batch: MaskedBatch) -> int:
+    if batch.rows.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            value = loss()
+        value.backward()
+        return torch.cuda.max_memory_allocated() - before
+    weights = list(model.parameters())
+    present = [*weights, *(w.grad for w in weights), *batch]
+    with LiveStorages(tensor for tensor in present if isinstance(tensor, Tensor)) as live:
+        loss().backward()
+    return live.peak
+
+
+def matmul_flops_per_second(contest: Contest, dtype: torch.dtype) -> float:
+    """Return the highest rate of a square product of matrices, of three."""
+    size = 8192 if contest.device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=contest.device, dtype=dtype)
+    return 2 * size**3 / min(contest.seconds(lambda: a @ b) for _ in range(3))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return the facts that a time is worth nothing without."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def measure(shape: Shape, batch_size: int, repetitions: int, recompute: Recompute) -> dict[str, Any]:
+    """Return times and utilisation of the three steps, and the memory of their forward and backward.
+
+    On a GPU the first turn, which loads kernels, is not counted.
+    """
+    contest = Contest(shape, batch_size, recompute)
+    on_gpu = contest.device.type == "cuda"
+    dtype = torch.bfloat16 if contest.engine.launch.precision == "bf16" else torch.float32
+    turns, rates = [], []
+    for _ in range(repetitions + on_gpu):
+        rates.append(matmul_flops_per_second(contest, dtype))
+        turns.append(contest.turn())
+        print("  ".join(f"{name} {value:.3f}" for name, value in turns[-1].items()), flush=True)
+    turns = turns[on_gpu:]
+    median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    achieved = [shape.step_flops(batch_size, int(turn["rows"])) / turn["puma"] for turn in turns]
+    memory_batch = batch_size if on_gpu else max(batch_size, 32)
+    memory = peak_bytes(shape, memory_batch, recompute, "cuda" if on_gpu else "meta")
+    contest.engine.close()
+    return {
+        "shape": asdict(shape),
+        "batch_size": batch_size,
+        "activation_checkpointing": recompute,
+        "precision": str(dtype).removeprefix("torch."),
+        "machine": machine(contest.device),
+        "masked_share": median["rows"] / (batch_size * shape.length),
+        "seconds": turns,
+        "peak_bytes": {"batch_size": memory_batch, **memory},
+        "matmul_flops_per_second": max(rates),
+        "ratios": {
+            "time, PUMA / full logits": median["puma"] / median["full_logits"],
+            "time, PUMA / random masking": median["puma"] / median["random_masking"],
+            "peak memory, ours / full logits": memory["ours"] / memory["full_logits"],
+            "model FLOPs utilisation": statistics.median(achieved) / max(rates),
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure as the command line says, print the ratios and write the figures."""
+    parser = cli.ToolParser(description="Compare the cost of a training step with a full-logit one.")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="network and sequences")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences a step")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of the three steps")
+    parser.add_argument(
+        "--activation-checkpointing",
+        choices=typing.get_args(Recompute),
+        default="swiglu",
+        help="what all three compute again in the backward",
+    )
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="JSON file for the figures")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    shape = SHAPES[options.shape]
+    result = measure(shape, options.batch_size, options.repetitions, options.activation_checkpointing)
+    for name, value in result["ratios"].items():
+        print(f"{name:32} {value:.3f}")
+    if "output" in options:
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,93 @@
+"""The benchmarks compare what is equal, and count what is there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from programs import ROOT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import train_step
+from train_step import MASK, Shape
+
+from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
+from pipeline.model.transformer import MaskedDiffusionModel
+
+SHAPE = Shape(2, 64, 4, 192, 3000, 48)
+
+
+def example() -> tuple[MaskedDiffusionModel, MaskedBatch]:
+    """Return a model with allocated gradients, and 4 sequences of which a third is masked."""
+    torch.manual_seed(0)
+    model = MaskedDiffusionModel(SHAPE.model(), Vocabulary(SHAPE.vocabulary, SHAPE.vocabulary, MASK))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.randint(4, SHAPE.vocabulary, (4, SHAPE.length))
+    masked = torch.arange(SHAPE.length).expand_as(tokens) % 3 == 0
+    return model, masked_batch(tokens, masked, int(masked.sum()), MASK)
+
+
+def test_the_full_logit_step_computes_the_same() -> None:
+    """Loss, confidences and gradients of the step that ours is compared with are ours."""
+    results = []
+    for full in (False, True):
+        model, batch = example()
+        output = model(batch)
+        loss, confidence = output.loss, output.confidence
+        if full:
+            loss, confidence = train_step.full_logit_loss(model, batch)
+            confidence = confidence[batch.rows]
+        loss.backward()
+        results.append([loss, confidence, *(parameter.grad for parameter in model.parameters())])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_flops_are_those_of_the_products() -> None:
+    """The formula against torch's own count of every product, attention included."""
+    model, batch = example()
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **more: 2 * a[0] * a[1] * b[1]}
+    with (
+        sdpa_kernel(SDPBackend.MATH),  # as products, which the counter knows
+        FlopCounterMode(display=False, custom_mapping=in_place) as counter,
+    ):
+        model(batch).loss.backward()
+    assert counter.get_total_flops() == SHAPE.step_flops(4, len(batch.rows))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["ours", "full-logits"])
+def test_counted_memory_is_the_allocators(full: bool) -> None:
+    """Sizes added up without computing anything, against every allocation that the profiler sees."""
+    counted = train_step.peak_bytes(SHAPE, 4, "none", "meta")["full_logits" if full else "ours"]
+    model, batch = example()
+    masked = torch.arange(SHAPE.length).expand(4, -1) % 2 == 0
+    batch = masked_batch(batch.input_ids, masked, int(masked.sum()), MASK)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        (train_step.full_logit_loss(model, batch)[0] if full else model(batch).loss).backward()
+    assert record.profiler is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    assert counted == pytest.approx(np.cumsum([event.nbytes() for event in events]).max(), rel=0.05)
+
+
+def test_train_step_writes_its_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(train_step.SHAPES, "small", SHAPE)
+    path = tmp_path / "figures.json"
+    train_step.main(["--batch-size", "4", "--repetitions", "2", "--output", str(path)])
+    figures = json.loads(path.read_text())
+    assert len(figures["seconds"]) == 2
+    printed = capsys.readouterr().out
+    for name, value in figures["ratios"].items():
+        assert value > 0
+        assert f"{name:32} {value:.3f}" in printed
+    assert 0 < figures["masked_share"] < 1
