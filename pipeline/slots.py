@@ -112,7 +112,7 @@ class SlotGroup:
         fresh = then.begin(self.following, begin_at[:, None], step + 1)
         live = now.layout.chains(self.samples).sums(masked) > 0  # [B, N]
         share = masked.sum(dim=1) / self.samples.answer_length
-        mean_stage = (stage * live).sum() / live.sum()
+        mean_stage = (stage * live).sum() / live.sum().clamp(min=1)
         self.statistics += torch.stack([share.double().mean(), mean_stage.double(), ended.double().sum()])
         state = fresh if then is not now else state.replaced(ended, fresh)
         self.trained_ids = self.samples.ids

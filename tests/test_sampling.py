@@ -73,7 +73,7 @@ def test_equals_a_plain_loop(per_step: int) -> None:
 
 
 class Reversed:
-    """Scores that prefer later positions, and what a layout shows when a sampler fills the answers."""
+    """A model that is surer of later positions, and remembers which it was asked for."""
 
     lm_head = SimpleNamespace(vocabulary=Vocabulary(SIZE, SIZE, MASK))
 

@@ -9,45 +9,20 @@ import oracles
 import pytest
 import torch
 from synthetic import Pairs
+from walks import MASK, SEED, SIZE, group_of, output, step
 
 from pipeline.cli import Failure
-from pipeline.config import Config, ObjectiveConfig, TrainConfig
+from pipeline.config import ObjectiveConfig
 from pipeline.data.streams import SlotStream
-from pipeline.model.batch import HeadOutput, MaskedBatch
-from pipeline.objectives import build
 from pipeline.slots import SlotGroup, slots_of_rank
-
-SEED, SIZE, MASK = 3, 29, 4
-
 
 PUMA = ObjectiveConfig(stages=4, threshold=0.6)
 RANDOM = ObjectiveConfig(kind="random_masking")
 
 
-def settings(objective: ObjectiveConfig, total: int) -> Config:
-    """Return a run with `total` slots."""
-    return Config("unused", objective=objective, train=TrainConfig(seed=SEED, global_batch_size=total))
-
-
 def make(slots: list[int], total: int, config: ObjectiveConfig) -> SlotGroup:
-    """Return a group over the 29 synthetic pairs."""
-    stream = SlotStream(Pairs(SIZE), total, SEED, workers=1)
-    return SlotGroup(slots, stream, build(settings(config, total), MASK, True), torch.device("cpu"))
-
-
-def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:
-    """Return scores that depend on the sample and the position alone, as a model's might."""
-    length = group.samples.tokens.shape[1]
-    sample, position = group.samples.ids[batch.rows // length], batch.rows % length
-    score = ((sample * 7919 + position * 104729 + 13) % 101).float() / 101
-    return HeadOutput(score.sum(), score, score, score**2, 1 - score)
-
-
-def step(group: SlotGroup, number: int) -> MaskedBatch:
-    """Run training step `number` without a model."""
-    batch = group.inputs(number)
-    group.advance(batch, output(group, batch), number)
-    return batch
+    """Return a group whose samples another thread reads ahead."""
+    return group_of(slots, total, config, workers=1)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.7])

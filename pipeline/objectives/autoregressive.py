@@ -12,7 +12,7 @@ from pipeline.objectives.base import ChainState, Layout, Objective, Scores, mean
 class Autoregressive:
     """All answer positions are in the loss; every sequence lasts one step. The layout is causal."""
 
-    scores: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout

@@ -147,11 +147,11 @@ class Objective(Protocol):
 
     Attributes:
         layout: how sequences are cut into chains and shown to the model.
-        scores: which of "margin" and "entropy" `advance` reads besides the confidence.
+        needs: which of "margin" and "entropy" `advance` reads besides the confidence.
     """
 
     layout: Layout
-    scores: tuple[str, ...]
+    needs: tuple[str, ...]
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return the stage [B] at which the chains of slots [B] start when the objective itself does."""
@@ -182,7 +182,7 @@ def model_input(
     """Return the batch that an objective trains on at `step`; `rows` positions are masked in all."""
     weights = objective.weights(samples, state)
     batch = objective.layout.batch(samples, state.masked, weights, rows, step)
-    return batch._replace(scores=objective.scores)
+    return batch._replace(scores=objective.needs)
 
 
 class ObjectiveSchedule:

@@ -26,7 +26,7 @@ class Mixture:
         self.random = random
         self.share = share
         self.layout = chains.layout
-        self.scores = chains.scores
+        self.needs = chains.needs
 
     def is_random(self, samples: Samples) -> Tensor:
         """Return [B] bool: the sequences under random masks."""

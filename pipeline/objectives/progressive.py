@@ -40,7 +40,7 @@ class ProgressiveUnmasking:
         self.stages = stages
         self.policy = policy
         self.threshold = threshold
-        self.scores = policy.needs
+        self.needs = policy.needs
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return staggered stages [B], so that every stage is present in every batch from the start."""

@@ -34,7 +34,7 @@ class RandomMasking:
     expectation is the same, and the weight is never above 1.
     """
 
-    scores: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -9,11 +9,11 @@ import oracles
 import pytest
 import torch
 from synthetic import Pairs
+from walks import SEED, SIZE, WIDTH, group_of, output, step
 
-from pipeline.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
+from pipeline.config import ObjectiveConfig
 from pipeline.data.streams import SlotStream
-from pipeline.model.batch import HeadOutput, MaskedBatch
-from pipeline.objectives import build, noise
+from pipeline.objectives import noise
 from pipeline.objectives.autoregressive import Autoregressive
 from pipeline.objectives.base import Scores
 from pipeline.objectives.mixture import Mixture
@@ -21,33 +21,12 @@ from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
 from pipeline.slots import SlotGroup
 
-SEED, SIZE, MASK, SLOTS, WIDTH = 3, 29, 4, 6, 8
+SLOTS = 6
 
 
 def run(objective: ObjectiveConfig, prediction: str = "same", slots: int = SLOTS) -> SlotGroup:
-    """Return a group of all slots over 29 synthetic pairs."""
-    config = Config(
-        "unused",
-        model=ModelConfig(prediction=prediction),  # type: ignore[arg-type]
-        objective=objective,
-        train=TrainConfig(seed=SEED, global_batch_size=slots),
-    )
-    stream = SlotStream(Pairs(SIZE), slots, SEED, workers=0)
-    return SlotGroup(range(slots), stream, build(config, MASK, True), torch.device("cpu"))
-
-
-def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:
-    """Return scores that depend on the sample and the position alone."""
-    sample, position = group.samples.ids[batch.rows // WIDTH], batch.rows % WIDTH
-    score = ((sample * 7919 + position * 104729 + 13) % 101).float() / 101
-    return HeadOutput(score.sum(), score, score, score**2, 1 - score)
-
-
-def step(group: SlotGroup, number: int) -> MaskedBatch:
-    """Run training step `number` without a model."""
-    batch = group.inputs(number)
-    group.advance(batch, output(group, batch), number)
-    return batch
+    """Return a group of all slots."""
+    return group_of(range(slots), slots, objective, prediction)
 
 
 def answer(sample: dict[str, np.ndarray]) -> list[int]:
@@ -193,7 +172,7 @@ def test_every_objective_goes_on_exactly_from_its_arrays(config: ObjectiveConfig
         step(first, number)
     state = first.state_dict()
     assert all(len(value) == SLOTS for value in state.values())
-    second.load_state_dict(state)
+    second.load_state_dict(state, steps + 1)
     for number in range(steps + 1, steps + 15):
         one, two = step(first, number), step(second, number)
         for field in ("input_ids", "rows", "weights"):
