@@ -35,8 +35,8 @@ class ObjectiveConfig:
         complementary: Train on each random mask and, in the next step, on its complement.
         block_size: Block diffusion: cut answers into blocks of this many tokens, each with a chain of its own
             and conditioned on the clean blocks before it; none = one chain an answer.
-        attention_annealing_steps: Begin with causal attention, for weights of a causal model, and let each
-            position see more of those behind it, until it sees all after this many steps; 0 = all at once.
+        attention_annealing_steps: Begin masked training with causal attention, for weights of a causal model,
+            and let each position see more of those behind it, until it sees all after this many steps.
     """
 
     kind: Kind = "puma"

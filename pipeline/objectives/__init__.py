@@ -33,7 +33,9 @@ def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Ob
     first_given = config.model.prediction == "shifted"
     if kind == "autoregressive":
         return Autoregressive(LeftToRight(mask_id, has_padding, first_given))
-    layout = Whole(mask_id, has_padding, first_given, settings.attention_annealing_steps, seed)
+    masked_from = settings.switch_step if settings.kind == "autoregressive" else None
+    annealing = (settings.attention_annealing_steps, masked_from or 1)
+    layout = Whole(mask_id, has_padding, first_given, *annealing, seed)
     if settings.block_size is not None:
         layout = Blocks(mask_id, has_padding, first_given, size=settings.block_size)
     strata = config.train.global_batch_size if settings.stratified else None

@@ -22,6 +22,7 @@ class Whole:
         has_padding: whether the model must be told of padding positions.
         first_given: position 0 is never masked: the model reads a prediction at the position before.
         annealing_steps: steps from causal to bidirectional attention (DiffuLLaMA, arXiv 2410.17891).
+        annealing_start: the first of them.
         seed: seed of which positions are seen meanwhile.
     """
 
@@ -29,6 +30,7 @@ class Whole:
     has_padding: bool
     first_given: bool = False
     annealing_steps: int = 0
+    annealing_start: int = 1
     seed: int = 0
 
     def chains(self, samples: Samples) -> Chains:
@@ -46,15 +48,16 @@ class Whole:
         return batch._replace(visibility=self.annealed(samples, step))
 
     def annealed(self, samples: Samples, step: int) -> Visibility:
-        """Return what is seen at `step`: of what is behind a position, each with probability
-        (step - 1) / annealing_steps, drawn anew at each step and alike for all sequences.
+        """Return what is seen at `step`: of what is behind a position, each with a probability that grows
+        from 0 to 1, drawn anew at each step and alike for all sequences.
         """
-        if step > self.annealing_steps:
+        done = step - self.annealing_start
+        if done >= self.annealing_steps:
             return Visibility()
         positions = positions_like(samples.tokens)  # [1, L]
         counter = torch.full_like(positions, step)
         drawn = noise.uniform(self.seed, noise.ANNEALED_ATTENTION, counter, positions.T, positions)  # [L, L]
-        return Visibility(positions, also_visible=drawn < (step - 1) / self.annealing_steps)
+        return Visibility(positions, also_visible=drawn < done / self.annealing_steps)
 
     def decoding(self, samples: Samples) -> Visibility:
         """See `Layout`."""

@@ -192,22 +192,22 @@ def test_autoregressive_input_is_causal_and_unmasked() -> None:
 
 def test_annealing_leads_from_causal_to_bidirectional() -> None:
     """At step s of S each later position is seen with probability (s - 1) / S, each earlier one always."""
-    steps, length = 10, 60
+    steps, length, before = 10, 60, 7
     data = Samples(
         torch.randint(4, SIZE, (1, length)), torch.full((1, length), ANSWER, dtype=torch.int8), torch.zeros(1)
     )
-    layout = Whole(MASK, False, annealing_steps=steps, seed=4)
+    layout = Whole(MASK, False, annealing_steps=steps, annealing_start=before + 1, seed=4)
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     previous = None
     for step in range(1, steps + 1):
-        mask = attention_mask(None, layout.annealed(data, step))
+        mask = attention_mask(None, layout.annealed(data, before + step))
         assert isinstance(mask, torch.Tensor)
         assert mask[0, 0][~later].all()
         share = mask[0, 0][later].double().mean().item()
         assert share == pytest.approx((step - 1) / steps, abs=0.05)  # 4 standard deviations of 1770 draws
         assert previous is None or not mask.equal(previous)
         previous = mask
-    assert attention_mask(None, layout.annealed(data, steps + 1)) is None
+    assert attention_mask(None, layout.annealed(data, before + steps + 1)) is None
     assert attention_mask(None, Whole(MASK, False).annealed(data, 1)) is None
 
 

@@ -130,7 +130,8 @@ def test_the_chains_of_a_mixture_are_those_without_it() -> None:
 def test_a_switch_begins_every_chain_anew(first: str, second: str, kinds: tuple[type, type]) -> None:
     """At its step all slots take their next sample, at the stages that the new objective begins with."""
     at, stages = 7, 3
-    config = ObjectiveConfig(first, second, at, stages=stages)  # type: ignore[arg-type]
+    annealed = 4 if first == "autoregressive" else 0  # steps of causal attention and less and less of it
+    config = ObjectiveConfig(first, second, at, stages=stages, attention_annealing_steps=annealed)  # type: ignore[arg-type]
     group = run(config, "shifted")
     assert [type(group.objectives.at(s)) for s in (1, at - 1)] == [kinds[0]] * 2
     assert [type(group.objectives.at(s)) for s in (at, 10**6)] == [kinds[1]] * 2
@@ -146,8 +147,10 @@ def test_a_switch_begins_every_chain_anew(first: str, second: str, kinds: tuple[
             assert second != "puma" or group.state.stage.unique().tolist() == list(range(stages))
         before = group.cursors.copy()
         batch = step(group, number)
-        causal = batch.visibility.blocks is not None
-        assert causal == (first == "autoregressive" and number < at)
+        assert (batch.visibility.blocks is not None) == (first == "autoregressive" and number < at + annealed)
+        assert (batch.visibility.also_visible is not None) == (at <= number < at + annealed)
+        if annealed and number == at:
+            assert not batch.visibility.also_visible.any(), "the first masked step is causal still"
 
 
 @pytest.mark.parametrize(
