@@ -44,18 +44,19 @@ class Watchdog:
         self.rank = rank
         self.main = threading.get_ident()
         self.durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
-        self.phase, self.since = "", time.monotonic()
+        self.current: tuple[str, float, float] | None = None  # phase, since, limit: one value for the thread
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def enter(self, phase: str) -> None:
         """Say that the last phase is over and another one, or the same once more, begins."""
         now = time.monotonic()
-        if self.phase:
-            self.durations[self.phase].append(now - self.since)
-        elif self.enabled:
+        if self.current is not None:
+            last, since, _ = self.current
+            self.durations[last].append(now - since)
+        self.current = (phase, now, self.limit(phase))
+        if self.enabled and not self._thread.ident:
             self._thread.start()
-        self.phase, self.since = phase, now
 
     def limit(self, phase: str) -> float:
         """Return how many seconds a phase may take."""
@@ -72,19 +73,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.config.minimum / 4)):
-            phase, elapsed = self.phase, time.monotonic() - self.since
-            if elapsed > self.limit(phase):
+            assert self.current is not None
+            phase, since, limit = self.current
+            elapsed = time.monotonic() - since
+            if elapsed > limit:
                 try:
-                    self._report(phase, elapsed)
+                    self._report(phase, elapsed, limit)
                 finally:
                     os._exit(EXIT_REQUEUE)
 
-    def _report(self, phase: str, elapsed: float) -> None:
+    def _report(self, phase: str, elapsed: float, limit: float) -> None:
         """Write the stacks of all threads, and what NCCL knows, to the run folder and to stderr."""
         faulthandler.dump_traceback_later(_REPORT_WITHIN, exit=True)
         path = self.folder / f"rank_{self.rank:05d}.txt"
         headline = (
-            f"rank {self.rank}: no end of {phase} after {elapsed:.0f} s, limit {self.limit(phase):.0f} s. "
+            f"rank {self.rank}: no end of {phase} after {elapsed:.0f} s, the limit is {limit:.0f} s. "
             f"It is {self._whereabouts()}. Ending with exit code {EXIT_REQUEUE}: the same command goes on. "
             f"Stacks: {path}"
         )

@@ -68,7 +68,8 @@ def state_of(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     """Return copies of this rank's weights in both precisions, moments, step counts and average."""
     zero = engine.engine.optimizer
     moments = [value for state in zero.optimizer.state.values() for value in state.values()]
-    everything = [*engine.shards.weights(), *zero.fp16_partitioned_groups_flat, *moments]
+    working = zero.fp16_partitioned_groups_flat if hasattr(zero, "fp16_groups") else zero.bit16_groups_flat
+    everything = [*engine.shards.weights(), *working, *moments]
     assert engine.average is not None
     return [torch.as_tensor(value).detach().clone() for value in [*everything, *engine.average.average]]
 

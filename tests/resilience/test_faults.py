@@ -62,6 +62,16 @@ def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
     assert set(slowest) <= {0, 1}
 
 
+def test_zero2_skips_alike(data: Path, tmp_path: Path) -> None:
+    """Stage 2 asks the guard at another place of DeepSpeed."""
+    settings = tmp_path / "zero2.json"
+    settings.write_text('{"zero_optimization": {"stage": 2}}')
+    more = ["--engine.deepspeed_config", str(settings), "--train.steps", "8"]
+    result = start_faulty({"nan": {"rank": 1, "steps": [3, 6]}}, data, tmp_path, *more)
+    assert result.returncode == 0, result.stderr
+    assert [entry["step"] for entry in entries(tmp_path)] == [3, 6]
+
+
 def test_rollback_leaves_the_samples_out(data: Path, tmp_path: Path) -> None:
     """A sample that always gives NaN: after three skipped steps the run goes back and ends without it."""
     small = "--train.global_batch_size 4 --train.micro_batch_size 1 --train.steps 24".split()
