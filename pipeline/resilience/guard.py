@@ -77,9 +77,10 @@ class Guard:
 
     def judge(self, loss: float, norm: float) -> bool:
         """Say whether a step with this worst loss (nats) and gradient norm is sound, and remember it."""
+        norm = norm if norm >= 0 else math.inf  # -1 is DeepSpeed's sign for a norm that is not finite
         self.problem = self._problem(loss, norm)
         for history, value in ((self.losses, loss), (self.norms, norm)):
-            if _is_finite(value):  # spikes too: what is not a spike any more must become the rule
+            if math.isfinite(value):  # spikes too: what is not a spike any more must become the rule
                 history.append(value)
         if self.problem is None:
             self.in_a_row = 0
@@ -89,7 +90,7 @@ class Guard:
 
     def _problem(self, loss: float, norm: float) -> str | None:
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not _is_finite(value):
+            if not math.isfinite(value):
                 return f"the {name} is not finite"
         if self.config.spike_limit == 0 or len(self.losses) < FEWEST:
             return None
@@ -114,10 +115,6 @@ class Guard:
         self.norms = deque(state.get("norms", []), WINDOW)
         self.in_a_row = 0
         self.problem = None
-
-
-def _is_finite(value: float) -> bool:
-    return math.isfinite(value) and value >= 0  # DeepSpeed's sign for a norm that is not finite is -1
 
 
 def _median(values: Sequence[float] | deque[float]) -> float:

@@ -69,6 +69,7 @@ def test_small_changes_near_zero_are_no_spikes() -> None:
     for _ in range(WINDOW):
         assert guard.judge(1e-4, 1e-3)
     assert guard.judge(0.9, 0.99)
+    assert guard.judge(-1e-7, 0.99), "rounding can take a loss of 0 below it"
     assert not guard.judge(1.1, 0.99)
     assert not guard.judge(0.1, 1.01)
 
