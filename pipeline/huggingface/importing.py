@@ -13,11 +13,13 @@ import yaml
 from torch import Tensor
 
 from pipeline.cli import UserError
+from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import import_tokenizer
 from pipeline.files import creating_folder
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import open_weights, write_weights
 from pipeline.model.batch import Vocabulary
+from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.weights import StoredWeight
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "model.yaml"
@@ -77,14 +79,12 @@ def import_model(
             f"{source / TOKENIZER_FILE} is missing: make it with transformers, by "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
-    stored = dict(open_weights(source))
-    if model.tie_embeddings:
-        stored.pop("lm_head.weight", None)
+    stored = parameters_in(source, model)
     with creating_folder(output) as writing:
         tokenizer, added = import_tokenizer(source / TOKENIZER_FILE, special_tokens, writing / "tokenizer")
         tokens, old_rows = tokenizer.vocab_size, model.vocab_size or 0
         vocabulary = Vocabulary(max(old_rows, -(-tokens // 8) * 8), tokens, tokenizer.mask)
-        new = sorted({tokenizer.mask, *range(tokens - len(added), tokens)})
+        new = sorted({tokenizer.mask, *range(min(old_rows, tokens - len(added)), tokens)})
         for name in MATRICES:
             if name in stored:
                 stored[name] = with_tokens(stored[name], vocabulary, new)
@@ -105,12 +105,32 @@ def import_model(
     return Imported(text, vocabulary, tokenizer.model.token(tokenizer.mask), added, old_rows)
 
 
+def parameters_in(folder: Path, model: ModelConfig) -> dict[str, StoredWeight]:
+    """Return the weights in `folder` that a model of ours has, by name; what else is there is left out.
+
+    Raises:
+        UserError: for a weight that is missing or of another shape.
+    """
+    rows = model.vocab_size or 0
+    with torch.device("meta"):  # names and shapes alone
+        parameters = dict(MaskedDiffusionModel(model, Vocabulary(rows, rows, 0)).named_parameters())
+    stored = open_weights(folder)
+    for name, parameter in parameters.items():
+        shape = stored[name].shape if name in stored else "missing"
+        if shape != tuple(parameter.shape):
+            raise UserError(
+                f"{folder}: the weight {name} is {shape}, by config.json it has {tuple(parameter.shape)}: "
+                "bring the folder again."
+            )
+    return {name: stored[name] for name in parameters}
+
+
 def with_tokens(matrix: StoredWeight, vocabulary: Vocabulary, new: Sequence[int]) -> StoredWeight:
     """Return a matrix with a row a token as it is for a vocabulary with `new` tokens, on the disk until read.
 
     Args:
         matrix: [old rows, H], the embedding or the output matrix.
-        vocabulary: with as many rows as it has, or more; rows beyond the tokens that it has not are 0.
+        vocabulary: with as many rows as it has, or more; new rows without a token are 0.
         new: ids of the tokens that start at the mean of the others.
     """
 

@@ -298,6 +298,12 @@ def test_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixtur
     file = sorted((tmp_path / "theirs").glob("*.safetensors"))[1]
     file.unlink()
     assert file.name in run_here(import_hf.main, arguments, capsys).complaint()
+    shutil.rmtree(tmp_path / "theirs")
+    save(tmp_path / "theirs", "Llama")
+    (tmp_path / "theirs/model.safetensors.index.json").unlink()
+    save_file({"model.norm.weight": torch.ones(31)}, tmp_path / "theirs/model.safetensors")
+    complaint = run_here(import_hf.main, arguments, capsys).complaint()
+    assert "model.embed_tokens.weight is missing, by config.json it has (101, 32)" in complaint
     (tmp_path / "theirs/config.json").write_text("{")
     assert "config.json is damaged" in run_here(import_hf.main, arguments, capsys).complaint()
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
@@ -306,7 +312,7 @@ def test_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_settings_of_transformers_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Older files have rope_theta and rope_scaling, and leave out what is the family's default."""
+    """Older files have rope_theta and rope_scaling, buffers, and leave out what is the family's default."""
     save(tmp_path / "theirs", "Llama", rope_parameters=LLAMA3)
     path = tmp_path / "theirs/config.json"
     config = json.loads(path.read_text())
@@ -315,7 +321,16 @@ def test_settings_of_transformers_4(tmp_path: Path, capsys: pytest.CaptureFixtur
     for key in ("head_dim", "tie_word_embeddings"):
         del config[key]
     path.write_text(json.dumps(config | {"rope_scaling": scaling}))
+    index = tmp_path / "theirs/model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    places["weight_map"][extra] = "extra.safetensors"
+    index.write_text(json.dumps(places))
+    save_file({extra: torch.ones(4)}, tmp_path / "theirs/extra.safetensors")
     _, settings = bring_in(tmp_path / "theirs", tmp_path / "ours", capsys)
+    names = open_weights(tmp_path / "ours").keys()
+    assert "lm_head.weight" in names
+    assert not any("inv_freq" in name for name in names)
     model = settings["model"]
     assert (model["rope_theta"], model["rope_factor"], model["rope_original_length"]) == (5000.0, 8.0, 64)
     assert not model["tie_embeddings"]
