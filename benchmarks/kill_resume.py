@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -101,10 +102,10 @@ class Life:
         found = STEP.match(steps[-1]) if steps else None
         return found is not None and int(found[1]) % EVALUATION == 0
 
-    def wait_for(self, aim: str, chance: random.Random) -> None:
-        """Return at a moment to kill, or when the training has ended."""
+    def wait_for(self, aim: str, chance: random.Random, start_up: float) -> None:
+        """Return at a moment to kill, or when the training has ended; it begins after `start_up` seconds."""
         if aim == "start":
-            self._sleep(chance.uniform(0, 12))
+            self._sleep(chance.uniform(0, start_up))
             return
         wanted = chance.randrange(1, 9)
         while len(self.steps()) < wanted and not self.ended():
@@ -169,12 +170,12 @@ def finish(command: Sequence[str], run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
 
 
-def die(command: Sequence[str], run_dir: Path, number: int, seed: int) -> Death | None:
+def die(command: Sequence[str], run_dir: Path, number: int, seed: int, start_up: float) -> Death | None:
     """Start the training and kill it; nothing where it came to its end before."""
     chance = random.Random(f"{seed}/{number}")
     aim = AIMS[number % len(AIMS)]
     life = Life([*command, "--run_dir", str(run_dir)], run_dir)
-    life.wait_for(aim, chance)
+    life.wait_for(aim, chance, start_up)
     if life.ended():
         if life.process.returncode != EXIT_DONE:
             life.reader.join()
@@ -212,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deaths = [Death(**death) for death in json.loads(journal.read_text())] if journal.exists() else []
     alone = finish(command, options.folder / "alone")
     while len(deaths) < options.kills:
-        death = die(command, options.folder / "killed", len(deaths), options.seed)
+        start_up = median([death.seconds for death in deaths if death.step] or [10.0])
+        death = die(command, options.folder / "killed", len(deaths), options.seed, start_up)
         if death is None:
             raise UserError(
                 f"the run ended after {len(deaths)} kills: give more --steps in another --folder."

@@ -127,7 +127,8 @@ def find(path: Path) -> tuple[Path, Manifest]:
     Raises:
         UserError: when there is none, or it is damaged.
     """
-    found = [path] if STEP_FOLDER.fullmatch(path.name) else step_folders(path)[::-1]
+    given = (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name)  # a copy may have any name
+    found = [path] if given else step_folders(path)[::-1]
     if not found or not path.is_dir():
         raise UserError(
             f"{path} holds no checkpoint: give a run folder or one of its checkpoints/step_* folders."

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from programs import Outcome
 
+from pipeline.checkpoint import find
+from pipeline.cli import UserError
+
 Train = Callable[..., Outcome]
 NEWEST = "checkpoints/step_00000016"
 SHORT = ["--evaluation.interval", "0", "--checkpoint.interval", "8"]
@@ -80,6 +83,22 @@ def test_a_broken_checkpoint_is_skipped_with_the_reason(
     assert "(step 8)" in outcome.output
     assert (run_dir / NEWEST / "model/plain.pt").read_bytes() == before, "repeated bit for bit"
     assert "skipped" not in train(run_dir, *SHORT).output, "the replacement is whole"
+
+
+def test_tools_find_what_is_whole(run_dir: Path) -> None:
+    """A run's newest whole checkpoint, one of its folders, or a copy under any name."""
+    assert find(run_dir)[0] == run_dir / NEWEST
+    copy = shutil.copytree(run_dir / NEWEST, run_dir.with_name("best"))
+    assert find(copy)[1].step == 16
+    (run_dir / NEWEST / "model/plain.pt").unlink()
+    assert find(run_dir)[1].step == 8
+    for path, problem in [
+        (run_dir / NEWEST, "model/plain.pt is missing"),
+        (run_dir.with_name("nowhere"), "holds no checkpoint"),
+        (run_dir / "checkpoints/step_00000099", "holds no checkpoint"),
+    ]:
+        with pytest.raises(UserError, match=problem):
+            find(path)
 
 
 def test_hashes_can_be_left_out(train: Train, run_dir: Path) -> None:
