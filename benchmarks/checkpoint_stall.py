@@ -19,38 +19,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
+from random_text import engine_on_random_text
 
 from pipeline import config as configuration
-from pipeline import objectives
 from pipeline.checkpoint import FORMAT, Manifest, Saver
 from pipeline.cli import run
-from pipeline.data.batch import ANSWER, Array
-from pipeline.data.streams import SlotStream
-from pipeline.model.batch import Vocabulary
-from pipeline.runtime import Engine, build_engine, read_launch
-from pipeline.slots import SlotGroup, slots_of_rank
+from pipeline.config import Config
+from pipeline.runtime import Engine
+from pipeline.slots import SlotGroup
 from pipeline.train import train_step
 
-ROUNDS, LENGTH, TOKENS, MASK = 3, 16, 32000, 3
+ROUNDS, LENGTH, TOKENS = 3, 16, 32000
 RESULT = Path("benchmarks/results/checkpoint_stall.json")
 SETTINGS = """
     --run_dir runs/checkpoint_stall --data.prefixes [unused] --data.tokenizer unused --checkpoint.keep 1
     --train.global_batch_size 2 --train.micro_batch_size 1 --model.layers 12 --model.hidden_size 768
     --model.heads 12 --model.intermediate_size 2048
 """.split()
-
-
-class RandomText:
-    """1,000 sequences of random tokens."""
-
-    def __len__(self) -> int:
-        return 1000
-
-    def __getitem__(self, index: int) -> dict[str, Array]:
-        tokens = np.random.default_rng(index).integers(4, TOKENS, LENGTH)
-        return {"tokens": tokens, "roles": np.full(LENGTH, ANSWER, np.int8)}
 
 
 class Training:
@@ -88,14 +74,14 @@ class Training:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write the table."""
     config = configuration.load([*SETTINGS, *(sys.argv[1:] if arguments is None else arguments)])
-    launch = read_launch(config)
-    engine = build_engine(config, launch, Vocabulary(TOKENS, TOKENS, MASK))
-    stream = SlotStream(RandomText(), config.train.global_batch_size, config.train.seed, workers=1)
-    accumulation = config.train.accumulation(launch.data_size)
-    slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
-    schedule = objectives.build(config.objective, config.train.seed, stream.slots, MASK, False)
-    groups = [SlotGroup(part, stream, schedule, launch.device) for part in slots]
-    manifest = Manifest(FORMAT, 0, 0, launch.world_size, engine.sharding, stream.slots, {}, "")
+    with engine_on_random_text(config, TOKENS, LENGTH) as (engine, groups):
+        measure(config, engine, groups)
+
+
+def measure(config: Config, engine: Engine, groups: list[SlotGroup]) -> None:
+    """Save in both ways, in turns, and report."""
+    ranks, slots = engine.launch.world_size, config.train.global_batch_size
+    manifest = Manifest(FORMAT, 0, 0, ranks, engine.sharding, slots, {}, "")
     training = Training(engine, groups)
     said: list[str] = []
     savers = {}
@@ -106,11 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for _ in range(ROUNDS):
         for name, saver in savers.items():
             times[name].append(training.timed_save(saver, manifest))
-    if launch.rank == 0:
-        report(times, said[-1], f"{launch.world_size} ranks on {launch.device.type}")
+    if engine.launch.rank == 0:
+        report(times, said[-1], f"{ranks} ranks on {engine.launch.device.type}")
         shutil.rmtree(config.run_dir)
-    stream.close()
-    engine.close()
 
 
 def report(times: dict[str, list[tuple[float, float]]], saved: str, where: str) -> None:

@@ -185,14 +185,17 @@ def die(command: Sequence[str], run_dir: Path, number: int, seed: int, start_up:
 
 
 def compare(alone: list[dict[str, float]], killed: list[dict[str, float]]) -> dict[str, object]:
-    """Return how many values there are and how many differ in any bit; rates are no values."""
-    timed = {"samples_per_second", "tokens_per_second"}
+    """Return how many values there are and how many differ in any bit, less those that are measured times."""
     flat = [
-        {(line["step"], key): value for line in lines for key, value in line.items() if key not in timed}
+        {(line["step"], key): value for line in lines for key, value in line.items() if not _is_time(key)}
         for lines in (alone, killed)
     ]
     differing = [key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key)]
     return {"values": len(flat[0]), "differing": len(differing), "first": sorted(differing)[:3]}
+
+
+def _is_time(key: str) -> bool:
+    return key.endswith("_per_second") or key.startswith("ranks/")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
