@@ -34,7 +34,7 @@ test: $(VENV)/.installed-dev ## Run the tests.
 
 # SLURM_INSTALL=1 lets root install what is missing.
 test-slurm: $(VENV)/.installed-dev ## Run the job chain on a real two-node SLURM, started on this machine.
-	@command -v slurmctld munged >/dev/null || { [ "$(SLURM_INSTALL)" = 1 ] && apt-get update -qq && \
+	@{ command -v slurmctld && command -v munged; } >/dev/null || { [ "$(SLURM_INSTALL)" = 1 ] && apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge >/dev/null; } || \
 	    { echo "SLURM is missing: apt-get install slurm-wlm munge, or, as root, make test-slurm SLURM_INSTALL=1"; exit 2; }
 	$(BIN)/python -m pytest -m slurm tests/slurm
