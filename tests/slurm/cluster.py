@@ -73,7 +73,7 @@ engine: {{deepspeed_config: ds_configs/cpu_debug.json}}
 """
 
 
-def wait_for(what: str, condition: Callable[[], bool], seconds: float = 180) -> None:
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 400) -> None:
     """Wait until `condition` holds; fail after `seconds`, naming `what`."""
     end = time.monotonic() + seconds
     while not condition():
@@ -95,7 +95,10 @@ def munge() -> Iterator[None]:
         key.chmod(0o400)
     Path("/run/munge").mkdir(exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
-    daemon = subprocess.Popen(["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "-F"])
+    daemon = subprocess.Popen(
+        ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "-F"],
+        stderr=subprocess.DEVNULL,
+    )
     try:
         wait_for("munge", lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, 20)
         yield
@@ -138,10 +141,13 @@ def slurm(folder: Path) -> Iterator[Path]:
             yield path
         finally:
             subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
-            for daemon in reversed(started):
+            for daemon in reversed(started):  # the nodes first
                 daemon.send_signal(signal.SIGTERM)
-            for daemon in started:
-                daemon.wait(timeout=30)
+                try:
+                    daemon.wait(timeout=20)  # a node waits for its steps to end
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
 
 
 @dataclass
@@ -168,7 +174,7 @@ class Cluster:
         shown = self.call("scontrol", "show", "job", "-o", str(number)).splitlines()[0]
         return dict(item.split("=", 1) for item in shown.split() if "=" in item)
 
-    def wait_state(self, number: int | str, *states: str, seconds: float = 240) -> dict[str, str]:
+    def wait_state(self, number: int | str, *states: str, seconds: float = 600) -> dict[str, str]:
         """Wait until a job is in one of `states`, and return what SLURM says of it."""
         wait_for(f"job {number} to be {states}", lambda: self.job(number)["JobState"] in states, seconds)
         return self.job(number)
