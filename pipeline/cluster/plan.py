@@ -106,7 +106,14 @@ def check_request(request: Request, site: Site) -> None:
     elif "pretrain" in stages and "merge" not in stages:
         check_data(config.data, tokenizer)
     if "pretrain" in stages:
-        config.train.accumulation(request.nodes * site.tasks_per_node)
+        sequence_size = config.engine.sequence_parallel_size
+        ranks = request.nodes * site.tasks_per_node
+        require(
+            ranks % sequence_size == 0,
+            f"--nodes {request.nodes} with {site.tasks_per_node} tasks a node are {ranks} ranks: they cannot "
+            f"be grouped by engine.sequence_parallel_size = {sequence_size}.",
+        )
+        config.train.fitted(ranks // sequence_size, sequence_size)
     if "evaluate" in stages:
         require(
             bool(request.evaluation),

@@ -90,7 +90,11 @@ def absolute_paths(config: Config, base: Path) -> Config:
         cache=config.data.cache and absolute(config.data.cache),
     )
     engine = dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config))
-    return dataclasses.replace(config, run_dir=absolute(config.run_dir), data=data, engine=engine)
+    start = config.train.initial_weights
+    train = dataclasses.replace(config.train, initial_weights=start and absolute(start))
+    return dataclasses.replace(
+        config, run_dir=absolute(config.run_dir), data=data, engine=engine, train=train
+    )
 
 
 def prepare(root: Path, config: Config) -> tuple[Path, Path]:

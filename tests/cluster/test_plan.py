@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from programs import ROOT, Outcome, run_here
 
+from pipeline import config as configuration
+from pipeline.cluster.submission import absolute_paths
 from tools import make_sudoku, preprocess_data, submit, train_tokenizer
 
 Submit = Callable[..., Outcome]
@@ -83,7 +86,11 @@ def test_a_stage_left_out_is_stepped_over(call: Submit) -> None:
         (["--stages", "pretrian"], ["unknown stage 'pretrian'", "'pretrain'"]),
         (["--stages", ""], ["--stages is empty"]),
         (["--stages", "pretrain", "--nodes", "0"], ["--nodes is 0"]),
-        (["--stages", "pretrain", "--nodes", "3"], ["train.global_batch_size", "multiple of 12"]),
+        (
+            ["--stages", "pretrain", "--nodes", "3"],
+            ["train.global_batch_size = 16", "3 ranks", "1, 2, 4, 8, 16"],
+        ),
+        (["--stages", "pretrain", "--set", "engine.sequence_parallel_size=2"], ["1 ranks", "= 2"]),
         (["--stages", "preprocess"], ["--corpus is missing"]),
         (["--stages", "preprocess", "--shards", "2", "--corpus", "--input x"], ["without the merge stage"]),
         (["--stages", "evaluate"], ["--evaluate is missing"]),
@@ -180,3 +187,18 @@ def test_site_settings_are_read_by_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("slurm/*.sbatch")), ids=lambda path: path.name)
 def test_templates_are_valid_bash(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+def test_every_path_becomes_absolute(made: Path) -> None:
+    """The jobs run in another folder: no setting that holds a path may be forgotten."""
+    paths = {"run_dir": "r", "data.tokenizer": "t", "data.prefixes": "[p,/q]", "data.cache": "c",
+             "engine.deepspeed_config": "d", "train.initial_weights": "w"}  # fmt: skip
+    settings = [part for name, value in paths.items() for part in (f"--{name}", value)]
+    config = absolute_paths(
+        configuration.load(["--config", str(made / "run.yaml"), *settings]), Path("/base")
+    )
+    leaves = configuration.loading.flatten(dataclasses.asdict(config))
+    assert {name: leaves[name] for name in paths} == {
+        "run_dir": "/base/r", "data.tokenizer": "/base/t", "data.prefixes": ["/base/p", "/q"],
+        "data.cache": "/base/c", "engine.deepspeed_config": "/base/d", "train.initial_weights": "/base/w",
+    }  # fmt: skip
