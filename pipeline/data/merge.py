@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from pipeline.data.worker import (
     part_folder,
     read_part,
 )
-from pipeline.files import remove_left_overs, replacing
+from pipeline.files import remove_left_overs, replacing, sha256_of
 from pipeline.monitor.progress import Progress
 
 HASHES_AT_ONCE = 2**25  # of a partition: about 1.5 GB while it is sorted
@@ -164,6 +165,10 @@ def _write_shard(
                 tally.add(lengths)
                 yield tokens, lengths
                 progress.advance(round(progress.done + tokens.nbytes / MEGABYTE, 6))
+            if hashes[unit].result() != facts[unit].sha256[TOKENS]:
+                raise UserError(
+                    f"{part.tokens} is damaged: remove {part.tokens.parent} and run the same again."
+                )
 
     def facts_with(sha256: dict[str, str]) -> DatasetFacts:
         counts.check()
@@ -185,11 +190,16 @@ def _write_shard(
         )
 
     _join_quarantine(folder, units, prefix)
-    source = chunks()
-    if plan.options.shuffle_seed is not None:
-        write_dataset(source, folder / "in_order", dtype, pairs)
-        source = shuffled(folder / "in_order", plan.options.shuffle_seed)
-    return _write(source, prefix, dtype, pairs, facts_with)
+    with ThreadPoolExecutor(1) as beside:  # hashes the parts while they are copied
+        hashes = {unit: beside.submit(sha256_of, part_folder(folder, unit) / TOKENS) for unit in units}
+        source = chunks()
+        if plan.options.shuffle_seed is not None:
+            write_dataset(source, folder / "in_order", dtype, pairs)
+            source = shuffled(folder / "in_order", plan.options.shuffle_seed)
+        try:
+            return _write(source, prefix, dtype, pairs, facts_with)
+        finally:
+            beside.shutdown(cancel_futures=True)
 
 
 def _write(

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import pyarrow as pa
 from backports import zstd
 
 from pipeline.cli import UserError
@@ -21,7 +20,7 @@ from pipeline.data.sources import Source, load_hub, open_file
 ROWS = 256  # of a table, held at a time
 PIECE = 2**20  # bytes read at a time of a line that is too long
 BOM = b"\xef\xbb\xbf"
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, pa.ArrowException)
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 class BadRecord(Exception):
@@ -109,6 +108,10 @@ class SpanReader:
             yield position, _damaged(error)
         except DAMAGE as error:
             yield position, _damaged(error)
+        except Exception as error:
+            if type(error).__module__ != "pyarrow.lib":
+                raise
+            yield position, _damaged(error)
         self.source.check_unchanged()
 
     def _texts(self) -> Iterator[tuple[int, Content]]:
@@ -185,7 +188,7 @@ Batches = Iterator[tuple[int | None, float, Any]]  # first row where it is known
 
 
 def _parquet(source: Source, span: Span, columns: Sequence[str]) -> Batches:
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # here and below: workers that read text start faster and smaller without
 
     with pq.ParquetFile(source.path, pre_buffer=False) as file:
         groups = range(span.start, span.end)
@@ -199,6 +202,8 @@ def _parquet(source: Source, span: Span, columns: Sequence[str]) -> Batches:
 
 
 def _arrow(source: Source, span: Span, columns: Sequence[str]) -> Batches:
+    import pyarrow as pa
+
     seen = 0
     with pa.memory_map(source.path) as mapped:
         for batch, share in _arrow_batches(mapped, span.size):
@@ -211,6 +216,8 @@ def _arrow(source: Source, span: Span, columns: Sequence[str]) -> Batches:
 
 def _arrow_batches(mapped: Any, size: int) -> Iterator[tuple[Any, float]]:
     """Yield the batches of an IPC file, or of a stream such as `datasets` writes."""
+    import pyarrow as pa
+
     if mapped.read(6) == b"ARROW1":
         file = pa.ipc.open_file(mapped)
         for number in range(file.num_record_batches):

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.cli import UserError
 from pipeline.data.reading import PIECE, Span
 from pipeline.data.records import Keys, check_kinds
@@ -159,6 +156,9 @@ def cut(number: int, source: Source, target: int, by_line: bool) -> Iterator[Spa
 
 
 def _cut_parquet(number: int, source: Source, target: int) -> Iterator[Span]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(source.path) as file:
             groups = file.metadata.num_row_groups

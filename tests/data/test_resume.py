@@ -21,7 +21,7 @@ from programs import ROOT, run_here
 
 from pipeline.cli import UserError
 from pipeline.data import worker
-from pipeline.data.merge import missing_units, parts_folder
+from pipeline.data.merge import merge_parts, missing_units, parts_folder
 from pipeline.data.sources import Source
 from pipeline.data.tokenizer import Tokenizer, train_tokenizer
 from pipeline.data.units import write_plan
@@ -239,3 +239,27 @@ def test_a_worker_that_dies_is_said(corpus: Path, tmp_path: Path) -> None:
     assert "a worker died" in error
     assert subprocess.run(arguments, cwd=ROOT, capture_output=True).returncode == 0
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+
+
+def test_a_part_that_is_damaged_later_is_found(corpus: Path, tmp_path: Path) -> None:
+    """By its hash when it is joined, and by its size; nothing is written then."""
+    plan = make_plan_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
+    folder = parts_folder(tmp_path / "d")
+    write_plan(plan, folder)
+    for unit in range(len(plan.units)):
+        make_part(
+            Job(plan, folder, "quarantine"),
+            Tokenizer.load(corpus / "tokenizer"),
+            unit,
+            lambda done, tokens: None,
+        )
+    path = folder / "000001/tokens"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"000001/tokens is damaged: remove .*000001 and run the same again"):
+        merge_parts(folder, tmp_path / "d")
+    (folder / "000001/lengths").write_bytes(b"")
+    with pytest.raises(UserError, match=r"000001/lengths is damaged"):
+        merge_parts(folder, tmp_path / "d")
+    assert not list(tmp_path.glob("d.[bi]*"))
