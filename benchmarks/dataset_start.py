@@ -57,13 +57,14 @@ def start(prefix: Path, tokenizer: Path, sequence_length: int) -> None:
     began = time.monotonic()
     from pipeline.data.samples import build_datasets  # imports megatron-core and torch
 
-    imported = time.monotonic()
+    imported, cpu = time.monotonic(), time.process_time()
     config = DataConfig(str(tokenizer), [str(prefix)], sequence_length=sequence_length)
     data = build_datasets(config, Tokenizer.load(tokenizer), 1, prefix.parent / "cache")
     assert len(data.train[len(data.train) - 1]["tokens"]) == sequence_length
+    rss = psutil.Process().memory_info().rss / 1e9
     print(
-        f"samples ready in {time.monotonic() - imported:.2f} s ({len(data.train):,} of {sequence_length} "
-        f"tokens; imports {imported - began:.2f} s; {psutil.Process().memory_info().rss / 1e9:.2f} GB)"
+        f"samples ready in {time.monotonic() - imported:.2f} s, {time.process_time() - cpu:.2f} s of CPU "
+        f"({len(data.train):,} of {sequence_length} tokens; imports {imported - began:.2f} s; {rss:.2f} GB)"
     )
 
 
