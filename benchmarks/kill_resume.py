@@ -219,9 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_up = median([death.seconds for death in deaths if death.step] or [10.0])
         death = die(command, options.folder / "killed", len(deaths), options.seed, start_up)
         if death is None:
-            raise UserError(
-                f"the run ended after {len(deaths)} kills: give more --steps in another --folder."
-            )
+            print(f"the run came to its end after {len(deaths)} kills: --steps gives it more", flush=True)
+            break
         deaths.append(death)
         with replacing(journal) as file:
             file.write(json.dumps([asdict(each) for each in deaths]).encode())
