@@ -115,6 +115,8 @@ class MaskedDiffusionPreTrainedModel(PreTrainedModel):
 class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
     """Tokens to hidden states."""
 
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"lm_head\.weight"]
+
     def __init__(self, config: MaskedDiffusionConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
