@@ -78,7 +78,7 @@ class UlyssesSequence(WholeSequence):
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """See `WholeSequence`."""
         each = -(-length // self.size)
-        first = x.transpose(0, dim)
-        if first.shape[0] < each:
-            first = torch.cat([first, first.new_zeros(each - first.shape[0], *first.shape[1:])])
-        return _Gather.apply(first, self.group).narrow(0, 0, length).transpose(0, dim)
+        own = x.transpose(0, dim)
+        if own.shape[0] < each:
+            own = torch.cat([own, own.new_zeros(each - own.shape[0], *own.shape[1:])])
+        return _Gather.apply(own, self.group).narrow(0, 0, length).transpose(0, dim)
