@@ -334,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="JSON file for the figures")
     options = parser.parse_args(arguments)
+    if "output" in options:  # not after an hour of measuring
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     shape = SHAPES[options.shape]
