@@ -15,7 +15,7 @@ from pipeline.data.reading import BadRecord, Content, Reading, Span, SpanReader
 from pipeline.data.sources import Source, open_file
 
 MESSAGE_FORMAT = "{role}: {content}\n"
-LONGEST_RECORD = 2**24  # bytes
+LONGEST_RECORD = 2**23  # bytes: SentencePiece takes about 30 of memory for each
 TEXT, PAIR = ("text",), ("prompt", "answer")
 
 # After full stops and their like with closing quotes, before white space; after full-width ones anywhere.

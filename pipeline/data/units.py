@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from pipeline.cli import UserError
 from pipeline.data.reading import PIECE, Span
-from pipeline.data.records import Keys, check_kinds
+from pipeline.data.records import LONGEST_RECORD, Keys, check_kinds
 from pipeline.data.sources import Hub, Source, find, hub_source
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.files import replacing
@@ -43,7 +43,7 @@ class Options:
 
     keys: Keys
     append_eos: bool = False
-    max_document_bytes: int = 2**24
+    max_document_bytes: int = LONGEST_RECORD
     min_tokens: int = 0
     max_tokens: int | None = None
     deduplicate: bool = False
