@@ -1,0 +1,274 @@
+"""A run with everything that it holds open, and what is done with it between the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from pipeline import checkpoint, cli, objectives
+from pipeline.checkpoint import FORMAT, Manifest
+from pipeline.config import Config
+from pipeline.data.batch import SampleDataset
+from pipeline.data.blend import describe_order, write_order
+from pipeline.data.samples import Datasets, build_datasets, check_data
+from pipeline.data.streams import SlotStream
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.evaluation.held_out import held_out_loss
+from pipeline.huggingface.initial import open_initial_weights
+from pipeline.model.batch import Vocabulary
+from pipeline.monitor.progress import Progress
+from pipeline.monitor.recorder import Recorder
+from pipeline.monitor.sample_log import SampleLog
+from pipeline.monitor.stragglers import Stragglers
+from pipeline.resilience.guard import Guard
+from pipeline.resilience.signals import StopSignals
+from pipeline.resilience.skipped import SkipLog
+from pipeline.resilience.watchdog import Watchdog
+from pipeline.runtime import Launch, agree, build_engine
+from pipeline.slots import SlotGroup, slots_of_rank
+
+
+class Run:
+    """A run with everything that it holds open."""
+
+    def __init__(self, config: Config, launch: Launch, signals: StopSignals, stack: ExitStack) -> None:
+        """Build data, engine and chains, and go on from the newest checkpoint where there is one."""
+        config = fit_micro_batch(config, launch)
+        self.config = config
+        self.folder = Path(config.run_dir)
+        tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+        check_data(config.data, tokenizer)
+        accumulation = config.train.accumulation(launch.data_size)
+        vocabulary = read_vocabulary(config, tokenizer)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.engine = build_engine(config, launch, vocabulary)
+        stack.callback(self.engine.close)
+        self.take_folder(stack)
+        cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
+        self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
+        check_validation(config, self.data)
+        self.report_order()
+        self.stream = SlotStream(
+            self.data.train, config.train.global_batch_size, config.train.seed, config.data.workers
+        )
+        stack.callback(self.stream.close)
+        self.skip_log = SkipLog(self.folder, self.engine)
+        self.stream.exclude(self.skip_log.excluded())
+        self.objectives = objectives.build(config, tokenizer.mask, self.data.has_padding)
+        slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
+        self.groups = [SlotGroup(part, self.stream, self.objectives, launch.device) for part in slots]
+        self.manifest = Manifest(
+            FORMAT, 0, 0, launch.world_size, self.engine.sharding, config.train.global_batch_size,
+            vocabulary._asdict(), self.data.fingerprint,
+        )  # fmt: skip
+        self.signals = signals
+        self.guard = Guard(config.guard, config.optimizer.gradient_clip, lambda: signals.received)
+        self.resume()
+        self.progress = Progress(config.train.steps, self.manifest.step, "step", enabled=launch.rank == 0)
+        stack.callback(self.progress.close)
+        self.logs = stack.enter_context(ExitStack())
+        self.open_logs()
+        self.watchdog = Watchdog(config.watchdog, self.folder, launch.rank, config.engine.kind != "plain")
+        stack.callback(self.watchdog.close)
+        self.saver = checkpoint.Saver(config, self.engine, self.groups, self.progress.say)
+        stack.callback(self.saver.close)
+
+    def report_order(self) -> None:
+        """Show and write what each dataset gives to an epoch."""
+        if self.engine.launch.rank == 0:
+            write_order(self.folder, self.data.shares, self.data.fingerprint)
+            print(describe_order(self.data.shares), flush=True)
+
+    def take_folder(self, stack: ExitStack) -> None:
+        """Make sure that no other run works on the folder, and clear up after one that was killed."""
+        problem = None
+        if self.engine.launch.rank == 0:
+            try:
+                stack.callback(checkpoint.RunLock(self.folder).release)
+                checkpoint.clear(self.folder)
+            except cli.UserError as error:
+                problem = str(error)
+        agree(self.engine, problem)
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
+        if found is None:
+            self.start()
+        else:
+            checkpoint.check_continues(*found, self.manifest, self.config)
+            self.load(*found)
+
+    def start(self) -> None:
+        """Begin at given weights, where there are any."""
+        if self.config.train.initial_weights is None:
+            return
+        folder = Path(self.config.train.initial_weights)
+        vocabulary, tokenizer = Vocabulary(**self.manifest.vocabulary), Path(self.config.data.tokenizer)
+        self.engine.start_from(open_initial_weights(folder, self.config.model, vocabulary, tokenizer))
+        if self.engine.launch.rank == 0:
+            print(f"starting from the weights in {folder}", flush=True)
+
+    def load(self, folder: Path, saved: Manifest) -> None:
+        """Take up the state of a checkpoint."""
+        checkpoint.load(folder, saved, self.engine, self.groups)
+        self.advance_manifest(saved.step)
+        self.manifest.held_out_loss = saved.held_out_loss
+        self.guard.load_state_dict(saved.guard)
+        if self.engine.launch.rank == 0:
+            ranks = (
+                ""
+                if saved.world_size == self.manifest.world_size
+                else f", written by {saved.world_size} ranks"
+            )
+            print(f"resumed from {folder} (step {saved.step}{ranks})", flush=True)
+
+    def open_logs(self) -> None:
+        """Open what is written step by step; what was written beyond the present step is dropped."""
+        self.logs.close()
+        first = self.manifest.step + 1
+        stragglers = Stragglers(self.engine, self.stream)
+        self.recorder = Recorder(self.folder, self.engine, self.groups, stragglers, first)
+        self.logs.callback(self.recorder.close)
+        self.sample_log: SampleLog | None = None
+        if self.config.train.log_samples:
+            self.sample_log = SampleLog(self.folder, self.engine, self.groups, self.stream, first)
+            self.logs.callback(self.sample_log.close)
+
+    def refuse(self, step: int, problem: str) -> bool:
+        """Note a step whose update the guard has refused; say whether the run had to go back for it."""
+        ids = torch.full((self.stream.slots,), -1, device=self.engine.launch.device)
+        for group in self.groups:
+            ids[group.numbers] = group.trained_ids
+        samples = [self.stream.index(position) for position in self.engine.max_over_ranks(ids).tolist()]
+        in_a_row = self.guard.in_a_row
+        self.skip_log.skip(step, problem, samples, in_a_row)
+        self.progress.say(f"step {step} skipped: {problem} ({in_a_row} in a row, see {self.skip_log.path})")
+        if in_a_row < self.config.guard.skips_before_rollback:
+            return False
+        self.roll_back(step)
+        return True
+
+    def roll_back(self, step: int) -> None:
+        """Go back to the newest checkpoint, and leave out the samples of the steps that were refused."""
+        self.watchdog.enter("rollback")
+        self.saver.wait()
+        found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
+        limit = self.config.guard.max_rollbacks
+        if found is None or self.skip_log.rollbacks_to(found[1].step) >= limit:
+            before = "no checkpoint exists" if found is None else f"{found[0]} was gone back to {limit} times"
+            raise cli.Failure(
+                f"{self.guard.in_a_row} steps in a row were refused up to step {step}, and {before} "
+                f"(guard.max_rollbacks): {self.guard.problem}. See {self.skip_log.path}; a lower "
+                "optimizer.learning_rate or optimizer.gradient_clip may help."
+            )
+        self.skip_log.roll_back(step, found[1].step)
+        self.stream.exclude(self.skip_log.excluded())
+        self.load(*found)
+        self.open_logs()
+        self.progress.say(
+            f"went back from step {step} to {found[0]}, without the samples of the skipped steps"
+        )
+
+    def advance_manifest(self, step: int) -> None:
+        """Bring the facts of the next checkpoint up to a step that was just trained."""
+        self.manifest.step = step
+        self.manifest.tokens = step * self.config.train.global_batch_size * self.config.data.sequence_length
+        self.manifest.held_out_loss = None
+
+    def due(self, interval: int, step: int) -> bool:
+        """Say whether something done every `interval` steps (0: never), and at the last one, is due.
+
+        Within a row of refused steps it is not: they may end in a return to the checkpoint before.
+        """
+        last = step == self.config.train.steps
+        return interval > 0 and (last or (step % interval == 0 and not self.guard.in_a_row))
+
+    def stopped(self) -> bool:
+        """Say before each batch of an evaluation whether a rank was asked to stop; every rank calls this."""
+        self.watchdog.enter("evaluation")
+        received = torch.tensor([float(self.signals.received)], device=self.engine.launch.device)
+        self.guard.stop = self.guard.stop or bool(self.engine.max_over_ranks(received))
+        return self.guard.stop
+
+    def log(self) -> None:
+        """Fetch, write and show the figures of the steps since the last time."""
+        samples = self.config.train.global_batch_size
+        tokens = samples * self.config.data.sequence_length
+        values = self.recorder.flush(samples, tokens, self.skip_log.skipped())
+        self.progress.report(
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def evaluate(self) -> None:
+        """If it is due, measure and write the held-out loss, of the averaged weights too where they are kept.
+
+        A rank that is asked to stop cuts it short; it is made up for when the run goes on.
+        """
+        step, valid = self.manifest.step, self.data.valid
+        if valid is None or not self.due(self.config.evaluation.interval, step):
+            return
+        losses = {"held_out/loss": self.held_out_loss(valid)}
+        if self.config.optimizer.ema_decay is not None:
+            with self.engine.averaged_weights():
+                losses["held_out/ema_loss"] = self.held_out_loss(valid)
+        measured = {name: loss for name, loss in losses.items() if loss is not None}
+        if len(measured) == len(losses):
+            self.manifest.held_out_loss = measured.get("held_out/ema_loss", measured["held_out/loss"])
+            self.recorder.write(step, measured)
+            facts = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items())
+            self.progress.say(f"step {step}: {facts} nats a masked token")
+        self.recorder.restart_clock()
+
+    def held_out_loss(self, valid: SampleDataset) -> float | None:
+        """Return the loss on the validation samples with the weights as they are; nothing after a stop."""
+        samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
+        step, objective = self.manifest.step, self.objectives.at(self.manifest.step).held_out()
+        return held_out_loss(self.engine, valid, samples, batch_size, objective, step, self.stopped)
+
+    def save(self) -> None:
+        """Save the run, with all figures up to this step in their files first."""
+        self.watchdog.enter("save")
+        if self.recorder.pending:
+            self.log()
+        self.recorder.sync()
+        self.manifest.guard = self.guard.state_dict()
+        self.saver.save(self.manifest)
+        self.recorder.restart_clock()
+
+
+def fit_micro_batch(config: Config, launch: Launch) -> Config:
+    """Return the configuration with a micro-batch that fits the number of ranks; say so if it is smaller."""
+    wanted, train = config.train, config.train.fitted(launch.data_size, launch.sequence_size)
+    if launch.rank == 0 and train.micro_batch_size != wanted.micro_batch_size:
+        print(
+            f"train.micro_batch_size is {train.micro_batch_size} instead of {wanted.micro_batch_size}: it "
+            f"must divide the {wanted.global_batch_size // launch.data_size} sequences of a rank and step",
+            flush=True,
+        )
+    return dataclasses.replace(config, train=train)
+
+
+def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
+    """Return the model's vocabulary; raise a `UserError` where the data has more tokens than the model."""
+    tokens = tokenizer.vocab_size
+    rows = config.model.vocab_size or -(-tokens // 8) * 8
+    if rows < tokens:
+        raise cli.UserError(
+            f"model.vocab_size is {rows}, but {config.data.tokenizer} has {tokens} tokens: raise it to "
+            f"{tokens} or more, or leave it out."
+        )
+    return Vocabulary(rows, tokens, tokenizer.mask)
+
+
+def check_validation(config: Config, data: Datasets) -> None:
+    """Raise a `UserError` when evaluation is asked for and there is nothing to evaluate on."""
+    if config.evaluation.interval and data.valid is None:
+        raise cli.UserError(
+            f"data.split = {config.data.split!r} gives no validation sample: give validation a larger share, "
+            "or set evaluation.interval to 0."
+        )
