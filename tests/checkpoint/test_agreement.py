@@ -1,0 +1,107 @@
+"""What goes wrong on one rank goes wrong on all of them, and nobody waits for ever: two ranks as threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import config as configuration
+from pipeline.checkpoint import FORMAT, Manifest, Saver, checkpoints, saving
+from pipeline.cli import Failure
+
+RANKS = 2
+
+
+class Ranks:
+    """Engines that meet in memory."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(RANKS, timeout=60)
+        self.values: list[Any] = [None] * RANKS
+
+    def engine(self, rank: int) -> Any:
+        def all_gather(value: Any) -> list[Any]:
+            self.values[rank] = value
+            self.barrier.wait()
+            found = list(self.values)
+            self.barrier.wait()
+            return found
+
+        def snapshot(folder: Path) -> dict[str, Any]:
+            return {f"part_{rank}.pt": torch.arange(4)}
+
+        launch = SimpleNamespace(rank=rank, world_size=RANKS)
+        return SimpleNamespace(launch=launch, all_gather=all_gather, snapshot=snapshot)
+
+
+@pytest.fixture
+def savers(tmp_path: Path) -> tuple[list[Saver], list[str]]:
+    """Return a saver a rank, and what they say."""
+    arguments = ["--run_dir", str(tmp_path), "--data.prefixes", "[unused]", "--data.tokenizer", "unused"]
+    config = configuration.load([*arguments, "--checkpoint.max_failed_saves", "2"])
+    ranks, said = Ranks(), list[str]()
+    groups = [
+        [SimpleNamespace(state_dict=lambda rank=rank: {"slots": np.array([rank])})] for rank in range(RANKS)
+    ]
+    return [Saver(config, ranks.engine(r), groups[r], said.append) for r in range(RANKS)], said  # type: ignore[arg-type]
+
+
+def save(savers: list[Saver], step: int) -> list[BaseException | None]:
+    """Save on all ranks at once and wait; return what each of them raised."""
+    manifest = Manifest(FORMAT, step, 0, RANKS, "zero3", RANKS, {}, "")
+
+    def one(saver: Saver) -> None:
+        saver.save(manifest)
+        saver.wait()
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        return [work.exception(timeout=120) for work in [pool.submit(one, saver) for saver in savers]]
+
+
+def fail_on(monkeypatch: pytest.MonkeyPatch, name: str, part: str) -> None:
+    """Let a function of the saving module fail for paths with `part` in them."""
+    original: Callable[..., object] = getattr(saving, name)
+
+    def failing(path: Path, *rest: object) -> object:
+        if part in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        return original(path, *rest)
+
+    monkeypatch.setattr(saving, name, failing)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("silent", [False, True], ids=["reported", "report-fails-too"])
+def test_one_ranks_failure_is_everybodys(
+    savers: tuple[list[Saver], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    silent: bool,
+) -> None:
+    both, said = savers
+    assert save(both, 1) == [None, None]
+    with monkeypatch.context() as patch:
+        fail_on(patch, "write_hashed", f"part_{rank}")
+        if silent:
+            fail_on(patch, "_write_json", f"report_{rank:05d}")
+        assert save(both, 2) == [None, None]
+        assert [saver.failures for saver in both] == [1, 1]
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+        failures = [line for line in said if "saving step 2 FAILED" in line]
+        assert len(failures) == 1
+        assert f"part_{rank}.pt: No space left on device" in failures[0]
+        assert all(isinstance(error, Failure) for error in save(both, 3)), "two in a row, on both ranks"
+    assert save(both, 4) == [None, None]
+    assert [saver.failures for saver in both] == [0, 0]
+    newest = checkpoints(tmp_path)[-1]
+    assert newest.name == "step_00000004"
+    assert {path.name for path in (newest / "model").iterdir()} == {"part_0.pt", "part_1.pt"}
