@@ -42,7 +42,7 @@ def engine_on_random_text(
     engine = build_engine(config, launch, Vocabulary(tokens, tokens, MASK))
     stream = SlotStream(RandomText(tokens, length), train.global_batch_size, train.seed, workers=1)
     accumulation = train.accumulation(launch.data_size)
-    slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, train.micro_batch_size)
+    slots = slots_of_rank(launch.data_rank, accumulation, train.micro_batch_size)
     schedule = objectives.build(config, MASK, False)
     yield engine, [SlotGroup(part, stream, schedule, launch.device) for part in slots]
     stream.close()

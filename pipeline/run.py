@@ -58,7 +58,7 @@ class Run:
         self.skip_log = SkipLog(self.folder, self.engine)
         self.stream.exclude(self.skip_log.excluded())
         self.objectives = objectives.build(config, tokenizer.mask, self.data.has_padding)
-        slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
+        slots = slots_of_rank(launch.data_rank, accumulation, config.train.micro_batch_size)
         self.groups = [SlotGroup(part, self.stream, self.objectives, launch.device) for part in slots]
         self.manifest = Manifest(
             FORMAT, 0, 0, launch.world_size, self.engine.sharding, config.train.global_batch_size,

@@ -147,7 +147,7 @@ class SlotGroup:
         self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
 
 
-def slots_of_rank(rank: int, world_size: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:
+def slots_of_rank(rank: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:
     """Return the slot numbers of each micro-batch of a rank: consecutive ones, dealt in rank order."""
     first = rank * accumulation * micro_batch_size
     return [

@@ -74,7 +74,7 @@ def test_grouping_changes_no_chain(config: ObjectiveConfig) -> None:
     for world_size, accumulation, micro_batch in layouts:
         history = {}
         for rank in range(world_size):
-            for slots in slots_of_rank(rank, world_size, accumulation, micro_batch):
+            for slots in slots_of_rank(rank, accumulation, micro_batch):
                 group = make(slots, 8, config)
                 inputs = torch.stack([step(group, i).input_ids for i in range(1, 26)])
                 history.update({slot: inputs[:, row] for row, slot in enumerate(slots)})

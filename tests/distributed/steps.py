@@ -50,7 +50,7 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     engine = build_engine(config, launch, Vocabulary(VOCABULARY, VOCABULARY, MASK))
     stream = SlotStream(SyntheticPairs(), config.train.global_batch_size, config.train.seed, workers=1)
     accumulation = config.train.accumulation(launch.data_size)
-    slots = slots_of_rank(launch.data_rank, launch.data_size, accumulation, config.train.micro_batch_size)
+    slots = slots_of_rank(launch.data_rank, accumulation, config.train.micro_batch_size)
     schedule = objectives.build(config, MASK, True)
     groups = [SlotGroup(part, stream, schedule, launch.device) for part in slots]
     losses, norms, history = [], [], []
