@@ -96,10 +96,12 @@ def test_chain_with_every_kind_of_interruption(cluster: Cluster, run: Path) -> N
         ("pretrain", "export"),
     ):
         assert ended[before] < began[after]
-    # The first start was ended together with its batch script, so the script could not note its code.
+    # The batch script of the requeued start is ended too: it may or may not come to note its code.
     codes = [line.split("\t")[2] for line in (run / "run/slurm/restarts.tsv").read_text().splitlines()]
-    assert codes[0] not in ("0", "2", "75")
-    assert codes[1:] == ["75", "0"]
+    *requeued, killed, signalled, last = codes
+    assert requeued in ([], ["75"])
+    assert killed not in ("0", "2", "75")
+    assert (signalled, last) == ("75", "0")
     # One task of the array a checkpoint.
     results = sorted(path.name for path in (run / "run/evaluation").iterdir())
     assert results == ["step_00000140.json", "step_00000150.json"]
