@@ -160,7 +160,7 @@ class Cluster:
     def call(self, *command: str) -> str:
         """Return what a command prints; fail where it fails."""
         result = subprocess.run(
-            command, env=self.environment, cwd=self.checkout, capture_output=True, text=True, timeout=120
+            command, env=self.environment, cwd=self.checkout, capture_output=True, text=True, timeout=400
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         return result.stdout
