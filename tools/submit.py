@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline import config as configuration
 from pipeline.cli import ToolParser, UserError, run
-from pipeline.cluster.plan import STAGES, Request, as_text, check_request, draw, make_plan
+from pipeline.cluster.plan import STAGES, Request, check_request, draw, make_plan
 from pipeline.cluster.site import SITE_FILE, read_site
 from pipeline.cluster.status import as_table, read_status
 from pipeline.cluster.submission import absolute_paths, cancel, prepare, submit, submit_successor
@@ -59,7 +59,7 @@ def submit_chain(arguments: Sequence[str]) -> None:
         for job in jobs:
             script = (ROOT / "slurm" / f"{job.stage}.sbatch").read_text(encoding="utf-8")
             dependency = f"afterok:JOB_OF_{job.after.upper()}" if job.after else None
-            print(f"### {as_text(job.command(run_dir / 'code', dependency))}\n\n{script}")
+            print(f"### {shlex.join(job.command(run_dir / 'code', dependency))}\n\n{script}")
         print(draw(jobs))
         return
     code, config_path = prepare(ROOT, request.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,8 +196,3 @@ def draw(jobs: Sequence[Job]) -> str:
 
     below(None, 0)
     return "\n".join(lines)
-
-
-def as_text(command: Sequence[str]) -> str:
-    """Return a command as it would be typed."""
-    return shlex.join(command)

@@ -56,7 +56,7 @@ def read_site(root: Path) -> Site:
         pairs = (
             item.split("=", 1) for item in result.stdout.decode(errors="replace").split("\0") if "=" in item
         )
-        environment = {name: value for name, value in pairs}
+        environment = dict(pairs)
     # What was set for reading the file must not reach the jobs, which set it for themselves.
     for name in ("PUMA_CODE", "SLURM_SUBMIT_DIR"):
         environment.pop(name, None)
