@@ -48,6 +48,7 @@ from pipeline.data.streams import SlotStream
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.base import take_highest
+from pipeline.planning.flops import step_flops
 from pipeline.runtime import PlainEngine, read_launch
 from pipeline.slots import SlotGroup
 from pipeline.train import train_step
@@ -75,16 +76,6 @@ class Shape:
             heads=self.heads,
             intermediate_size=self.intermediate_size,
         )
-
-    def step_flops(self, sequences: int, rows: int) -> int:
-        """Return the FLOPs of the products in a forward and backward with logits at `rows` positions.
-
-        A multiplication and an addition count as two; the backward of a product is two products. What is
-        recomputed in the backward does not count.
-        """
-        width, inner, length = self.hidden_size, self.intermediate_size, self.length
-        block = 2 * (4 * width * width + 3 * width * inner + 2 * length * width)  # a token
-        return 3 * (sequences * length * self.layers * block + rows * 2 * self.vocabulary * width)
 
 
 SHAPES = {
@@ -126,7 +117,7 @@ class Contest:
     def __init__(self, shape: Shape, batch_size: int, recompute: Recompute) -> None:
         """Make the network and the chains."""
         self.shape, self.batch_size = shape, batch_size
-        config = Config(
+        self.config = config = Config(
             "unused",
             data=DataConfig(prefixes=["unused"], sequence_length=shape.length),
             model=shape.model(),
@@ -297,7 +288,9 @@ def measure(shape: Shape, batch_size: int, repetitions: int, recompute: Recomput
         print("  ".join(f"{name} {value:.3f}" for name, value in turns[-1].items()), flush=True)
     turns = turns[on_gpu:]
     median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
-    achieved = [shape.step_flops(batch_size, int(turn["rows"])) / turn["puma"] for turn in turns]
+    achieved = [
+        step_flops(contest.config, shape.vocabulary, turn["rows"]).model / turn["puma"] for turn in turns
+    ]
     memory_batch = batch_size if on_gpu else max(batch_size, 32)
     memory = peak_bytes(shape, memory_batch, recompute, "cuda" if on_gpu else "meta")
     contest.engine.close()
