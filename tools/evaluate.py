@@ -11,7 +11,7 @@ import torch
 from pipeline.cli import ToolParser, UserError, run
 from pipeline.evaluation.puzzles import read_puzzles, score_puzzles
 from pipeline.monitor.progress import Progress
-from pipeline.sampling import WEIGHTS_HELP, load_model
+from pipeline.sampling import WEIGHTS_HELP, SamplingSettings, load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--untrained", action="store_true", help="score the initial weights, as a baseline")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for figures and answers")
     options = parser.parse_args(arguments)
-    for name in ("tokens_per_step", "batch_size", "limit"):
+    settings = SamplingSettings(tokens_per_step=options.tokens_per_step)
+    settings.check()
+    for name in ("batch_size", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(options.checkpoint, device, options.untrained, weights=options.weights)
     progress = Progress(len(puzzles), 0, "puzzle")
-    score = score_puzzles(loaded, puzzles, options.tokens_per_step, options.batch_size, progress.advance)
+    score = score_puzzles(loaded, puzzles, settings, options.batch_size, progress.advance)
     progress.close()
     if options.output is not None:
         facts = {"step": loaded.step, "tokens_per_step": options.tokens_per_step, "solved": score.share}

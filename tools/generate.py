@@ -1,4 +1,4 @@
-"""Print a trained model's completions of prompts, decoded by top confidence."""
+"""Print a trained model's completions of prompts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from pipeline.cli import ToolParser, UserError, run
 from pipeline.sampling import WEIGHTS_HELP, complete, load_model
+from pipeline.sampling.settings import add_options, read_options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,18 +19,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
     parser.add_argument("--prompt", required=True, nargs="+", help="texts to complete; '' for none")
     parser.add_argument("--length", type=int, default=None, help="tokens to add (default: all that fit)")
-    parser.add_argument("--tokens-per-step", type=int, default=1, help="tokens filled at a decoding step")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded together")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    for name in ("length", "tokens_per_step", "batch_size"):
+    settings = read_options(options)
+    for name in ("length", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(options.checkpoint, device, weights=options.weights)
-    settings = (options.length, options.tokens_per_step, options.batch_size)
-    for prompt, text in zip(options.prompt, complete(loaded, options.prompt, *settings), strict=True):
-        print(f"{prompt}{text}")
+    found = complete(loaded, options.prompt, settings, options.length, options.batch_size)
+    for prompt, completion in zip(options.prompt, found, strict=True):
+        print(f"{prompt}{completion.text}")
 
 
 if __name__ == "__main__":

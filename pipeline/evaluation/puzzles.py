@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.cli import UserError
 from pipeline.data.records import Keys, check_inputs, read_all
 from pipeline.evaluation.sudoku import BOXES, is_solved
-from pipeline.sampling import Loaded, complete
+from pipeline.sampling import Loaded, SamplingSettings, complete
 
 
 def read_puzzles(path: Path) -> list[str]:
@@ -57,7 +57,7 @@ class PuzzleScore:
 def score_puzzles(
     loaded: Loaded,
     puzzles: Sequence[str],
-    tokens_per_step: int,
+    settings: SamplingSettings,
     batch_size: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> PuzzleScore:
@@ -66,11 +66,12 @@ def score_puzzles(
     Args:
         loaded: the model.
         puzzles: puzzle strings, '0' for an empty cell.
-        tokens_per_step: cells filled at a decoding step.
+        settings: of the sampler.
         batch_size: puzzles decoded together.
         on_progress: called with the number of puzzles done.
     """
     cells = len(puzzles[0])
-    answers = complete(loaded, puzzles, cells, tokens_per_step, batch_size, on_progress)
+    found = complete(loaded, puzzles, settings, cells, batch_size, on_progress)
+    answers = [completion.text for completion in found]
     size = math.isqrt(cells)
     return PuzzleScore(answers, [is_solved(p, a, size) for p, a in zip(puzzles, answers, strict=True)])

@@ -1,45 +1,54 @@
-"""Decoding by top confidence against a plain loop."""
+"""Decoding against plain loops."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
 from pipeline.data.batch import ANSWER, PROMPT, Samples
 from pipeline.model.batch import Visibility, Vocabulary
+from pipeline.model.masked_head import MaskedHead
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
-from pipeline.sampling import decode
+from pipeline.sampling.decoding import decode
+from pipeline.sampling.settings import SamplingSettings
 
 MASK, SIZE = 3, 12
 
 
 class HashModel:
-    """Logits that depend on the whole row, as a bidirectional model's do; many confidences tie."""
+    """Logits that depend on the whole row, as a bidirectional model's do; many confidences tie.
 
-    lm_head = SimpleNamespace(vocabulary=Vocabulary(SIZE, SIZE, MASK))
+    Its hidden states are the logits, which the unit matrix of a real head leaves as they are.
+    """
 
-    def logits(
-        self,
-        ids: torch.Tensor,
-        rows: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        visibility: Visibility,
-    ) -> torch.Tensor:
-        values = [self.one(ids[row // ids.shape[1]].numpy(), int(row % ids.shape[1])) for row in rows]
-        return torch.tensor(np.stack(values), dtype=torch.float32)
+    def __init__(self) -> None:
+        self.lm_head = MaskedHead(nn.Parameter(torch.eye(SIZE)), Vocabulary(SIZE, SIZE, MASK))
+
+    def model(self, ids: Tensor, attention_mask: Tensor | None, visibility: Visibility) -> Tensor:
+        """Return logits [B, L, V]."""
+        return torch.tensor(
+            np.stack([[self.one(row, i) for i in range(len(row))] for row in ids.numpy()]),
+            dtype=torch.float32,
+        )
+
+    def outputs_of(self, rows: Tensor, length: int, visibility: Visibility) -> Tensor:
+        """Predict positions where they are."""
+        return rows
 
     @staticmethod
     def one(row: np.ndarray, position: int) -> np.ndarray:
         """Return the logits of one position."""
         key = int((row * np.arange(1, len(row) + 1)).sum()) * 31 + position // 2
-        logits = np.random.default_rng(key % 7).permutation(SIZE) / 2.0
-        logits[MASK] = -np.inf
-        return logits
+        return np.random.default_rng(key % 7).permutation(SIZE) / 2.0
+
+
+def samples_of(tokens: Tensor, masked: Tensor) -> Samples:
+    """Return samples whose answers are masked."""
+    return Samples(tokens, torch.where(masked, ANSWER, PROMPT), torch.arange(len(tokens)))
 
 
 def plain(row: np.ndarray, masked: set[int], per_step: int) -> np.ndarray:
@@ -51,6 +60,7 @@ def plain(row: np.ndarray, masked: set[int], per_step: int) -> np.ndarray:
         found = []
         for position in sorted(masked):
             logits = HashModel.one(seen, position)
+            logits[MASK] = -np.inf
             probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
             found.append((-np.float32(probabilities.max()), position, int(logits.argmax())))
         for _, position, token in sorted(found)[:per_step]:
@@ -65,53 +75,43 @@ def test_equals_a_plain_loop(per_step: int) -> None:
     random = np.random.default_rng(per_step)
     tokens = random.integers(4, SIZE, (6, 9))
     masked = random.random((6, 9)) < np.array([0, 0.2, 0.5, 0.7, 0.9, 1.0])[:, None]
-    result = decode(HashModel(), torch.from_numpy(tokens), torch.from_numpy(masked), per_step)  # type: ignore[arg-type]
+    samples = samples_of(torch.from_numpy(tokens), torch.from_numpy(masked))
+    result = decode(HashModel(), samples, samples.answer, SamplingSettings(tokens_per_step=per_step))  # type: ignore[arg-type]
     for row in range(6):
         expected = plain(tokens[row], set(np.flatnonzero(masked[row]).tolist()), per_step)
-        np.testing.assert_array_equal(result[row], expected)
-    assert not (result == MASK).any()
+        np.testing.assert_array_equal(result.tokens[row], expected)
+        assert result.steps[row] == -(-masked[row].sum() // per_step)
+    assert not (result.tokens == MASK).any()
 
 
-class Reversed:
-    """A model that is surer of later positions, and remembers which it was asked for."""
+class Reversed(HashModel):
+    """A model that is surer of later positions."""
 
-    lm_head = SimpleNamespace(vocabulary=Vocabulary(SIZE, SIZE, MASK))
-
-    def __init__(self) -> None:
-        self.filled: list[list[int]] = []
-
-    def logits(
-        self,
-        ids: torch.Tensor,
-        rows: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        visibility: Visibility,
-    ) -> torch.Tensor:
-        self.filled.append((rows % ids.shape[1]).tolist())
-        logits = torch.zeros(len(rows), SIZE)
-        logits[:, MASK] = -torch.inf
-        logits[torch.arange(len(rows)), 4 + rows % 7] = 1.0 + rows / 10
+    def model(self, ids: Tensor, attention_mask: Tensor | None, visibility: Visibility) -> Tensor:
+        """Return logits [B, L, V]."""
+        position = torch.arange(ids.shape[1])
+        logits = torch.zeros(*ids.shape, SIZE)
+        logits[:, position, 4 + position % 7] = 1.0 + position / 10
         return logits
 
 
 @pytest.mark.parametrize(
     ("layout", "order"),
     [
-        (Whole(MASK, False), [[1, 2, 3, 4, 5], [1, 2, 3], [1]]),
-        (Blocks(MASK, False, size=3), [[1, 2, 3], [1], [4, 5]]),
-        (LeftToRight(MASK, False, first_given=True), [[1], [2], [3], [4], [5]]),
+        (Whole(MASK, False), [-1, 2, 1, 1, 0, 0]),
+        (Blocks(MASK, False, size=3), [-1, 1, 0, 0, 2, 2]),
+        (LeftToRight(MASK, False, first_given=True), [-1, 0, 1, 2, 3, 4]),
     ],
     ids=["whole", "blocks", "left-to-right"],
 )
-def test_blocks_are_filled_one_after_another(layout: Whole, order: list[list[int]]) -> None:
+def test_blocks_are_filled_one_after_another(layout: Whole, order: list[int]) -> None:
     """Two tokens a step, the most confident first, none behind a block that still has masks."""
     tokens = torch.tensor([[5, 0, 0, 0, 0, 0]])
     masked = torch.tensor([[False, True, True, True, True, True]])
-    roles = torch.where(masked, ANSWER, PROMPT)
-    model = Reversed()
-    result = decode(model, tokens, masked, 2, None, layout.decoding(Samples(tokens, roles, torch.zeros(1))))  # type: ignore[arg-type]
-    assert model.filled == order
-    assert result.tolist() == [[5, *(4 + i % 7 for i in range(1, 6))]]
+    samples, settings = samples_of(tokens, masked), SamplingSettings(tokens_per_step=2)
+    result = decode(Reversed(), samples, masked, settings, layout.decoding(samples))  # type: ignore[arg-type]
+    assert result.order.tolist() == [order]
+    assert result.tokens.tolist() == [[5, *(4 + i % 7 for i in range(1, 6))]]
 
 
 @pytest.mark.parametrize("kind", ["blocks", "left-to-right"])
@@ -125,9 +125,9 @@ def test_decoding_sees_what_training_showed(kind: str) -> None:
     layout = LeftToRight(MASK, False, True) if kind == "left-to-right" else Blocks(MASK, False, True, size=3)
     tokens = torch.randint(4, SIZE, (1, 9))
     masked = torch.arange(9)[None] >= 2
-    samples = Samples(tokens, torch.where(masked, ANSWER, PROMPT), torch.zeros(1))
+    samples = samples_of(tokens, masked)
     visibility = layout.decoding(samples)
-    result = decode(model, tokens, masked, 1, None, visibility)
+    result = decode(model, samples, masked, SamplingSettings(), visibility)
     assert visibility.blocks is not None
     expected, width = tokens.clone(), 1 if kind == "left-to-right" else 3
     for start in range(2, 9, width):
@@ -144,4 +144,4 @@ def test_decoding_sees_what_training_showed(kind: str) -> None:
             position = sorted(left)[best]
             expected[0, position] = int(p[best].argmax())
             left.remove(position)
-    assert result.equal(expected)
+    assert result.tokens.equal(expected)

@@ -1,0 +1,201 @@
+"""From prompts to completions, and from texts with masked spans to whole texts, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.cli import UserError
+from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.objectives.layouts import Blocks, LeftToRight
+from pipeline.sampling.decoding import Decoded, Sequences, decode
+from pipeline.sampling.loading import Loaded
+from pipeline.sampling.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was filled in for one prompt, or in one text with masked spans.
+
+    Attributes:
+        text: of a prompt, its continuation up to the end-of-sequence token; of masked spans, the whole text.
+        tokens: ids of the positions that were filled, from left to right, up to and with the
+            end-of-sequence token of a continuation.
+        order: the step at which each of them was filled; 0 is the first.
+        steps: forwards that it took.
+    """
+
+    text: str
+    tokens: list[int]
+    order: list[int]
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens with the positions that are to be filled."""
+
+    tokens: list[int]
+    masked: list[bool]
+
+
+def complete(
+    loaded: Loaded,
+    prompts: Sequence[str],
+    settings: SamplingSettings | None = None,
+    length: int | None = None,
+    batch_size: int = 64,
+    on_progress: Callable[[int], None] = lambda done: None,
+    on_step: Callable[[Sequences], None] | None = None,
+) -> list[Completion]:
+    """Return the model's continuation of each prompt.
+
+    Args:
+        loaded: the model.
+        prompts: texts, of any lengths; the number of a prompt in this list is part of its noise.
+        settings: of the sampler; by default the likeliest tokens in the order of their confidence.
+        length: tokens of a continuation; by default up to the sequence length that the model was trained on.
+        batch_size: prompts decoded together; it changes nothing but speed and memory.
+        on_progress: called with the number of prompts done.
+        on_step: called after each step with the sequences that took part in it.
+
+    Raises:
+        UserError: for a bad setting, a prompt with a continuation beyond the trained sequence length, or one
+            without a token where the model needs one.
+    """
+    limit, tokenizer = loaded.config.data.sequence_length, loaded.tokenizer
+    sequences = []
+    for ids in (array.tolist() for array in tokenizer.encode_batch(prompts)):
+        end = len(ids) + length if length else limit
+        if end > limit or end <= len(ids):
+            raise UserError(
+                f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
+                f"sequence length that the model was trained on, {limit}: shorten one of them."
+            )
+        masks = end - len(ids)
+        sequences.append(_Sequence([*ids, *[tokenizer.mask] * masks], [False] * len(ids) + [True] * masks))
+    found = _fill(loaded, sequences, settings, batch_size, tokenizer.eos, on_progress, on_step)
+    return [_completion(tokenizer, tokens, order, steps) for _, tokens, order, steps in found]
+
+
+def infill(
+    loaded: Loaded,
+    texts: Sequence[Sequence[str | int]],
+    settings: SamplingSettings | None = None,
+    batch_size: int = 64,
+    on_progress: Callable[[int], None] = lambda done: None,
+    on_step: Callable[[Sequences], None] | None = None,
+) -> list[Completion]:
+    """Fill masked spans, given the text before and after them.
+
+    Args:
+        loaded: the model.
+        texts: each a list of given pieces (str) and of masked spans (int, their tokens), such as
+            ``["The sky is ", 2, " today."]``.
+        settings: see `complete`.
+        batch_size: see `complete`.
+        on_progress: see `complete`.
+        on_step: see `complete`.
+
+    Raises:
+        UserError: for a bad setting, a text beyond the trained sequence length or without a masked span, one
+            that begins with one where the model needs a token, or a model that does not see what is behind.
+    """
+    limit, tokenizer = loaded.config.data.sequence_length, loaded.tokenizer
+    if isinstance(loaded.layout, Blocks | LeftToRight):
+        raise UserError(
+            "the model was trained in blocks, or from left to right, and does not see what stands behind a "
+            "masked span: only a model with objective.block_size = null can fill it in."
+        )
+    sequences = []
+    for pieces in texts:
+        tokens: list[int] = []
+        masked: list[bool] = []
+        for piece in pieces:
+            ids = tokenizer.encode(piece).tolist() if isinstance(piece, str) else [tokenizer.mask] * piece
+            tokens += ids
+            masked += [not isinstance(piece, str)] * len(ids)
+        if not any(masked):
+            raise UserError(f"{''.join(map(str, pieces))!r} has no masked token: nothing is to be filled in.")
+        if len(tokens) > limit:
+            raise UserError(
+                f"a text of {len(tokens)} tokens exceeds the sequence length that the model was trained on, "
+                f"{limit}: shorten it."
+            )
+        sequences.append(_Sequence(tokens, masked))
+    found = _fill(loaded, sequences, settings, batch_size, None, on_progress, on_step)
+    return [
+        Completion(tokenizer.decode(whole), tokens, order, steps) for whole, tokens, order, steps in found
+    ]
+
+
+Filled = tuple[list[int], list[int], list[int], int]  # the whole sequence; what was filled, its order; steps
+
+
+def _fill(
+    loaded: Loaded,
+    sequences: Sequence[_Sequence],
+    settings: SamplingSettings | None,
+    batch_size: int,
+    stop: int | None,
+    on_progress: Callable[[int], None],
+    on_step: Callable[[Sequences], None] | None,
+) -> list[Filled]:
+    """Return what decoding makes of each sequence, batch after batch."""
+    settings = settings or SamplingSettings()
+    settings.check()
+    if loaded.model.shifted and any(sequence.masked[0] for sequence in sequences):
+        raise UserError(
+            "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the one "
+            "before it: give prompts of at least one token."
+        )
+    # Packed text is answer from its first token on, and was cut into blocks there: so is a prompt, then.
+    given = ANSWER if loaded.config.data.kind == "packed" else PROMPT
+    device, found = loaded.model.lm_head.weight.device, list[Filled]()
+    for start in range(0, len(sequences), batch_size):
+        samples, masked = _batch(sequences[start : start + batch_size], start, loaded.tokenizer.pad, given)
+        samples, masked = samples.to(device), masked.to(device)
+        visibility = loaded.layout.decoding(samples)
+        decoded = decode(loaded.model, samples, masked, settings, visibility, stop, on_step)
+        found += _rows(decoded, masked)
+        on_progress(len(found))
+    return found
+
+
+def _batch(sequences: Sequence[_Sequence], first: int, pad: int, given: int) -> tuple[Samples, Tensor]:
+    """Return sequences as one batch, padded at the end, and its masked positions [B, L].
+
+    Args:
+        sequences: of any lengths.
+        first: number of the first of them.
+        pad: the padding token.
+        given: role of the tokens that are not masked.
+    """
+    size = len(sequences), max(len(sequence.tokens) for sequence in sequences)
+    tokens = torch.full(size, pad, dtype=torch.int64)
+    roles = torch.full(size, PADDING, dtype=torch.int8)
+    masked = torch.zeros(size, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        place = row, slice(len(sequence.tokens))
+        tokens[place], masked[place] = torch.tensor(sequence.tokens), torch.tensor(sequence.masked)
+        roles[place] = torch.where(masked[place], ANSWER, given).to(torch.int8)
+    return Samples(tokens, roles, torch.arange(first, first + len(sequences))), masked
+
+
+def _rows(decoded: Decoded, masked: Tensor) -> list[Filled]:
+    return [
+        (tokens.tolist(), tokens[filled].tolist(), order[filled].tolist(), int(steps))
+        for tokens, order, steps, filled in zip(
+            decoded.tokens.cpu(), decoded.order.cpu(), decoded.steps.cpu(), masked.cpu(), strict=True
+        )
+    ]
+
+
+def _completion(tokenizer: Tokenizer, tokens: list[int], order: list[int], steps: int) -> Completion:
+    """Return an answer up to its end-of-sequence token."""
+    end = tokens.index(tokenizer.eos) + 1 if tokenizer.eos in tokens else len(tokens)
+    return Completion(tokenizer.decode(tokens[:end]), tokens[:end], order[:end], steps)
