@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipeline.cli import UserError
-from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.objectives.layouts import Blocks, LeftToRight
+from pipeline.sampling.batching import MaskedSequence, stack
 from pipeline.sampling.decoding import Decoded, Sequences, decode
 from pipeline.sampling.loading import Loaded
 from pipeline.sampling.settings import SamplingSettings
@@ -33,14 +32,6 @@ class Completion:
     tokens: list[int]
     order: list[int]
     steps: int
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """Tokens with the positions that are to be filled."""
-
-    tokens: list[int]
-    masked: list[bool]
 
 
 def complete(
@@ -76,8 +67,7 @@ def complete(
                 f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
                 f"sequence length that the model was trained on, {limit}: shorten one of them."
             )
-        masks = end - len(ids)
-        sequences.append(_Sequence([*ids, *[tokenizer.mask] * masks], [False] * len(ids) + [True] * masks))
+        sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
     found = _fill(loaded, sequences, settings, batch_size, tokenizer.eos, on_progress, on_step)
     return [_completion(tokenizer, tokens, order, steps) for _, tokens, order, steps in found]
 
@@ -126,7 +116,7 @@ def infill(
                 f"a text of {len(tokens)} tokens exceeds the sequence length that the model was trained on, "
                 f"{limit}: shorten it."
             )
-        sequences.append(_Sequence(tokens, masked))
+        sequences.append(MaskedSequence(tokens, masked))
     found = _fill(loaded, sequences, settings, batch_size, None, on_progress, on_step)
     return [
         Completion(tokenizer.decode(whole), tokens, order, steps) for whole, tokens, order, steps in found
@@ -138,7 +128,7 @@ Filled = tuple[list[int], list[int], list[int], int]  # the whole sequence; what
 
 def _fill(
     loaded: Loaded,
-    sequences: Sequence[_Sequence],
+    sequences: Sequence[MaskedSequence],
     settings: SamplingSettings | None,
     batch_size: int,
     stop: int | None,
@@ -153,37 +143,15 @@ def _fill(
             "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the one "
             "before it: give prompts of at least one token."
         )
-    # Packed text is answer from its first token on, and was cut into blocks there: so is a prompt, then.
-    given = ANSWER if loaded.config.data.kind == "packed" else PROMPT
-    device, found = loaded.model.lm_head.weight.device, list[Filled]()
+    found: list[Filled] = []
     for start in range(0, len(sequences), batch_size):
-        samples, masked = _batch(sequences[start : start + batch_size], start, loaded.tokenizer.pad, given)
-        samples, masked = samples.to(device), masked.to(device)
+        part = sequences[start : start + batch_size]
+        samples, masked = stack(loaded, part, range(start, start + len(part)))
         visibility = loaded.layout.decoding(samples)
         decoded = decode(loaded.model, samples, masked, settings, visibility, stop, on_step)
         found += _rows(decoded, masked)
         on_progress(len(found))
     return found
-
-
-def _batch(sequences: Sequence[_Sequence], first: int, pad: int, given: int) -> tuple[Samples, Tensor]:
-    """Return sequences as one batch, padded at the end, and its masked positions [B, L].
-
-    Args:
-        sequences: of any lengths.
-        first: number of the first of them.
-        pad: the padding token.
-        given: role of the tokens that are not masked.
-    """
-    size = len(sequences), max(len(sequence.tokens) for sequence in sequences)
-    tokens = torch.full(size, pad, dtype=torch.int64)
-    roles = torch.full(size, PADDING, dtype=torch.int8)
-    masked = torch.zeros(size, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        place = row, slice(len(sequence.tokens))
-        tokens[place], masked[place] = torch.tensor(sequence.tokens), torch.tensor(sequence.masked)
-        roles[place] = torch.where(masked[place], ANSWER, given).to(torch.int8)
-    return Samples(tokens, roles, torch.arange(first, first + len(sequences))), masked
 
 
 def _rows(decoded: Decoded, masked: Tensor) -> list[Filled]:

@@ -1,0 +1,312 @@
+"""The likelihood of an answer given its prompt: a bound by masking it, or exactly from left to right.
+
+A masked diffusion model bounds the negative log-likelihood of an answer of L tokens (LLaDA, arXiv 2502.09992,
+equation 6; equal to the continuous-time bound of MDLM, arXiv 2406.07524, and to the mean over all orders of
+filling the answer one by one, RADD, arXiv 2406.03736):
+
+    -log p(x0)  <=  E  L/n  sum over the masked positions of  -log p(x0_i | xt),    n ~ U{1..L} of them masked
+
+It is an equality where the model's predictions are those of one joint distribution. Of a model trained in
+blocks it is the sum of the blocks' bounds, each given the clean blocks before it (BD3-LM, arXiv 2503.09573);
+of an autoregressive one the chain rule gives the likelihood itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.cli import UserError
+from pipeline.data.batch import Samples
+from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
+from pipeline.objectives.autoregressive import Autoregressive
+from pipeline.objectives.base import Chains, ChainState, Layout, Objective, model_input
+from pipeline.objectives.layouts import LeftToRight
+from pipeline.objectives.random_masking import RandomMasking
+from pipeline.sampling import Loaded
+from pipeline.sampling.batching import MaskedSequence, stack
+
+Evaluate = Callable[[MaskedBatch], HeadOutput]
+DRAWS = 128
+
+
+class LikelihoodMasks(RandomMasking):
+    """The masks of an estimate: stage d of a chain is the d-th of D draws.
+
+    A chain of L tokens is masked in one of three ways. Where D draws suffice for all 2^L - 1 masks, each is
+    taken: there is no error. Where D >= L, each n has D/L draws or one more: the sum over n is exact. Else n
+    is stratified: one draw in each D-th part of (0, 1).
+    """
+
+    def __init__(self, seed: int, layout: Layout, draws: int) -> None:
+        """Make the masks of `draws` draws; `seed` decides them."""
+        super().__init__(seed, layout)
+        self.draws = draws
+
+    def enumerated(self, chains: Chains) -> Tensor:
+        """Return [B, N] bool: the chains whose masks are all taken."""
+        return chains.length < (self.draws + 1).bit_length()
+
+    def masks(self, chains: Chains) -> Tensor:
+        """Return how many masks each chain [B, N] has, where they are all taken; 1 elsewhere."""
+        return torch.where(self.enumerated(chains), (1 << chains.length.clamp(max=62)) - 1, 1).clamp(min=1)
+
+    def ratio(self, samples: Samples, chains: Chains, stage: Tensor) -> Tensor:
+        """Return the number [B, N] in [0, 1) of which n = 1 + floor(ratio x L)."""
+        length = chains.length.clamp(min=1)
+        stratified = (stage + super().ratio(samples, chains, stage)) / self.draws
+        each = (stage * length // self.draws + 0.5) / length
+        return torch.where(length <= self.draws, each, stratified)
+
+    def draw(self, samples: Samples, chains: Chains, stage: Tensor) -> Tensor:
+        """Return the masks [B, L] bool of draws `stage` [B, N]."""
+        bits = chains.spread(1 + stage % self.masks(chains))  # the number of a mask has a bit a position
+        counted = (bits >> chains.rank.clamp(0, 62)) & 1 == 1
+        drawn = super().draw(samples, chains, stage)
+        return chains.answer & torch.where(chains.spread(self.enumerated(chains)), counted, drawn)
+
+    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+        """Return the share [B, L] float64 of each masked position in the estimate that all D draws make."""
+        chains = self.layout.chains(samples)
+        draws, length, masks = self.draws, chains.length.clamp(min=1), self.masks(chains)
+        n = chains.sums(state.masked).clamp(min=1)
+        of_n = _ceil(n * draws, length) - _ceil((n - 1) * draws, length)  # draws with n positions
+        share = torch.where(length <= draws, 1 / (of_n.clamp(min=1) * length), 1 / draws)
+        repeats = draws // masks + (state.stage % masks < draws % masks)  # draws of this mask
+        of_mask = torch.exp(-_log_choose(length, n)) / (repeats * length)
+        share = torch.where(self.enumerated(chains), of_mask, share)
+        return chains.spread(share * length / n)
+
+
+def _ceil(a: Tensor, b: Tensor) -> Tensor:
+    return -(-a // b)
+
+
+def _log_choose(length: Tensor, n: Tensor) -> Tensor:
+    """Return the logarithm of the number of ways to choose n of `length`, float64."""
+    top, bottom = length.double() + 1, n.double() + 1
+    return torch.lgamma(top) - torch.lgamma(bottom) - torch.lgamma(top - n)
+
+
+@dataclass(frozen=True)
+class _Restricted:
+    """A layout of which only some positions are scored; the others are given.
+
+    Attributes:
+        layout: how sequences look to the model.
+        scored: [B, L] bool.
+    """
+
+    layout: Layout
+    scored: Tensor
+
+    def chains(self, samples: Samples) -> Chains:
+        """See `Layout`."""
+        chains = self.layout.chains(samples)
+        return Chains(chains.index.masked_fill(~self.scored, chains.count), chains.count)
+
+    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+        """See `Layout`."""
+        return self.layout.batch(samples, masked, weights, rows, step)
+
+    def decoding(self, samples: Samples) -> Visibility:
+        """See `Layout`."""
+        return self.layout.decoding(samples)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What is known of the likelihoods of B answers.
+
+    Attributes:
+        nll: [B] float64, nats: an estimate of the bound on -log p(answer | prompt), or, from left to right,
+            that itself.
+        standard_error: [B] float64, nats: of the estimate, from its random masks; 0 where there are none.
+        tokens: [B] int64, how many tokens were scored.
+    """
+
+    nll: Tensor
+    standard_error: Tensor
+    tokens: Tensor
+
+
+@torch.no_grad()
+def estimate(
+    evaluate: Evaluate,
+    layout: Layout,
+    samples: Samples,
+    step: int,
+    draws: int = DRAWS,
+    batch_size: int = 64,
+    seed: int = 0,
+    scored: Tensor | None = None,
+) -> Estimates:
+    """Return the likelihood of each answer given its prompt.
+
+    It takes ceil(B x D / batch_size) forwards, with D = `draws`, or 1 from left to right: as many on each
+    rank where B is the same, as ZeRO-3 needs. The standard error is that of neighbouring draws taken in
+    pairs: their differences hold the noise of the masks and what the strata differ by, so it errs upwards.
+
+    Args:
+        evaluate: runs the model on a batch: `Engine.evaluate`, or a model itself.
+        layout: how the objective shows sequences to the model (`Objective.layout`, `Loaded.layout`).
+        samples: B sequences; their ids seed the masks, the same in any batch.
+        step: the optimizer step that the model has come to.
+        draws: masks of each sequence, even.
+        batch_size: masked sequences a forward.
+        seed: of the masks.
+        scored: [B, L] bool, the positions whose likelihood is asked for; by default all answers.
+
+    Raises:
+        UserError: for an odd or missing number of draws.
+    """
+    if draws < 2 or draws % 2:
+        raise UserError(f"draws is {draws}: give an even number, 2 or more; the standard error needs pairs.")
+    exact = isinstance(layout, LeftToRight)
+    each = 1 if exact else draws
+    device, (count, length) = samples.tokens.device, samples.tokens.shape
+    totals = torch.zeros(2, count * each, dtype=torch.float64, device=device)  # of all chains, of the random
+    for start in range(0, count * each, batch_size):
+        place = torch.arange(start, min(start + batch_size, count * each), device=device)
+        row = place // each
+        part = Samples(samples.tokens[row], samples.roles[row], samples.ids[row])
+        seen = layout if scored is None else _Restricted(layout, scored[row])
+        objective: Objective = Autoregressive(seen) if exact else LikelihoodMasks(seed, seen, draws)
+        state = objective.begin(part, place[:, None] % each, step)
+        inputs = model_input(objective, part, state, int(state.masked.sum()), step)
+        weights, random = torch.ones_like(state.masked, dtype=torch.float64), torch.zeros_like(state.masked)
+        if isinstance(objective, LikelihoodMasks):
+            weights, chains = objective.weights(part, state), seen.chains(part)
+            random = ~chains.spread(objective.enumerated(chains))
+        nll = evaluate(inputs).nll.double() * weights.flatten()[inputs.rows]  # [R]
+        of_random = nll * random.flatten()[inputs.rows]
+        totals.index_add_(1, start + inputs.rows // length, torch.stack([nll, of_random]))
+    nll, of_random = totals.view(2, count, each)
+    error = torch.zeros(count, dtype=torch.float64, device=device)
+    if not exact:
+        error = (of_random[:, ::2] - of_random[:, 1::2]).square().sum(dim=1).sqrt()
+    asked = layout.chains(samples).answer
+    return Estimates(nll.sum(dim=1), error, (asked if scored is None else asked & scored).sum(dim=1))
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """The likelihood of one answer.
+
+    Attributes:
+        nll: see `Estimates`, nats.
+        standard_error: see `Estimates`, nats.
+        tokens: how many tokens were scored.
+        bytes: length of the text that the answer's tokens decode to, in UTF-8.
+    """
+
+    nll: float
+    standard_error: float
+    tokens: int
+    bytes: int
+
+
+def score_answers(
+    loaded: Loaded,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    draws: int = DRAWS,
+    batch_size: int = 64,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[AnswerScore]:
+    """Return the likelihood of each answer given its prompt.
+
+    Short answers, of which `draws` can take every mask, are scored without any random number, and with no
+    more forwards than they have masks.
+
+    Args:
+        loaded: the model.
+        pairs: token ids of prompts, which may be empty, and answers. A model with shifted prediction does not
+            predict the first token of a sequence: it is given and not scored.
+        draws: masks of each answer, even.
+        batch_size: masked sequences a forward.
+        seed: of the masks, together with the number of the pair; the batch does not matter.
+        on_progress: called with the number of pairs done.
+
+    Raises:
+        UserError: for a pair without an answer, or beyond the sequence length that the model was trained on.
+    """
+    limit = loaded.config.data.sequence_length
+    for prompt, answer in pairs:
+        if not answer or len(prompt) + len(answer) > limit:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens with an answer of {len(answer)} cannot be scored: the "
+                f"answer needs a token, and both may have {limit}, the sequence length of the training."
+            )
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
+    scores: dict[int, AnswerScore] = {}
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        samples, masked = stack(loaded, [MaskedSequence.behind(*pairs[i]) for i in numbers], numbers)
+        masks = 2 ** min(62, len(pairs[numbers[-1]][1]))  # even, and one more than the longest answer has
+        found = estimate(
+            loaded.model,
+            loaded.layout,
+            samples,
+            loaded.step,
+            min(draws, masks),
+            batch_size,
+            seed,
+            masked,
+        )
+        facts = found.nll.tolist(), found.standard_error.tolist(), found.tokens.tolist()
+        for number, nll, error, tokens in zip(numbers, *facts, strict=True):
+            text = loaded.tokenizer.decode(pairs[number][1])
+            scores[number] = AnswerScore(nll, error, tokens, len(text.encode()))
+        on_progress(len(scores))
+    return [scores[number] for number in range(len(pairs))]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The likelihood of a set of sequences.
+
+    Attributes:
+        nll: mean over sequences, nats; a bound, but from left to right.
+        standard_error: of that mean as one over all sequences there could be; the masks' noise is in it.
+        perplexity: exp of nats a token.
+        bits_per_byte: of the sequences' text.
+        sequences: how many.
+    """
+
+    nll: float
+    standard_error: float
+    perplexity: float
+    bits_per_byte: float
+    sequences: int
+
+
+def likelihood_totals(nll: Tensor, tokens: Tensor, text_bytes: Tensor) -> Tensor:
+    """Return what `likelihood_of` asks for, [5] float64; totals of several ranks may be added.
+
+    Args:
+        nll: [B] float64, nats.
+        tokens: [B], tokens scored.
+        text_bytes: [B], bytes of their text.
+    """
+    nll = nll.double()
+    return torch.stack(
+        [torch.ones_like(nll).sum(), nll.sum(), nll.square().sum(), tokens.sum(), text_bytes.sum()]
+    )
+
+
+def likelihood_of(totals: Tensor) -> Likelihood:
+    """Return the likelihood of all sequences in `totals` (`likelihood_totals`)."""
+    count, nll, squares, tokens, text_bytes = totals.tolist()
+    spread = max(0.0, squares / count - (nll / count) ** 2)
+    return Likelihood(
+        nll=nll / count,
+        standard_error=math.sqrt(spread / (count - 1)) if count > 1 else math.nan,
+        perplexity=math.exp(nll / tokens),
+        bits_per_byte=nll / math.log(2) / text_bytes if text_bytes else math.nan,
+        sequences=int(count),
+    )
