@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -65,8 +67,28 @@ def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
     sys.exit(code)
 
 
-def run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
-    """Run a program's `main`; a UserError or an unreadable path becomes one line and exit code 2."""
+def run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = False) -> NoReturn:
+    """Run a program's `main`; a UserError or an unreadable path becomes one line and exit code 2.
+
+    Args:
+        main: the program; what it opens it closes.
+        of_ranks: it is one of several processes that exchange tensors. The launcher decides by its exit code,
+            so the interpreter is not taken apart at the end: a thread of torch.distributed that is still at
+            work would meet its ruins and abort the process, and a whole run would count as failed.
+    """
+    if not of_ranks:
+        _run(main)
+    faulthandler.enable()  # a crash in a library shows where Python was
+    try:
+        _run(main)
+    except SystemExit as end:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a full disk, a reader that has gone
+                stream.flush()
+        os._exit(end.code if isinstance(end.code, int) else EXIT_FAILED)
+
+
+def _run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     try:
         sys.exit(main(None) or EXIT_DONE)
     except UserError as error:

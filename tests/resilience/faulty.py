@@ -96,4 +96,4 @@ if __name__ == "__main__":
     SlotGroup.inputs, DeepSpeedEngine.forward = faulty_inputs, faulty_forward
     DeepSpeedEngine.backward = faulty_backward
     arguments = sys.argv[2:]
-    cli.run(lambda _: train.main(arguments))
+    cli.run(lambda _: train.main(arguments), of_ranks=True)
