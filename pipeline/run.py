@@ -13,7 +13,8 @@ from pipeline.checkpoint import FORMAT, Manifest
 from pipeline.config import Config
 from pipeline.data.batch import SampleDataset
 from pipeline.data.blend import describe_order, write_order
-from pipeline.data.samples import Datasets, build_datasets, check_data
+from pipeline.data.facts import check_data
+from pipeline.data.samples import Datasets, build_datasets
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.held_out import held_out_loss

@@ -10,7 +10,7 @@ from pipeline.cli import UserError, nearest
 from pipeline.cluster.site import Site
 from pipeline.config import Config
 from pipeline.config.checks import require
-from pipeline.data.samples import check_data
+from pipeline.data.facts import check_data
 from pipeline.data.tokenizer import Tokenizer
 
 # Each stage, and the one that must have ended well before it; where that is left out, the one before that.

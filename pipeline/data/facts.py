@@ -10,14 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from pipeline.cli import UserError
 from pipeline.data.arrays import Array
 from pipeline.data.indexed import facts_path, idx_path, read_index
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.files import replacing
+
+if TYPE_CHECKING:  # the workers of the preprocessing start faster without it
+    from pipeline.config import DataConfig
 
 FORMAT = 2
 LENGTH_BINS = 32  # powers of two
@@ -203,3 +207,25 @@ def check_same(facts: Sequence[DatasetFacts], names: Sequence[str], what: str) -
                     f"{what} {names[0]} and {name} differ in {said}: {first[:12]} and {found[:12]}. "
                     "Preprocess one of them again."
                 )
+
+
+def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
+    """Return the facts of every dataset; raise a `UserError` where one does not fit the run."""
+    facts = [read_facts(prefix) for prefix in config.prefixes]
+    for prefix, fact in zip(config.prefixes, facts, strict=True):
+        if fact.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{prefix} was made with another tokenizer (sha256 {fact.tokenizer_sha256[:12]}) than "
+                f"data.tokenizer = {config.tokenizer} ({tokenizer.sha256[:12]}): name the tokenizer that the "
+                "dataset was made with, or preprocess the corpus again."
+            )
+        wanted = {"pairs": "pairs", "packed": "text"}[config.kind]
+        if fact.kind != wanted:
+            raise UserError(
+                f"{prefix} holds {fact.kind}, but data.kind is {config.kind!r}: set data.kind to "
+                f"{'pairs' if fact.kind == 'pairs' else 'packed'!r}, or preprocess with "
+                f"{'--prompt-key and --answer-key' if wanted == 'pairs' else '--text-key'}."
+            )
+        if fact.documents == 0 or fact.tokens == 0:
+            raise UserError(f"{prefix} is empty: preprocess a corpus that has text in it.")
+    return facts

@@ -24,7 +24,7 @@ from pipeline.cli import UserError
 from pipeline.config import DataConfig
 from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array, SampleDataset
 from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
-from pipeline.data.facts import DatasetFacts, read_facts
+from pipeline.data.facts import DatasetFacts, check_data
 from pipeline.data.tokenizer import Tokenizer
 
 
@@ -142,28 +142,6 @@ class Datasets:
     has_padding: bool
     fingerprint: str
     shares: list[Share]
-
-
-def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
-    """Return the facts of every dataset; raise a `UserError` where one does not fit the run."""
-    facts = [read_facts(prefix) for prefix in config.prefixes]
-    for prefix, fact in zip(config.prefixes, facts, strict=True):
-        if fact.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(
-                f"{prefix} was made with another tokenizer (sha256 {fact.tokenizer_sha256[:12]}) than "
-                f"data.tokenizer = {config.tokenizer} ({tokenizer.sha256[:12]}): name the tokenizer that the "
-                "dataset was made with, or preprocess the corpus again."
-            )
-        wanted = {"pairs": "pairs", "packed": "text"}[config.kind]
-        if fact.kind != wanted:
-            raise UserError(
-                f"{prefix} holds {fact.kind}, but data.kind is {config.kind!r}: set data.kind to "
-                f"{'pairs' if fact.kind == 'pairs' else 'packed'!r}, or preprocess with "
-                f"{'--prompt-key and --answer-key' if wanted == 'pairs' else '--text-key'}."
-            )
-        if fact.documents == 0 or fact.tokens == 0:
-            raise UserError(f"{prefix} is empty: preprocess a corpus that has text in it.")
-    return facts
 
 
 def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Datasets:

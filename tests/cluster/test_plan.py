@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,3 +203,21 @@ def test_every_path_becomes_absolute(made: Path) -> None:
         "run_dir": "/base/r", "data.tokenizer": "/base/t", "data.prefixes": ["/base/p", "/q"],
         "data.cache": "/base/c", "engine.deepspeed_config": "/base/d", "train.initial_weights": "/base/w",
     }  # fmt: skip
+
+
+def test_status_and_help_import_neither_torch_nor_megatron(tmp_path: Path) -> None:
+    """On a login node they would cost seconds of the only core."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "submission.json").write_text('{"directory": "/", "jobs": []}')
+    script = f"""
+import contextlib, sys
+from tools import submit
+with contextlib.suppress(SystemExit):
+    submit.main(["status", "--help"])
+submit.main(["status", {str(tmp_path)!r}])
+print(sorted({{"torch", "megatron", "deepspeed"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert result.stdout.splitlines()[-2].startswith("stage")
