@@ -92,18 +92,28 @@ class Guard:
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 return f"the {name} is not finite"
-        if self.config.spike_limit == 0 or len(self.losses) < FEWEST:
+        if self.config.spike_limit == 0:
             return None
-        limit = self.config.spike_limit
-        highest = _median(self.losses) + max(limit * _deviation(self.losses), _LEAST_JUMP)
+        highest = self._highest(self.losses, least_jump=_LEAST_JUMP)
         if loss > highest:
             return f"the loss of a micro-batch is {loss:.4g}, above {highest:.4g}"
-        middle = _median(self.norms)
-        deviation = max(_deviation(self.norms), _LEAST_DEVIATION * middle)
-        highest = max(middle + limit * deviation, self.gradient_clip)
-        if norm > highest:
-            return f"the gradient norm is {norm:.4g}, above {highest:.4g}"
-        return None
+        highest = max(self._highest(self.norms, least_deviation=_LEAST_DEVIATION), self.gradient_clip)
+        if norm <= highest:
+            return None
+        if self.gradient_clip and self.in_a_row + 1 >= max(2, self.config.skips_before_rollback):
+            # With a sound loss, batch after batch, it is not the samples: the weights have come to where the
+            # gradients are larger. Skipping does not lead out of there; clipped steps do.
+            self.norms.clear()
+            return None
+        return f"the gradient norm is {norm:.4g}, above {highest:.4g}"
+
+    def _highest(self, history: deque[float], least_jump: float = 0.0, least_deviation: float = 0.0) -> float:
+        """Return the limit; `least_deviation` is a share of the median."""
+        if len(history) < FEWEST:
+            return math.inf
+        middle = _median(history)
+        deviation = max(_deviation(history), least_deviation * middle)
+        return middle + max(self.config.spike_limit * deviation, least_jump)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to judge alike, as JSON has it."""

@@ -82,6 +82,18 @@ def test_a_spike_that_stays_becomes_the_rule() -> None:
     assert all(answers[WINDOW // 2 + 2 :])
 
 
+def test_larger_gradients_of_a_sound_loss_become_the_rule_before_the_run_goes_back() -> None:
+    """Skipping does not change the weights, so it cannot end this; without clipping the run goes back."""
+    guard, _, _ = seasoned()
+    before = GuardConfig().skips_before_rollback
+    answers = [guard.judge(3.0, 70.0 + step % 7) for step in range(before + WINDOW)]
+    assert answers == [False] * (before - 1) + [True] * (WINDOW + 1)
+    assert not guard.judge(3.0, 2000.0), "and a spike above the new level is one again"
+    assert guard.judge(30.0, 70.0) is False, "as is a loss"
+    guard, _, _ = seasoned(clip=0)
+    assert not any(guard.judge(3.0, 70.0) for _ in range(before)), "no clipping bounds those steps"
+
+
 def test_no_spikes_without_a_history_or_a_limit() -> None:
     guard = Guard(GuardConfig(), 1.0)
     assert all(guard.judge(1.0, 0.5) for _ in range(FEWEST - 1))
