@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from pipeline.config import ModelConfig
 from pipeline.model.layers import Linear
 from pipeline.model.sequence import WholeSequence
+
+# Takes keys and values [B, kv_heads, W, D] and returns all that are attended to (`KeyValueCache.put`).
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Rotations of less than 1 turn in the original length are slow, of more than 4 fast, as in all of Llama 3.
 SLOW, FAST = 1.0, 4.0
@@ -77,7 +81,11 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | BlockMask | None
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        attention_mask: Tensor | BlockMask | None,
+        remember: Remember | None = None,
     ) -> Tensor:
         """Return [B, L / N, H] for x [B, L / N, H], this process's positions.
 
@@ -85,11 +93,15 @@ class Attention(nn.Module):
             x: the inputs.
             table: cosines and sines of the same positions.
             attention_mask: over all positions, False where one is not seen (`visibility.attention_mask`).
+            remember: where keys and values of other positions come from, while sampling.
         """
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_size))
         k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_size))
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, D]
-        out = self.sequence.attend(rotate(q, table), rotate(k, table), v, attention_mask)
+        q, k = rotate(q, table), rotate(k, table)
+        if remember is not None:
+            k, v = remember(k, v)
+        out = self.sequence.attend(q, k, v, attention_mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config import ModelConfig, Recompute
-from pipeline.model.attention import Attention, rotary_frequencies, rotary_table
+from pipeline.model.attention import Attention, Remember, rotary_frequencies, rotary_table
 from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility, Vocabulary
+from pipeline.model.cache import KeyValueCache
 from pipeline.model.layers import Embedding, SwiGLU, recomputed
 from pipeline.model.masked_head import MaskedHead
 from pipeline.model.sequence import WHOLE, WholeSequence
@@ -32,10 +35,14 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | BlockMask | None
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        attention_mask: Tensor | BlockMask | None,
+        remember: Remember | None = None,
     ) -> Tensor:
         """Return [B, L / N, H] for x [B, L / N, H], this process's positions."""
-        x = x + self.self_attn(self.input_layernorm(x), table, attention_mask)
+        x = x + self.self_attn(self.input_layernorm(x), table, attention_mask, remember)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -76,6 +83,22 @@ class Body(nn.Module):
         for layer in self.layers:
             x = recomputed(layer, x, table, keys) if self.recompute else layer(x, table, keys)
         return self.sequence.gather(self.norm(x), dim=1, length=length)
+
+    def extend(self, input_ids: Tensor, where: Tensor, seen: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return hidden states [B, W, H] of some positions, which attend to the others through the cache.
+
+        Args:
+            input_ids: [B, W], their tokens.
+            where: [B, W] int64, their positions, which are their places in the cache, too.
+            seen: [B, 1, W, S] bool, False where a place is not seen.
+            cache: keys and values of S places; those of these positions are put in.
+        """
+        x = self.embed_tokens(input_ids)
+        cos, sin = rotary_table(cache.places, rotary_frequencies(self.config, x.device))
+        table = cos[where][:, None], sin[where][:, None]  # [B, 1, W, head_size]
+        for number, layer in enumerate(self.layers):
+            x = layer(x, table, seen, partial(cache.put, number, where))
+        return self.norm(x)
 
 
 class MaskedDiffusionModel(nn.Module):

@@ -11,8 +11,9 @@ from pipeline.cli import UserError
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.objectives.layouts import Blocks, LeftToRight
 from pipeline.sampling.batching import MaskedSequence, stack
-from pipeline.sampling.decoding import Decoded, Sequences, decode
+from pipeline.sampling.decoding import Decoded, decode
 from pipeline.sampling.loading import Loaded
+from pipeline.sampling.sequences import Sequences
 from pipeline.sampling.settings import SamplingSettings
 
 

@@ -8,55 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import PADDING, Samples
+from pipeline.cli import UserError
+from pipeline.data.batch import Samples
 from pipeline.model.batch import Visibility
 from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
 from pipeline.objectives.base import Scores, take_highest
 from pipeline.objectives.policies import POLICIES
 from pipeline.sampling.drawing import draw_tokens
+from pipeline.sampling.network import CachedForward, Forward, WholeForward
+from pipeline.sampling.schedule import plan
+from pipeline.sampling.sequences import UNFILLED, Sequences
 from pipeline.sampling.settings import SamplingSettings
-
-UNFILLED = -1
-
-
-@dataclass
-class Sequences:
-    """Sequences on their way from masks to tokens; those that are done have left.
-
-    Attributes:
-        rows: [B] int64, which row of the caller's batch each is.
-        samples: tokens, of which those at masked positions mean nothing, roles, and the prompts' numbers.
-        masked: [B, L] bool, what is still to be filled.
-        order: [B, L] int64, the step at which each position was filled; UNFILLED elsewhere.
-        blocks: [B, L] int64, the block of each position: blocks are filled one after another.
-        step: how many steps there have been.
-    """
-
-    rows: Tensor
-    samples: Samples
-    masked: Tensor
-    order: Tensor
-    blocks: Tensor
-    step: int = 0
-
-    def candidates(self, stop: int | None) -> Tensor:
-        """Return what may be filled now, [B, L] bool: a row without candidates is done.
-
-        These are the masked positions of the first block that has any. Positions behind a token `stop` that
-        has been filled in are none: they are no part of the answer.
-        """
-        left = self.masked
-        if stop is not None:
-            stops = (self.order != UNFILLED) & (self.samples.tokens == stop)
-            left = left & (stops.cumsum(dim=1) == 0)
-        blocks = torch.where(left, self.blocks, self.blocks.max() + 1)
-        return left & (blocks == blocks.amin(dim=1, keepdim=True))
-
-    def kept(self, keep: Tensor) -> Sequences:
-        """Return the rows where `keep` [B] bool holds."""
-        tokens, roles, ids = (x[keep] for x in (self.samples.tokens, self.samples.roles, self.samples.ids))
-        masked, order, blocks = (x[keep] for x in (self.masked, self.order, self.blocks))
-        return Sequences(self.rows[keep], Samples(tokens, roles, ids), masked, order, blocks, self.step)
 
 
 @dataclass
@@ -105,44 +67,51 @@ def decode(
         visibility: which positions see which others (`Layout.decoding`); its blocks are filled in turn.
         stop: the end-of-sequence token; a row is done when one is filled in with nothing masked before it.
         on_step: called after each step with the sequences that took part in it.
+
+    Raises:
+        UserError: for a block size of the sampler's own where the model was trained in blocks.
     """
-    mask_id = model.lm_head.vocabulary.mask_id
-    blocks = torch.zeros_like(samples.tokens) if visibility.blocks is None else visibility.blocks
-    now = Sequences(
-        torch.arange(len(masked), device=masked.device),
-        samples,
-        masked,
-        torch.full_like(samples.tokens, UNFILLED),
-        blocks.expand_as(masked),
-    )
-    result = Decoded(samples.tokens.clone(), now.order.clone(), torch.zeros_like(now.rows))
+    in_blocks = visibility.blocks is not None
+    if in_blocks and settings.block_size is not None:
+        raise UserError(
+            f"--block-size is {settings.block_size}, but the model was trained in blocks, or from left to "
+            "right, and is decoded so: leave it out."
+        )
+    now = Sequences.start(samples, masked, visibility, settings.block_size)
+    forward: Forward = WholeForward(model, visibility)
+    if in_blocks and settings.cache:
+        forward = CachedForward(model, now)
+    result = Decoded(samples.tokens.clone(), now.order, torch.zeros_like(now.rows))
     while True:
         candidates = now.candidates(stop)
         alive = candidates.any(dim=1)
-        result.keep(now, ~alive, mask_id)
+        result.keep(now, ~alive, model.lm_head.vocabulary.mask_id)
         if not alive.any():
             return result
+        if not alive.all():
+            forward.keep(alive)
         now, candidates = now.kept(alive), candidates[alive]
-        _step(model, now, candidates, settings, visibility)
+        _step(model, forward, now, candidates, settings)
         if on_step is not None:
             on_step(now)
 
 
 def _step(
     model: MaskedDiffusionModel,
+    forward: Forward,
     now: Sequences,
     candidates: Tensor,
     settings: SamplingSettings,
-    visibility: Visibility,
 ) -> None:
-    """Run one forward on `now` and fill the best of the candidates [B, L]."""
+    """Run one forward on `now`, fill the best of the candidates [B, L] and mask what is masked again."""
     policy = POLICIES[settings.policy]
     rows = candidates.flatten().nonzero().squeeze(1)  # [R]
-    hidden = _hidden(model, now, rows, visibility)  # [R, H]
+    hidden = forward.hidden(now, rows)  # [R, H]
     unknown = torch.zeros_like(rows)  # no target: the loss means nothing
     output = model.lm_head(hidden, unknown, unknown.float(), policy.needs)
     scores = Scores.of(output, rows, candidates)
-    count = torch.full_like(now.rows, settings.tokens_per_step)
+    current = torch.where(candidates, now.blocks, 0).amax(dim=1, keepdim=True)
+    count, again = plan(settings, now, now.answer & (now.blocks == current))
     filled = take_highest(candidates, policy.ranking(settings.seed, now.samples, scores), count)
     if settings.threshold is not None:
         filled |= candidates & (scores.confidence > settings.threshold)
@@ -151,17 +120,8 @@ def _step(
     counters = (now.samples.ids[row], position, torch.full_like(row, now.step))
     tokens = draw_tokens(model.lm_head, hidden[filled.flatten()[rows]], settings, counters)
     now.samples.tokens[row, position] = tokens
-    now.order = now.order.masked_fill(filled, now.step)
-    now.masked = now.masked & ~filled
+    now.order = now.order.masked_fill(filled, now.step).masked_fill(again, UNFILLED)
+    now.masked = (now.masked & ~filled) | again
     now.step += 1
-
-
-def _hidden(model: MaskedDiffusionModel, now: Sequences, rows: Tensor, visibility: Visibility) -> Tensor:
-    """Return the hidden states [R, H] that predict `rows` [R] of the flattened [B, L]."""
-    inputs = now.samples.tokens.masked_fill(now.masked, model.lm_head.vocabulary.mask_id)
-    padding = now.samples.roles == PADDING
-    present = ~padding if padding.any() else None
-    if visibility.blocks is not None:
-        visibility = Visibility(now.blocks)
-    hidden: Tensor = model.model(inputs, present, visibility).flatten(0, 1)
-    return hidden[model.outputs_of(rows, inputs.shape[1], visibility)]
+    goes_on = (now.masked & now.answer & (now.blocks == current)).any(dim=1)
+    now.began = torch.where(goes_on, now.began, now.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from filling import fill
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
@@ -51,37 +52,55 @@ def samples_of(tokens: Tensor, masked: Tensor) -> Samples:
     return Samples(tokens, torch.where(masked, ANSWER, PROMPT), torch.arange(len(tokens)))
 
 
-def plain(row: np.ndarray, masked: set[int], per_step: int) -> np.ndarray:
-    """Decode one row with a loop."""
-    row, masked = row.copy(), set(masked)
-    while masked:
-        seen = row.copy()
-        seen[list(masked)] = MASK
-        found = []
-        for position in sorted(masked):
-            logits = HashModel.one(seen, position)
-            logits[MASK] = -np.inf
-            probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-            found.append((-np.float32(probabilities.max()), position, int(logits.argmax())))
-        for _, position, token in sorted(found)[:per_step]:
-            row[position] = token
-            masked.remove(position)
-    return row
+class Smooth(HashModel):
+    """The same without ties."""
+
+    @staticmethod
+    def one(row: np.ndarray, position: int) -> np.ndarray:
+        """Return the logits of one position."""
+        return np.random.default_rng([*row.tolist(), position]).normal(0, 2, SIZE)
 
 
-@pytest.mark.parametrize("per_step", [1, 2, 3])
-def test_equals_a_plain_loop(per_step: int) -> None:
+SETTINGS = {
+    "one": SamplingSettings(),
+    "three": SamplingSettings(tokens_per_step=3),
+    "steps": SamplingSettings(steps=3),
+    "more steps than tokens": SamplingSettings(steps=50),
+    "margin": SamplingSettings("margin", 2, temperature=1.0),
+    "entropy": SamplingSettings("entropy", temperature=0.5, seed=3),
+    "random": SamplingSettings("random", 2, temperature=1.3, top_k=4),
+    "left to right": SamplingSettings("left_to_right", temperature=1.0, top_p=0.7),
+    "threshold": SamplingSettings(threshold=0.5, temperature=1.0, top_k=5, top_p=0.9),
+    "own blocks": SamplingSettings(tokens_per_step=2, block_size=3),
+    "cap": SamplingSettings(tokens_per_step=2, temperature=1.0, remasking="cap", eta=0.3),
+    "rescale": SamplingSettings("random", steps=12, temperature=1.0, remasking="rescale", eta=0.9),
+    "rescale in blocks": SamplingSettings(block_size=4, temperature=1.0, remasking="rescale", eta=0.5),
+}
+
+
+@pytest.mark.parametrize("stop", [None, 5], ids=["to-the-end", "with-an-end"])
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [*((settings, Smooth) for settings in SETTINGS.values()), (SETTINGS["three"], HashModel)],
+    ids=[*SETTINGS, "ties"],
+)
+def test_equals_a_plain_loop(settings: SamplingSettings, kind: type[HashModel], stop: int | None) -> None:
     """Rows with different numbers of masks, none included, give what each row alone gives."""
-    random = np.random.default_rng(per_step)
+    random = np.random.default_rng(1)
     tokens = random.integers(4, SIZE, (6, 9))
     masked = random.random((6, 9)) < np.array([0, 0.2, 0.5, 0.7, 0.9, 1.0])[:, None]
     samples = samples_of(torch.from_numpy(tokens), torch.from_numpy(masked))
-    result = decode(HashModel(), samples, samples.answer, SamplingSettings(tokens_per_step=per_step))  # type: ignore[arg-type]
+    result = decode(kind(), samples, samples.answer, settings, stop=stop)  # type: ignore[arg-type]
     for row in range(6):
-        expected = plain(tokens[row], set(np.flatnonzero(masked[row]).tolist()), per_step)
-        np.testing.assert_array_equal(result.tokens[row], expected)
-        assert result.steps[row] == -(-masked[row].sum() // per_step)
-    assert not (result.tokens == MASK).any()
+        answer = np.flatnonzero(masked[row]).tolist()
+        size = settings.block_size or 99
+        blocks = {i: number // size for number, i in enumerate(answer)}
+        expected = fill(tokens[row], blocks, row, settings, kind.one, MASK, stop)
+        np.testing.assert_array_equal(result.tokens[row], expected.tokens)
+        np.testing.assert_array_equal(result.order[row], expected.order)
+        assert result.steps[row] == expected.steps
+        if stop is None:
+            assert MASK not in expected.tokens
 
 
 class Reversed(HashModel):
@@ -108,7 +127,7 @@ def test_blocks_are_filled_one_after_another(layout: Whole, order: list[int]) ->
     """Two tokens a step, the most confident first, none behind a block that still has masks."""
     tokens = torch.tensor([[5, 0, 0, 0, 0, 0]])
     masked = torch.tensor([[False, True, True, True, True, True]])
-    samples, settings = samples_of(tokens, masked), SamplingSettings(tokens_per_step=2)
+    samples, settings = samples_of(tokens, masked), SamplingSettings(tokens_per_step=2, cache=False)
     result = decode(Reversed(), samples, masked, settings, layout.decoding(samples))  # type: ignore[arg-type]
     assert result.order.tolist() == [order]
     assert result.tokens.tolist() == [[5, *(4 + i % 7 for i in range(1, 6))]]
