@@ -60,12 +60,41 @@ class Launch:
 
 
 def read_launch(config: Config) -> Launch:
-    """Return the facts of this process, set by torchrun, the deepspeed launcher or srun; alone otherwise.
-
-    Fills in the environment variables that torch.distributed reads.
+    """Return the facts of this process, set by torchrun, the deepspeed launcher or srun (`join_launch`).
 
     Raises:
         UserError: when a GPU is asked for and there is none, or the ranks cannot be grouped.
+    """
+    rank, world_size, local_rank = join_launch()
+    wanted = config.engine.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "engine.device is 'cuda', but torch sees no GPU: check the driver, or set it to 'cpu'."
+        )
+    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    sequence_size = config.engine.sequence_parallel_size
+    if world_size % sequence_size:
+        raise UserError(
+            f"engine.sequence_parallel_size is {sequence_size}: it must divide the number of ranks, "
+            f"{world_size}."
+        )
+    precision = config.engine.precision
+    return Launch(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+        precision=("bf16" if on_gpu else "fp32") if precision == "auto" else precision,
+        sequence_size=sequence_size,
+    )
+
+
+def join_launch() -> tuple[int, int, int]:
+    """Return rank, number of ranks and rank on the node, set by a launcher or srun; alone otherwise.
+
+    Fills in the environment variables that torch.distributed reads.
     """
     environment = os.environ
     if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -81,30 +110,7 @@ def read_launch(config: Config) -> Launch:
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in environment:
         environment["MASTER_PORT"] = str(_free_port())
-    wanted = config.engine.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "engine.device is 'cuda', but torch sees no GPU: check the driver, or set it to 'cpu'."
-        )
-    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    local_rank = int(environment["LOCAL_RANK"])
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
-    world_size, sequence_size = int(environment["WORLD_SIZE"]), config.engine.sequence_parallel_size
-    if world_size % sequence_size:
-        raise UserError(
-            f"engine.sequence_parallel_size is {sequence_size}: it must divide the number of ranks, "
-            f"{world_size}."
-        )
-    precision = config.engine.precision
-    return Launch(
-        rank=int(environment["RANK"]),
-        world_size=world_size,
-        local_rank=local_rank,
-        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
-        precision=("bf16" if on_gpu else "fp32") if precision == "auto" else precision,
-        sequence_size=sequence_size,
-    )
+    return int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment["LOCAL_RANK"])
 
 
 def _first_host(node_list: str) -> str:

@@ -1,51 +1,123 @@
-"""Decode held-out puzzles with a trained model by top confidence, and score them by the rules of Sudoku."""
+"""Measure a trained model: answers to puzzles or word problems, exact answers, or the likelihood of text.
+
+Alone, or by torchrun or srun on several ranks, which share the items. With --output an interrupted evaluation
+goes on by the same command.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from pipeline import checkpoint
 from pipeline.cli import ToolParser, UserError, run
-from pipeline.evaluation.puzzles import read_puzzles, score_puzzles
+from pipeline.data.indexed import bin_path
+from pipeline.evaluation.likelihood import DRAWS
+from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_items
+from pipeline.evaluation.pairs import read_pairs
+from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.results import Results
+from pipeline.evaluation.tasks import TASKS
+from pipeline.files import sha256_of
 from pipeline.monitor.progress import Progress
-from pipeline.sampling import WEIGHTS_HELP, SamplingSettings, load_model
+from pipeline.sampling import WEIGHTS_HELP, Loaded, SamplingSettings, load_model
+from pipeline.sampling.settings import add_options, read_options
+
+LIKELIHOOD = "likelihood"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print ``solved X.XX of N held-out puzzles``."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the checked options."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
-    parser.add_argument("--data", required=True, type=Path, help="jsonl of puzzles (tools/make_sudoku.py)")
-    parser.add_argument("--tokens-per-step", type=int, default=1, help="cells filled at a decoding step")
-    parser.add_argument("--batch-size", type=int, default=128, help="puzzles decoded together")
-    parser.add_argument("--limit", type=int, default=None, help="use only the first LIMIT puzzles")
-    parser.add_argument("--untrained", action="store_true", help="score the initial weights, as a baseline")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file for figures and answers")
+    parser.add_argument("--untrained", action="store_true", help="measure the initial weights, as a baseline")
+    parser.add_argument("--task", choices=[*TASKS, LIKELIHOOD], default="sudoku", help="what is measured")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help="jsonl of the items; for the likelihood also a dataset PREFIX",
+    )
+    parser.add_argument("--prompt-key", help="of a record (by default question for GSM8K, else prompt)")
+    parser.add_argument("--answer-key", help="of a record (by default answer)")
+    parser.add_argument("--text-key", help="likelihood: score the text at this key instead of pairs")
+    parser.add_argument("--prompt-format", default="{prompt}", help="what the model is given for a prompt")
+    parser.add_argument(
+        "--length", type=int, help="tokens of an answer (default: the task's, or all that fit)"
+    )
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT items")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="likelihood: masks of a sequence, even")
+    parser.add_argument("--batch-size", type=int, default=128, help="sequences computed together")
+    parser.add_argument("--output", type=Path, help="JSON file for settings, figures and every answer")
+    parser.add_argument("--restart", action="store_true", help="drop what --output holds and begin anew")
+    add_options(parser)
     options = parser.parse_args(arguments)
-    settings = SamplingSettings(tokens_per_step=options.tokens_per_step)
-    settings.check()
-    for name in ("batch_size", "limit"):
+    for name in ("length", "batch_size", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
-    puzzles = read_puzzles(options.data)[: options.limit]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(options.checkpoint, device, options.untrained, weights=options.weights)
-    progress = Progress(len(puzzles), 0, "puzzle")
-    score = score_puzzles(loaded, puzzles, settings, options.batch_size, progress.advance)
-    progress.close()
-    if options.output is not None:
-        facts = {"step": loaded.step, "tokens_per_step": options.tokens_per_step, "solved": score.share}
-        items = [
-            {"puzzle": puzzle, "answer": answer, "solved": solved}
-            for puzzle, answer, solved in zip(puzzles, score.answers, score.solved, strict=True)
-        ]
-        options.output.write_text(json.dumps(facts | {"items": items}, indent=2) + "\n", encoding="utf-8")
-    print(f"solved {score.share:.2f} of {len(puzzles)} held-out puzzles")
+    if options.draws < 2 or options.draws % 2:
+        raise UserError(f"--draws is {options.draws}: give an even number, 2 or more.")
+    if "{prompt}" not in options.prompt_format:
+        raise UserError(f"--prompt-format is {options.prompt_format!r}: it must contain {{prompt}}.")
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return all that decides the results, by option."""
+    without = {"batch_size", "output", "restart"}
+    if options.task == LIKELIHOOD:
+        sampler = {field.name for field in dataclasses.fields(SamplingSettings)}
+        without |= sampler - {"seed"} | {"length", "prompt_format"}
+    else:
+        without |= {"draws", "text_key"}
+    data = options.data if options.data.is_file() else bin_path(options.data)
+    chosen = {
+        f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in without
+    }
+    return chosen | {
+        "--checkpoint": str(checkpoint.find(options.checkpoint)[0].resolve()),
+        "--data": str(options.data),
+        "sha256 of the data": sha256_of(data),
+    }
+
+
+def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) -> Measure:
+    """Return what the options ask for."""
+    if options.task == LIKELIHOOD:
+        keys: tuple[str, ...] = (options.prompt_key or "prompt", options.answer_key or "answer")
+        keys = (options.text_key,) if options.text_key else keys
+        return Likelihoods(read_pairs(options.data, keys, loaded, options.limit), options.draws, options.seed)
+    task = stack.enter_context(closing(TASKS[options.task]()))
+    names = (options.prompt_key or task.keys[0], options.answer_key or task.keys[1])
+    items = task.read(options.data, names)[: options.limit]
+    return Answers(task, items, read_options(options), options.length, options.prompt_format)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the figures; of puzzles ``solved X.XX of N held-out puzzles`` comes last."""
+    options = parse(arguments)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(closing(Ranks()))
+        loaded = load_model(options.checkpoint, ranks.device, options.untrained, weights=options.weights)
+        measured = measure_of(options, loaded, stack)
+        results = None
+        if options.output is not None:
+            results = Results(options.output, settings_of(options), options.restart)
+        rows = measure_items(
+            measured, loaded, ranks, options.batch_size, results,
+            lambda total, done: Progress(total, done, "item", enabled=ranks.rank == 0),
+        )  # fmt: skip
+        if ranks.rank == 0:
+            figures = measured.figures(rows)
+            if results is not None:
+                results.finish(figures, rows)
+            print(measured.summary(figures))
 
 
 if __name__ == "__main__":

@@ -120,13 +120,16 @@ def check_files(folder: Path, manifest: Manifest, hashes: bool, rank: int = 0, r
 
 
 def find(path: Path) -> tuple[Path, Manifest]:
-    """Return the checkpoint meant by `path`: a checkpoint folder itself, or a run's newest whole one.
+    """Return the checkpoint meant by `path`: a checkpoint folder, RUN:STEP, or a run's newest whole one.
 
     Sizes are compared, hashes are not.
 
     Raises:
         UserError: when there is none, or it is damaged.
     """
+    run, colon, step = str(path).rpartition(":")
+    if colon and step.isdecimal() and not path.exists():
+        path = Path(run) / "checkpoints" / f"step_{int(step):08d}"
     given = (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name)  # a copy may have any name
     found = [path] if given else step_folders(path)[::-1]
     if not found or not path.is_dir():

@@ -217,6 +217,7 @@ def score_answers(
     batch_size: int = 64,
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda done: None,
+    numbers: Sequence[int] | None = None,
 ) -> list[AnswerScore]:
     """Return the likelihood of each answer given its prompt.
 
@@ -231,6 +232,7 @@ def score_answers(
         batch_size: masked sequences a forward.
         seed: of the masks, together with the number of the pair; the batch does not matter.
         on_progress: called with the number of pairs done.
+        numbers: of the pairs; by default their places in the list.
 
     Raises:
         UserError: for a pair without an answer, or beyond the sequence length that the model was trained on.
@@ -245,9 +247,10 @@ def score_answers(
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
     scores: dict[int, AnswerScore] = {}
     for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        samples, masked = stack(loaded, [MaskedSequence.behind(*pairs[i]) for i in numbers], numbers)
-        masks = 2 ** min(62, len(pairs[numbers[-1]][1]))  # even, and one more than the longest answer has
+        part = order[start : start + batch_size]
+        seeds = part if numbers is None else [numbers[i] for i in part]
+        samples, masked = stack(loaded, [MaskedSequence.behind(*pairs[i]) for i in part], seeds)
+        masks = 2 ** min(62, len(pairs[part[-1]][1]))  # even, and one more than the longest answer has
         found = estimate(
             loaded.model,
             loaded.layout,
@@ -259,11 +262,11 @@ def score_answers(
             masked,
         )
         facts = found.nll.tolist(), found.standard_error.tolist(), found.tokens.tolist()
-        for number, nll, error, tokens in zip(numbers, *facts, strict=True):
-            text = loaded.tokenizer.decode(pairs[number][1])
-            scores[number] = AnswerScore(nll, error, tokens, len(text.encode()))
+        for i, nll, error, tokens in zip(part, *facts, strict=True):
+            text = loaded.tokenizer.decode(pairs[i][1])
+            scores[i] = AnswerScore(nll, error, tokens, len(text.encode()))
         on_progress(len(scores))
-    return [scores[number] for number in range(len(pairs))]
+    return [scores[i] for i in range(len(pairs))]
 
 
 @dataclass(frozen=True)

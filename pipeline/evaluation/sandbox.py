@@ -5,7 +5,7 @@ its result before the first line of the program is even compiled. The layers, al
 
 - limits (setrlimit) on CPU time, memory, file size and processes, and a supervisor that kills after
   a wall time;
-- no_new_privs and a seccomp filter with a list of the 25 or so system calls that computing takes. No call
+- no_new_privs and a seccomp filter with a list of the system calls that computing takes. No call
   opens a file, makes a socket, a process or a thread, signals, traces or starts another program, so a program
   has no files at all, and imports only what `sandbox_child.MODULES` names;
 - an empty environment, no descriptor but the pipe, its own session, stdout and stderr to /dev/null;
@@ -48,7 +48,7 @@ class Limits:
         memory: bytes of address space, the interpreter's own 30 MB included.
     """
 
-    cpu_seconds: int = 2
+    cpu_seconds: int = 1
     wall_seconds: float = 10
     memory: int = 2**28
 

@@ -43,17 +43,19 @@ def complete(
     batch_size: int = 64,
     on_progress: Callable[[int], None] = lambda done: None,
     on_step: Callable[[Sequences], None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Return the model's continuation of each prompt.
 
     Args:
         loaded: the model.
-        prompts: texts, of any lengths; the number of a prompt in this list is part of its noise.
+        prompts: texts, of any lengths.
         settings: of the sampler; by default the likeliest tokens in the order of their confidence.
         length: tokens of a continuation; by default up to the sequence length that the model was trained on.
         batch_size: prompts decoded together; it changes nothing but speed and memory.
         on_progress: called with the number of prompts done.
         on_step: called after each step with the sequences that took part in it.
+        numbers: of the prompts, part of their noise; by default their places in the list.
 
     Raises:
         UserError: for a bad setting, a prompt with a continuation beyond the trained sequence length, or one
@@ -69,7 +71,7 @@ def complete(
                 f"sequence length that the model was trained on, {limit}: shorten one of them."
             )
         sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
-    found = _fill(loaded, sequences, settings, batch_size, tokenizer.eos, on_progress, on_step)
+    found = _fill(loaded, sequences, settings, batch_size, tokenizer.eos, on_progress, on_step, numbers)
     return [_completion(tokenizer, tokens, order, steps) for _, tokens, order, steps in found]
 
 
@@ -135,6 +137,7 @@ def _fill(
     stop: int | None,
     on_progress: Callable[[int], None],
     on_step: Callable[[Sequences], None] | None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Filled]:
     """Return what decoding makes of each sequence, batch after batch."""
     settings = settings or SamplingSettings()
@@ -144,10 +147,11 @@ def _fill(
             "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the one "
             "before it: give prompts of at least one token."
         )
+    numbers = range(len(sequences)) if numbers is None else numbers
     found: list[Filled] = []
     for start in range(0, len(sequences), batch_size):
         part = sequences[start : start + batch_size]
-        samples, masked = stack(loaded, part, range(start, start + len(part)))
+        samples, masked = stack(loaded, part, numbers[start : start + batch_size])
         visibility = loaded.layout.decoding(samples)
         decoded = decode(loaded.model, samples, masked, settings, visibility, stop, on_step)
         found += _rows(decoded, masked)

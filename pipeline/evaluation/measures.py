@@ -1,0 +1,202 @@
+"""What is measured item by item, answers or likelihoods, on one seam; and the loop over the items."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+from pipeline.cli import UserError
+from pipeline.evaluation.intervals import wilson_interval
+from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers
+from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.results import Results, Row
+from pipeline.evaluation.tasks import Item, Task
+from pipeline.monitor.progress import Progress
+from pipeline.sampling import Loaded, SamplingSettings, complete
+
+
+class Measure(Protocol):
+    """Rows of results, one an item, and figures of all rows."""
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
+        """Return the results of some items; each holds its number as ``item``."""
+
+    def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Return the figures of the results of all items."""
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        """Return the figures as lines for people."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers(Measure):
+    """The verdicts of a task on decoded answers.
+
+    Attributes:
+        task: judges them.
+        items: what is asked.
+        settings: of the sampler.
+        length: tokens of an answer; None for the task's own length.
+        prompt_format: what the model is given, with ``{prompt}`` in the place of the item's.
+    """
+
+    task: Task
+    items: Sequence[Item]
+    settings: SamplingSettings
+    length: int | None = None
+    prompt_format: str = "{prompt}"
+
+    def __len__(self) -> int:
+        """See `Measure`."""
+        return len(self.items)
+
+    def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
+        """See `Measure`."""
+        items = [self.items[number] for number in numbers]
+        prompts = [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
+        length = self.length or self.task.answer_length(self.items)
+        found = complete(loaded, prompts, self.settings, length, batch_size, numbers=numbers)
+        with ThreadPoolExecutor(self.task.parallel) as pool:
+            verdicts = pool.map(self.task.score, items, [completion.text for completion in found])
+        return [
+            {
+                "item": number,
+                "prompt": prompt,
+                "reference": item.reference,
+                "answer": completion.text,
+                "right": verdict.right,
+                "found": verdict.found,
+                "tokens": completion.tokens,
+                "order": completion.order,
+                "steps": completion.steps,
+            }
+            for number, prompt, item, completion, verdict in zip(
+                numbers, prompts, items, found, verdicts, strict=True
+            )
+        ]
+
+    def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """See `Measure`."""
+        right = sum(row["right"] for row in rows)
+        return {
+            "right": right,
+            "total": len(rows),
+            "accuracy": right / len(rows),
+            "interval": wilson_interval(right, len(rows)),
+            "tokens_per_forward": sum(len(row["tokens"]) for row in rows) / sum(row["steps"] for row in rows),
+        }
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        """See `Measure`."""
+        low, high = figures["interval"]
+        return (
+            f"accuracy {figures['accuracy']:.4f}, 95% interval {low:.4f} to {high:.4f} (Wilson), "
+            f"{figures['tokens_per_forward']:.2f} tokens a forward\n"
+            + self.task.summary(figures["right"], figures["total"])
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihoods(Measure):
+    """The bound on the negative log-likelihood of each sequence; exact for models from left to right.
+
+    Attributes:
+        pairs: token ids of prompts, which may be empty, and of what is scored.
+        draws: masks of a sequence.
+        seed: of the masks.
+    """
+
+    pairs: Sequence[tuple[list[int], list[int]]]
+    draws: int = DRAWS
+    seed: int = 0
+
+    def __len__(self) -> int:
+        """See `Measure`."""
+        return len(self.pairs)
+
+    def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
+        """See `Measure`."""
+        pairs = [self.pairs[number] for number in numbers]
+        scores = score_answers(loaded, pairs, self.draws, batch_size, self.seed, numbers=numbers)
+        return [
+            {"item": number, **dataclasses.asdict(score)}
+            for number, score in zip(numbers, scores, strict=True)
+        ]
+
+    def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """See `Measure`."""
+        columns = [
+            torch.tensor([row[name] for row in rows], dtype=torch.float64)
+            for name in ("nll", "tokens", "bytes")
+        ]
+        found = dataclasses.asdict(likelihood_of(likelihood_totals(*columns)))
+        noise = math.sqrt(sum(row["standard_error"] ** 2 for row in rows)) / len(rows)
+        figures = found | {"standard_error_of_masks": noise}
+        return {name: None if figure != figure else figure for name, figure in figures.items()}  # no NaN
+
+    def summary(self, figures: dict[str, Any]) -> str:
+        """See `Measure`."""
+        numbers = {name: "?" if f is None else f"{f:.4f}" for name, f in figures.items()}
+        return (
+            f"bound {numbers['nll']} nats a sequence, standard error {numbers['standard_error']} "
+            f"({numbers['standard_error_of_masks']} from the masks)\n"
+            f"perplexity {numbers['perplexity']}, {numbers['bits_per_byte']} bits a byte of "
+            f"{figures['sequences']} sequences"
+        )
+
+
+def measure_items(
+    measure: Measure,
+    loaded: Loaded,
+    ranks: Ranks,
+    batch_size: int,
+    results: Results | None = None,
+    on_start: Callable[[int, int], Progress] = lambda total, done: Progress(total, done, "item", False),
+) -> list[Row]:
+    """Return the rows of all items in order, on every rank; the number of ranks changes nothing but the time.
+
+    Args:
+        measure: what is measured.
+        loaded: the model.
+        ranks: among which the items are dealt; every rank calls this.
+        batch_size: items that a rank works on together.
+        results: where each batch is noted; what was done before is not done again.
+        on_start: makes the progress bar of the first rank.
+
+    Raises:
+        UserError: on every rank, for what is wrong on one; what was done is noted.
+    """
+    problem: str | None = None
+    done: dict[int, Row] = {}
+    if results is not None and ranks.rank == 0:
+        try:
+            done = results.read()
+        except UserError as error:
+            problem = str(error)
+    ranks.agree(problem)
+    done = ranks.all_gather(done)[0]
+    left = [number for number in range(len(measure)) if number not in done]
+    mine = left[ranks.rank :: ranks.size]
+    rows: list[Row] = []
+    progress = on_start(len(measure), len(done))
+    try:
+        for start in range(0, len(mine), batch_size):
+            found = measure.rows(loaded, mine[start : start + batch_size], batch_size)
+            rows += found
+            if results is not None:
+                results.write(ranks.rank, found)
+            progress.advance(min(len(measure), len(done) + len(rows) * ranks.size))
+    except UserError as error:
+        problem = str(error)
+    progress.close()
+    ranks.agree(problem)
+    every = [row for part in ranks.all_gather(rows) for row in part] + list(done.values())
+    return sorted(every, key=lambda row: int(row["item"]))

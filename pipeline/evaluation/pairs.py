@@ -1,0 +1,65 @@
+"""Token ids of what a likelihood is asked for, from a dataset or a file of records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.cli import UserError
+from pipeline.data.facts import read_facts
+from pipeline.data.indexed import idx_path, read_index, read_sequence
+from pipeline.data.records import Keys, read_all
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.sampling import Loaded
+
+
+def read_pairs(
+    path: Path, keys: tuple[str, ...], loaded: Loaded, limit: int | None
+) -> list[tuple[list[int], list[int]]]:
+    """Return the token ids of prompts and of what is scored, of an indexed dataset or a file of records.
+
+    Texts longer than the sequence length of the training are cut into pieces, each scored by itself.
+
+    Args:
+        path: PREFIX of an indexed dataset, or a file of records.
+        keys: of a record: a text, or a prompt and an answer.
+        loaded: the model, for its tokenizer and sequence length.
+        limit: documents that are read, at most.
+
+    Raises:
+        UserError: for a dataset of another tokenizer, an unusable record, or where there is nothing.
+    """
+    length = loaded.config.data.sequence_length
+    documents: list[list[list[int]]] = []
+    if idx_path(path).is_file():
+        documents = _read_dataset(path, loaded.tokenizer, limit)
+    else:
+        for record in read_all([path], Keys(keys)):
+            if len(documents) == limit:
+                break
+            documents.append([loaded.tokenizer.encode(text).tolist() for text in record.texts])
+    pairs: list[tuple[list[int], list[int]]] = []
+    for ids in documents:
+        if len(ids) == 2:
+            pairs.append((ids[0], ids[1]))
+        else:
+            pairs += [([], ids[0][start : start + length]) for start in range(0, len(ids[0]), length)]
+    # A model with shifted prediction has nothing to score in a piece of one token.
+    pairs = [pair for pair in pairs if len(pair[1]) > (loaded.model.shifted and not pair[0])]
+    if not pairs:
+        raise UserError(f"{path} holds nothing to score: give --data a dataset or file with text.")
+    return pairs
+
+
+def _read_dataset(prefix: Path, tokenizer: Tokenizer, limit: int | None) -> list[list[list[int]]]:
+    facts, index = read_facts(prefix), read_index(prefix)
+    if facts.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"dataset {prefix} was made with another tokenizer, {facts.tokenizer}, than the model was "
+            "trained with: preprocess the corpus with the run's."
+        )
+    parts = 2 if facts.kind == "pairs" else 1
+    count = min(index.documents, index.documents if limit is None else limit)
+    return [
+        [read_sequence(prefix, index, document * parts + part).tolist() for part in range(parts)]
+        for document in range(count)
+    ]

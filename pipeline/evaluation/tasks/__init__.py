@@ -1,0 +1,17 @@
+"""Tasks whose answers are right or wrong; a new one is a class here with a name in `TASKS`."""
+
+from __future__ import annotations
+
+from pipeline.evaluation.tasks.base import Item, Task, Verdict
+from pipeline.evaluation.tasks.exact import Exact
+from pipeline.evaluation.tasks.gsm8k import FinalNumber, Program
+from pipeline.evaluation.tasks.sudoku import Sudoku
+
+TASKS: dict[str, type[Task]] = {
+    "sudoku": Sudoku,
+    "gsm8k-program": Program,
+    "gsm8k-number": FinalNumber,
+    "exact": Exact,
+}
+
+__all__ = ["TASKS", "Item", "Task", "Verdict"]

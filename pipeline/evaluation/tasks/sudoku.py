@@ -1,0 +1,37 @@
+"""Puzzles whose answers are judged by the rules of Sudoku."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pipeline.cli import UserError
+from pipeline.data.records import Record
+from pipeline.evaluation.sudoku import BOXES, is_solved
+from pipeline.evaluation.tasks.base import Item, Task, Verdict
+
+
+class Sudoku(Task):
+    """Grids of 4, 6 or 9 digits a side, a token a cell; any solution that keeps the clues is right."""
+
+    def check(self, item: Item, record: Record, before: Sequence[Item]) -> None:
+        """See `Task`."""
+        puzzle = item.prompt
+        size = math.isqrt(len(puzzle))
+        digits = "0123456789"[: size + 1]
+        if size not in BOXES or size * size != len(puzzle) or any(c not in digits for c in puzzle):
+            raise UserError(f"{record.place}: {puzzle!r} is no puzzle; make some with tools/make_sudoku.py.")
+        if before and len(puzzle) != len(before[0].prompt):
+            raise UserError(f"{record.place}: a puzzle of {size}x{size} among others of another size.")
+
+    def answer_length(self, items: Sequence[Item]) -> int | None:
+        """See `Task`."""
+        return len(items[0].prompt)
+
+    def score(self, item: Item, answer: str) -> Verdict:
+        """See `Task`."""
+        return Verdict(is_solved(item.prompt, answer, math.isqrt(len(item.prompt))), answer)
+
+    def summary(self, right: int, total: int) -> str:
+        """See `Task`."""
+        return f"solved {right / total:.2f} of {total} held-out puzzles"

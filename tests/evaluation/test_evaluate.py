@@ -1,0 +1,229 @@
+"""tools/evaluate.py: figures, results on the disk, going on, several ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from programs import ROOT, Outcome, run_here, run_program
+
+from pipeline.evaluation import measures
+from pipeline.evaluation.intervals import wilson_interval
+from tools import evaluate
+
+Evaluate = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a short run on pairs, with checkpoints at steps 4 and 8."""
+    from runs import command
+
+    from pipeline import train as program
+
+    folder = tmp_path_factory.mktemp("run")
+    settings = ["--engine.kind", "plain", "--train.steps", "8", "--schedule.warmup_steps", "1"]
+    assert program.main(command(data, folder, *settings)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(run_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """Return a function that evaluates the run on the corpus it was trained on, in this process."""
+
+    def evaluated(*more: str) -> Outcome:
+        first = ["--checkpoint", str(run_dir), "--task", "exact", "--data", str(data / "corpus.jsonl")]
+        settings = ["--length", "7", "--temperature", "1", "--batch-size", "7"]
+        return run_here(evaluate.main, [*first, *settings, *more], capsys)
+
+    return evaluated
+
+
+def read(path: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(path.read_text())
+    return tree
+
+
+def test_figures_are_those_of_the_answers(run: Evaluate, data: Path, run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "results.json"
+    outcome = run("--output", str(output))
+    assert (outcome.code, outcome.error) == (0, "")
+    tree = read(output)
+    corpus = [json.loads(line) for line in (data / "corpus.jsonl").read_text().splitlines()]
+    items = tree["items"]
+    assert [(i["item"], i["prompt"], i["reference"]) for i in items] == [
+        (n, row["prompt"], row["answer"]) for n, row in enumerate(corpus)
+    ]
+    right = sum(item["answer"] == item["reference"] for item in items)
+    assert [item["right"] for item in items] == [item["answer"] == item["reference"] for item in items]
+    low, high = wilson_interval(right, 60)
+    forwards = sum(item["steps"] for item in items) / sum(len(item["tokens"]) for item in items)
+    assert tree["figures"] == {
+        "right": right,
+        "total": 60,
+        "accuracy": right / 60,
+        "interval": [low, high],
+        "tokens_per_forward": pytest.approx(1 / forwards),
+    }
+    assert outcome.output.splitlines()[-2:] == [
+        f"accuracy {right / 60:.4f}, 95% interval {low:.4f} to {high:.4f} (Wilson), "
+        f"{1 / forwards:.2f} tokens a forward",
+        f"right {right / 60:.4f} of 60 items",
+    ]
+    assert tree["settings"]["--checkpoint"] == str(run_dir / "checkpoints" / "step_00000008")
+    assert tree["settings"]["--temperature"] == 1.0
+    assert "torch" in tree["versions"]
+    assert [path.name for path in output.parent.iterdir()] == ["results.json"]
+
+
+def test_an_interrupted_evaluation_goes_on(
+    run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same command, with what was done; the results are those of an uninterrupted one."""
+    whole, output = tmp_path / "whole.json", tmp_path / "results.json"
+    assert run("--output", str(whole)).code == 0
+    decoded: list[int] = []
+    decode = measures.complete
+
+    def counting(*arguments: Any, numbers: Sequence[int], **more: Any) -> Any:
+        if len(decoded) == 21:
+            raise KeyboardInterrupt
+        decoded.extend(numbers)
+        return decode(*arguments, numbers=numbers, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "complete", counting)
+        assert run("--output", str(output)).code == 130
+        part = tmp_path / "results.items.0.jsonl"
+        assert not output.exists()
+        part.write_bytes(part.read_bytes()[:-9])  # half a line, as a kill leaves it
+        for changed, message in [
+            (["--seed", "5"], f"{part} was made with --seed = 0, now it is 5: set it back"),
+            (["--tokens-per-step", "2"], "--tokens-per-step = 1, now it is 2"),
+            (["--limit", "9"], "--limit = None, now it is 9"),
+        ]:
+            assert message in run("--output", str(output), *changed).complaint()
+        first, decoded[:] = decoded[:20], []
+        assert run("--output", str(output), "--batch-size", "99").code == 0
+    assert (first, decoded) == ([*range(20)], [*range(20, 60)])
+    assert output.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(measures, "complete", None)
+        assert run("--output", str(output), "--draws", "2").code == 0  # nothing is left to do
+        assert "now it is 1" in run("--output", str(output), "--seed", "1").complaint()
+    assert run("--output", str(output), "--seed", "1", "--restart").code == 0
+    assert read(output)["settings"]["--seed"] == 1
+
+
+def test_another_step_is_another_evaluation(run: Evaluate, run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    assert run("--output", str(output), "--checkpoint", f"{run_dir}:4", "--limit", "5").code == 0
+    tree = read(output)
+    assert tree["settings"]["--checkpoint"].endswith("step_00000004")
+    assert tree["figures"]["total"] == 5
+    complaint = run("--output", str(output), "--limit", "5").complaint()
+    assert "was made with --checkpoint = " in complaint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--task", "exacto"], "--task.*exacto"),
+        (["--batch-size", "0"], "--batch-size is 0: it must be 1 or more"),
+        (["--length", "12"], "exceeds the sequence length that the model was trained on, 12"),
+        (["--prompt-format", "Q: "], "--prompt-format is 'Q: ': it must contain {prompt}"),
+        (["--task", "likelihood", "--draws", "3"], "--draws is 3: give an even number"),
+        (["--top-k", "3", "--temperature", "0"], "no effect at temperature 0"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--checkpoint", "nowhere:7"], "nowhere/checkpoints/step_00000007 holds no checkpoint"),
+        (["--prompt-key", "question"], "no key 'question'"),
+        (["--samples", "3"], "unknown option '--samples'"),
+    ],
+)
+def test_bad_input_is_one_line(run: Evaluate, changes: list[str], message: str) -> None:
+    assert re.search(message, run(*changes).complaint())
+
+
+def test_a_file_that_holds_no_results_is_kept(run: Evaluate, tmp_path: Path) -> None:
+    for content in ("precious", "[1]", '{"items": 3}'):
+        output = tmp_path / "mine.json"
+        output.write_text(content)
+        assert "mine.json holds no results" in run("--output", str(output)).complaint()
+        assert output.read_text() == content
+
+
+def test_the_prompt_format(run: Evaluate, tmp_path: Path) -> None:
+    output = tmp_path / "r.json"
+    assert (
+        run("--output", str(output), "--limit", "2", "--prompt-format", "a{prompt}b", "--length", "3").code
+        == 0
+    )
+    corpus = read(output)["items"]
+    assert all(item["prompt"].startswith("a") and item["prompt"].endswith("b") for item in corpus)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "dataset"])
+def test_likelihood(run: Evaluate, data: Path, tmp_path: Path, source: str) -> None:
+    """Mean, perplexity and bits a byte, computed again from the items; both sources hold the same pairs."""
+    output = tmp_path / "likelihood.json"
+    where = ["--data", str(data / ("corpus.jsonl" if source == "jsonl" else "pairs"))]
+    outcome = run("--task", "likelihood", "--draws", "4", "--output", str(output), *where)
+    assert outcome.code == 0, outcome.error
+    tree = read(output)
+    nll, tokens, size = (
+        np.array([item[key] for item in tree["items"]]) for key in ("nll", "tokens", "bytes")
+    )
+    figures = tree["figures"]
+    assert figures["sequences"] == len(nll) == 60
+    assert figures["nll"] == pytest.approx(nll.mean())
+    assert figures["standard_error"] == pytest.approx(nll.std(ddof=1) / 60**0.5)
+    assert figures["perplexity"] == pytest.approx(math.exp(nll.sum() / tokens.sum()))
+    assert figures["bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / size.sum())
+    answers = [json.loads(line)["answer"] for line in (data / "corpus.jsonl").read_text().splitlines()]
+    assert size.tolist() == [len(answer) for answer in answers]
+    end = source == "dataset"  # whose answers end with the end-of-sequence token
+    assert tokens.tolist() == [len(answer) + end for answer in answers]
+    assert "bits a byte of 60 sequences" in outcome.output
+
+
+def test_long_texts_are_scored_in_pieces(run: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "' + "abcdef" * 5 + '"}\n{"text": "fed"}\n')
+    output = tmp_path / "r.json"
+    texts = ["--data", str(tmp_path / "texts.jsonl"), "--text-key", "text", "--draws", "4"]
+    assert run("--task", "likelihood", "--output", str(output), *texts).code == 0
+    assert [item["tokens"] for item in read(output)["items"]] == [12, 12, 6, 3]
+
+
+def test_a_dataset_of_another_tokenizer(run: Evaluate, data: Path, tmp_path: Path) -> None:
+    for name in ("pairs.bin", "pairs.idx"):
+        (tmp_path / name).symlink_to(data / name)
+    facts = json.loads((data / "pairs.json").read_text()) | {"tokenizer_sha256": "0" * 64}
+    (tmp_path / "pairs.json").write_text(json.dumps(facts))
+    complaint = run("--task", "likelihood", "--data", str(tmp_path / "pairs")).complaint()
+    assert "was made with another tokenizer" in complaint
+
+
+@pytest.mark.distributed
+def test_several_ranks_find_the_same(run: Evaluate, run_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Two ranks go on where one was killed; the file is that of one rank, byte for byte."""
+    alone, output = tmp_path / "alone.json", tmp_path / "both.json"
+    assert run("--output", str(alone)).code == 0
+    tree = read(alone)
+    lines = [{"settings": tree["settings"]}, *tree["items"][3:8]]
+    (tmp_path / "both.items.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run_program(
+        str(ROOT / "tools/evaluate.py"), "--checkpoint", str(run_dir), "--task", "exact",
+        "--data", str(data / "corpus.jsonl"), "--length", "7", "--temperature", "1", "--batch-size", "4",
+        "--output", str(output), ranks=2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert output.read_bytes() == alone.read_bytes()
+    assert result.stdout.count("items") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.json", "both.json"]
