@@ -31,7 +31,7 @@ import torch
 from pipeline.checkpoint import checkpoints
 from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
 from pipeline.files import replacing
-from pipeline.monitor.recorder import METRICS_FILE
+from pipeline.monitor.writers import METRICS_FILE, is_measured
 
 SETTINGS = """
     --model.layers 2 --model.hidden_size 64 --model.intermediate_size 128 --objective.threshold 0.3
@@ -185,17 +185,13 @@ def die(command: Sequence[str], run_dir: Path, number: int, seed: int, start_up:
 
 
 def compare(alone: list[dict[str, float]], killed: list[dict[str, float]]) -> dict[str, object]:
-    """Return how many values there are and how many differ in any bit, less those that are measured times."""
+    """Return how many values there are and how many differ in any bit, less what is measured."""
     flat = [
-        {(line["step"], key): value for line in lines for key, value in line.items() if not _is_time(key)}
+        {(line["step"], key): value for line in lines for key, value in line.items() if not is_measured(key)}
         for lines in (alone, killed)
     ]
     differing = [key for key in flat[0].keys() | flat[1].keys() if flat[0].get(key) != flat[1].get(key)]
     return {"values": len(flat[0]), "differing": len(differing), "first": sorted(differing)[:3]}
-
-
-def _is_time(key: str) -> bool:
-    return key.endswith("_per_second") or key.startswith("ranks/")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from pipeline.monitor.progress import Progress
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.sample_log import SampleLog
 from pipeline.monitor.stragglers import Stragglers
+from pipeline.monitor.writers import require_wandb
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
@@ -37,6 +38,8 @@ class Run:
 
     def __init__(self, config: Config, launch: Launch, signals: StopSignals, stack: ExitStack) -> None:
         """Build data, engine and chains, and go on from the newest checkpoint where there is one."""
+        if config.monitor.wandb:
+            require_wandb()
         config = fit_micro_batch(config, launch)
         self.config = config
         self.folder = Path(config.run_dir)
@@ -132,7 +135,8 @@ class Run:
         self.logs.close()
         first = self.manifest.step + 1
         stragglers = Stragglers(self.engine, self.stream)
-        self.recorder = Recorder(self.folder, self.engine, self.groups, stragglers, first)
+        rows = self.manifest.vocabulary["rows"]
+        self.recorder = Recorder(self.config, rows, self.engine, self.groups, stragglers, first)
         self.logs.callback(self.recorder.close)
         self.sample_log: SampleLog | None = None
         if self.config.train.log_samples:
@@ -197,9 +201,7 @@ class Run:
 
     def log(self) -> None:
         """Fetch, write and show the figures of the steps since the last time."""
-        samples = self.config.train.global_batch_size
-        tokens = samples * self.config.data.sequence_length
-        values = self.recorder.flush(samples, tokens, self.skip_log.skipped())
+        values = self.recorder.flush(self.skip_log.skipped())
         self.progress.report(
             f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
             f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
@@ -213,17 +215,17 @@ class Run:
         step, valid = self.manifest.step, self.data.valid
         if valid is None or not self.due(self.config.evaluation.interval, step):
             return
-        losses = {"held_out/loss": self.held_out_loss(valid)}
-        if self.config.optimizer.ema_decay is not None:
-            with self.engine.averaged_weights():
-                losses["held_out/ema_loss"] = self.held_out_loss(valid)
+        with self.recorder.apart(step, "evaluation"):
+            losses = {"held_out/loss": self.held_out_loss(valid)}
+            if self.config.optimizer.ema_decay is not None:
+                with self.engine.averaged_weights():
+                    losses["held_out/ema_loss"] = self.held_out_loss(valid)
         measured = {name: loss for name, loss in losses.items() if loss is not None}
         if len(measured) == len(losses):
             self.manifest.held_out_loss = measured.get("held_out/ema_loss", measured["held_out/loss"])
             self.recorder.write(step, measured)
             facts = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items())
             self.progress.say(f"step {step}: {facts} nats a masked token")
-        self.recorder.restart_clock()
 
     def held_out_loss(self, valid: SampleDataset) -> float | None:
         """Return the loss on the validation samples with the weights as they are; nothing after a stop."""
@@ -238,8 +240,8 @@ class Run:
             self.log()
         self.recorder.sync()
         self.manifest.guard = self.guard.state_dict()
-        self.saver.save(self.manifest)
-        self.recorder.restart_clock()
+        with self.recorder.apart(self.manifest.step, "checkpoint_stall"):
+            self.saver.save(self.manifest)
 
 
 def fit_micro_batch(config: Config, launch: Launch) -> Config:

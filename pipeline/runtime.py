@@ -23,7 +23,7 @@ from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.snapshot import HostCopy
-from pipeline.weights import Piece, StoredWeight, StoredWeights, copy_pieces
+from pipeline.weights import Piece, StoredWeight, StoredWeights, copy_pieces, squared_norm
 
 T = TypeVar("T")
 
@@ -174,6 +174,18 @@ class Engine(Protocol):
 
     def max_over_ranks(self, values: Tensor) -> Tensor:
         """Return the element-wise maximum of `values` over all ranks; NaN need not survive it."""
+
+    def squared_norm(self) -> Tensor:
+        """Return this rank's share [] of the squared norm of the weights, float64; NaN for weights on NVMe.
+
+        The sum over the ranks is that of the whole model, each weight counted once.
+        """
+
+    def take_communication_share(self) -> float | None:
+        """Return, once after the steps of ``profiling.communication_steps``, their share in collectives.
+
+        Those steps wait for the device at every collective, so nothing overlaps: it is an upper bound.
+        """
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -330,6 +342,14 @@ class PlainEngine:
     def max_over_ranks(self, values: Tensor) -> Tensor:
         """See `Engine`; there is one rank."""
         return values
+
+    def squared_norm(self) -> Tensor:
+        """See `Engine`; there is one rank."""
+        return squared_norm(list(self.model.parameters()), self.pieces(), self.launch.device)
+
+    def take_communication_share(self) -> float | None:
+        """See `Engine`; there is one rank."""
+        return None
 
     def barrier(self) -> None:
         """See `Engine`; there is one rank."""

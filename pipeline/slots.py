@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.chain_statistics import ChainStatistics, Walk
 from pipeline.data.batch import Samples
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.base import ChainState, ObjectiveSchedule, Scores, model_input
-
-STATISTICS = ("masked_fraction", "stage", "chains_ended")
 
 
 class SlotGroup:
@@ -44,7 +43,8 @@ class SlotGroup:
         self.numbers = torch.from_numpy(self.slots).to(device)
         self.objectives = objectives
         self.device = device
-        self.statistics = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
+        self.statistics = ChainStatistics(objectives.longest, device)
+        self.age = torch.zeros_like(self.numbers)  # steps that the present sequences were trained on
         self._begin(np.zeros(len(slots), dtype=np.int64))
         objective = objectives.at(1)
         first = objective.first_stage(self.numbers, 1)
@@ -102,22 +102,26 @@ class SlotGroup:
 
     def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
         """Move the chains on with the scores of the same forward that the loss came from."""
-        masked, stage = self.state.masked, self.state.stage
         now, then = self.objectives.at(step), self.objectives.at(step + 1)
-        scores = Scores.of(output, batch.rows, masked)
-        state, ended = now.advance(self.samples, self.state, scores, step)
+        scores = Scores.of(output, batch.rows, self.state.masked)
+        state, ended, reveals = now.advance(self.samples, self.state, scores, step)
         begin_at = torch.zeros_like(self.numbers)
         if then is not now:  # a change of objective ends every chain
             ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, step + 1)
         fresh = then.begin(self.following, begin_at[:, None], step + 1)
-        live = now.layout.chains(self.samples).sums(masked) > 0  # [B, N]
-        share = masked.sum(dim=1) / self.samples.answer_length
-        mean_stage = (stage * live).sum() / live.sum().clamp(min=1)
-        self.statistics += torch.stack([share.double().mean(), mean_stage.double(), ended.double().sum()])
+        chains = now.layout.chains(self.samples)
+        walk = Walk(self.samples, chains, self.state, self.age, ended, reveals)
+        self.statistics.add(walk, batch, output)
+        self.age = torch.where(ended, 0, self.age + 1)
         state = fresh if then is not now else state.replaced(ended, fresh)
         self.trained_ids = self.samples.ids
         self.samples = self.samples.replaced(ended, self.following)
         self._enter(state, ended)
+
+    def begun(self) -> tuple[int, int]:
+        """Return how many sequences these slots have begun, and how many of them in the first epoch."""
+        of_slot = -(-(self.stream.size - self.slots) // self.stream.slots)  # positions of each in an epoch
+        return int((self.cursors + 1).sum()), int(np.minimum(self.cursors + 1, of_slot).sum())
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the whole state, by slot: the samples themselves are read again from the cursors."""
@@ -127,6 +131,7 @@ class SlotGroup:
             "cursors": self.cursors.copy(),
             "masked": np.packbits(self.state.masked.cpu().numpy(), axis=1),
             "stage": self.state.stage.cpu().numpy(),
+            "age": self.age.cpu().numpy(),
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray], step: int) -> None:
@@ -143,7 +148,11 @@ class SlotGroup:
             torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
         )
         fresh = self.objectives.at(step).begin(self.samples, torch.zeros_like(chains.stage), step)
-        chains = chains.replaced(torch.from_numpy(self.cursors != state["cursors"]).to(self.device), fresh)
+        left_out = torch.from_numpy(self.cursors != state["cursors"]).to(self.device)
+        chains = chains.replaced(left_out, fresh)
+        age = torch.from_numpy(state.get("age", np.zeros_like(self.slots)))  # older checkpoints have none
+        self.age = torch.where(left_out, 0, age.to(self.device))
+        self.statistics.take()  # of steps that the run has gone back on
         self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
 
 

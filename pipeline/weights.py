@@ -72,3 +72,19 @@ def copy_pieces(weights: StoredWeights, targets: Sequence[Tensor], pieces: Seque
             )
         elements = weight.read().flatten()[piece.offset : piece.offset + piece.length]
         targets[piece.tensor].view(-1)[piece.start : piece.start + piece.length].copy_(elements)
+
+
+@torch.no_grad()
+def squared_norm(weights: Sequence[Tensor], pieces: Sequence[Piece], device: torch.device) -> Tensor:
+    """Return the sum of the squares of the elements of `pieces`, [] float64 on `device`.
+
+    Args:
+        weights: this rank's weight tensors; what pads them belongs to no piece.
+        pieces: what of which parameter is in them.
+        device: where the sum is wanted.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for piece in pieces:
+        elements = weights[piece.tensor].view(-1)[piece.start : piece.start + piece.length]
+        total += torch.linalg.vector_norm(elements, dtype=torch.float64).square().to(device)
+    return total

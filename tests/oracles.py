@@ -72,8 +72,11 @@ class Chain:
         done = self.stage + 1  # parts of 1/before
         self.stage = next(j for j in range(2 * after + done) if j * before >= done * after)
         wanted = self.target(self.stage, step + 1) - (len(self.answer) - len(self.masked))
-        self.masked -= set(best(sorted(self.masked), ranking, wanted))
+        ranked = set(best(sorted(self.masked), ranking, wanted))
+        self.masked -= ranked
+        self.revealed = len(ranked), 0  # by rank, by threshold
         if self.threshold is not None:
+            self.revealed = len(ranked), sum(confidence[i] > self.threshold for i in self.masked)
             self.masked = {i for i in self.masked if not confidence[i] > self.threshold}
             unmasked = len(self.answer) - len(self.masked)
             self.stage = max(self.stage, unmasked * after // len(self.answer))

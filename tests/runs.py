@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from programs import run_program
 
+from pipeline.monitor.writers import is_measured
 from tools import preprocess_data, train_tokenizer
 
 SETTINGS = """
@@ -50,7 +52,12 @@ def train_on(ranks: int, data: Path, run_dir: Path, *more: str) -> str:
     return result.stdout
 
 
-def metrics(run_dir: Path) -> list[dict[str, float]]:
+def not_measured(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a line that two runs alike share: no times, no memory."""
+    return {key: value for key, value in line.items() if not is_measured(key)}
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the run's metrics, line by line."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from pipeline.config import (
 from pipeline.data.batch import Array
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import Vocabulary
+from pipeline.monitor.recorder import Recorder
+from pipeline.monitor.stragglers import Stragglers
 from pipeline.resilience.guard import Guard
 from pipeline.runtime import PlainEngine, read_launch
 from pipeline.slots import SlotGroup
@@ -58,7 +62,7 @@ class Training:
     """A plain engine and two micro-batches of 4 chains."""
 
     def __init__(self, objective: ObjectiveConfig) -> None:
-        config = Config(
+        self.config = config = Config(
             "unused",
             model=ModelConfig(layers=2, hidden_size=32, intermediate_size=48),
             objective=objective,
@@ -76,10 +80,16 @@ class Training:
         ]
         self.steps = 0
 
-    def step(self, guard: Guard | None = None) -> None:
-        """Train one step."""
+    def step(self, guard: Guard | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train one step; return loss and gradient norm."""
         self.steps += 1
-        train_step(self.engine, self.groups, 1e-3, self.steps, guard)
+        return train_step(self.engine, self.groups, 1e-3, self.steps, guard)
+
+    def recorder(self, run_dir: Path) -> Recorder:
+        """Return what records the next steps."""
+        config = replace(self.config, run_dir=str(run_dir))
+        stragglers = Stragglers(self.engine, self.stream)
+        return Recorder(config, SIZE, self.engine, self.groups, stragglers, self.steps + 1)
 
     def on_host(self) -> list[torch.Tensor]:
         """Return the tensors that are the host's own beside a GPU too."""
@@ -119,6 +129,27 @@ def test_the_guard_reads_once() -> None:
     with host_reads(training.on_host()) as reads:
         training.step(guard)
     assert reads == ["tolist"]
+    training.close()
+
+
+def test_curves_are_read_once_an_interval(tmp_path: Path) -> None:
+    """Collecting reads nothing; fetching reads as often for 12 steps as for 2, and not between them."""
+    training = Training(KINDS[1])
+    training.step()
+    recorder = training.recorder(tmp_path)
+    counts = []
+    for steps in (2, 12):
+        for _ in range(steps):
+            with host_reads(training.on_host()) as reads:
+                loss, norm = training.step()
+                recorder.collect(training.steps, loss, norm, 1e-3)
+            assert reads == []
+        with host_reads(training.on_host()) as reads:
+            values = recorder.flush(0)
+        counts.append(len(reads))
+        assert values["loss"] > 0
+    assert counts[0] == counts[1] > 0
+    recorder.close()
     training.close()
 
 
@@ -185,10 +216,14 @@ def main() -> None:
         assert training.engine.launch.device.type == "cuda"
         for _ in range(3):
             training.step()
-        torch.cuda.set_sync_debug_mode("error")
-        for _ in range(6):
-            training.step()
-        torch.cuda.set_sync_debug_mode("default")
+        with tempfile.TemporaryDirectory() as folder:
+            recorder = training.recorder(Path(folder))
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(6):
+                recorder.collect(training.steps + 1, *training.step(), 1e-3)
+            torch.cuda.set_sync_debug_mode("default")
+            recorder.flush(0)
+            recorder.close()
         training.close()
     print("steps without waiting")
 

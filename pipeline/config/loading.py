@@ -16,6 +16,7 @@ from pipeline.cli import UserError, nearest
 from pipeline.config.checks import require
 from pipeline.config.data import DataConfig
 from pipeline.config.model import ModelConfig
+from pipeline.config.monitor import MonitorConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.resilience import GuardConfig, WatchdogConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
@@ -41,6 +42,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
@@ -55,6 +57,7 @@ class Config:
         self.checkpoint.check(self.evaluation.interval)
         self.evaluation.check()
         self.engine.check(self.model, self.data.sequence_length)
+        self.monitor.check()
         self.guard.check()
         self.watchdog.check()
         self.profiling.check(self.engine.kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Profiler:
         self.first_rank = deepspeed.comm.get_rank() == 0
         self.step = 1  # the current one, from 1
         self.forwards = 0  # of the current step
+        self.began = 0.0
+        self.communication_share: float | None = None
         if self.config.communication_steps:
             deepspeed.comm.comm.timers = _Timers()
             deepspeed.comm.configure(enabled=True, prof_all=True)
@@ -56,6 +59,8 @@ class Profiler:
     def forward(self) -> Iterator[None]:
         """Measure the forward inside, when its turn has come."""
         self.forwards += 1
+        if self.step == self.forwards == 1:
+            self.began = time.perf_counter()
         if self.step != self.config.flops_step or self.forwards > 1 or not self.first_rank:
             yield
             return
@@ -73,6 +78,7 @@ class Profiler:
         """Count a step; after the last one with timed collectives, write their table."""
         if self.step == self.config.communication_steps:
             deepspeed.comm.configure(enabled=False)
+            self.communication_share = _seconds_of_collectives() / (time.perf_counter() - self.began)
             if self.first_rank:
                 path = self.folder / COMMUNICATION_FILE
                 with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
@@ -80,3 +86,10 @@ class Profiler:
             deepspeed.comm.reset_log()
         self.step += 1
         self.forwards = 0
+
+
+def _seconds_of_collectives() -> float:
+    """Return what this rank's timed collectives took, the wait for other ranks included."""
+    of_operations = deepspeed.comm.comm.comms_logger.comms_dict.values()
+    # For each operation and size: [calls, latencies in ms, bandwidths, bandwidths]
+    return sum(sum(record[1]) for sizes in of_operations for record in sizes.values()) / 1e3

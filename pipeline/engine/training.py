@@ -25,7 +25,7 @@ from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
 from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.runtime import Launch, T, make_model
-from pipeline.weights import StoredWeights, copy_pieces
+from pipeline.weights import StoredWeights, copy_pieces, squared_norm
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
@@ -70,12 +70,17 @@ class DeepSpeedEngine:
 
     def require_in_memory(self, key: str) -> None:
         """Raise a `UserError` where the weights are on NVMe, out of reach of what `key` asks for."""
-        for part in ("optimizer", "param"):
-            if self.zero.get(f"offload_{part}", {}).get("device") == "nvme":
-                raise UserError(
-                    f"{key} needs the weights in memory, but {self.path} has offload_{part}.device = 'nvme': "
-                    f"set it to 'cpu', or {key} to null."
-                )
+        part = self._part_on_nvme()
+        if part is not None:
+            raise UserError(
+                f"{key} needs the weights in memory, but {self.path} has offload_{part}.device = 'nvme': "
+                f"set it to 'cpu', or {key} to null."
+            )
+
+    def _part_on_nvme(self) -> str | None:
+        """Return what of the weights is offloaded to NVMe, if anything."""
+        parts = ("optimizer", "param")
+        return next((p for p in parts if self.zero.get(f"offload_{p}", {}).get("device") == "nvme"), None)
 
     def start_from(self, weights: StoredWeights) -> None:
         """See `Engine`; each rank reads the parts that it keeps, and nothing is gathered."""
@@ -143,6 +148,17 @@ class DeepSpeedEngine:
         highest = values.clone()
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return highest
+
+    def squared_norm(self) -> Tensor:
+        """See `Engine`."""
+        if self._part_on_nvme() is not None:
+            return torch.full((), torch.nan, dtype=torch.float64, device=self.launch.device)
+        return squared_norm(self.shards.weights(), self.shards.pieces(self.names), self.launch.device)
+
+    def take_communication_share(self) -> float | None:
+        """See `Engine`."""
+        share, self.profiler.communication_share = self.profiler.communication_share, None
+        return share
 
     def barrier(self) -> None:
         """See `Engine`."""

@@ -1,112 +1,193 @@
-"""Curves: TensorBoard events and metrics.jsonl, written by the first rank."""
+"""Curves: collected on the device every step, fetched, reduced and written once an interval."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import orjson
+import numpy as np
+import psutil
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.files import keep_lines
+from pipeline.chain_statistics import ChainFigures
+from pipeline.config import Config
 from pipeline.monitor.stragglers import Stragglers
+from pipeline.monitor.writers import JsonLines, Point, TensorBoard, WeightsAndBiases, Writer
+from pipeline.objectives import stages_at
+from pipeline.planning.flops import step_flops
+from pipeline.planning.gpus import gpu_of_device
 from pipeline.runtime import Engine
 from pipeline.slots import SlotGroup
 
-METRICS_FILE = "metrics.jsonl"
+_GIB = 2**30
 
 
 class Recorder:
     """Collects values on the device every step, and fetches and writes them once an interval."""
 
     def __init__(
-        self, run_dir: Path, engine: Engine, groups: list[SlotGroup], stragglers: Stragglers, first_step: int
+        self,
+        config: Config,
+        vocabulary_rows: int,
+        engine: Engine,
+        groups: Sequence[SlotGroup],
+        stragglers: Stragglers,
+        first_step: int,
     ) -> None:
         """Open the files; what an interrupted run wrote from `first_step` on is dropped.
 
         Args:
-            run_dir: folder of the run.
+            config: the run.
+            vocabulary_rows: rows of the output matrix, for the FLOPs.
             engine: what the steps run on.
             groups: where the chains' statistics come from.
             stragglers: what compares the ranks.
             first_step: the step that comes next.
         """
+        self.config = config
+        self.vocabulary_rows = vocabulary_rows
         self.engine = engine
         self.groups = groups
         self.stragglers = stragglers
-        self.pending: list[tuple[int, Tensor, Tensor | float, float]] = []
+        self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.since = time.monotonic()
-        self.writer: SummaryWriter | None = None
-        self.path = run_dir / METRICS_FILE
+        self.writers: list[Writer] = []
+        device = engine.launch.device
+        self.gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if engine.launch.rank == 0:
-            keep_lines(self.path, lambda line: orjson.loads(line)["step"] < first_step)
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            run_dir = Path(config.run_dir)
+            self.writers = [JsonLines(run_dir, first_step), TensorBoard(run_dir, first_step, config)]
+            if config.monitor.wandb:
+                self.writers.append(WeightsAndBiases(run_dir, config))
 
-    def collect(self, step: int, loss: Tensor, gradient_norm: Tensor | float, learning_rate: float) -> None:
+    def collect(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Remember a step; `loss` [] is this rank's mean over its micro-batches, still on the device."""
         self.pending.append((step, loss, gradient_norm, learning_rate))
 
-    def flush(self, samples: int, tokens: int, skipped: int) -> dict[str, float]:
-        """Write the steps collected since the last flush, and return the figures of the interval.
+    def flush(self, skipped: int) -> dict[str, float]:
+        """Write the steps collected since the last flush, and return the figures of the last one.
 
-        Every rank calls this: it waits for the device once, and reduces once.
+        Every rank calls this: it waits for the device, and reduces one sum and one maximum.
 
         Args:
-            samples: sequences of a step, over all ranks.
-            tokens: tokens of a step, over all ranks.
             skipped: steps that the guard has refused since the run began.
         """
-        steps = len(self.pending)
-        losses = torch.stack([loss for _, loss, _, _ in self.pending]).double()
-        chains = torch.stack([group.statistics for group in self.groups]).sum(dim=0)
-        world_size = self.engine.launch.world_size
-        ranks = self.stragglers.measure(steps)
-        total = self.engine.sum_over_ranks(torch.cat([losses, chains, ranks])).tolist()
-        for group in self.groups:
-            group.statistics.zero_()
-        rate = steps / (time.monotonic() - self.since)
-        self.since = time.monotonic()
-        (masked, stage, ended), measured = total[steps : steps + 3], total[steps + 3 :]
-        batches = steps * len(self.groups) * world_size
+        numbers, losses, norms, learning_rates = zip(*self.pending, strict=True)
+        sums = self._sums(torch.stack(losses), len(numbers))
+        gradient_norms = torch.stack(norms).tolist()
+        elapsed = time.monotonic() - self.since
+        self.since += elapsed
+        launch = self.engine.launch
+        chains = self.groups[0].statistics.figures(sums["chains"], len(numbers), launch.sequence_size)
         interval = {
-            "masked_fraction": masked / batches,
-            "mean_stage": stage / batches,
-            "chains_ended_per_step": ended / steps / self.engine.launch.sequence_size,
-            "samples_per_second": rate * samples,
-            "tokens_per_second": rate * tokens,
+            **chains.scalars,
+            **self._progress(numbers[-1], *sums["begun"]),
+            **self._speed(numbers[-1], len(numbers), elapsed, chains),
+            **self._memory(),
             "skipped_steps": skipped,
-            **self.stragglers.figures(measured),
+            **self.stragglers.figures(sums["ranks"]),
         }
+        wait = interval["ranks/data_wait_slowest"]
+        interval["speed/data_wait_share"] = wait * len(numbers) / elapsed
+        if not math.isnan(sums["norm"][0]):
+            interval["parameter_norm"] = math.sqrt(sums["norm"][0])
         last: dict[str, float] = {}
-        for (step, _, norm, rate_now), loss in zip(self.pending, total, strict=False):
-            last = {"loss": loss / world_size, "gradient_norm": float(norm), "learning_rate": rate_now}
-            if step == self.pending[-1][0]:
+        for step, loss, norm, rate in zip(
+            numbers, sums["losses"], gradient_norms, learning_rates, strict=True
+        ):
+            last = {"loss": loss / launch.world_size, "gradient_norm": norm, "learning_rate": rate}
+            if step == numbers[-1]:
                 last |= interval
-            self.write(step, last)
+                self._write(Point(step, last, chains.bins, chains.histograms))
+            else:
+                self._write(Point(step, last))
         self.pending.clear()
         return last
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Write values of a step under their names."""
-        if self.writer is None:
-            return
-        for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}" if "/" not in name else name, value, step)
-        with self.path.open("ab") as file:
-            file.write(orjson.dumps({"step": step, **values}) + b"\n")
+    def _sums(self, losses: Tensor, steps: int) -> dict[str, list[float]]:
+        """Return what is added up over the groups and ranks, in one reduction and one wait."""
+        begun = np.sum([group.begun() for group in self.groups], axis=0) / self.engine.launch.sequence_size
+        parts = {
+            "losses": losses.double(),
+            "chains": torch.stack([group.statistics.take() for group in self.groups]).sum(dim=0),
+            "ranks": self.stragglers.measure(steps),
+            "norm": self.engine.squared_norm().reshape(1),
+            "begun": torch.from_numpy(begun).to(losses.device),
+        }
+        total = self.engine.sum_over_ranks(torch.cat(list(parts.values())))
+        sizes = [len(part) for part in parts.values()]
+        return {name: part.tolist() for name, part in zip(parts, total.cpu().split(sizes), strict=True)}
+
+    def _progress(self, step: int, begun: float, begun_in_first_epoch: float) -> dict[str, float]:
+        """Return how far the run has come at `step`."""
+        train, samples = self.config.train, self.groups[0].stream.size
+        figures = {
+            "progress/tokens": step * train.global_batch_size * self.config.data.sequence_length,
+            "progress/epochs": begun / samples,
+            "progress/unique_samples": begun_in_first_epoch,
+        }
+        stages = stages_at(self.config.objective, step)
+        return figures if stages is None else figures | {"chains/stages": stages}
+
+    def _speed(self, step: int, steps: int, elapsed: float, chains: ChainFigures) -> dict[str, float]:
+        """Return rates over `elapsed` seconds, in which `steps` steps up to `step` were trained."""
+        rate, samples = steps / elapsed, self.config.train.global_batch_size
+        rows, prompt = chains.masked_rows, chains.prompt_length
+        flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt).model
+        of_rank = flops * rate / self.engine.launch.world_size
+        figures = {
+            "samples_per_second": rate * samples,
+            "tokens_per_second": rate * samples * self.config.data.sequence_length,
+            "progress/flops_per_step": flops,
+            "speed/tflops": of_rank / 1e12,
+            "time/training": elapsed,
+        }
+        if self.gpu is not None:
+            figures["speed/mfu"] = of_rank / self.gpu.flops
+        communication = self.engine.take_communication_share()
+        if communication is not None:
+            figures["speed/communication_share"] = communication
+        return figures
+
+    def _memory(self) -> dict[str, float]:
+        """Return the highest of any rank in GiB: on a GPU since the last call, else of the process now."""
+        device = self.engine.launch.device
+        if device.type == "cuda":
+            names = ["memory/allocated", "memory/reserved"]
+            mine = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            names, mine = ["memory/host"], [psutil.Process().memory_info().rss]
+        sizes = torch.tensor(mine, dtype=torch.float64, device=device) / _GIB
+        return dict(zip(names, self.engine.max_over_ranks(sizes).tolist(), strict=True))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write figures of a step under their names; only the first rank does."""
+        self._write(Point(step, values))
+
+    def _write(self, point: Point) -> None:
+        for writer in self.writers:
+            writer.write(point)
+
+    @contextmanager
+    def apart(self, step: int, what: str) -> Iterator[None]:
+        """Leave what is done inside out of the rates, and write its seconds under time/`what`."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self.since += seconds
+        self.write(step, {f"time/{what}": seconds})
 
     def sync(self) -> None:
         """See to it that all that was flushed is in the files, before a checkpoint says that it is."""
-        if self.writer is not None:
-            self.writer.flush()
-
-    def restart_clock(self) -> None:
-        """Leave out of the rates what has passed since the last flush (evaluation, saving)."""
-        self.since = time.monotonic()
+        for writer in self.writers:
+            writer.sync()
 
     def close(self) -> None:
         """Write what is buffered."""
-        if self.writer is not None:
-            self.writer.close()
+        for writer in self.writers:
+            writer.close()

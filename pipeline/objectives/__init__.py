@@ -25,7 +25,10 @@ def build(config: Config, mask_id: int, has_padding: bool) -> ObjectiveSchedule:
     parts = [(1, _objective(settings.kind, config, mask_id, has_padding))]
     if settings.switch_to is not None and settings.switch_step is not None:
         parts.append((settings.switch_step, _objective(settings.switch_to, config, mask_id, has_padding)))
-    return ObjectiveSchedule(*parts)
+    longest = 2 if settings.complementary else 1
+    if "puma" in settings.kinds:
+        longest = max(longest, stage_schedule(settings)(config.train.steps))
+    return ObjectiveSchedule(longest, *parts)
 
 
 def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Objective:
@@ -45,6 +48,13 @@ def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Ob
     policy = POLICIES[settings.policy]
     chains = ProgressiveUnmasking(seed, layout, stage_schedule(settings), policy, settings.threshold)
     return Mixture(chains, random, settings.random_share) if settings.random_share else chains
+
+
+def stages_at(settings: ObjectiveConfig, step: int) -> int | None:
+    """Return K at `step` (1 is the first); nothing where the objective has no stages."""
+    switched = settings.switch_step is not None and step >= settings.switch_step
+    kind = settings.switch_to if switched else settings.kind
+    return stage_schedule(settings)(step) if kind == "puma" else None
 
 
 def stage_schedule(settings: ObjectiveConfig) -> StageSchedule:

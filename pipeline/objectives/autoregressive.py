@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Samples
-from pipeline.objectives.base import ChainState, Layout, Objective, Scores, mean_over_chains
+from pipeline.objectives.base import ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
 
 
 class Autoregressive:
@@ -31,9 +31,9 @@ class Autoregressive:
 
     def advance(
         self, samples: Samples, state: ChainState, scores: Scores, step: int
-    ) -> tuple[ChainState, Tensor]:
+    ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Change nothing and end every sequence."""
-        return state, torch.ones_like(samples.ids, dtype=torch.bool)
+        return state, torch.ones_like(samples.ids, dtype=torch.bool), None
 
     def held_out(self) -> Objective:
         """Return this objective: its loss is the exact negative log-likelihood, divided by L_eff."""

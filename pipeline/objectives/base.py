@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -117,6 +117,20 @@ class Scores:
         return cls(confidence, place(output.margin), place(output.entropy))
 
 
+class Reveals(NamedTuple):
+    """What the chains of B sequences reveal from one step to the next; for the curves alone.
+
+    Attributes:
+        chains: [B] int64, the chains that go on.
+        ranked: [B] int64, positions that they reveal because the policy ranks them highest.
+        by_threshold: [B] int64, positions that they reveal besides, for a confidence above the threshold.
+    """
+
+    chains: Tensor
+    ranked: Tensor
+    by_threshold: Tensor
+
+
 class Layout(Protocol):
     """How a sequence is cut into chains, and what input the model gets for a set of masked positions."""
 
@@ -164,12 +178,12 @@ class Objective(Protocol):
 
     def advance(
         self, samples: Samples, state: ChainState, scores: Scores, step: int
-    ) -> tuple[ChainState, Tensor]:
+    ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Move every chain on after training on `state` at `step`.
 
         Returns:
-            The state for the following step, and [B] bool: sequences that have ended, whose state the caller
-            replaces.
+            The state for the following step; [B] bool: sequences that have ended, whose state the caller
+            replaces; and what was revealed, where this objective reveals at all.
         """
 
     def held_out(self) -> Objective:
@@ -188,8 +202,14 @@ def model_input(
 class ObjectiveSchedule:
     """The objective of each step: one for the whole run, or several after each other."""
 
-    def __init__(self, *parts: tuple[int, Objective]) -> None:
-        """Begin each objective at its step; the first of them begins at step 1."""
+    def __init__(self, longest: int, *parts: tuple[int, Objective]) -> None:
+        """Begin each objective at its step; the first of them begins at step 1.
+
+        Args:
+            longest: the most steps that a sequence lasts in this run.
+            parts: the objectives.
+        """
+        self.longest = longest
         self.parts = parts
 
     def at(self, step: int) -> Objective:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import ChainState, Objective, Scores
+from pipeline.objectives.base import ChainState, Objective, Reveals, Scores
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
 
@@ -48,14 +48,17 @@ class Mixture:
 
     def advance(
         self, samples: Samples, state: ChainState, scores: Scores, step: int
-    ) -> tuple[ChainState, Tensor]:
+    ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Move the chains on, and draw the random masks of the next stage."""
-        chains, ended = self.chains.advance(samples, state, scores, step)
+        chains, ended, reveals = self.chains.advance(samples, state, scores, step)
         stages = self.chains.stages
         stage = stages.following(state.stage, step)
         random = self.random.begin(samples, stage, step + 1)
         where = self.is_random(samples)
-        return chains.replaced(where, random), torch.where(where, stage[:, 0] >= stages(step + 1), ended)
+        ended = torch.where(where, stage[:, 0] >= stages(step + 1), ended)
+        assert reveals is not None
+        of_chains = Reveals(*(count.masked_fill(where, 0) for count in reveals))
+        return chains.replaced(where, random), ended, of_chains
 
     def held_out(self) -> Objective:
         """Return random masking with the masks of every held-out loss."""

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from pipeline.data.batch import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import Chains, ChainState, Layout, Objective, Scores, mean_over_chains
+from pipeline.objectives.base import (
+    Chains,
+    ChainState,
+    Layout,
+    Objective,
+    Reveals,
+    Scores,
+    mean_over_chains,
+)
 from pipeline.objectives.policies import Policy
 from pipeline.objectives.random_masking import chain_numbers, held_out_masking
 from pipeline.objectives.stages import StageSchedule
@@ -68,7 +76,7 @@ class ProgressiveUnmasking:
 
     def advance(
         self, samples: Samples, state: ChainState, scores: Scores, step: int
-    ) -> tuple[ChainState, Tensor]:
+    ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Reveal the highest ranked masked positions of each chain up to the next stage's count."""
         chains = self.layout.chains(samples)
         length, final = chains.length, self.stages(step + 1)
@@ -76,13 +84,19 @@ class ProgressiveUnmasking:
         unmasked = length - chains.sums(state.masked)
         count = self.target_count(samples, chains, stage, step + 1) - unmasked  # below 0: it has more already
         ranking = self.policy.ranking(self.seed, samples, scores)
-        masked = state.masked & ~chains.take_highest(state.masked, ranking, count)
+        masked = ranked = state.masked & ~chains.take_highest(state.masked, ranking, count)
         if self.threshold is not None:
             masked = masked & ~(scores.confidence > self.threshold)
             unmasked = length - chains.sums(masked)
             stage = torch.maximum(stage, unmasked * final // length.clamp(min=1))
         ended = (stage >= final) | (length == 0)  # [B, N]
-        return ChainState(masked & ~chains.spread(ended), stage), ended.all(dim=1)
+        going_on = ~chains.spread(ended)  # [B, L]
+        reveals = Reveals(
+            (~ended).sum(dim=1),
+            (state.masked & ~ranked & going_on).sum(dim=1),
+            (ranked & ~masked & going_on).sum(dim=1),
+        )
+        return ChainState(masked & going_on, stage), ended.all(dim=1), reveals
 
     def held_out(self) -> Objective:
         """Return random masking with the masks of every held-out loss."""

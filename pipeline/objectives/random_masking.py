@@ -14,6 +14,7 @@ from pipeline.objectives.base import (
     ChainState,
     Layout,
     Objective,
+    Reveals,
     Scores,
     mean_over_chains,
     positions_like,
@@ -117,12 +118,12 @@ class RandomMasking:
 
     def advance(
         self, samples: Samples, state: ChainState, scores: Scores, step: int
-    ) -> tuple[ChainState, Tensor]:
+    ) -> tuple[ChainState, Tensor, Reveals | None]:
         """End every sequence, or go on to the complement of its mask."""
         ended = torch.ones_like(samples.ids, dtype=torch.bool)
         if not self.complementary:
-            return state, ended
-        return self.begin(samples, state.stage + 1, step + 1), ended & (state.stage[:, 0] % 2 == 1)
+            return state, ended, None
+        return self.begin(samples, state.stage + 1, step + 1), ended & (state.stage[:, 0] % 2 == 1), None
 
     def held_out(self) -> Objective:
         """Return random masking with the masks of every held-out loss."""

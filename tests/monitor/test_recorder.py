@@ -1,0 +1,205 @@
+"""Curves of whole runs: in TensorBoard, in metrics.jsonl and on Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from programs import Outcome
+from runs import command, curve, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline import config as configuration
+from pipeline.checkpoint.manifest import read_manifest
+from pipeline.config.loading import flatten
+from pipeline.monitor.layout import LAYOUT
+from pipeline.monitor.writers import is_measured
+from pipeline.planning.flops import step_flops
+from pipeline.runtime import read_weights
+
+Train = Callable[..., Outcome]
+MORE = ["--objective.threshold", "0.3", "--optimizer.ema_decay", "0.9", "--train.log_samples", "true"]
+FEW = 100  # step numbers that TensorBoard keeps of each curve: all
+
+
+@pytest.fixture(scope="module")
+def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of 16 steps that lost all it did after step 12, and went on."""
+    from pipeline import train
+
+    folder = tmp_path_factory.mktemp("recorded")
+    arguments = command(data, folder / "run", "--engine.kind", "plain", *MORE)
+    assert train.main(arguments) == 0
+    (folder / "run/checkpoints/step_00000016").rename(folder / "lost")
+    assert train.main(arguments) == 0
+    return folder / "run"
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    """Return what TensorBoard finds, nothing thinned out."""
+    sizes = {"scalars": 0, "histograms": 0, "tensors": 0}
+    return EventAccumulator(str(run_dir / "tensorboard"), size_guidance=sizes).Reload()
+
+
+def test_every_curve_is_there_once(run_dir: Path) -> None:
+    """Each step of each curve once, as in metrics.jsonl, although the run lost steps and did them again."""
+    found = events(run_dir)
+    lines = metrics(run_dir)
+    expected: dict[str, dict[int, float]] = {}
+    for line in lines:
+        for name, value in flatten({k: v for k, v in line.items() if k not in ("step", "unix_time")}).items():
+            family, _, rest = name.partition(".")
+            tag = f"{family}/{rest}" if rest else name
+            expected.setdefault(tag if "/" in tag else f"train/{tag}", {})[line["step"]] = value
+    scalars = [tag for tag in found.Tags()["scalars"] if not tag.startswith("custom")]
+    assert set(expected) <= set(scalars)
+    for tag, values in expected.items():
+        points = found.Scalars(tag)
+        steps = [point.step for point in points]
+        if not tag.startswith("time/"):  # a save and an evaluation may come at the same step
+            assert len(steps) == len(set(steps)), tag
+        assert {point.step: point.value for point in points} == pytest.approx(values, rel=1e-6), tag
+    assert sorted(expected["train/loss"]) == list(range(1, 17))
+    assert sorted(expected["train/parameter_norm"]) == [4, 8, 12, 16]
+    names = """train/tokens_per_second train/skipped_steps speed/tflops speed/data_wait_share memory/host
+        calibration/error chains/stages chains/reveals_per_step chains/threshold_share progress/epochs
+        progress/unique_samples time/checkpoint_stall time/evaluation held_out/loss held_out/ema_loss
+        loss_by_mask_ratio/0.9-1.0 loss_by_stage/00 accuracy_by_confidence/0.1-0.2"""
+    for name in names.split():
+        assert name in expected, name
+
+
+def test_histograms_settings_and_first_page(run_dir: Path) -> None:
+    found = events(run_dir)
+    for name in ("confidence", "chain_age", "chain_length"):
+        points = found.Histograms(f"histograms/{name}")
+        assert [point.step for point in points] == [4, 8, 12, 16]
+        assert all(point.histogram_value.num > 0 for point in points)
+    ages = found.Histograms("histograms/chain_age")[0].histogram_value
+    assert ages.num == 16 * 4, "each of the 16 slots at each of 4 steps"
+    tensors = found.Tags()["tensors"]
+    assert "config/text_summary" in tensors
+    shown = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "    threshold: 0.3\n" in shown.replace("      ", "    ")
+    assert "custom_scalars__config__" in tensors
+    assert found.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name == "hparams"
+
+
+def test_the_first_page_shows_what_is_recorded(run_dir: Path) -> None:
+    """No chart of the layout stays empty in a run on a CPU, but for what only a GPU or a profile has."""
+    import re
+
+    tags = events(run_dir).Tags()["scalars"]
+    elsewhere = {"MFU"}
+    for charts in LAYOUT.values():
+        for chart, (_, patterns) in charts.items():
+            shown = [tag for tag in tags if any(re.match(pattern, tag) for pattern in patterns)]
+            assert bool(shown) == (chart not in elsewhere), chart
+
+
+def test_progress_equals_the_sample_log(run_dir: Path) -> None:
+    """Epochs and unique samples are those of the samples that the run says it has trained on."""
+    log = run_dir / "samples/rank_00000.jsonl"
+    lines = {line["step"]: line["samples"] for line in map(json.loads, log.read_text().splitlines())}
+    seen: set[tuple[int, int]] = set()
+    points = {line["step"]: line for line in metrics(run_dir) if "progress/epochs" in line}
+    for step in sorted(lines):
+        seen |= {(epoch, sample) for epoch, sample in lines[step]}
+        if step in points:
+            assert points[step]["progress/epochs"] == pytest.approx(len(seen) / 48)
+            assert points[step]["progress/unique_samples"] == sum(epoch == 0 for epoch, _ in seen)
+            assert points[step]["progress/tokens"] == step * 16 * 12
+    assert len(points) == 4
+
+
+def test_rates_and_flops_agree(run_dir: Path) -> None:
+    """TFLOP/s are the FLOPs of the masked rows that there were, over the time that training took."""
+    config = configuration.load(["--config", str(run_dir / "config.yaml")])
+    vocabulary = read_manifest(run_dir / "checkpoints/step_00000016").vocabulary["rows"]
+    for line in (line for line in metrics(run_dir) if "speed/tflops" in line):
+        head = step_flops(config, vocabulary, 1.0).head
+        rest = step_flops(config, vocabulary, 0.0).model
+        rows = (line["progress/flops_per_step"] - rest) / head
+        assert rows == pytest.approx(round(rows * 4) / 4), "a whole number of rows in 4 steps"
+        assert 16 <= rows <= 16 * 11
+        seconds = line["time/training"] / 4
+        assert line["speed/tflops"] == pytest.approx(line["progress/flops_per_step"] / seconds / 1e12)
+        assert line["tokens_per_second"] == pytest.approx(16 * 12 / seconds)
+
+
+def test_parameter_norm_is_that_of_the_weights(run_dir: Path) -> None:
+    weights = read_weights(run_dir / "checkpoints/step_00000016/model")
+    unique = {weight.data_ptr(): weight for name, weight in weights.items() if name != "lm_head.weight"}
+    expected = math.sqrt(sum(float(weight.double().square().sum()) for weight in unique.values()))
+    assert dict(curve(run_dir, "parameter_norm"))[16] == pytest.approx(expected, rel=1e-6)
+
+
+class StandIn(ModuleType):
+    """A module wandb that remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[dict[str, float]] = []
+        self.defined: list[tuple[str, str]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> StandIn:
+        self.begun.append(options)
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.defined.append((name, step_metric))
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_gets_the_same_curves(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run that goes on here goes on there."""
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    more = ["--monitor.wandb", "true", "--monitor.wandb_project", "mine"]
+    run_dir = tmp_path / "run"
+    assert train(run_dir, "--train.steps", "8", *more).code == 0
+    assert train(run_dir, *more).code == 0
+    one, two = wandb.begun
+    assert one["id"] == two["id"]
+    assert (one["project"], one["name"], two["resume"]) == ("mine", "run", "allow")
+    assert one["config"]["objective"]["stages"] == 4
+    assert wandb.defined[0] == ("*", "step")
+    assert wandb.finished == 2
+    lines = metrics(run_dir)
+    assert len(wandb.logged) == len(lines)
+    for line, logged in zip(lines, wandb.logged, strict=True):
+        assert logged["step"] == line["step"]
+        if "loss" in line:
+            assert logged["train/loss"] == line["loss"]
+    assert any("loss_by_stage/00" in logged for logged in wandb.logged)
+
+
+def test_wandb_that_is_missing_is_one_line(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    complaint = train(tmp_path / "run", "--monitor.wandb", "true").complaint()
+    assert "monitor.wandb" in complaint
+    assert "pip install wandb" in complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_measured_is_known_by_name() -> None:
+    """What comparisons of runs leave out is no more than that."""
+    assert all(
+        map(is_measured, ["tokens_per_second", "ranks/data_wait_median", "unix_time", "time/training"])
+    )
+    assert not any(map(is_measured, ["loss", "progress/flops_per_step", "held_out/loss", "chains/stages"]))
