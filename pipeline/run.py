@@ -18,12 +18,15 @@ from pipeline.data.samples import Datasets, build_datasets
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.held_out import held_out_loss
+from pipeline.evaluation.shown_texts import write_texts
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
+from pipeline.monitor.history import noted
 from pipeline.monitor.progress import Progress
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.sample_log import SampleLog
 from pipeline.monitor.stragglers import Stragglers
+from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import require_wandb
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
@@ -43,7 +46,7 @@ class Run:
         config = fit_micro_batch(config, launch)
         self.config = config
         self.folder = Path(config.run_dir)
-        tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+        self.tokenizer = tokenizer = Tokenizer.load(Path(config.data.tokenizer))
         check_data(config.data, tokenizer)
         accumulation = config.train.accumulation(launch.data_size)
         vocabulary = read_vocabulary(config, tokenizer)
@@ -79,6 +82,14 @@ class Run:
         stack.callback(self.watchdog.close)
         self.saver = checkpoint.Saver(config, self.engine, self.groups, self.progress.say)
         stack.callback(self.saver.close)
+        if launch.rank == 0:
+            lost = self.recorder.lost_steps
+            stack.enter_context(noted(self.folder, self.manifest.step, launch.world_size, lost, self.outcome))
+
+    def outcome(self) -> str:
+        """Return how the process ended, if it was no error."""
+        step, steps = self.manifest.step, self.config.train.steps
+        return "done" if step == steps else f"stopped after step {step} and saved"
 
     def report_order(self) -> None:
         """Show and write what each dataset gives to an epoch."""
@@ -220,6 +231,7 @@ class Run:
             if self.config.optimizer.ema_decay is not None:
                 with self.engine.averaged_weights():
                     losses["held_out/ema_loss"] = self.held_out_loss(valid)
+            self.recorder.write_texts(self.write_texts(valid))
         measured = {name: loss for name, loss in losses.items() if loss is not None}
         if len(measured) == len(losses):
             self.manifest.held_out_loss = measured.get("held_out/ema_loss", measured["held_out/loss"])
@@ -232,6 +244,12 @@ class Run:
         samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
         step, objective = self.manifest.step, self.objectives.at(self.manifest.step).held_out()
         return held_out_loss(self.engine, valid, samples, batch_size, objective, step, self.stopped)
+
+    def write_texts(self, valid: SampleDataset) -> list[ShownText]:
+        """Return what the model writes in the place of some validation samples; nothing after a stop."""
+        count, step = min(self.config.monitor.texts, len(valid)), self.manifest.step
+        layout = self.objectives.at(step).layout
+        return write_texts(self.engine, valid, count, layout, self.tokenizer, step, self.stopped)
 
     def save(self) -> None:
         """Save the run, with all figures up to this step in their files first."""

@@ -116,13 +116,14 @@ def bernoulli_mask(
 
 @dataclass
 class HeadResult:
-    """What a head gives: loss [], NLL and scores [R], gradients of hidden [R, H] and weight [V, H]."""
+    """What a head gives: loss [], all else [R], gradients of hidden [R, H] and weight [V, H]."""
 
     loss: float
     nll: np.ndarray
     confidence: np.ndarray
     margin: np.ndarray
     entropy: np.ndarray
+    likeliest: np.ndarray
     grad_hidden: np.ndarray
     grad_weight: np.ndarray
 
@@ -148,6 +149,7 @@ def full_logit_head(
         ordered[:, -1],
         ordered[:, -1] - ordered[:, -2],
         -(allowed * np.log(allowed)).sum(axis=1),
+        probabilities.argmax(axis=1),
         gradient @ weight,
         gradient.T @ hidden,
     )

@@ -12,13 +12,17 @@ class MonitorConfig:
     """Curves beyond TensorBoard and metrics.jsonl, which every run writes.
 
     Args:
+        texts: Validation samples whose answer, or second half, the model writes anew at each evaluation; they
+            are shown in the order of unmasking. 0 = none.
         wandb: Also send the curves to Weights & Biases (pip install wandb).
         wandb_project: Project of the run there; its name is that of the run folder.
     """
 
+    texts: int = 2
     wandb: bool = False
     wandb_project: str = "puma"
 
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
+        require(self.texts >= 0, f"monitor.texts is {self.texts}: it must be 0 or more.")
         require(bool(self.wandb_project), "monitor.wandb_project is empty: give it a name.")

@@ -48,7 +48,7 @@ class MaskedBatch(NamedTuple):
         targets: [R] int64, the true tokens there.
         weights: [R] float32, the share of each row in the loss.
         visibility: which positions see which others.
-        scores: which of "margin" and "entropy" the head gives besides the confidence.
+        scores: which of "margin", "entropy" and "likeliest" the head gives besides the confidence.
     """
 
     input_ids: Tensor
@@ -69,6 +69,7 @@ class HeadOutput(NamedTuple):
         confidence: [R] float32, max_v p(v | xt); no gradient.
         margin: [R] float32, the highest probability less the second; None unless the batch asks for it.
         entropy: [R] float32, -sum_v p(v | xt) log p(v | xt) in nats; None unless the batch asks for it.
+        likeliest: [R] int64, argmax_v p(v | xt); None unless the batch asks for it.
     """
 
     loss: Tensor
@@ -76,6 +77,7 @@ class HeadOutput(NamedTuple):
     confidence: Tensor
     margin: Tensor | None = None
     entropy: Tensor | None = None
+    likeliest: Tensor | None = None
 
 
 def masked_batch(

@@ -29,7 +29,7 @@ class _MaskedLoss(torch.autograd.Function):
         weights: Tensor,
         vocabulary: Vocabulary,
         scores: tuple[str, ...] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         rows = hidden.shape[0]
         h, w = _operands(hidden, weight)
         need_gradients = any(ctx.needs_input_grad[:2])
@@ -41,6 +41,7 @@ class _MaskedLoss(torch.autograd.Function):
         confidence = torch.empty_like(nll)
         margin = torch.empty_like(nll) if "margin" in scores else None
         entropy = torch.empty_like(nll) if "entropy" in scores else None
+        likeliest = torch.empty_like(targets) if "likeliest" in scores else None
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             target = targets[part, None]
@@ -48,6 +49,8 @@ class _MaskedLoss(torch.autograd.Function):
             logits = _logits(h[part], w, vocabulary, out)  # [C, V] float32
             if margin is not None:
                 top = logits.topk(2, dim=-1).values  # [C, 2]
+            if likeliest is not None:
+                likeliest[part] = logits.argmax(dim=-1)
             highest = logits.amax(dim=-1, keepdim=True)  # [C, 1]
             nll[part] = (highest - logits.gather(1, target)).squeeze(1)
             exponentials = logits.sub_(highest).exp_()  # in place
@@ -65,8 +68,9 @@ class _MaskedLoss(torch.autograd.Function):
                 grad_hidden[part] = _product(grad_logits, w)
                 _add_product(grad_weight, grad_logits.T, h[part])
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-        ctx.mark_non_differentiable(*(x for x in (nll, confidence, margin, entropy) if x is not None))
-        return (nll * weights).sum(), nll, confidence, margin, entropy
+        values = (nll, confidence, margin, entropy, likeliest)
+        ctx.mark_non_differentiable(*(x for x in values if x is not None))
+        return (nll * weights).sum(), *values
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,7 +134,7 @@ class MaskedHead(nn.Module):
             hidden: [R, H].
             targets: [R] int64.
             weights: [R] float32, share of each row in the loss.
-            scores: which of "margin" and "entropy" are computed besides the confidence.
+            scores: which of "margin", "entropy" and "likeliest" are computed besides the confidence.
         """
         return HeadOutput(*_MaskedLoss.apply(hidden, self.weight, targets, weights, self.vocabulary, scores))
 

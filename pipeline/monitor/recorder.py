@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.chain_statistics import ChainFigures
 from pipeline.config import Config
 from pipeline.monitor.stragglers import Stragglers
+from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import JsonLines, Point, TensorBoard, WeightsAndBiases, Writer
 from pipeline.objectives import stages_at
 from pipeline.planning.flops import step_flops
@@ -56,11 +57,14 @@ class Recorder:
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.since = time.monotonic()
         self.writers: list[Writer] = []
+        self.lost_steps = 0  # that an earlier process had recorded from the first step on
         device = engine.launch.device
         self.gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if engine.launch.rank == 0:
             run_dir = Path(config.run_dir)
-            self.writers = [JsonLines(run_dir, first_step), TensorBoard(run_dir, first_step, config)]
+            lines = JsonLines(run_dir, first_step)
+            self.lost_steps = lines.lost_steps
+            self.writers = [lines, TensorBoard(run_dir, first_step, config)]
             if config.monitor.wandb:
                 self.writers.append(WeightsAndBiases(run_dir, config))
 
@@ -172,6 +176,11 @@ class Recorder:
     def _write(self, point: Point) -> None:
         for writer in self.writers:
             writer.write(point)
+
+    def write_texts(self, texts: Sequence[ShownText]) -> None:
+        """Write what the model wrote at one step; only the first rank does."""
+        for writer in self.writers if texts else []:
+            writer.write_texts(texts)
 
     @contextmanager
     def apart(self, step: int, what: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ import importlib
 import itertools
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.config.loading import flatten
 from pipeline.files import keep_lines
 from pipeline.monitor.layout import LAYOUT
+from pipeline.monitor.texts import TEXTS_FILE, ShownText, as_html, as_picture
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_id"
@@ -68,6 +69,9 @@ class Writer(Protocol):
     def write(self, point: Point) -> None:
         """Keep a point; steps may come again, with other figures."""
 
+    def write_texts(self, texts: Sequence[ShownText]) -> None:
+        """Keep what the model wrote at one step."""
+
     def sync(self) -> None:
         """See to it that all points so far are in the files."""
 
@@ -76,18 +80,36 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one line a point; histograms are left to TensorBoard."""
+    """metrics.jsonl: one line a point; histograms are left to TensorBoard. And texts.jsonl.
+
+    Attributes:
+        lost_steps: training steps that were in the file from the first step on.
+    """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Open the file; lines from `first_step` on, and half a line of a killed process, are dropped."""
-        self.path = run_dir / METRICS_FILE
-        keep_lines(self.path, lambda line: orjson.loads(line)["step"] < first_step)
+        """Open the files; lines from `first_step` on, and half a line of a killed process, are dropped."""
+        self.path, self.texts = run_dir / METRICS_FILE, run_dir / TEXTS_FILE
+        self.lost_steps = 0
+
+        def wanted(line: bytes) -> bool:
+            entry = orjson.loads(line)
+            keep = bool(entry["step"] < first_step)
+            self.lost_steps += "loss" in entry and not keep
+            return keep
+
+        keep_lines(self.path, wanted)
+        keep_lines(self.texts, lambda line: orjson.loads(line)["step"] < first_step)
 
     def write(self, point: Point) -> None:
         """See `Writer`; "unix_time" is when the line was written."""
         line = {"step": point.step, **point.scalars, **point.bins, "unix_time": round(time.time(), 2)}
         with self.path.open("ab") as file:
             file.write(orjson.dumps(line) + b"\n")
+
+    def write_texts(self, texts: Sequence[ShownText]) -> None:
+        """See `Writer`."""
+        with self.texts.open("ab") as file:
+            file.writelines(text.to_json() for text in texts)
 
     def sync(self) -> None:
         """See `Writer`: nothing is held back."""
@@ -103,9 +125,7 @@ class TensorBoard:
         """Open a file of events, before which TensorBoard forgets steps from `first_step` on."""
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self.writer.add_custom_scalars(LAYOUT)
-        # Indented text is code in Markdown.
-        text = "".join(f"    {line}\n" for line in configuration.to_yaml(config).splitlines())
-        self.writer.add_text("config", text, max(0, first_step - 1))
+        self.writer.add_text("config", _as_code(configuration.to_yaml(config)), first_step - 1)
         # add_hparams itself would write to a run of its own.
         settings = {key: _plain(value) for key, value in flatten(dataclasses.asdict(config)).items()}
         for summary in hparams(settings, {"train/loss": 0.0, "held_out/loss": 0.0}):
@@ -136,6 +156,14 @@ class TensorBoard:
             global_step=step,
         )
 
+    def write_texts(self, texts: Sequence[ShownText]) -> None:
+        """See `Writer`: the order of unmasking as a picture, and the bare text, in any script."""
+        for number, text in enumerate(texts):
+            tag = f"texts/{number}"
+            self.writer.add_image(tag, as_picture(text), text.step, dataformats="HWC")
+            shown = f"{text.given}⟦{''.join(text.pieces)}⟧"
+            self.writer.add_text(tag, _as_code(shown), text.step)
+
     def sync(self) -> None:
         """See `Writer`."""
         self.writer.flush()
@@ -143,6 +171,11 @@ class TensorBoard:
     def close(self) -> None:
         """See `Writer`."""
         self.writer.close()
+
+
+def _as_code(text: str) -> str:
+    """Return Markdown that shows a text as it is: indented, it is code."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _plain(value: Any) -> str | bool | int | float:
@@ -172,6 +205,11 @@ class WeightsAndBiases:
     def write(self, point: Point) -> None:
         """See `Writer`."""
         self.run.log({"step": point.step, **point.tagged()})
+
+    def write_texts(self, texts: Sequence[ShownText]) -> None:
+        """See `Writer`."""
+        shown = {f"texts/{number}": require_wandb().Html(as_html(text)) for number, text in enumerate(texts)}
+        self.run.log({"step": texts[0].step, **shown})
 
     def sync(self) -> None:
         """See `Writer`: wandb sends from a process of its own."""

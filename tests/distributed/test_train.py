@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.cli import UserError
 from pipeline.config.loading import flatten
 from pipeline.engine import read_deepspeed_json
+from pipeline.monitor.texts import read_texts
 from tools import train_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]
@@ -95,6 +96,9 @@ def test_held_out_loss_does_not_depend_on_ranks(data: Path, train: Train, tmp_pa
     train_on(2, data, tmp_path / "2", "--evaluation.samples", "11")
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert flatten(not_measured(one)) == pytest.approx(flatten(not_measured(two)), rel=1e-3, abs=1e-5)
+    texts = read_texts(tmp_path / "1")
+    assert len(texts) == 4
+    assert texts == read_texts(tmp_path / "2")
     one, two = ([value for _, value in curve(tmp_path / n, "held_out/loss")] for n in ("1", "2"))
     assert len(one) == 2
     assert one == pytest.approx(two, abs=1e-5)

@@ -41,7 +41,8 @@ def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[torch.
 def run(rows: int = ROWS, dtype: torch.dtype = torch.float32, scores: tuple[str, ...] = SCORES) -> Case:
     """Return the head's output after a backward pass of twice its loss, and the oracle's."""
     hidden, weight, targets, weights = inputs(rows, dtype)
-    output = HeadOutput(*masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY, scores))
+    asked = (*scores, "likeliest")
+    output = HeadOutput(*masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY, asked))
     (2 * output.loss).backward()
     arrays = [x.detach().double().numpy() for x in (hidden, weight)]
     expected = oracles.full_logit_head(*arrays, targets.numpy(), weights.double().numpy(), FORBIDDEN)
@@ -57,6 +58,8 @@ def check(case: Case, rtol: float = 1e-5, gradient_tolerance: float = 1e-6) -> N
         assert values.dtype == torch.float32
         assert not values.requires_grad
         np.testing.assert_allclose(values, getattr(expected, name), rtol=rtol, atol=1e-6, err_msg=name)
+    assert output.likeliest is not None
+    np.testing.assert_array_equal(output.likeliest, expected.likeliest)
     for gradient, wanted in [
         (case.hidden.grad, expected.grad_hidden),
         (case.weight.grad, expected.grad_weight),

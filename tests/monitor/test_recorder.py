@@ -12,33 +12,19 @@ from typing import Any
 
 import pytest
 from programs import Outcome
-from runs import command, curve, metrics
+from runs import curve, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import config as configuration
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.loading import flatten
 from pipeline.monitor.layout import LAYOUT
+from pipeline.monitor.texts import read_texts
 from pipeline.monitor.writers import is_measured
 from pipeline.planning.flops import step_flops
 from pipeline.runtime import read_weights
 
 Train = Callable[..., Outcome]
-MORE = ["--objective.threshold", "0.3", "--optimizer.ema_decay", "0.9", "--train.log_samples", "true"]
-FEW = 100  # step numbers that TensorBoard keeps of each curve: all
-
-
-@pytest.fixture(scope="module")
-def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run of 16 steps that lost all it did after step 12, and went on."""
-    from pipeline import train
-
-    folder = tmp_path_factory.mktemp("recorded")
-    arguments = command(data, folder / "run", "--engine.kind", "plain", *MORE)
-    assert train.main(arguments) == 0
-    (folder / "run/checkpoints/step_00000016").rename(folder / "lost")
-    assert train.main(arguments) == 0
-    return folder / "run"
 
 
 def events(run_dir: Path) -> EventAccumulator:
@@ -83,6 +69,9 @@ def test_histograms_settings_and_first_page(run_dir: Path) -> None:
         assert all(point.histogram_value.num > 0 for point in points)
     ages = found.Histograms("histograms/chain_age")[0].histogram_value
     assert ages.num == 16 * 4, "each of the 16 slots at each of 4 steps"
+    assert [image.step for image in found.Images("texts/0")] == [8, 16]
+    written = found.Tensors("texts/0/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "".join(read_texts(run_dir)[-2].pieces) in written
     tensors = found.Tags()["tensors"]
     assert "config/text_summary" in tensors
     shown = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -146,7 +135,7 @@ class StandIn(ModuleType):
     def __init__(self) -> None:
         super().__init__("wandb")
         self.begun: list[dict[str, Any]] = []
-        self.logged: list[dict[str, float]] = []
+        self.logged: list[dict[str, Any]] = []
         self.defined: list[tuple[str, str]] = []
         self.finished = 0
 
@@ -157,8 +146,11 @@ class StandIn(ModuleType):
     def define_metric(self, name: str, step_metric: str) -> None:
         self.defined.append((name, step_metric))
 
-    def log(self, values: dict[str, float]) -> None:
+    def log(self, values: dict[str, Any]) -> None:
         self.logged.append(values)
+
+    def Html(self, page: str) -> str:
+        return page
 
     def finish(self) -> None:
         self.finished += 1
@@ -179,8 +171,11 @@ def test_wandb_gets_the_same_curves(train: Train, tmp_path: Path, monkeypatch: p
     assert wandb.defined[0] == ("*", "step")
     assert wandb.finished == 2
     lines = metrics(run_dir)
-    assert len(wandb.logged) == len(lines)
-    for line, logged in zip(lines, wandb.logged, strict=True):
+    texts = [logged for logged in wandb.logged if "texts/0" in logged]
+    points = [logged for logged in wandb.logged if "texts/0" not in logged]
+    assert [logged["step"] for logged in texts] == [8, 16]
+    assert len(points) == len(lines)
+    for line, logged in zip(lines, points, strict=True):
         assert logged["step"] == line["step"]
         if "loss" in line:
             assert logged["train/loss"] == line["loss"]

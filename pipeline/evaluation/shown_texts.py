@@ -1,0 +1,119 @@
+"""What the model writes in the place of validation samples, by the engine that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import PROMPT, SampleDataset, Samples, stack_samples
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.monitor.texts import ShownText
+from pipeline.objectives.base import Layout, Scores, positions_like, take_highest
+from pipeline.objectives.layouts import Blocks, LeftToRight
+from pipeline.runtime import Engine
+
+FORWARDS = 32  # for a whole text
+IN_TURN = 64  # tokens of a text that is written block by block, or from left to right
+
+
+def write_texts(
+    engine: Engine,
+    dataset: SampleDataset,
+    count: int,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    step: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[ShownText]:
+    """Mask the answers of the first samples, or the second half where there is no prompt, and fill them in.
+
+    The likeliest tokens are taken, those of the highest confidence first. Every rank calls this and runs the
+    same forwards, as ZeRO-3 needs.
+
+    Args:
+        engine: what runs the model.
+        dataset: validation samples.
+        count: how many of them.
+        layout: how the objective shows sequences to the model.
+        tokenizer: of the model.
+        step: the optimizer step that the model has come to.
+        stopped: asked before every forward whether to give up; all ranks must answer alike.
+
+    Returns:
+        The texts; none when it was given up.
+    """
+    if count == 0:
+        return []
+    samples = stack_samples([dataset[i] for i in range(count)], range(count)).to(engine.launch.device)
+    masked = to_be_written(samples, layout)
+    found = fill(engine, samples, masked, layout, step, stopped)
+    if found is None:
+        return []
+    tokens, order = (x.tolist() for x in found)
+    return [_shown(tokenizer, row, places, step) for row, places in zip(tokens, order, strict=True)]
+
+
+def to_be_written(samples: Samples, layout: Layout) -> Tensor:
+    """Return [B, L] bool: the answer or, where there is no prompt, its second half.
+
+    Where nothing is seen of what is behind, the first `IN_TURN` tokens are enough.
+    """
+    answer = layout.chains(samples).answer
+    has_prompt = (samples.roles == PROMPT).any(dim=1, keepdim=True)
+    rank = answer.cumsum(dim=1) - 1
+    first = torch.where(has_prompt, 0, answer.sum(dim=1, keepdim=True) // 2)
+    masked = answer & (rank >= first)
+    return masked & (rank < first + IN_TURN) if isinstance(layout, Blocks | LeftToRight) else masked
+
+
+def fill(
+    engine: Engine,
+    samples: Samples,
+    masked: Tensor,
+    layout: Layout,
+    step: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, Tensor] | None:
+    """Fill the positions `masked` [B, L]; return tokens [B, L] and the order [B, L], -1 where nothing was.
+
+    Nothing when it was given up.
+    """
+    chains, in_turn = layout.chains(samples), isinstance(layout, LeftToRight)
+    order = torch.full_like(samples.tokens, -1)
+    at_once = 1 if in_turn else -(-int(masked.sum(dim=1).max()) // FORWARDS)
+    count = torch.full_like(samples.ids, at_once)
+    number = 0
+    while rows := int(masked.sum()):
+        if stopped():
+            return None
+        batch = layout.batch(samples, masked, torch.zeros(masked.shape, device=masked.device), rows, step)
+        output = engine.evaluate(batch._replace(scores=("likeliest",)))
+        assert output.likeliest is not None
+        index = chains.index.masked_fill(~masked, chains.count)
+        candidates = masked & (index == index.amin(dim=1, keepdim=True))  # of the first block that is left
+        confidence = Scores.of(output, batch.rows, masked).confidence
+        ranking = -positions_like(samples.tokens).double().expand(masked.shape) if in_turn else confidence
+        revealed = take_highest(candidates, ranking, count)
+        likeliest = samples.tokens.flatten().index_copy(0, batch.rows, output.likeliest).view_as(masked)
+        samples = replace(samples, tokens=torch.where(revealed, likeliest, samples.tokens))
+        order = order.masked_fill(revealed, number)
+        masked = masked & ~revealed
+        number += 1
+    return samples.tokens, order
+
+
+def _shown(tokenizer: Tokenizer, tokens: Sequence[int], order: Sequence[int], step: int) -> ShownText:
+    """Return a row as text: what is given, and what each written token adds to it, up to an eos."""
+    first = next((place for place, number in enumerate(order) if number >= 0), len(order))
+    pieces: list[str] = []
+    text = given = tokenizer.decode(tokens[:first])
+    end = first
+    while end < len(order) and order[end] >= 0 and tokens[end] != tokenizer.eos:
+        end += 1
+        longer = tokenizer.decode(tokens[:end])
+        pieces.append(longer[len(text) :])
+        text = longer
+    return ShownText(step, given, pieces, list(order[first:end]))

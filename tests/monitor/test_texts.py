@@ -1,0 +1,119 @@
+"""Texts that the model writes while it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import Pairs
+
+from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig
+from pipeline.data.batch import ANSWER, stack_samples
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.evaluation.shown_texts import FORWARDS, IN_TURN, fill, to_be_written, write_texts
+from pipeline.model.batch import Vocabulary
+from pipeline.monitor.texts import ShownText, as_html, as_picture, colours, read_texts
+from pipeline.objectives.base import Layout
+from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
+from pipeline.runtime import PlainEngine, read_launch
+from pipeline.sampling.decoding import decode
+from pipeline.sampling.settings import SamplingSettings
+
+MASK = 4
+
+
+@pytest.fixture
+def engine() -> Iterator[PlainEngine]:
+    """Return a small model whose tokens differ in how likely they are."""
+    config = Config(
+        "unused",
+        data=DataConfig(sequence_length=80),
+        model=ModelConfig(layers=1, hidden_size=32, heads=2, intermediate_size=48, prediction="shifted"),
+        engine=EngineConfig(kind="plain"),
+    )
+    engine = PlainEngine(config, read_launch(config), Vocabulary(160, 150, MASK))
+    with torch.no_grad():
+        engine.model.lm_head.weight.mul_(20)  # type: ignore[union-attr,operator]
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Whole(MASK, True, True), Blocks(MASK, True, True, size=5), LeftToRight(MASK, True, True)],
+    ids=["whole", "blocks", "left-to-right"],
+)
+def test_fills_as_the_sampler_does(engine: PlainEngine, layout: Layout) -> None:
+    """The same tokens in the same order as the sampler, which asks the model for logits."""
+    data = Pairs(6, longest=76)
+    samples = stack_samples([data[i] for i in range(6)], range(6))
+    masked = to_be_written(samples, layout)
+    found = fill(engine, samples, masked, layout, 1)
+    assert found is not None
+    at_once = 1 if isinstance(layout, LeftToRight) else -(-int(masked.sum(dim=1).max()) // FORWARDS)
+    policy = "left_to_right" if isinstance(layout, LeftToRight) else "confidence"
+    settings = SamplingSettings(policy=policy, tokens_per_step=at_once)
+    if not isinstance(layout, Whole) or isinstance(layout, Blocks | LeftToRight):
+        samples.roles[(samples.roles == ANSWER) & ~masked] = 0  # behind what is written: never seen
+    expected = decode(engine.model, samples, masked, settings, layout.decoding(samples))  # type: ignore[arg-type]
+    for row in range(6):
+        assert found[0][row][masked[row]].equal(expected.tokens[row][masked[row]])
+        assert found[1][row].equal(expected.order[row])
+
+
+def test_what_is_to_be_written() -> None:
+    """Answers where there is a prompt; else the second half; less where nothing behind is seen."""
+    data = Pairs(3, longest=100)
+    samples = stack_samples([data[i] for i in range(3)], range(3))
+    whole = Whole(MASK, True)
+    assert to_be_written(samples, whole).equal(samples.answer)
+    text = replace(samples, roles=torch.full_like(samples.roles, ANSWER))
+    assert to_be_written(text, whole).nonzero()[:, 1].unique().tolist() == list(range(51, 102))
+    assert to_be_written(text, Blocks(MASK, True, size=4)).sum(dim=1).tolist() == [51] * 3
+    longer = replace(text, tokens=text.tokens.repeat(1, 2), roles=text.roles.repeat(1, 2))
+    assert to_be_written(longer, LeftToRight(MASK, True)).sum(dim=1).tolist() == [IN_TURN] * 3
+
+
+def test_a_stop_gives_up(engine: PlainEngine, data: Path) -> None:
+    tokenizer = Tokenizer.load(data / "tokenizer")
+    assert write_texts(engine, Pairs(6), 2, Whole(MASK, True), tokenizer, 1, lambda: True) == []
+    assert write_texts(engine, Pairs(6), 0, Whole(MASK, True), tokenizer, 1) == []
+
+
+def test_a_run_writes_its_texts(run_dir: Path) -> None:
+    """Two at each evaluation; a run that goes on writes none twice."""
+    texts = read_texts(run_dir)
+    assert [text.step for text in texts] == [8, 8, 16, 16]
+    for text in texts:
+        assert text.given
+        assert len(text.pieces) == len(text.order)
+        assert sorted(set(text.order)) == list(range(len(set(text.order))))
+
+
+def test_colours_follow_the_order() -> None:
+    """The first is blue, the last red, equals are equal; one step alone is no division by zero."""
+    first, middle, last, again = colours([0, 3, 6, 3])
+    assert first[2] > first[0]
+    assert last[0] > last[2]
+    assert middle == again
+    assert len(colours([0, 0])) == 2
+    assert colours([]) == []
+
+
+def test_pictures_and_pages_show_the_order() -> None:
+    pieces = ["some", " <words>", " and\nmore"] * 60
+    text = ShownText(7, "It begins", pieces, list(range(180)))
+    picture = as_picture(text)
+    assert picture.dtype == np.uint8
+    assert picture.shape[1:] == (900, 3)
+    assert picture.shape[0] > 5 * 24, "lines are broken"
+    present = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
+    assert set(colours(text.order)) <= present
+    page = as_html(text)
+    assert "&lt;words&gt;" in page
+    assert page.count("<b ") == 180
+    assert 'title="step 179"' in page

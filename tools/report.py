@@ -1,0 +1,26 @@
+"""Write one HTML page about runs: curves, time use, restarts, skipped steps, texts, settings that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cli import ToolParser, run
+from pipeline.files import replacing
+from pipeline.monitor.report import report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page; it is one file that needs no network."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several are compared")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file to write")
+    options = parser.parse_args(arguments)
+    page = report(options.runs)
+    with replacing(options.output) as file:
+        file.write(page.encode())
+    print(f"wrote {options.output} ({len(page) / 1e3:,.0f} kB)")
+
+
+if __name__ == "__main__":
+    run(main)
