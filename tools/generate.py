@@ -1,37 +1,112 @@
-"""Print a trained model's completions of prompts."""
+"""Continue prompts with a trained model, or fill in masked spans.
+
+On a terminal the text is shown while it comes into being; elsewhere, or with --json, only the result is
+printed.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import orjson
 import torch
 
 from pipeline.cli import ToolParser, UserError, run
-from pipeline.sampling import WEIGHTS_HELP, complete, load_model
-from pipeline.sampling.settings import add_options, read_options
+from pipeline.monitor.progress import Progress
+from pipeline.sampling import WEIGHTS_HELP, load_model
+from pipeline.sampling.animation import check_animation, write_animation
+from pipeline.sampling.frames import Recorder, Show, watcher
+from pipeline.sampling.prompts import SPAN_HELP, Sample, generate, read_prompts
+from pipeline.sampling.settings import add_options, option, read_options
+from pipeline.sampling.terminal import LiveView
+
+MOST_ANIMATED = 16
+
+
+def build_parser() -> ToolParser:
+    """Return the command line."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", nargs="+", help=f"texts to continue, '' for none; {SPAN_HELP}")
+    prompts.add_argument("--prompt-file", type=Path, help="txt with a prompt a line, or jsonl, parquet")
+    parser.add_argument("--prompt-key", default="prompt", help="key of the prompt in jsonl or parquet")
+    parser.add_argument("--length", type=int, help="tokens to add (default: all that fit)")
+    parser.add_argument("--num-samples", type=int, default=1, help="samples of each prompt")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences decoded together")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON a sample, with order")
+    parser.add_argument("--animate", type=Path, help="draw the order of unmasking to a .html or .gif file")
+    parser.add_argument("--font", type=Path, help="TrueType font of a .gif; the built-in one is ASCII")
+    add_options(parser)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print each prompt with its completion."""
-    parser = ToolParser(__doc__ or "")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
-    parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
-    parser.add_argument("--prompt", required=True, nargs="+", help="texts to complete; '' for none")
-    parser.add_argument("--length", type=int, default=None, help="tokens to add (default: all that fit)")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts decoded together")
-    add_options(parser)
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     settings = read_options(options)
-    for name in ("length", "batch_size"):
+    for name in ("length", "num_samples", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
+            raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
+    prompts = options.prompt or (
+        read_prompts(options.prompt_file, options.prompt_key) if options.prompt_file else read_stdin()
+    )
+    if options.animate is not None:
+        check_animation(options.animate, options.font)
+        if len(prompts) * options.num_samples > MOST_ANIMATED:
+            raise UserError(
+                f"--animate draws {MOST_ANIMATED} sequences at most, and these are "
+                f"{len(prompts) * options.num_samples}: give fewer prompts or a smaller --num-samples."
+            )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(options.checkpoint, device, weights=options.weights)
-    found = complete(loaded, options.prompt, settings, options.length, options.batch_size)
-    for prompt, completion in zip(options.prompt, found, strict=True):
-        print(f"{prompt}{completion.text}")
+
+    on_terminal = sys.stdout.isatty() and not options.json and os.environ.get("TERM") != "dumb"
+    view = LiveView(sys.stdout, colours="NO_COLOR" not in os.environ) if on_terminal else None
+    recorder = Recorder() if options.animate is not None else None
+    shows: list[Show] = [each.show for each in (view, recorder) if each is not None]
+    total = len(prompts) * options.num_samples
+    progress = Progress(total, 0, "sample", enabled=view is None)
+    samples = generate(
+        loaded,
+        prompts,
+        settings,
+        options.num_samples,
+        options.length,
+        options.batch_size,
+        progress.advance,
+        watcher(loaded.tokenizer, shows),
+    )
+    progress.close()
+    if view is not None:
+        view.clear()
+    for sample in samples:
+        print(as_json(sample) if options.json else sample.text)
+    if recorder is not None:
+        write_animation(options.animate, recorder.sequences(), options.font)
+        print(f"wrote {options.animate}", file=sys.stderr)
+
+
+def read_stdin() -> list[str]:
+    """Return the lines of the standard input."""
+    if sys.stdin.isatty():
+        raise UserError("no prompt: give --prompt, --prompt-file, or lines on the standard input.")
+    prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise UserError("the standard input holds no prompt: give one on each line.")
+    return prompts
+
+
+def as_json(sample: Sample) -> str:
+    """Return a sample as one line of JSON."""
+    done = sample.completion
+    facts = {"prompt": sample.prompt, "sample": sample.number, "text": done.text, "tokens": done.tokens}
+    return orjson.dumps(facts | {"order": done.order, "steps": done.steps}).decode()
 
 
 if __name__ == "__main__":

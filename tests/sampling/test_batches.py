@@ -31,7 +31,7 @@ SETTINGS = {
     "likeliest": SamplingSettings(tokens_per_step=2),
     "drawn": SamplingSettings("margin", temperature=1.0, top_p=0.9),
     "threshold": SamplingSettings(threshold=0.3, temperature=0.7),
-    "remasked": SamplingSettings(steps=6, temperature=1.0, remasking="rescale", eta=0.5),
+    "remasked": SamplingSettings(steps=4, temperature=1.0, remasking="rescale", eta=0.5),
 }
 
 

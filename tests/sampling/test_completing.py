@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from programs import Outcome
 
 from pipeline.cli import UserError
-from pipeline.sampling import Loaded, SamplingSettings, complete, infill, load_model
+from pipeline.sampling import SamplingSettings, complete, infill, load_model
 
 
-@pytest.fixture
-def loaded(train: Callable[..., Outcome], tmp_path: Path) -> Loaded:
-    """Return the model of a short run on pairs."""
-    assert train(tmp_path, "--train.steps", "4", "--schedule.warmup_steps", "1").code == 0
-    return load_model(tmp_path, torch.device("cpu"))
-
-
-def test_completions_and_spans(loaded: Loaded) -> None:
+def test_completions_and_spans(run_folder: Path) -> None:
     """An answer ends with its end-of-sequence token; given text stays; the order names each step."""
+    loaded = load_model(run_folder, torch.device("cpu"))
     prompts = ["abc", "f", "deba"]
     found = complete(loaded, prompts, SamplingSettings(temperature=1.0, tokens_per_step=2), length=6)
     for completion in found:
@@ -34,5 +26,30 @@ def test_completions_and_spans(loaded: Loaded) -> None:
     assert sorted(filled.order) == [0, 1, 2]
     with pytest.raises(UserError, match="sequence length that the model was trained on, 12"):
         complete(loaded, ["abcdef"], length=7)
+    with pytest.raises(UserError, match="sequence length that the model was trained on, 12"):
+        infill(loaded, [["abcdef", 7]])
     with pytest.raises(UserError, match="no masked token"):
         infill(loaded, [["ab", "cd"]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "best"}, "--policy is best: choose from confidence, margin,"),
+        ({"tokens_per_step": 0}, "--tokens-per-step is 0: it must be 1 or more"),
+        ({"steps": 3, "threshold": 0.5}, "--steps is 3: it decides what a step fills"),
+        ({"threshold": 1.0}, "--threshold is 1.0: it is a probability"),
+        ({"threshold": 0.5, "policy": "random"}, "--threshold is 0.5: it fills by confidence"),
+        ({"temperature": -1.0}, "--temperature is -1.0: it must be 0"),
+        ({"top_k": 4}, "--top-k is 4: it has no effect at temperature 0"),
+        ({"top_p": 1.5, "temperature": 1.0}, "--top-p is 1.5: it is a probability"),
+        ({"remasking": "loop"}, "--remasking is loop: choose from cap, rescale"),
+        ({"remasking": "cap"}, "--eta is None: give it with --remasking, now cap"),
+        ({"eta": 0.1}, "--eta is 0.1: give it with --remasking, now None"),
+        ({"remasking": "cap", "eta": 2.0}, "--eta is 2.0: give a value above 0"),
+        ({"remasking": "cap", "eta": 0.1, "threshold": 0.5}, "--remasking is cap: its schedule is by number"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SamplingSettings(**settings).check()  # type: ignore[arg-type]

@@ -1,0 +1,108 @@
+"""Pictures of sequences that are being filled, one after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.sampling.sequences import UNFILLED, Sequences
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One position of a sequence.
+
+    Attributes:
+        text: of its token; empty where it is masked.
+        filled: the step at which it was filled; none where it is given, or masked.
+        masked: whether it is still masked.
+    """
+
+    text: str
+    filled: int | None
+    masked: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A sequence after a step; 0 is the first."""
+
+    step: int
+    cells: list[Cell]
+
+
+def frames_of(now: Sequences, tokenizer: Tokenizer, stop: int | None) -> list[Frame]:
+    """Return a frame of each of the sequences `now`, up to a token `stop` that was filled in."""
+    found = []
+    columns = (now.samples.tokens, now.masked, now.order, now.present)
+    for tokens, masked, order, present in zip(*(x.tolist() for x in columns), strict=True):
+        end = sum(present)
+        ends = [i for i in range(end) if tokens[i] == stop and order[i] != UNFILLED]
+        end = min([end, *(i + 1 for i in ends)])
+        shown = [tokenizer.mask if masked[i] else tokens[i] for i in range(end)]
+        cells = [
+            Cell(text, None if step == UNFILLED else step, token == tokenizer.mask)
+            for text, step, token in zip(pieces(tokenizer, shown), order[:end], shown, strict=True)
+        ]
+        found.append(Frame(now.step - 1, cells))
+    return found
+
+
+def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """Return the text of each token; those between two masks give the text of them all when joined.
+
+    The bytes of a character may be spread over tokens: then the last of them has it.
+    """
+    found: list[str] = []
+    first = done = 0  # text is decoded from `first` on; what comes before `done` has been given
+    for i, token in enumerate(tokens):
+        if token in (tokenizer.mask, tokenizer.pad, tokenizer.eos):
+            found.append("")
+            first = done = i + 1
+            continue
+        text = tokenizer.decode(tokens[first : i + 1])
+        goes_on = i + 1 < len(tokens) and tokens[i + 1] != tokenizer.mask
+        if text.endswith("\ufffd") and goes_on:  # part of a character
+            found.append("")
+        else:
+            found.append(text[len(tokenizer.decode(tokens[first:done])) :])
+            first, done = done, i + 1
+    return found
+
+
+Show = Callable[[dict[int, Frame]], None]
+Watch = Callable[[Sequence[int], int | None], Callable[[Sequences], None] | None]
+
+
+def watcher(tokenizer: Tokenizer, shows: Sequence[Show]) -> Watch:
+    """Return what `generate` takes to be watched: each of `shows` is given the frames of every step, by the
+    place of their sequence among all samples.
+    """
+
+    def watch(which: Sequence[int], stop: int | None) -> Callable[[Sequences], None] | None:
+        def on_step(now: Sequences) -> None:
+            frames = frames_of(now, tokenizer, stop)
+            numbers = [which[number] for number in now.samples.ids.tolist()]
+            for show in shows:
+                show(dict(zip(numbers, frames, strict=True)))
+
+        return on_step if shows else None
+
+    return watch
+
+
+class Recorder:
+    """Keeps all frames of each sequence."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, list[Frame]] = {}
+
+    def show(self, frames: dict[int, Frame]) -> None:
+        """Keep the frames of one step."""
+        for number, frame in frames.items():
+            self.frames.setdefault(number, []).append(frame)
+
+    def sequences(self) -> list[list[Frame]]:
+        """Return the frames of each sequence, in order."""
+        return [frames for _, frames in sorted(self.frames.items())]
