@@ -1,4 +1,4 @@
-"""What guard, moving average and statistics of the chains cost: ZeRO-3 steps with and without, in turns.
+"""What the guard and the moving average cost: the same ZeRO-3 steps with and without them, in turns.
 
 usage: torchrun --standalone --nproc_per_node 2 benchmarks/guard_cost.py [--section.key value ...]
 """
@@ -39,20 +39,12 @@ def measure(config: Config, engine: Engine, groups: list[SlotGroup]) -> None:
     """Run the steps and report."""
     launch = engine.launch
     average, guard = engine.average, Guard(config.guard, config.optimizer.gradient_clip)  # type: ignore[attr-defined]
-    ways = {
-        "none of them": (None, None, False),
-        "guard": (guard, None, False),
-        "average": (None, average, False),
-        "statistics": (None, None, True),
-    }
-    adding = [group.statistics.add for group in groups]
+    ways = {"neither": (None, None), "guard": (guard, None), "average": (None, average)}
     times: dict[str, list[float]] = {name: [] for name in ways}
     step = 0
     for number in range(WARM_UP + ROUNDS):
-        for name, (judge, kept, counts) in ways.items():
+        for name, (judge, kept) in ways.items():
             step += 1
-            for group, add in zip(groups, adding, strict=True):
-                group.statistics.add = add if counts else _nothing  # type: ignore[method-assign]
             engine.average = kept  # type: ignore[attr-defined]
             engine.barrier()
             began = time.perf_counter()
@@ -63,12 +55,8 @@ def measure(config: Config, engine: Engine, groups: list[SlotGroup]) -> None:
     if launch.rank == 0:
         print(f"{launch.world_size} ranks on {launch.device.type}, {ROUNDS} steps each way")
         for name, values in times.items():
-            ratio = median(values) / median(times["none of them"])
-            print(f"{name:12} {1e3 * median(values):8.2f} ms a step   x {ratio:.4f}")
-
-
-def _nothing(*_: object) -> None:
-    """Stand in for `ChainStatistics.add`."""
+            ratio = median(values) / median(times["neither"])
+            print(f"{name:8} {1e3 * median(values):8.2f} ms a step   x {ratio:.4f}")
 
 
 if __name__ == "__main__":

@@ -146,12 +146,20 @@ class Contest:
             "full_logits": self.seconds(lambda: self.full_logits(chains)),
             "random_masking": self.seconds(lambda: self.random_masking(random)),
             "puma": self.seconds(self.puma),
+            "without_statistics": self.seconds(self.without_statistics),
         }
 
     def puma(self) -> None:
         """Train a step as `pipeline.train` does."""
         self.step += 1
         train_step(self.engine, [self.group], RATE, self.step)
+
+    def without_statistics(self) -> None:
+        """Train such a step without what the curves of the chains need."""
+        statistics, add = self.group.statistics, self.group.statistics.add
+        statistics.add = lambda *_: None  # type: ignore[method-assign]
+        self.puma()
+        statistics.add = add  # type: ignore[method-assign]
 
     def random_masking(self, batch: MaskedBatch) -> None:
         """Train a step on a batch that was made before: masking itself costs nothing here."""
@@ -307,6 +315,7 @@ def measure(shape: Shape, batch_size: int, repetitions: int, recompute: Recomput
         "ratios": {
             "time, PUMA / full logits": median["puma"] / median["full_logits"],
             "time, PUMA / random masking": median["puma"] / median["random_masking"],
+            "time, PUMA / without statistics": median["puma"] / median["without_statistics"],
             "peak memory, ours / full logits": memory["ours"] / memory["full_logits"],
             "model FLOPs utilisation": statistics.median(achieved) / max(rates),
         },

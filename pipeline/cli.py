@@ -9,7 +9,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 # Exit codes of every program; docs/fault_tolerance.md says what a launcher makes of them.
 EXIT_DONE = 0
@@ -36,13 +36,23 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows a default where there is one to know of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default in (None, False, argparse.SUPPRESS) or action.required
+        if hidden or "%(default)" in (action.help or ""):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class ToolParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and name the nearest known option."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
 
@@ -63,8 +73,18 @@ class ToolParser(argparse.ArgumentParser):
 def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
     """Print ``error: message`` to stderr, on the first rank only, and exit with `code`."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{in_red('error:', sys.stderr)} {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def in_red(text: str, stream: TextIO) -> str:
+    """Return `text` in red for a terminal; as it is for a file, or under NO_COLOR (https://no-color.org)."""
+    return f"\033[1;31m{text}\033[0m" if in_colours(stream) else text
+
+
+def in_colours(stream: TextIO) -> bool:
+    """Say whether `stream` shows colours: a terminal, and NO_COLOR is not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = False) -> NoReturn:

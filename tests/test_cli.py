@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
 import pytest
 from programs import ROOT
+
+from pipeline import cli
+from pipeline.config import build_parser
 
 # Stands for a thread of torch.distributed that meets a dismantled interpreter.
 ABORTS_IN_TEARDOWN = """
@@ -57,3 +61,54 @@ def test_a_crash_of_a_rank_shows_where_python_was() -> None:
     assert result.returncode == -11
     assert "Segmentation fault" in result.stderr
     assert "in main" in result.stderr
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "coloured"),
+    [
+        (Terminal(), {"TERM": "xterm"}, True),
+        (Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {"TERM": "xterm"}, False),
+    ],
+)
+def test_errors_are_red_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, environment: dict[str, str], coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with pytest.raises(SystemExit):
+        cli.fail("the disk is full")
+    assert ("\033[" in stream.getvalue()) == coloured
+    assert "error:" in stream.getvalue()
+    assert stream.getvalue().endswith(" the disk is full\n")
+
+
+def test_help_shows_the_defaults_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.ToolParser("What it does.")
+    parser.add_argument("--needed", required=True, help="is needed")
+    parser.add_argument("--count", type=int, default=3, help="has a default")
+    parser.add_argument("--limit", type=int, help="has none")
+    parser.add_argument("--flag", action="store_true", help="is off")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "--count COUNT    has a default (default: 3)" in lines
+    assert sum("default" in line for line in lines) == 1
+
+
+def test_help_of_the_training_begins_with_one_line_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "usage: python -m pipeline.train --config configs/X.yaml [--section.key VALUE ...]"
+    assert second == ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +151,25 @@ def test_curves_are_read_once_an_interval(tmp_path: Path) -> None:
         counts.append(len(reads))
         assert values["loss"] > 0
     assert counts[0] == counts[1] > 0
+    recorder.close()
+    training.close()
+
+
+def test_rates_leave_out_what_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation in the middle of an interval is in its own figure, and in no rate."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    training = Training(KINDS[0])
+    recorder = training.recorder(tmp_path)
+    for seconds_apart in (60.0, 0.0):
+        recorder.collect(training.steps, *training.step(), 1e-3)
+        now[0] += 10
+        with recorder.apart(training.steps, "evaluation"):
+            now[0] += seconds_apart
+    now[0] += 5
+    assert recorder.flush(0)["time/training"] == pytest.approx(25)
+    times = [json.loads(line).get("time/evaluation") for line in (tmp_path / "metrics.jsonl").open()]
+    assert times[:2] == [60, 0]
     recorder.close()
     training.close()
 

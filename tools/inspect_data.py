@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
+from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, in_colours, run
 from pipeline.data.facts import DatasetFacts, read_facts
 from pipeline.data.indexed import (
     IndexFacts,
@@ -50,7 +50,7 @@ def show_samples(
 ) -> None:
     """Print the first documents, prompt and answer in colours on a terminal."""
     names = ("prompt", "answer") if facts.kind == "pairs" else ("text",)
-    colours = sys.stdout.isatty()
+    colours = in_colours(sys.stdout)
     for document in range(min(count, facts.documents)):
         for part, name in enumerate(names):
             ids = read_sequence(prefix, index, document * len(names) + part)

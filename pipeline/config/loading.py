@@ -109,6 +109,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     """Return the command line of `pipeline.train`, with help from the docstrings above."""
     parser = jsonargparse.ArgumentParser(
         prog="python -m pipeline.train",
+        usage="%(prog)s --config configs/X.yaml [--section.key VALUE ...]",
         description="Pretrain a masked diffusion model; an interrupted run goes on by the same command.",
         exit_on_error=False,
     )

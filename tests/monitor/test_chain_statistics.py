@@ -16,6 +16,7 @@ from pipeline.config import ModelConfig, ObjectiveConfig
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.objectives.mixture import Mixture
 from pipeline.slots import SlotGroup
 
 STAGES, SLOTS, STEPS = 5, 6, 40
@@ -172,6 +173,23 @@ def test_random_masking_reveals_nothing() -> None:
     for number in range(1, 5):
         Observed().walk(group, number, WIDTH)
     assert "chains/reveals_per_step" not in figures_of(group, 4).scalars
+
+
+def test_a_mixture_counts_the_reveals_of_its_chains_alone() -> None:
+    """Sequences under random masks are not among the chains that go on."""
+    group = group_of(list(range(SLOTS)), SLOTS, MIXTURE)
+    mixture = group.objectives.at(1)
+    assert isinstance(mixture, Mixture)
+    random, going_on = 0, 0
+    for number in range(1, STEPS + 1):
+        is_random, before = mixture.is_random(group.samples), group.samples.ids
+        Observed().walk(group, number, WIDTH)
+        goes_on = group.samples.ids == before
+        random += int((is_random & goes_on).sum())
+        going_on += int((~is_random & goes_on).sum())
+    sums = group.statistics.take()
+    assert random > 0
+    assert sums[group.statistics.places["reveals_chains"]].tolist() == [going_on]
 
 
 def test_grouping_changes_no_figure() -> None:
