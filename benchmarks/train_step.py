@@ -19,8 +19,7 @@ import platform
 import statistics
 import time
 import typing
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline import cli, objectives
 from pipeline.config import (
@@ -49,6 +46,7 @@ from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.base import take_highest
 from pipeline.planning.flops import step_flops
+from pipeline.planning.live_memory import LiveStorages
 from pipeline.runtime import PlainEngine, read_launch
 from pipeline.slots import SlotGroup
 from pipeline.train import train_step
@@ -185,39 +183,6 @@ class Contest:
         if on_gpu:
             torch.cuda.synchronize()
         return clock() - start
-
-
-class LiveStorages(TorchDispatchMode):
-    """Adds up the storages that operations return, and takes off those that are released.
-
-    What an operation uses inside, and returns to nobody, is not seen.
-    """
-
-    def __init__(self, present: Iterable[Tensor]) -> None:
-        """Begin to count; the storages of `present` are there already."""
-        super().__init__()
-        self.seen = {tensor.untyped_storage()._cdata for tensor in present}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count what it returns."""
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._release, key, storage.nbytes())
-
-    def _release(self, key: int, size: int) -> None:
-        self.seen.remove(key)
-        self.now -= size
 
 
 def peak_bytes(shape: Shape, batch_size: int, recompute: Recompute, device: str) -> dict[str, int]:

@@ -13,7 +13,6 @@ from pipeline.checkpoint import FORMAT, Manifest
 from pipeline.config import Config
 from pipeline.data.batch import SampleDataset
 from pipeline.data.blend import describe_order, write_order
-from pipeline.data.facts import check_data
 from pipeline.data.samples import Datasets, build_datasets
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
@@ -28,6 +27,7 @@ from pipeline.monitor.sample_log import SampleLog
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import require_wandb
+from pipeline.planning.preflight import check_run
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
@@ -47,7 +47,7 @@ class Run:
         self.config = config
         self.folder = Path(config.run_dir)
         self.tokenizer = tokenizer = Tokenizer.load(Path(config.data.tokenizer))
-        check_data(config.data, tokenizer)
+        check_run(config, tokenizer, launch.world_size, disk=launch.rank == 0)
         accumulation = config.train.accumulation(launch.data_size)
         vocabulary = read_vocabulary(config, tokenizer)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ def fit_micro_batch(config: Config, launch: Launch) -> Config:
 def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
     """Return the model's vocabulary; raise a `UserError` where the data has more tokens than the model."""
     tokens = tokenizer.vocab_size
-    rows = config.model.vocab_size or -(-tokens // 8) * 8
+    rows = config.model.rows_for(tokens)
     if rows < tokens:
         raise cli.UserError(
             f"model.vocab_size is {rows}, but {config.data.tokenizer} has {tokens} tokens: raise it to "

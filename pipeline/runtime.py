@@ -252,6 +252,24 @@ def build_engine(config: Config, launch: Launch, vocabulary: Vocabulary) -> Engi
     return engine
 
 
+def engine_settings(config: Config, world_size: int | None = None) -> dict[str, Any]:
+    """Return the settings of DeepSpeed's JSON, checked with those of the run; none for the plain engine.
+
+    Args:
+        config: the run.
+        world_size: ranks, where they are known already.
+
+    Raises:
+        UserError: for a file that is missing, or settings that cannot work.
+    """
+    if config.engine.kind == "plain":
+        return {}
+    engine = _deepspeed()
+    settings: dict[str, Any] = engine.read_deepspeed_json(Path(config.engine.deepspeed_config))
+    engine.check_settings(settings, config, world_size)
+    return settings
+
+
 def _deepspeed() -> ModuleType:
     """Import DeepSpeed's side only where it is needed: plain runs start faster without."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

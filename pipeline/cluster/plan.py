@@ -10,7 +10,6 @@ from pipeline.cli import UserError, nearest
 from pipeline.cluster.site import Site
 from pipeline.config import Config
 from pipeline.config.checks import require
-from pipeline.data.facts import check_data
 from pipeline.data.tokenizer import Tokenizer
 
 # Each stage, and the one that must have ended well before it; where that is left out, the one before that.
@@ -103,7 +102,11 @@ def check_request(request: Request, site: Site) -> None:
             f"--shards is {request.shards} without the merge stage: add merge to --stages.",
         )
     elif "pretrain" in stages and "merge" not in stages:
-        check_data(config.data, tokenizer)
+        from pipeline.planning.preflight import (
+            check_run,  # imports torch, which status and cancel do not need
+        )
+
+        check_run(config, tokenizer, request.nodes * site.tasks_per_node)
     if "pretrain" in stages:
         sequence_size = config.engine.sequence_parallel_size
         ranks = request.nodes * site.tasks_per_node

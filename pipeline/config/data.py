@@ -51,6 +51,19 @@ class DataConfig:
             bool(self.prefixes),
             "data.prefixes is empty: name at least one dataset written by tools/preprocess_data.py.",
         )
+        repeated = [prefix for prefix in self.prefixes if self.prefixes.count(prefix) > 1]
+        require(
+            not repeated,
+            f"data.prefixes names {', '.join(repeated[:1])} more than once: name it once, and set "
+            "data.weights to use it more often.",
+        )
+        for key, unset in (("padding", "ignored"), ("too_long", "error")):
+            value = getattr(self, key)
+            require(
+                self.kind == "pairs" or value == unset,
+                f"data.{key} is {value!r}, which has no effect with data.kind = {self.kind!r}: leave it out, "
+                "or set data.kind to 'pairs'.",
+            )
         for key in ("weights", "max_epochs"):
             values = getattr(self, key)
             require(

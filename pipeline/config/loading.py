@@ -126,21 +126,28 @@ def load(arguments: Sequence[str]) -> Config:
     """
     # The deepspeed launcher adds --local_rank=N of its own, and says the same in the environment.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    files, overrides = [], False
     for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
         if option == "--config":
             value = value or "".join(arguments[position + 1 : position + 2])
             require(bool(value), "--config needs the path of a YAML file.")
             check_keys(list(flatten(read_yaml(Path(value)))), value)
+            files.append(value)
         elif option.startswith("--") and option not in ("--help", "--print_config"):
             check_keys([option[2:].rstrip("+")], "command line")
+            overrides = True
     parser = build_parser()
+    where = ", ".join(files) + (" and the command line" if overrides and files else "")
     try:
         parsed = parser.parse_args(list(arguments))
+        values = parser.instantiate_classes(parsed)
+        config = Config(**{k: v for k, v in values.items() if k != "config"})
+        config.check()
     except jsonargparse.ArgumentError as error:
-        raise UserError(_one_line(str(error))) from None
-    config: Config = Config(**{k: v for k, v in parser.instantiate_classes(parsed).items() if k != "config"})
-    config.check()
+        raise UserError(f"{where or 'command line'}: {_one_line(str(error))}") from None
+    except UserError as error:
+        raise UserError(f"{where or 'command line'}: {error}") from None
     return config
 
 

@@ -54,6 +54,10 @@ class ModelConfig:
         """The width of a head, given or not."""
         return self.head_size or self.hidden_size // self.heads
 
+    def rows_for(self, tokens: int) -> int:
+        """Return the rows of the embedding for a tokenizer of `tokens` tokens."""
+        return self.vocab_size or -(-tokens // 8) * 8
+
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
         positive = (
@@ -67,6 +71,11 @@ class ModelConfig:
         )
         require_positive(
             "model", self, *positive, "rope_theta", "rope_original_length", "norm_eps", "init_std"
+        )
+        require(
+            self.init_std <= 0.5,
+            f"model.init_std is {self.init_std}: an untrained model would be certain of its predictions, "
+            "give 0.5 or less, such as 0.02.",
         )
         require(
             self.rope_factor >= 1, f"model.rope_factor is {self.rope_factor}: it must be 1 (none) or more."

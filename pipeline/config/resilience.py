@@ -50,4 +50,9 @@ class WatchdogConfig:
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
         require(self.factor >= 0, f"watchdog.factor is {self.factor}: it must be 0 or more.")
+        require(
+            self.factor == 0 or self.factor > 1,
+            f"watchdog.factor is {self.factor}: half of all healthy steps take longer than the median, give "
+            "more than 1, such as 20, or 0 for no watchdog.",
+        )
         require_positive("watchdog", self, "minimum", "first")

@@ -8,6 +8,7 @@ from typing import Literal
 from pipeline.config.checks import require, require_positive
 from pipeline.config.model import ModelConfig
 
+HIGHEST_LEARNING_RATE = 0.1
 Recompute = Literal["none", "swiglu", "blocks"]
 
 
@@ -39,6 +40,16 @@ class OptimizerConfig:
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
         require_positive("optimizer", self, "learning_rate", "eps")
+        require(
+            self.learning_rate <= HIGHEST_LEARNING_RATE,
+            f"optimizer.learning_rate is {self.learning_rate}: AdamW moves every weight by about so much a "
+            f"step, give {HIGHEST_LEARNING_RATE} or less, such as 3e-4.",
+        )
+        require(
+            self.learning_rate * self.weight_decay < HIGHEST_LEARNING_RATE,
+            f"optimizer.weight_decay is {self.weight_decay}: with optimizer.learning_rate = "
+            f"{self.learning_rate} a step would take more than a tenth off every weight. Lower it.",
+        )
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
             require(0 <= value < 1, f"optimizer.{key} is {value}: it must be at least 0 and below 1.")
@@ -77,6 +88,11 @@ class ScheduleConfig:
             self.warmup_steps + self.decay_steps <= steps,
             f"schedule.warmup_steps + schedule.decay_steps is {self.warmup_steps} + {self.decay_steps}, more "
             f"than train.steps = {steps}: shorten them or train longer.",
+        )
+        require(
+            self.kind == "wsd" or self.decay_steps == 0,
+            f"schedule.decay_steps is {self.decay_steps}, which has no effect with schedule.kind = "
+            f"{self.kind!r}: leave it out, or set schedule.kind to 'wsd'.",
         )
         require(
             0 <= self.final_ratio <= 1,

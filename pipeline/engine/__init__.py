@@ -1,7 +1,7 @@
 """DeepSpeed: nothing outside this package imports it."""
 
 from pipeline.engine.checkpointing import open_sharded_weights
-from pipeline.engine.settings import read_deepspeed_json
+from pipeline.engine.settings import check_settings, read_deepspeed_json
 from pipeline.engine.training import DeepSpeedEngine
 
-__all__ = ["DeepSpeedEngine", "open_sharded_weights", "read_deepspeed_json"]
+__all__ = ["DeepSpeedEngine", "check_settings", "open_sharded_weights", "read_deepspeed_json"]

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from deepspeed.compile.config import CompileConfig
+from deepspeed.runtime.model_checkpointing.config import CHECKPOINT_DEFAULT_DICT
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ValidationError
+
 from pipeline.cli import UserError, nearest
 from pipeline.config import Config
+from pipeline.config.checks import require
 from pipeline.runtime import Launch
 
 # DeepSpeed ignores an unknown top-level key in silence, so the known ones are listed here.
@@ -46,12 +55,25 @@ YAML_KEYS = {
 }
 
 
+# Sections that DeepSpeed reads key by key, without a model of their own.
+DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+CHECKPOINT = (*CHECKPOINT_DEFAULT_DICT, "load_universal", "use_node_local_storage", "parallel_write")
+SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "compile": CompileConfig,
+    "aio": AIO_DEFAULT_DICT,
+    "checkpoint": CHECKPOINT,
+    "data_types": DATA_TYPES,
+}
+STAGE_3_KEYS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+
+
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """Return the ZeRO and communication settings of a DeepSpeed JSON file.
 
     Raises:
         UserError: for a missing or damaged file, a key that DeepSpeed does not know, or one whose place is
-            the run's YAML.
+            the run's YAML; for a value that it refuses, and for settings that contradict each other.
     """
     if not path.is_file():
         raise UserError(f"engine.deepspeed_config: {path} does not exist; see ds_configs/.")
@@ -59,8 +81,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold a JSON object.")
+    require(isinstance(settings, dict), f"{path} must hold a JSON object.")
     for key in settings:
         if key in YAML_KEYS:
             raise UserError(f"{path}: {key!r} belongs to the run's YAML: remove it and set {YAML_KEYS[key]}.")
@@ -68,13 +89,134 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: unknown key {key!r}, which DeepSpeed would ignore.{nearest(key, OWN_KEYS)}"
             )
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if stage not in (1, 2, 3):
         raise UserError(
             f"{path}: zero_optimization.stage is {stage}: it must be 1, 2 or 3. For one process without ZeRO "
             "set engine.kind to 'plain'."
         )
+    for section, known in SECTIONS.items():
+        if section in settings:
+            _check_section(path, section, settings[section], known)
+    _check_zero(path, zero)
     return settings
+
+
+def _check_section(path: Path, name: str, section: Any, known: type[BaseModel] | Collection[str]) -> None:
+    """Raise a `UserError` for the first unknown key or refused value of a section, at any depth."""
+    require(isinstance(section, dict), f"{path}: {name} is {section!r}: it must be a JSON object.")
+    if not isinstance(known, type):
+        for key in section:
+            require(
+                key in known,
+                f"{path}: unknown key '{name}.{key}', which DeepSpeed would ignore.{nearest(key, known)}",
+            )
+        return
+    keys = _known_keys(known)
+    for key, value in section.items():
+        require(key in keys, f"{path}: unknown key '{name}.{key}'.{nearest(key, keys)}")
+        nested = keys[key]
+        if nested is not None and value is not None:
+            _check_section(path, f"{name}.{key}", value, nested)
+    try:
+        known.model_validate(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        raise UserError(f"{path}: {where} is {first['input']!r}: {first['msg']}.") from None
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{path}: {name}: {error}.") from None
+
+
+def _known_keys(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Return the keys that a section of DeepSpeed's takes, with the models of those that are sections."""
+    keys: dict[str, type[BaseModel] | None] = {}
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, Mapping) and extra.get("deprecated"):
+            continue
+        choices = [field.annotation, *typing.get_args(field.annotation)]
+        models = [kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        keys[field.alias or name] = models[0] if models else None
+    return keys
+
+
+def _check_zero(path: Path, zero: dict[str, Any]) -> None:
+    """Raise a `UserError` for settings of zero_optimization that have no effect or contradict each other."""
+    stage = zero["stage"]
+    for key, value in zero.items():
+        only_3 = key.startswith("stage3_") or (key in STAGE_3_KEYS and value not in (False, 0, 1))
+        require(
+            stage == 3 or not only_3,
+            f"{path}: zero_optimization.{key} is {value}, which has no effect at stage {stage}: remove it, "
+            "or set zero_optimization.stage to 3.",
+        )
+    for part in ("param", "optimizer"):
+        offload = zero.get(f"offload_{part}") or {}
+        device = offload.get("device", "none")
+        require(
+            stage == 3 or part == "optimizer" or device == "none",
+            f"{path}: zero_optimization.offload_param.device is {device!r} at stage {stage}: weights are "
+            "offloaded at stage 3 alone. Set zero_optimization.stage to 3, or remove offload_param.",
+        )
+        require(
+            device != "nvme" or stage == 3,
+            f"{path}: zero_optimization.offload_{part}.device is 'nvme' at stage {stage}: NVMe needs "
+            "stage 3. Set zero_optimization.stage to 3, or the device to 'cpu'.",
+        )
+        require(
+            (device == "nvme") == (offload.get("nvme_path") is not None),
+            f"{path}: zero_optimization.offload_{part}.device is {device!r} and its nvme_path "
+            f"{offload.get('nvme_path')!r}: give a folder on a local disk with 'nvme', and none otherwise.",
+        )
+    param, optimizer = (
+        (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("param", "optimizer")
+    )
+    require(
+        param == "none" or optimizer != "none",
+        f"{path}: zero_optimization.offload_param.device is {param!r} without offload_optimizer: the "
+        "optimizer states take six times as much. Add offload_optimizer, or remove offload_param.",
+    )
+
+
+def check_settings(settings: Mapping[str, Any], config: Config, world_size: int | None = None) -> None:
+    """Raise a `UserError` where DeepSpeed's settings contradict those of the run.
+
+    Args:
+        settings: of a DeepSpeed JSON, checked by `read_deepspeed_json`.
+        config: the run.
+        world_size: ranks, where they are known already.
+    """
+    path, zero = config.engine.deepspeed_config, settings["zero_optimization"]
+    for part in ("optimizer", "param"):
+        if (zero.get(f"offload_{part}") or {}).get("device") != "nvme":
+            continue
+        for key in ("optimizer.ema_decay", "train.initial_weights"):
+            section, name = key.split(".")
+            require(
+                getattr(getattr(config, section), name) is None,
+                f"{key} needs the weights in memory, but {path} has offload_{part}.device = 'nvme': set it "
+                f"to 'cpu', or {key} to null.",
+            )
+    group = zero.get("zero_hpz_partition_size", 1)
+    require(
+        world_size is None or group <= 1 or world_size % group == 0,
+        f"{path}: zero_optimization.zero_hpz_partition_size is {group}: it must divide the {world_size} "
+        "ranks; the GPUs of a node are the usual choice.",
+    )
+    require(
+        not (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"))
+        or (config.engine.device != "cpu" and config.engine.precision != "fp32"),
+        f"{path}: zero_optimization.zero_quantized_weights or zero_quantized_gradients is true, but the run "
+        f"is on engine.device = {config.engine.device!r} in engine.precision = {config.engine.precision!r}: "
+        "quantised collectives need GPUs and bf16. Set them to false.",
+    )
+    dtype = settings.get("communication_data_type")
+    require(
+        dtype in (None, "fp32", "fp16", "bf16"),
+        f"{path}: communication_data_type is {dtype!r}: it must be 'fp32', 'bf16' or 'fp16', or left out.",
+    )
 
 
 def complete_settings(settings: dict[str, Any], config: Config, launch: Launch) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from pipeline.config import Config
 from pipeline.ema import WeightAverage, file_name
 from pipeline.engine.checkpointing import TAG, SnapshotWriter, loading_universal, make_universal
 from pipeline.engine.profiling import Profiler
-from pipeline.engine.settings import complete_settings, read_deepspeed_json
+from pipeline.engine.settings import complete_settings
 from pipeline.engine.shards import find_shards
 from pipeline.engine.ulysses import UlyssesSequence
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
 from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
-from pipeline.runtime import Launch, T, make_model
+from pipeline.runtime import Launch, T, engine_settings, make_model
 from pipeline.weights import StoredWeights, copy_pieces, squared_norm
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -40,9 +40,9 @@ class DeepSpeedEngine:
         # DeepSpeed still calls collectives by the names that torch is renaming.
         warnings.filterwarnings("ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated")
         self.launch = launch
-        self.path = path = Path(config.engine.deepspeed_config)
-        settings = complete_settings(read_deepspeed_json(path), config, launch)
-        self.zero = zero = settings.get("zero_optimization", {})
+        path = Path(config.engine.deepspeed_config)
+        settings = complete_settings(engine_settings(config, launch.world_size), config, launch)
+        self.zero = zero = settings["zero_optimization"]
         if not torch.distributed.is_initialized():
             backend = "nccl" if launch.device.type == "cuda" else "gloo"
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
@@ -64,27 +64,16 @@ class DeepSpeedEngine:
         self.shards.judge(self._accept)
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
-            self.require_in_memory("optimizer.ema_decay")
             weights, pieces = self.shards.weights(), self.shards.pieces(self.names)
             self.average = WeightAverage(config.optimizer.ema_decay, weights, pieces)
 
-    def require_in_memory(self, key: str) -> None:
-        """Raise a `UserError` where the weights are on NVMe, out of reach of what `key` asks for."""
-        part = self._part_on_nvme()
-        if part is not None:
-            raise UserError(
-                f"{key} needs the weights in memory, but {self.path} has offload_{part}.device = 'nvme': "
-                f"set it to 'cpu', or {key} to null."
-            )
-
-    def _part_on_nvme(self) -> str | None:
-        """Return what of the weights is offloaded to NVMe, if anything."""
-        parts = ("optimizer", "param")
-        return next((p for p in parts if self.zero.get(f"offload_{p}", {}).get("device") == "nvme"), None)
+    def _on_nvme(self) -> bool:
+        """Say whether weights or optimizer states are offloaded to NVMe."""
+        parts = (self.zero.get(f"offload_{part}") or {} for part in ("optimizer", "param"))
+        return any(part.get("device") == "nvme" for part in parts)
 
     def start_from(self, weights: StoredWeights) -> None:
         """See `Engine`; each rank reads the parts that it keeps, and nothing is gathered."""
-        self.require_in_memory("train.initial_weights")
         copy_pieces(weights, self.shards.weights(), self.shards.pieces(self.names))
         self.shards.publish()
         if self.average is not None:
@@ -151,7 +140,7 @@ class DeepSpeedEngine:
 
     def squared_norm(self) -> Tensor:
         """See `Engine`."""
-        if self._part_on_nvme() is not None:
+        if self._on_nvme():
             return torch.full((), torch.nan, dtype=torch.float64, device=self.launch.device)
         return squared_norm(self.shards.weights(), self.shards.pieces(self.names), self.launch.device)
 

@@ -18,6 +18,7 @@ from pipeline import cli
 from pipeline.checkpoint import Manifest, saving
 from pipeline.checkpoint.retention import kept
 from pipeline.config import CheckpointConfig
+from pipeline.planning import preflight
 from pipeline.snapshot import HostCopy
 
 Train = Callable[..., Outcome]
@@ -126,8 +127,9 @@ def test_too_many_failed_saves_stop_the_run(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Return a file system of 1 MB."""
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a file system of 1 MB, full only after the look at it before the start."""
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:

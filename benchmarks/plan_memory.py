@@ -1,0 +1,215 @@
+"""The memory and the collectives of real ZeRO steps on two CPU ranks beside what the plan says of them.
+
+usage: python benchmarks/plan_memory.py [--only NAME ...] [--output benchmarks/results/plan_memory.json]
+
+Every case starts two gloo ranks that train three steps. The storages of all tensors are added up while they
+live (`LiveStorages`), and the tensors of all collectives of the last step; nothing of it comes from the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_text import engine_on_random_text
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pipeline import config as configuration
+from pipeline.cli import Failure, ToolParser, run
+from pipeline.config import Config
+from pipeline.planning.communication import step_communication
+from pipeline.planning.live_memory import LiveStorages
+from pipeline.planning.memory import FULL, HALF, Zero, count_parameters, plan_memory
+from pipeline.planning.run_plan import checkpoint_bytes
+from pipeline.runtime import engine_settings
+from pipeline.train import train_step
+
+STEPS, RANKS = 3, 2
+SETTINGS = """
+    --run_dir unused --data.prefixes [unused] --data.sequence_length 64 --train.global_batch_size 8
+    --train.micro_batch_size 4 --model.layers 6 --model.hidden_size 128 --model.heads 4
+    --model.intermediate_size 384 --schedule.warmup_steps 1 --train.steps 3
+""".split()
+LARGE = "--model.hidden_size 512 --model.heads 8 --model.intermediate_size 1536".split()
+ZERO = {
+    "stage": 3,
+    "overlap_comm": False,
+    "reduce_bucket_size": 200_000,
+    "stage3_prefetch_bucket_size": 100_000,
+    "stage3_param_persistence_threshold": 2_000,
+    "stage3_max_live_parameters": 10**9,
+    "stage3_max_reuse_distance": 10**9,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: what it changes in SETTINGS and ZERO, and the tokens of its vocabulary."""
+
+    settings: Sequence[str] = ()
+    zero: dict[str, Any] | None = None
+    tokens: int = 1000
+
+
+SCARCE = {"stage3_max_live_parameters": 300_000, "stage3_max_reuse_distance": 100_000}
+CASES = {
+    "all weights stay gathered": Case(),
+    "300,000 weights stay gathered": Case(zero=SCARCE),
+    "nothing is fetched ahead": Case(
+        zero={"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    ),
+    "hpz": Case(zero=SCARCE | {"zero_hpz_partition_size": 2}),
+    "ZeRO-2": Case(zero={"stage": 2}),
+    "bf16": Case(["--engine.precision", "bf16"]),
+    "blocks recomputed, two micro-batches": Case(
+        ["--engine.activation_checkpointing", "blocks", "--train.global_batch_size", "32",
+         "--train.micro_batch_size", "8", "--data.sequence_length", "128"], SCARCE
+    ),
+    "a vocabulary of 20,000": Case(
+        ["--train.global_batch_size", "16", "--train.micro_batch_size", "8"], tokens=20_000
+    ),
+    "block diffusion, untied": Case(
+        ["--objective.block_size", "16", "--model.tie_embeddings", "false", "--optimizer.ema_decay", "0.99"]
+    ),
+    "21 M parameters": Case([*LARGE]),
+    "21 M parameters, 128 tokens": Case(
+        [*LARGE, "--data.sequence_length", "128", "--train.global_batch_size", "32",
+         "--train.micro_batch_size", "16", "--engine.activation_checkpointing", "swiglu"], SCARCE
+    ),
+}  # fmt: skip
+
+
+class Collectives(LiveStorages):
+    """Counts memory, and the largest tensors that collectives are given, in bytes by their kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note a collective."""
+        namespace, _, name = function.name().partition("::")
+        if namespace == "c10d":
+            sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
+            self.bytes[name] += max(sizes)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def load(case: Case, folder: Path) -> Config:
+    """Return the configuration of a case, with its DeepSpeed JSON written into `folder`."""
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": ZERO | (case.zero or {})}))
+    more = ["--engine.deepspeed_config", str(path), "--engine.device", "cpu", *case.settings]
+    return configuration.load([*SETTINGS, *more])
+
+
+def measure(name: str, output: Path) -> None:
+    """Train on this rank and, on the first, write what was measured."""
+    case = CASES[name]
+    config = load(case, output.parent / os.environ["RANK"])
+    with (
+        Collectives() as counted,
+        engine_on_random_text(config, case.tokens, config.data.sequence_length) as (engine, groups),
+    ):
+        rows = 0
+        for step in range(1, STEPS + 1):
+            if step == STEPS:
+                rows = max(int(group.state.masked.sum()) for group in groups)
+                counted.peak = counted.now
+                counted.bytes.clear()
+            train_step(engine, groups, 1e-4, step)
+        peak, collectives = counted.peak, dict(counted.bytes)
+        states = engine.snapshot(output.parent)
+        saved = sum(t.nbytes for t in tree_leaves(states) if isinstance(t, Tensor))
+        found = engine.all_gather({"peak": peak, "rows": rows, "saved": saved, "collectives": collectives})
+        if engine.launch.rank == 0:
+            output.write_text(json.dumps(found))
+
+
+def plan(case: Case, folder: Path, rows: int) -> dict[str, Any]:
+    """Return what the plan says of a case: bytes."""
+    config = load(case, folder)
+    zero = Zero.of(engine_settings(config))
+    width = HALF if config.engine.precision == "bf16" else FULL
+    parameters = count_parameters(config, case.tokens)
+    memory = plan_memory(config, zero, case.tokens, RANKS, rows, on_gpu=False)
+    traffic = step_communication(zero, parameters, config.train.accumulation(RANKS), width)
+    return {
+        "parameters": parameters.count,
+        "peak": memory.total,
+        "parts": memory.parts,
+        "phase": memory.phase,
+        "all_gather": traffic.all_gather + traffic.group_all_gather,
+        "reduce": traffic.reduce_scatter,
+        "checkpoint": checkpoint_bytes(config, zero, parameters.count, width),
+    }
+
+
+def compare(name: str) -> dict[str, Any]:
+    """Measure a case and return it beside its plan, with their ratios."""
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(temporary) / "measured.json"
+        for rank in range(RANKS):
+            (Path(temporary) / str(rank)).mkdir()
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [*start, __file__, "--measure", name, "--output", str(output)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if result.returncode:
+            raise Failure(f"{name}: {' '.join(result.stderr.split())[-500:]}")
+        ranks = json.loads(output.read_text())
+        planned = plan(CASES[name], Path(temporary), max(rank["rows"] for rank in ranks))
+    collectives = Counter(ranks[0]["collectives"])
+    gathered = sum(size for kind, size in collectives.items() if "allgather" in kind)
+    reduced = sum(size for kind, size in collectives.items() if "reduce_scatter" in kind)
+    reduced += 2 * collectives["allreduce_"]
+    measured = {
+        "peak": max(rank["peak"] for rank in ranks),
+        "all_gather": gathered,
+        "reduce": reduced,
+        "checkpoint": sum(rank["saved"] for rank in ranks),
+    }
+    ratios = {key: planned[key] / measured[key] for key in measured}
+    return {"planned": planned, "measured": measured, "planned / measured": ratios}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare every case and print the ratios; the ranks call this too."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), help="cases")
+    parser.add_argument("--measure", choices=list(CASES), help="called on the ranks")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    options = parser.parse_args(arguments)
+    if options.measure:
+        measure(options.measure, options.output)
+        return
+    results = {}
+    print(
+        f"{'planned / measured':38}"
+        + "".join(f"{key:>12}" for key in ("peak", "all_gather", "reduce", "checkpoint"))
+    )
+    for name in options.only:
+        results[name] = compare(name)
+        ratios = results[name]["planned / measured"]
+        print(f"{name:38}" + "".join(f"{value:12.3f}" for value in ratios.values()), flush=True)
+    if options.output:
+        content = {"torch": torch.__version__, "ranks": RANKS, "cases": results}
+        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

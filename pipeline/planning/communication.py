@@ -1,0 +1,53 @@
+"""What a rank sends and receives in a step: the tensors of ZeRO's collectives.
+
+Measured against the collectives of two ranks (benchmarks/plan_memory.py). Sizes are those of the whole
+tensors; a ring moves (N - 1) / N of them through every rank, an all-reduce twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.planning.memory import Parameters, Zero
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes of the collectives of a step.
+
+    Attributes:
+        all_gather: weights, among all ranks.
+        group_all_gather: weights, among the ranks of an hpz group.
+        reduce_scatter: gradients; an all-reduce (ZeRO-1 and 2) counts twice.
+    """
+
+    all_gather: int
+    group_all_gather: int
+    reduce_scatter: int
+
+
+def step_communication(zero: Zero, parameters: Parameters, accumulation: int, width: int) -> Communication:
+    """Return the communication of a step.
+
+    ZeRO-3 gathers every weight in the forward. In the backward it gathers again those that it had to release
+    (stage3_max_live_parameters); with hpz, from the copy that a group of ranks holds between them (ZeRO++,
+    arXiv 2306.10209). A tied embedding is used at both ends of either pass.
+
+    Args:
+        zero: DeepSpeed's settings.
+        parameters: of the model.
+        accumulation: micro-batches that a rank runs a step.
+        width: bytes of an element.
+    """
+    count = parameters.count
+    if zero.stage < 3:
+        return Communication(count * width if zero.stage else 0, 0, 2 * accumulation * count * width)
+    kept = sum(size for size in parameters.sizes.values() if size <= zero.persistence)
+    live = zero.gathered(parameters)
+    again = 0 if live >= count else count - live + (2 * parameters.embedding if parameters.tied else 0)
+    weight, gradient = 1 if zero.quantized_weights else width, 0.5 if zero.quantized_gradients else width
+    first, again = accumulation * (count - kept) * weight, accumulation * again * weight
+    scattered = int(accumulation * count * gradient)
+    if zero.hpz > 1:
+        return Communication(first, again, scattered)
+    return Communication(first + again, 0, scattered)

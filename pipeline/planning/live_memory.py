@@ -1,0 +1,49 @@
+"""Counting the memory of tensors while they live, of operations that run or that are only pretended."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveStorages(TorchDispatchMode):
+    """Adds up the storages that operations return, and takes off those that are released.
+
+    What an operation uses inside, and returns to nobody, is not seen.
+
+    Attributes:
+        now: bytes that live.
+        peak: the most that have lived at once; set it to `now` to measure it anew.
+    """
+
+    def __init__(self, present: Iterable[Tensor] = ()) -> None:
+        """Begin to count; the storages of `present` are there already."""
+        super().__init__()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in present}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count what it returns."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.seen:
+            self.seen.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self.seen.remove(key)
+        self.now -= size

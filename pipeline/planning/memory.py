@@ -1,0 +1,234 @@
+"""The memory of a rank, part by part, from the settings of a run and of DeepSpeed.
+
+The formulas follow DeepSpeed 0.19.8 and are measured against it on two ranks (benchmarks/plan_memory.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.config import Config
+from pipeline.model.batch import Vocabulary
+from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.planning.activations import body_memory, head_memory
+from pipeline.planning.flops import copies
+
+FULL, HALF = 4, 2  # bytes of fp32 and bf16
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a model.
+
+    Attributes:
+        sizes: elements of each, by name.
+        embedding: elements of the embedding.
+        tied: whether it is the output matrix too.
+    """
+
+    sizes: dict[str, int]
+    embedding: int
+    tied: bool
+
+    @property
+    def count(self) -> int:
+        """All elements."""
+        return sum(self.sizes.values())
+
+
+def count_parameters(config: Config, vocabulary_rows: int) -> Parameters:
+    """Return the parameters of the configured model, which is built without contents."""
+    with torch.device("meta"):
+        model = MaskedDiffusionModel(config.model, Vocabulary(vocabulary_rows, vocabulary_rows, 0))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    embedding = vocabulary_rows * config.model.hidden_size
+    return Parameters(sizes, embedding, config.model.tie_embeddings)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What matters of DeepSpeed's zero_optimization section; its defaults are DeepSpeed's.
+
+    Attributes:
+        stage: 1, 2 or 3; 0 for the plain engine.
+        hpz: ranks that hold a second copy of the weights between them; 1 = none.
+        live: most elements that are gathered at once, if they are fetched ahead.
+        prefetch: elements fetched ahead at a time; 0 = none.
+        reuse: elements within which a weight that is used again stays gathered.
+        persistence: weights of at most so many elements are always gathered.
+        bucket: elements of the buffer in which gradients are reduced; 0 = none.
+        overlap: whether a second one is filled while the first is reduced.
+        tile: elements that the optimizer updates at a time.
+        optimizer: where optimizer states and gradients are: gpu, cpu or nvme.
+        weights: where the shards of the weights are.
+        quantized_weights: whether weights travel as int8 (ZeRO++).
+        quantized_gradients: whether gradients travel as int4 (ZeRO++).
+    """
+
+    stage: int
+    hpz: int = 1
+    live: int = 10**9
+    prefetch: int = 5 * 10**7
+    reuse: int = 10**9
+    persistence: int = 10**5
+    bucket: int = 5 * 10**8
+    overlap: bool = True
+    tile: int = 10**9
+    optimizer: str = "gpu"
+    weights: str = "gpu"
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Zero:
+        """Return the settings of a checked DeepSpeed JSON; without any, those of the plain engine."""
+        zero = settings.get("zero_optimization")
+        if zero is None:
+            return cls(0)
+        stage = int(zero["stage"])
+
+        def place(section: str) -> str:
+            device = (zero.get(section) or {}).get("device", "none")
+            return "gpu" if device == "none" else str(device)
+
+        return cls(
+            stage,
+            max(1, int(zero.get("zero_hpz_partition_size", cls.hpz))),
+            int(zero.get("stage3_max_live_parameters", cls.live)),
+            int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            int(zero.get("stage3_max_reuse_distance", cls.reuse)),
+            int(zero.get("stage3_param_persistence_threshold", cls.persistence)),
+            int(zero.get("reduce_bucket_size", cls.bucket)) if zero.get("contiguous_gradients", True) else 0,
+            bool(zero.get("overlap_comm", stage == 3)),
+            int(zero.get("sub_group_size", cls.tile)),
+            place("offload_optimizer"),
+            place("offload_param"),
+            bool(zero.get("zero_quantized_weights", False)),
+            bool(zero.get("zero_quantized_gradients", False)),
+        )
+
+    def gathered(self, parameters: Parameters) -> int:
+        """Return the elements that are gathered at once, at most.
+
+        DeepSpeed fetches the next bucket ahead at every module, so far ahead that it fills what
+        stage3_max_live_parameters allows.
+        """
+        if self.stage < 3:
+            return 0
+        persistent = sum(size for size in parameters.sizes.values() if size <= self.persistence)
+        ahead = self.live if self.prefetch else self.reuse // 2 + max(parameters.sizes.values())
+        return min(parameters.count, max(ahead, persistent + max(parameters.sizes.values())))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank when it needs most.
+
+    Attributes:
+        parts: on the device, by name.
+        phase: when that is: forward, backward or update.
+        host: of offloaded parts, in the memory of the node for this rank.
+        nvme: of offloaded parts, on the disk of the node for this rank.
+    """
+
+    parts: dict[str, int]
+    phase: str
+    host: int = 0
+    nvme: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes on the device."""
+        return sum(self.parts.values())
+
+
+def plan_memory(
+    config: Config,
+    zero: Zero,
+    vocabulary_rows: int,
+    ranks: int,
+    masked_rows: int,
+    on_gpu: bool = True,
+) -> Memory:
+    """Return the memory that a rank needs for the micro-batch of the configuration.
+
+    Args:
+        config: the run; train.micro_batch_size is what a rank computes at once.
+        zero: how DeepSpeed shards it.
+        vocabulary_rows: rows of the output matrix.
+        ranks: world size.
+        masked_rows: masked positions of a micro-batch of a rank's group.
+        on_gpu: the device; bf16 by default on a GPU, fp32 on a CPU.
+    """
+    parameters = count_parameters(config, vocabulary_rows)
+    width = {"auto": HALF if on_gpu else FULL, "bf16": HALF, "fp32": FULL}[config.engine.precision]
+    if zero.stage == 0:
+        width = FULL  # autocast keeps fp32 weights
+    states, host, nvme = _states(config, zero, parameters.count, ranks, width)
+    share = config.engine.sequence_parallel_size
+    positions = -(-config.data.sequence_length * copies(config.objective, 1) // share)
+    body = body_memory(
+        config.model,
+        config.engine.activation_checkpointing,
+        config.train.micro_batch_size,
+        positions,
+        width,
+        on_gpu,
+    )
+    rows = -(-masked_rows // share)
+    head = head_memory(rows, config.model.hidden_size, vocabulary_rows, width, on_gpu)
+    live = {"gathered weights": zero.gathered(parameters) * width}
+    if zero.hpz > 1:
+        live["second copy (hpz)"] = -(-parameters.count // zero.hpz) * width
+    reduction = min(zero.bucket, parameters.count) * width if zero.stage else 0
+    later: dict[str, int] = {}
+    if zero.stage in (1, 2) and config.train.accumulation(ranks // share) == 1 and "gradients" in states:
+        later["gradients"] = states.pop("gradients")  # they come when activations go
+    phases = {
+        "forward": live | {"activations": body.kept, "head": head.peak},
+        "backward": live | {"activations": body.peak, "head": head.kept, "reduction of gradients": reduction},
+        "update": later | {"update": _update(zero, parameters.count, ranks, width)},
+    }
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return Memory(states | phases[phase], phase, host, nvme)
+
+
+def _states(
+    config: Config, zero: Zero, count: int, ranks: int, width: int
+) -> tuple[dict[str, int], int, int]:
+    """Return what is there all the time: on the device by part, on the host, on NVMe."""
+    part = -(-count // ranks) if zero.stage else count
+    sizes = {
+        "weights": (part if zero.stage == 3 else count) * width,
+        "gradients": (part if zero.stage in (2, 3) else count) * width,
+        "optimizer states": part * FULL * (2 if zero.stage == 0 else 3),  # AdamW's two, the fp32 weights
+    }
+    if config.optimizer.ema_decay is not None:
+        sizes["moving average"] = part * FULL
+    places = {
+        "weights": zero.weights,
+        "gradients": zero.optimizer,
+        "optimizer states": zero.optimizer,
+        "moving average": zero.optimizer,
+    }
+    on_gpu = {name: size for name, size in sizes.items() if places[name] == "gpu"}
+    host = sum(size for name, size in sizes.items() if places[name] == "cpu")
+    nvme = sum(size for name, size in sizes.items() if places[name] == "nvme")
+    if zero.stage:
+        buffers = 2 if zero.stage < 3 and zero.overlap else 1
+        on_gpu["communication buffers"] = buffers * zero.bucket * width
+    return on_gpu, host, nvme
+
+
+def _update(zero: Zero, count: int, ranks: int, width: int) -> int:
+    """Return what AdamW needs for a moment: the fp32 gradient and two terms, for a tile of the elements."""
+    if zero.optimizer != "gpu":
+        return 0
+    if zero.stage == 0:
+        return 2 * count * FULL
+    tile = min(-(-count // ranks), zero.tile if zero.stage == 3 else count)
+    return tile * (3 * FULL + (HALF if width == HALF else 0))

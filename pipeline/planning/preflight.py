@@ -1,0 +1,67 @@
+"""What is looked at before anything of a run starts: data, DeepSpeed's settings, disk space."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cli import UserError
+from pipeline.config import Config
+from pipeline.data.facts import DatasetFacts, check_data
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.planning.memory import FULL, HALF, Zero, count_parameters
+from pipeline.planning.run_plan import checkpoint_bytes, kept_checkpoints
+from pipeline.runtime import engine_settings
+
+GIGA = 1e9
+
+
+def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True) -> None:
+    """Raise a `UserError` for the first thing that would end the run, now or in a week.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+        world_size: ranks, where they are known already.
+        disk: look for disk space too; one rank does.
+    """
+    facts = check_data(config.data, tokenizer)
+    check_samples(config, facts)
+    settings = engine_settings(config, world_size)
+    if disk:
+        check_disk(config, Zero.of(settings), config.model.rows_for(tokenizer.vocab_size))
+
+
+def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
+    """Raise a `UserError` when all datasets together have fewer training samples than a batch."""
+    train, valid, test = (float(share) for share in config.data.split.split(","))
+    share, length = train / (train + valid + test), config.data.sequence_length
+    if config.data.kind == "pairs":
+        samples = sum(int(fact.documents * share) for fact in facts)
+    else:
+        samples = sum(int(fact.tokens * share) // length for fact in facts)
+    wanted = config.train.global_batch_size
+    if samples < wanted:
+        raise UserError(
+            f"data.prefixes = {', '.join(config.data.prefixes)} give about {samples} training samples of "
+            f"data.sequence_length = {length}, fewer than train.global_batch_size = {wanted}: bring more "
+            "text, or lower the batch."
+        )
+
+
+def check_disk(config: Config, zero: Zero, vocabulary_rows: int) -> None:
+    """Raise a `UserError` when the checkpoints that are kept at once cannot be stored."""
+    run_dir = Path(config.run_dir).absolute()
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    width = FULL if config.engine.precision == "fp32" else HALF
+    count = count_parameters(config, vocabulary_rows).count
+    each, number = checkpoint_bytes(config, zero, count, width), kept_checkpoints(config)
+    stored = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(existing).free, number * each - stored
+    if needed > free:
+        raise UserError(
+            f"run_dir = {config.run_dir}: up to {number} checkpoints of {each / GIGA:.1f} GB are kept at "
+            f"once, {needed / GIGA:.1f} GB more than now, and {existing} has {free / GIGA:.1f} GB free: name "
+            "another run_dir, or keep fewer by checkpoint.keep, keep_best, keep_every."
+        )

@@ -1,0 +1,204 @@
+"""From the settings of a run and a number of GPUs to memory, time, communication, disk space and cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pipeline.cli import UserError
+from pipeline.config import Config
+from pipeline.planning.communication import Communication, step_communication
+from pipeline.planning.flops import Flops, step_flops
+from pipeline.planning.gpus import GIB, Gpu
+from pipeline.planning.memory import FULL, HALF, Memory, Zero, count_parameters, plan_memory
+
+SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What cannot be known before the run; all of it is printed.
+
+    Attributes:
+        efficiency: share of the peak rate at which the products run, waiting for nothing.
+        link_share: share of the links' bandwidth that collectives reach.
+        overlap: share of the shorter of computation and communication that is hidden behind the other.
+        masked_share: mean share of the positions that are masked.
+        reserved_gib: device memory of CUDA, NCCL and the kernels.
+        fragmentation: share of the device memory that the allocator cannot use.
+        host_gigabytes_per_second: between a GPU and its part of the node's memory, for offloaded states.
+        disk_gigabytes_per_second: of one node to the file system.
+    """
+
+    efficiency: float = 0.5
+    link_share: float = 0.7
+    overlap: float = 0.8
+    masked_share: float = 0.5
+    reserved_gib: float = 2.0
+    fragmentation: float = 0.05
+    host_gigabytes_per_second: float = 20.0
+    disk_gigabytes_per_second: float = 2.0
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run needs on a number of GPUs.
+
+    Attributes:
+        gpus: world size.
+        micro_batch: sequences of a forward.
+        accumulation: micro-batches of a rank and step.
+        parameters: elements.
+        memory: of a GPU, at its highest.
+        usable: bytes of a GPU that the run can have.
+        largest_micro_batch: the largest that divides a rank's share of the global batch and fits; 0 = none.
+        flops: of a step.
+        communication: of a step.
+        seconds: of a step, by part: computation, communication, update, and the step itself.
+        mfu: share of the peak rate that the result needs (model FLOPs utilisation).
+        days: of the run.
+        checkpoint: bytes of one checkpoint.
+        checkpoint_seconds: to write it.
+        kept_checkpoints: how many are on the disk at once, at most.
+        cost: of the run; None without a price.
+    """
+
+    gpus: int
+    micro_batch: int
+    accumulation: int
+    parameters: int
+    memory: Memory
+    usable: int
+    largest_micro_batch: int
+    flops: Flops
+    communication: Communication
+    seconds: dict[str, float]
+    mfu: float
+    days: float
+    checkpoint: int
+    checkpoint_seconds: float
+    kept_checkpoints: int
+    cost: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU has the memory."""
+        return self.memory.total <= self.usable
+
+
+class Planner:
+    """Plans one run for one kind of GPU; the memory of a micro-batch is counted once."""
+
+    def __init__(
+        self, config: Config, zero: Zero, vocabulary_rows: int, gpu: Gpu, assumptions: Assumptions
+    ) -> None:
+        """Count the parameters."""
+        self.config, self.zero, self.gpu, self.assumed = config, zero, gpu, assumptions
+        self.vocabulary_rows = vocabulary_rows
+        self.parameters = count_parameters(config, vocabulary_rows)
+        self.width = FULL if config.engine.precision == "fp32" else HALF
+        self.usable = int(gpu.memory * (1 - assumptions.fragmentation) - assumptions.reserved_gib * GIB)
+
+    def plan(self, gpus: int, price: float | None = None, largest: bool = False) -> RunPlan:
+        """Return the plan for `gpus` GPUs.
+
+        Args:
+            gpus: world size.
+            price: of a GPU and hour.
+            largest: take the largest micro-batch that fits instead of train.micro_batch_size.
+
+        Raises:
+            UserError: when the global batch cannot be dealt to so many ranks.
+        """
+        config, largest_fitting = self._with_micro_batch(gpus, largest)
+        train, groups = config.train, gpus // config.engine.sequence_parallel_size
+        accumulation = train.accumulation(groups)
+        rows = self.assumed.masked_share * train.global_batch_size * config.data.sequence_length
+        flops = step_flops(config, self.vocabulary_rows, rows)
+        communication = step_communication(self.zero, self.parameters, accumulation, self.width)
+        seconds = self._seconds(gpus, flops, communication)
+        days = seconds["step"] * train.steps / SECONDS_A_DAY
+        checkpoint = checkpoint_bytes(config, self.zero, self.parameters.count, self.width)
+        nodes = -(-gpus // self.gpu.node_size)
+        return RunPlan(
+            gpus,
+            train.micro_batch_size,
+            accumulation,
+            self.parameters.count,
+            self._memory(config, gpus),
+            self.usable,
+            largest_fitting,
+            flops,
+            communication,
+            seconds,
+            flops.model / seconds["step"] / gpus / self.gpu.flops,
+            days,
+            checkpoint,
+            checkpoint / nodes / self.assumed.disk_gigabytes_per_second / 1e9,
+            kept_checkpoints(config),
+            None if price is None else price * gpus * days * 24,
+        )
+
+    def _with_micro_batch(self, gpus: int, largest: bool) -> tuple[Config, int]:
+        """Return the configuration with the micro-batch of the plan, and the largest that fits."""
+        size = self.config.engine.sequence_parallel_size
+        if gpus % size:
+            raise UserError(
+                f"--gpus {gpus} cannot be grouped by engine.sequence_parallel_size = {size}: give a multiple."
+            )
+        wanted = replace(self.config, train=self.config.train.fitted(gpus // size, size))
+        share = self.config.train.global_batch_size // (gpus // size)
+        candidates = [n for n in range(1, share + 1) if share % n == 0]
+        fitting = 0
+        for number in candidates:
+            candidate = replace(wanted, train=replace(wanted.train, micro_batch_size=number))
+            if self._memory(candidate, gpus).total > self.usable:
+                break
+            fitting = number
+        if largest and fitting:
+            wanted = replace(wanted, train=replace(wanted.train, micro_batch_size=fitting))
+        return wanted, fitting
+
+    def _memory(self, config: Config, gpus: int) -> Memory:
+        rows = config.train.micro_batch_size * config.data.sequence_length  # all may be masked
+        return plan_memory(config, self.zero, self.vocabulary_rows, gpus, rows)
+
+    def _seconds(self, gpus: int, flops: Flops, communication: Communication) -> dict[str, float]:
+        gpu, assumed = self.gpu, self.assumed
+        computation = flops.executed / gpus / gpu.flops / assumed.efficiency
+        node = min(gpus, gpu.node_size)
+        # A ring passes between nodes through the network cards of all GPUs of a node at once.
+        everywhere = gpu.link if gpus <= node else min(gpu.link, node * gpu.network)
+        group = gpu.link if self.zero.hpz <= node else everywhere
+        share = (gpus - 1) / gpus
+        traffic = (communication.all_gather + communication.reduce_scatter) * share / everywhere
+        traffic += communication.group_all_gather * (self.zero.hpz - 1) / self.zero.hpz / group
+        traffic /= assumed.link_share
+        update = self._update_seconds(gpus)
+        hidden = assumed.overlap * min(computation, traffic) if self.zero.overlap else 0.0
+        return {
+            "computation": computation,
+            "communication": traffic,
+            "update": update,
+            "step": computation + traffic - hidden + update,
+        }
+
+    def _update_seconds(self, gpus: int) -> float:
+        """Return the time of AdamW: bytes read and written an element, at the bandwidth of where they are."""
+        elements = self.parameters.count / (gpus if self.zero.stage else 1)
+        if self.zero.optimizer == "gpu":
+            return elements * 40 / self.gpu.memory_bandwidth
+        bandwidth = self.assumed.host_gigabytes_per_second * 1e9
+        return elements * (28 + 2 * self.width) / bandwidth
+
+
+def checkpoint_bytes(config: Config, zero: Zero, parameters: int, width: int) -> int:
+    """Return the size of one checkpoint: fp32 weights, AdamW's two states, their average, ZeRO's weights."""
+    each = 3 * FULL + (FULL if config.optimizer.ema_decay is not None else 0)
+    return parameters * (each + (width if 0 < zero.stage < 3 else 0))
+
+
+def kept_checkpoints(config: Config) -> int:
+    """Return how many checkpoints are on the disk at once, the one being written included."""
+    settings, steps = config.checkpoint, config.train.steps
+    forever = steps // settings.keep_every if settings.keep_every else 0
+    return min(settings.keep + settings.keep_best + forever, -(-steps // settings.interval)) + 1

@@ -1,0 +1,149 @@
+"""The plan of a run: against closed forms, against memory that is really allocated, and against two ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from programs import ROOT, run_here
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.config import ModelConfig, Recompute
+from pipeline.model.sequence import WHOLE
+from pipeline.model.transformer import Body
+from pipeline.planning.activations import body_memory
+from tools import plan_run
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import plan_memory
+
+GIB = 2**30
+MODEL = {"layers": 10, "hidden_size": 1024, "heads": 16, "intermediate_size": 2816, "vocab_size": 32_000}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "run_dir": "unused",
+                "data": {"prefixes": ["unused"], "sequence_length": 1024},
+                "model": MODEL,
+                "optimizer": {"ema_decay": 0.9999},
+                "train": {"steps": 10_000, "global_batch_size": 256, "micro_batch_size": 8},
+            }
+        )
+    )
+    return str(path)
+
+
+@pytest.fixture
+def call(config: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str) -> Any:
+        return run_here(plan_run.main, ["--config", config, *arguments], capsys)
+
+    return run
+
+
+def test_the_figures_that_follow_from_the_shapes(call: Any) -> None:
+    """ZeRO-3 in bf16 on 8 ranks: 2 + 2 + 12 + 4 bytes a parameter, divided; 16 in a checkpoint; the price."""
+    outcome = call("--gpus", "8", "--gpu", "a100-80", "--cost-per-gpu-hour", "2", "--json")
+    assert outcome.code == 0, outcome.error
+    plan = json.loads(outcome.output)["plan"]
+    parameters = 32_000 * 1024 + 10 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024
+    assert plan["parameters"] == parameters
+    parts = plan["memory"]["parts"]
+    for name, each in {"weights": 2, "gradients": 2, "optimizer states": 12, "moving average": 4}.items():
+        assert parts[name] == pytest.approx(each * parameters / 8, rel=1e-6)
+    assert parts["gathered weights"] == 2 * parameters, "fewer than stage3_max_live_parameters"
+    assert plan["memory"]["total"] == sum(parts.values())
+    assert plan["checkpoint"] == 16 * parameters
+    tokens = 256 * 1024
+    flops = 6 * (parameters - 32_000 * 1024 - 21 * 1024) * tokens  # the usual 6 N D
+    flops += 6 * 2 * 1024 * 1024 * tokens * 10  # attention: 12 L H for each token and layer
+    flops += 6 * 32_000 * 1024 * tokens / 2  # half of the positions have logits
+    assert plan["flops"]["model"] == pytest.approx(flops, rel=1e-9)
+    assert plan["seconds"]["computation"] == pytest.approx(flops / 8 / 312e12 / 0.5)
+    assert plan["cost"] == pytest.approx(plan["seconds"]["step"] * 10_000 / 3600 * 8 * 2)
+    assert plan["communication"]["reduce_scatter"] == plan["accumulation"] * 2 * parameters
+
+
+def test_the_text_names_what_it_assumes(call: Any) -> None:
+    outcome = call("--gpus", "8", "--efficiency", "0.4")
+    assert outcome.code == 0, outcome.error
+    assert "assumed: efficiency 0.4" in outcome.output
+    assert "fits, up to a micro-batch of" in outcome.output
+    last = outcome.output.strip().splitlines()[-1].split()
+    assert last[0] == "256", "512 ranks cannot share 256 sequences"
+
+
+def test_what_does_not_fit_is_followed_by_what_does(call: Any, config: str) -> None:
+    """The remedies are tried, so each of them is true."""
+    large = ["--set", "model.layers=40", "train.micro_batch_size=32"]
+    outcome = call("--gpus", "8", "--gpu", "a100-40", *large)
+    assert outcome.code == 0, outcome.error
+    assert "DOES NOT FIT" in outcome.output
+    assert "engine.activation_checkpointing: blocks" in outcome.output
+    again = call("--gpus", "8", "--gpu", "a100-40", *large, "engine.activation_checkpointing=blocks")
+    assert "DOES NOT FIT" not in again.output
+    smaller = next(line for line in outcome.output.splitlines() if "train.micro_batch_size:" in line)
+    number = smaller.split(":")[1].split()[0]
+    fitting = call("--gpus", "8", "--gpu", "a100-40", *large[:2], f"train.micro_batch_size={number}")
+    assert f"fits, up to a micro-batch of {number}" in fitting.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--gpu", "h10"], ["--gpu h10", "'h100'"]),
+        (["--gpus", "0"], ["--gpus is 0"]),
+        (["--gpus", "7"], ["train.global_batch_size = 256", "7 ranks"]),
+        (["--efficiency", "1.5"], ["--efficiency is 1.5"]),
+        (["--set", "model.vocab_size=null", "data.tokenizer=nowhere"], ["nowhere", "model.vocab_size"]),
+    ],
+)
+def test_bad_input_is_one_line(call: Any, arguments: list[str], parts: list[str]) -> None:
+    complaint = call(*arguments).complaint()
+    for part in parts:
+        assert part in complaint
+
+
+@pytest.mark.parametrize("recompute", ["none", "swiglu", "blocks"])
+def test_activations_are_those_that_are_allocated(recompute: Recompute) -> None:
+    """Every allocation of five real blocks, by torch's profiler, against the count on two and three."""
+    model = ModelConfig(layers=5, hidden_size=64, heads=4, kv_heads=2, intermediate_size=160)
+    planned = body_memory(model, recompute, 6, 48, 4, on_gpu=False)
+    body = Body(model, 8, WHOLE, recompute)
+    for parameter in body.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        hidden = body(torch.zeros(6, 48, dtype=torch.int64))
+        hidden.backward(torch.ones_like(hidden))
+    assert record.profiler is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    peak = np.cumsum([event.nbytes() for event in events]).max()
+    assert planned.peak == pytest.approx(peak, rel=0.05)
+    assert planned.kept < planned.peak
+
+
+@pytest.mark.distributed
+def test_the_plan_is_what_two_ranks_need() -> None:
+    """Memory and collectives of real ZeRO-3 steps; benchmarks/plan_memory.py has more cases."""
+    ratios = plan_memory.compare("300,000 weights stay gathered")["planned / measured"]
+    assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.15)
+
+
+def test_the_committed_figures_are_within_15_percent() -> None:
+    """What docs/performance.md says of benchmarks/results/plan_memory.json."""
+    results = json.loads((ROOT / "benchmarks/results/plan_memory.json").read_text())["cases"]
+    assert set(results) == set(plan_memory.CASES)
+    for name, case in results.items():
+        ratios = case["planned / measured"]
+        assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.15), name

@@ -1,0 +1,83 @@
+"""What will a run need: memory of a GPU by part, time, communication, checkpoints, cost.
+
+Nothing is trained and no GPU is needed. Without a tokenizer on the disk the configuration must set
+model.vocab_size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from pipeline import config as configuration
+from pipeline.cli import ToolParser, UserError, run
+from pipeline.config import Config
+from pipeline.config.checks import require
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.planning.gpus import GPUS, find_gpu
+from pipeline.planning.memory import Zero
+from pipeline.planning.report import as_json, describe, describe_table, table
+from pipeline.planning.run_plan import Assumptions, Planner
+from pipeline.runtime import engine_settings
+
+HELP = {
+    "efficiency": "share of the peak rate at which the products run",
+    "link_share": "share of the links' bandwidth that collectives reach",
+    "overlap": "share of the shorter of computation and communication that the other hides",
+    "masked_share": "mean share of the positions that are masked",
+    "reserved_gib": "device memory of CUDA, NCCL and the kernels",
+    "fragmentation": "share of the device memory that the allocator cannot use",
+    "host_gigabytes_per_second": "from a GPU to its part of the node's memory, for offloaded states",
+    "disk_gigabytes_per_second": "from a node to the file system",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the plan, and the table for more or fewer GPUs."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--config", required=True, help="YAML of the run")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the YAML's")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the run")
+    parser.add_argument("--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)}")
+    parser.add_argument("--cost-per-gpu-hour", type=float, help="price, in any currency")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+    group = parser.add_argument_group("assumptions")
+    for item in fields(Assumptions):
+        option = "--" + item.name.replace("_", "-")
+        group.add_argument(option, type=float, default=item.default, help=HELP[item.name])
+    options = parser.parse_args(arguments)
+    require(options.gpus > 0, f"--gpus is {options.gpus}: it must be 1 or more.")
+    assumed = Assumptions(**{item.name: getattr(options, item.name) for item in fields(Assumptions)})
+    for name in ("efficiency", "link_share"):
+        value = getattr(assumed, name)
+        require(0 < value <= 1, f"--{name.replace('_', '-')} is {value}: give a share above 0, at most 1.")
+    config = configuration.load(["--config", options.config, *(f"--{setting}" for setting in options.set)])
+    zero = Zero.of(engine_settings(config))
+    planner = Planner(config, zero, vocabulary_rows(config), find_gpu(options.gpu), assumed)
+    plan = planner.plan(options.gpus, options.cost_per_gpu_hour)
+    plans = table(planner, price=options.cost_per_gpu_hour)
+    if options.json:
+        print(json.dumps({"plan": as_json(plan), "table": [as_json(each) for each in plans]}, indent=2))
+        return
+    print(describe(planner, plan, options.gpu))
+    print("\nwith the largest micro-batch that fits:")
+    print(describe_table(plans))
+
+
+def vocabulary_rows(config: Config) -> int:
+    """Return the rows of the output matrix; read the tokenizer only where the YAML does not say."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    folder = Path(config.data.tokenizer)
+    if not folder.exists():
+        raise UserError(
+            f"data.tokenizer = {folder} does not exist, and model.vocab_size is not set: give one of them, "
+            "such as --set model.vocab_size=32000."
+        )
+    return config.model.rows_for(Tokenizer.load(folder).vocab_size)
+
+
+if __name__ == "__main__":
+    run(main)
