@@ -142,7 +142,7 @@ def plan(case: Case, folder: Path, rows: int) -> dict[str, Any]:
     zero = Zero.of(engine_settings(config))
     width = HALF if config.engine.precision == "bf16" else FULL
     parameters = count_parameters(config, case.tokens)
-    memory = plan_memory(config, zero, case.tokens, RANKS, rows, on_gpu=False)
+    memory = plan_memory(config, zero, parameters, RANKS, rows, on_gpu=False)
     traffic = step_communication(zero, parameters, config.train.accumulation(RANKS), width)
     return {
         "parameters": parameters.count,

@@ -24,6 +24,7 @@ from pipeline.runtime import engine_settings
 
 HELP = {
     "efficiency": "share of the peak rate at which the products run",
+    "host_milliseconds": "time to start the kernels of a block for a micro-batch: the least that it takes",
     "link_share": "share of the links' bandwidth that collectives reach",
     "overlap": "share of the shorter of computation and communication that the other hides",
     "masked_share": "mean share of the positions that are masked",

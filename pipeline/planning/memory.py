@@ -26,11 +26,13 @@ class Parameters:
 
     Attributes:
         sizes: elements of each, by name.
+        rows: rows of the embedding and the output matrix.
         embedding: elements of the embedding.
         tied: whether it is the output matrix too.
     """
 
     sizes: dict[str, int]
+    rows: int
     embedding: int
     tied: bool
 
@@ -46,7 +48,7 @@ def count_parameters(config: Config, vocabulary_rows: int) -> Parameters:
         model = MaskedDiffusionModel(config.model, Vocabulary(vocabulary_rows, vocabulary_rows, 0))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     embedding = vocabulary_rows * config.model.hidden_size
-    return Parameters(sizes, embedding, config.model.tie_embeddings)
+    return Parameters(sizes, vocabulary_rows, embedding, config.model.tie_embeddings)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Memory:
 def plan_memory(
     config: Config,
     zero: Zero,
-    vocabulary_rows: int,
+    parameters: Parameters,
     ranks: int,
     masked_rows: int,
     on_gpu: bool = True,
@@ -159,12 +161,11 @@ def plan_memory(
     Args:
         config: the run; train.micro_batch_size is what a rank computes at once.
         zero: how DeepSpeed shards it.
-        vocabulary_rows: rows of the output matrix.
+        parameters: of its model.
         ranks: world size.
         masked_rows: masked positions of a micro-batch of a rank's group.
         on_gpu: the device; bf16 by default on a GPU, fp32 on a CPU.
     """
-    parameters = count_parameters(config, vocabulary_rows)
     width = {"auto": HALF if on_gpu else FULL, "bf16": HALF, "fp32": FULL}[config.engine.precision]
     if zero.stage == 0:
         width = FULL  # autocast keeps fp32 weights
@@ -180,7 +181,7 @@ def plan_memory(
         on_gpu,
     )
     rows = -(-masked_rows // share)
-    head = head_memory(rows, config.model.hidden_size, vocabulary_rows, width, on_gpu)
+    head = head_memory(rows, config.model.hidden_size, parameters.rows, width, on_gpu)
     live = {"gathered weights": zero.gathered(parameters) * width}
     if zero.hpz > 1:
         live["second copy (hpz)"] = -(-parameters.count // zero.hpz) * width

@@ -11,9 +11,10 @@ from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.planning.gpus import GIB
 from pipeline.planning.memory import Zero
-from pipeline.planning.run_plan import Planner, RunPlan
+from pipeline.planning.run_plan import SECONDS_A_DAY, Planner, RunPlan
 
 GIGA = 1e9
+UNITS = (("days", 2 * 86_400.0, 86_400.0), ("h", 7200.0, 3600.0), ("min", 120.0, 60.0), ("s", 1.0, 1.0))
 COUNTS = tuple(2**n for n in range(3, 11))  # GPUs of the table
 
 
@@ -23,6 +24,14 @@ class Remedy:
 
     change: str
     total: int
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, least, size in UNITS:
+        if seconds >= least:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{1e3 * seconds:.1f} ms"
 
 
 def remedies(planner: Planner, gpus: int) -> list[Remedy]:
@@ -116,7 +125,7 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
         "",
         f"a checkpoint: {plan.checkpoint / GIGA:,.1f} GB, {plan.checkpoint_seconds:,.1f} s to write; up to "
         f"{plan.kept_checkpoints} at once, {plan.kept_checkpoints * plan.checkpoint / GIGA:,.0f} GB",
-        f"the run: {plan.days:,.2f} days, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
+        f"the run: {duration(plan.days * SECONDS_A_DAY)}, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
         + ("" if plan.cost is None else f", cost {plan.cost:,.0f}"),
         "",
         "assumed: " + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(planner.assumed).items()),
@@ -139,7 +148,7 @@ def _remedy_lines(found: list[Remedy]) -> list[str]:
 
 def describe_table(plans: Sequence[RunPlan]) -> str:
     """Return plans as an aligned table."""
-    heading = ("GPUs", "micro-batch", "GiB", "fits", "s a step", "MFU", "days", "GPU hours", "cost")
+    heading = ("GPUs", "micro-batch", "GiB", "fits", "a step", "MFU", "the run", "GPU hours", "cost")
     rows = [heading]
     for plan in plans:
         rows.append(
@@ -148,9 +157,9 @@ def describe_table(plans: Sequence[RunPlan]) -> str:
                 f"{plan.micro_batch} x {plan.accumulation}",
                 f"{plan.memory.total / GIB:.1f}",
                 "yes" if plan.fits else "no",
-                f"{plan.seconds['step']:.3f}",
+                duration(plan.seconds["step"]),
                 f"{plan.mfu:.2f}",
-                f"{plan.days:,.1f}",
+                duration(plan.days * SECONDS_A_DAY),
                 f"{plan.days * 24 * plan.gpus:,.0f}",
                 "-" if plan.cost is None else f"{plan.cost:,.0f}",
             )

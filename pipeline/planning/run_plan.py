@@ -20,6 +20,8 @@ class Assumptions:
 
     Attributes:
         efficiency: share of the peak rate at which the products run, waiting for nothing.
+        host_milliseconds: time in which the host can start the kernels of a block for a micro-batch, forward
+            and backward: the least that a block takes, however small it is.
         link_share: share of the links' bandwidth that collectives reach.
         overlap: share of the shorter of computation and communication that is hidden behind the other.
         masked_share: mean share of the positions that are masked.
@@ -30,6 +32,7 @@ class Assumptions:
     """
 
     efficiency: float = 0.5
+    host_milliseconds: float = 1.0
     link_share: float = 0.7
     overlap: float = 0.8
     masked_share: float = 0.5
@@ -115,7 +118,7 @@ class Planner:
         rows = self.assumed.masked_share * train.global_batch_size * config.data.sequence_length
         flops = step_flops(config, self.vocabulary_rows, rows)
         communication = step_communication(self.zero, self.parameters, accumulation, self.width)
-        seconds = self._seconds(gpus, flops, communication)
+        seconds = self._seconds(gpus, accumulation, flops, communication)
         days = seconds["step"] * train.steps / SECONDS_A_DAY
         checkpoint = checkpoint_bytes(config, self.zero, self.parameters.count, self.width)
         nodes = -(-gpus // self.gpu.node_size)
@@ -160,11 +163,14 @@ class Planner:
 
     def _memory(self, config: Config, gpus: int) -> Memory:
         rows = config.train.micro_batch_size * config.data.sequence_length  # all may be masked
-        return plan_memory(config, self.zero, self.vocabulary_rows, gpus, rows)
+        return plan_memory(config, self.zero, self.parameters, gpus, rows)
 
-    def _seconds(self, gpus: int, flops: Flops, communication: Communication) -> dict[str, float]:
+    def _seconds(
+        self, gpus: int, accumulation: int, flops: Flops, communication: Communication
+    ) -> dict[str, float]:
         gpu, assumed = self.gpu, self.assumed
-        computation = flops.executed / gpus / gpu.flops / assumed.efficiency
+        starting = accumulation * self.config.model.layers * assumed.host_milliseconds / 1e3
+        computation = max(starting, flops.executed / gpus / gpu.flops / assumed.efficiency)
         node = min(gpus, gpu.node_size)
         # A ring passes between nodes through the network cards of all GPUs of a node at once.
         everywhere = gpu.link if gpus <= node else min(gpu.link, node * gpu.network)

@@ -1,0 +1,26 @@
+"""Plan every shipped configuration and write the table of docs/presets.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cli import ToolParser, run
+from pipeline.files import replacing
+from pipeline.planning.presets import DOCUMENT, table, with_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Replace the table in the document."""
+    ToolParser(__doc__ or "").parse_args(arguments)
+    path = ROOT / DOCUMENT
+    written = with_table(path.read_text(encoding="utf-8"), table(ROOT))
+    with replacing(path) as file:
+        file.write(written.encode())
+    print(f"wrote {DOCUMENT}")
+
+
+if __name__ == "__main__":
+    run(main)
