@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,6 +268,12 @@ def engine_settings(config: Config, world_size: int | None = None) -> dict[str, 
     settings: dict[str, Any] = engine.read_deepspeed_json(Path(config.engine.deepspeed_config))
     engine.check_settings(settings, config, world_size)
     return settings
+
+
+def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
+    """Say which of DeepSpeed's kernels can be compiled on this machine."""
+    compatible: dict[str, bool] = _deepspeed().compatible_ops(names)
+    return compatible
 
 
 def _deepspeed() -> ModuleType:

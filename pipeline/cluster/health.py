@@ -58,22 +58,29 @@ def check_alone(gpus: int, folders: Sequence[Path]) -> NodeReport:
     """
     report = NodeReport(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
     if gpus:
-        report.gpus = _check_gpus(report.problems, gpus)
+        report.gpus = check_gpus(report.problems, gpus)
     for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / f".health_{report.node}_{os.getpid()}") as file:
-                file.write(b"x" * 4096)
-            (folder / f".health_{report.node}_{os.getpid()}").unlink()
-            free = shutil.disk_usage(folder).free / 2**30
-            if free < FREE_GIBIBYTES:
-                report.problems.append(f"{folder} has {free:.2f} GiB free, {FREE_GIBIBYTES:g} are needed")
-        except OSError as error:
-            report.problems.append(f"{folder} cannot be written: {error.strerror}")
+        report.problems += check_folder(folder)
     return report
 
 
-def _check_gpus(problems: list[str], wanted: int) -> int:
+def check_folder(folder: Path) -> list[str]:
+    """Return what is wrong with a folder that must be writable, replace files whole and have space."""
+    probe = folder / f".health_{socket.gethostname()}_{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(probe) as file:
+            file.write(b"x" * 4096)
+        probe.unlink()
+        free = shutil.disk_usage(folder).free / 2**30
+    except OSError as error:
+        return [f"{folder} cannot be written: {error.strerror}"]
+    if free < FREE_GIBIBYTES:
+        return [f"{folder} has {free:.2f} GiB free, {FREE_GIBIBYTES:g} are needed"]
+    return []
+
+
+def check_gpus(problems: list[str], wanted: int) -> int:
     """Note what is wrong with the GPUs, and return their number."""
     query = ["nvidia-smi", "--format=csv,noheader,nounits"]
     try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepspeed.compile.config import CompileConfig
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.runtime.model_checkpointing.config import CHECKPOINT_DEFAULT_DICT
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -217,6 +220,12 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
         dtype in (None, "fp32", "fp16", "bf16"),
         f"{path}: communication_data_type is {dtype!r}: it must be 'fp32', 'bf16' or 'fp16', or left out.",
     )
+
+
+def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
+    """Say which of DeepSpeed's kernels can be compiled on this machine; what stands in the way is printed."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return {name: name in ALL_OPS and bool(ALL_OPS[name].is_compatible()) for name in names}
 
 
 def complete_settings(settings: dict[str, Any], config: Config, launch: Launch) -> dict[str, Any]:

@@ -1,0 +1,287 @@
+"""Is everything in place for a run on this machine: packages, GPUs, compilers, file system, SLURM, data."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+
+from pipeline.cli import UserError
+from pipeline.cluster.health import check_folder, check_gpus
+from pipeline.cluster.site import SITE_FILE
+from pipeline.config import Config
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.planning.gpus import GIB, gpu_of_device
+from pipeline.planning.preflight import check_run
+from pipeline.runtime import compatible_ops, engine_settings
+
+PYTHONS = ((3, 10), (3, 12))  # pyproject.toml
+SPEED_BYTES = 2**26
+SLOW_MEGABYTES = 100.0  # a second, below which checkpoints become a burden
+TIMEOUT = 120.0  # seconds for two processes to add up a tensor
+
+State = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        what: the thing.
+        state: ok, warning = only some runs need it, failed = runs would fail.
+        fact: what was found.
+        remedy: what to do about it; empty where it is ok.
+    """
+
+    what: str
+    state: State
+    fact: str
+    remedy: str = ""
+
+
+def check_python() -> Iterator[Finding]:
+    """Compare the interpreter."""
+    lowest, highest = (".".join(map(str, bound)) for bound in PYTHONS)
+    good = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
+    yield Finding(
+        "Python",
+        "ok" if good else "failed",
+        platform.python_version(),
+        "" if good else f"install Python {lowest} to {highest} and call make with PYTHON=/path/to/it",
+    )
+
+
+def check_packages(requirements: Path) -> Iterator[Finding]:
+    """Compare the installed packages with the pins of requirements.txt."""
+    lines = (line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines())
+    wanted = [Requirement(line) for line in lines if line]
+    wanted = [each for each in wanted if each.marker is None or each.marker.evaluate()]
+    bad = []
+    for each in wanted:
+        try:
+            found = version(each.name)
+        except PackageNotFoundError:
+            bad.append(f"{each.name} is missing")
+            continue
+        if not each.specifier.contains(found.split("+")[0], prereleases=True):
+            bad.append(f"{each.name} is {found} instead of {each.specifier}")
+    remedy = f"pip install -r {requirements}; other versions may give other numbers"
+    if bad:
+        missing = any(problem.endswith("missing") for problem in bad)
+        yield Finding("packages", "failed" if missing else "warning", "; ".join(bad), remedy)
+    else:
+        yield Finding("packages", "ok", f"{len(wanted)} as pinned")
+
+
+def check_devices() -> Iterator[Finding]:
+    """Look at GPUs, CUDA and NCCL."""
+    driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
+    if not torch.cuda.is_available():
+        fact = f"torch {torch.__version__} sees no GPU"
+        if driver:
+            remedy = "the driver is there: install the CUDA build of torch, and look at CUDA_VISIBLE_DEVICES"
+            yield Finding("GPUs", "failed", fact, remedy)
+        else:
+            yield Finding("GPUs", "warning", fact, "training runs on the CPU: enough for a trial only")
+        return
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(len(names))) / GIB
+    fact = f"{len(names)} x {names[0]}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+    problems: list[str] = []
+    if driver and shutil.which("nvidia-smi"):
+        check_gpus(problems, len(names))
+    if len(set(names)) > 1:
+        problems.append(f"different kinds: {', '.join(sorted(set(names)))}")
+    state: State = "warning" if problems else "ok"
+    yield Finding("GPUs", state, "; ".join([fact, *problems]), "free them of other work" if problems else "")
+    if gpu_of_device(names[0]) is None:
+        yield Finding(
+            "peak rate",
+            "warning",
+            f"{names[0]} is not listed",
+            "MFU is not shown; add it to pipeline/planning/gpus.py",
+        )
+    nccl = torch.distributed.is_nccl_available()
+    fact = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "torch was built without it"
+    yield Finding("NCCL", "ok" if nccl else "failed", fact, "" if nccl else "install the CUDA build of torch")
+
+
+def check_compilers() -> Iterator[Finding]:
+    """Look for what compiles DeepSpeed's kernels and flex_attention."""
+    for program, needed in (
+        ("g++", "offloading (DeepSpeedCPUAdam)"),
+        ("ninja", "offloading"),
+        ("nvcc", "DeepSpeed's CUDA kernels (quantised collectives)"),
+    ):
+        path = shutil.which(program)
+        remedy = "" if path else f"install it, or load its module: needed for {needed} alone"
+        yield Finding(program, "ok" if path else "warning", path or "not on the PATH", remedy)
+
+
+def check_ops(config: Config | None) -> Iterator[Finding]:
+    """Ask DeepSpeed for the kernels that the offload settings need; without a configuration, for all."""
+    wanted = {"cpu_adam": "offload_optimizer", "async_io": "NVMe", "quantizer": "quantised collectives"}
+    needed: set[str] = set()
+    if config is not None and config.engine.kind == "deepspeed":
+        zero = engine_settings(config)["zero_optimization"]
+        devices = [(zero.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")]
+        needed |= {"cpu_adam"} if devices[0] in ("cpu", "nvme") else set()
+        needed |= {"async_io"} if "nvme" in devices else set()
+        quantised = zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")
+        needed |= {"quantizer"} if quantised else set()
+    for name, good in compatible_ops(list(wanted)).items():
+        if good:
+            yield Finding(f"DeepSpeed {name}", "ok", "can be compiled")
+        else:
+            state: State = "failed" if name in needed else "warning"
+            remedy = "see `ds_report`; a compiler, libaio-dev or the CUDA toolkit is missing"
+            yield Finding(f"DeepSpeed {name}", state, f"cannot be compiled: for {wanted[name]}", remedy)
+
+
+def check_file_system(folder: Path) -> Iterator[Finding]:
+    """Try what checkpoints need in a folder: a rename that replaces, locks, speed to the disk."""
+    problems = check_folder(folder)
+    if problems:
+        yield Finding(
+            f"{folder}", "failed", "; ".join(problems), "name a folder with space that you may write"
+        )
+        return
+    yield Finding(
+        f"{folder}", "ok", f"files are replaced whole, {shutil.disk_usage(folder).free / GIB:,.0f} GiB free"
+    )
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".setup_") as temporary:
+        locked = _locks(Path(temporary) / "lock")
+        yield Finding(
+            f"{folder}: locks",
+            "ok" if locked else "warning",
+            "work" if locked else "have no effect on this file system",
+            "" if locked else "two runs in one folder are told apart by signs of life alone (35 s)",
+        )
+        speed = _write_megabytes_per_second(Path(temporary) / "data")
+    slow = speed < SLOW_MEGABYTES
+    yield Finding(
+        f"{folder}: speed",
+        "warning" if slow else "ok",
+        f"{speed:,.0f} MB/s written and synchronised by one process",
+        "a checkpoint will take long: look for a faster file system" if slow else "",
+    )
+
+
+def _locks(path: Path) -> bool:
+    """Say whether a second descriptor is kept from a lock."""
+    with path.open("w") as first, path.open("w") as second:
+        try:
+            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def _write_megabytes_per_second(path: Path) -> float:
+    block = os.urandom(2**20)
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(SPEED_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return SPEED_BYTES / 1e6 / (time.perf_counter() - started)
+
+
+def check_slurm(root: Path) -> Iterator[Finding]:
+    """Look for SLURM and the settings of the site."""
+    if shutil.which("sbatch") is None:
+        yield Finding("SLURM", "warning", "sbatch is not on the PATH", "only tools/submit.py needs it")
+        return
+    answer = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
+    answer = answer or "sbatch does not tell its version"
+    there = (root / SITE_FILE).is_file()
+    remedy = "" if there else f"copy {SITE_FILE}.example to {SITE_FILE} and fill it in"
+    yield Finding(
+        "SLURM", "ok" if there else "warning", answer + ("" if there else f", no {SITE_FILE}"), remedy
+    )
+
+
+def check_configuration(config: Config) -> Iterator[Finding]:
+    """Check a run with its data and tokenizer."""
+    try:
+        check_run(config, Tokenizer.load(Path(config.data.tokenizer)))
+    except UserError as error:
+        fact, _, remedy = str(error).rpartition(": ")
+        yield Finding("configuration", "failed", fact or str(error), remedy)
+    else:
+        yield Finding(
+            "configuration", "ok", f"{config.run_dir}: settings, data and tokenizer belong together"
+        )
+
+
+def check_two_ranks(root: Path) -> Iterator[Finding]:
+    """Let two processes add up a tensor, by the health check of nodes: on two GPUs, or on the CPU."""
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as temporary:
+        ranks = []
+        for rank in range(2):
+            environment = os.environ | {
+                "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURMD_NODENAME": f"rank_{rank}",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port - 1), "PYTHONPATH": str(root),
+                "CUDA_VISIBLE_DEVICES": str(rank) if on_gpu else "",
+            }  # fmt: skip
+            command = [sys.executable, str(root / "tools" / "check_node.py"), "--report", temporary]
+            command += ["--gpus", "1"] if on_gpu else []
+            ranks.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            )
+        try:
+            errors = [p.communicate(timeout=TIMEOUT)[1].decode(errors="replace") for p in ranks]
+        except subprocess.TimeoutExpired:
+            errors = [f"no answer after {TIMEOUT:.0f} s"]
+            for process in ranks:
+                process.kill()
+        reports = [json.loads(path.read_text()) for path in sorted(Path(temporary).glob("*.json"))]
+    rates = [report["all_reduce_gigabytes_per_second"] for report in reports]
+    what = f"all-reduce of 2 ranks ({'NCCL' if on_gpu else 'gloo'})"
+    if len(rates) == 2 and None not in rates:
+        yield Finding(what, "ok", f"{min(rates):.2f} GB/s")
+        return
+    said = " ".join(" ".join(errors).split())[-300:] or "one did not answer"
+    yield Finding(what, "failed", said, "look at NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, and firewalls")
+
+
+def all_checks(
+    root: Path, folders: list[Path], config: Config | None
+) -> list[Callable[[], Iterator[Finding]]]:
+    """Return the checks in their order; the slow one comes last."""
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        check_python,
+        lambda: check_packages(root / "requirements.txt"),
+        check_devices,
+        check_compilers,
+        lambda: check_ops(config),
+        *(lambda folder=folder: check_file_system(folder) for folder in folders),
+        lambda: check_slurm(root),
+    ]
+    if config is not None:
+        checks.append(lambda: check_configuration(config))
+    return [*checks, lambda: check_two_ranks(root)]

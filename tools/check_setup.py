@@ -1,0 +1,56 @@
+"""Is everything in place for a run: packages, GPUs, compilers, file system, SLURM, with --config the data.
+
+Each line says ok, warning (only some runs need it) or failed, with the remedy; exit code 1 when one failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import config as configuration
+from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, in_colours, run
+from pipeline.cluster.setup import Finding, all_checks
+
+ROOT = Path(__file__).resolve().parents[1]
+COLOURS = {"ok": 32, "warning": 33, "failed": 31}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what is found; return the exit code."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--config", help="YAML of a run: its settings, data and tokenizer are checked too")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the YAML's")
+    parser.add_argument("--folder", nargs="*", type=Path, default=[Path()], help="where runs will be written")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    config = None
+    if options.config is not None:
+        config = configuration.load(
+            ["--config", options.config, *(f"--{setting}" for setting in options.set)]
+        )
+    findings = []
+    for check in all_checks(ROOT, options.folder, config):
+        for finding in check():
+            findings.append(finding)
+            if not options.json:
+                print(line(finding), flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    return EXIT_FAILED if any(finding.state == "failed" for finding in findings) else EXIT_DONE
+
+
+def line(finding: Finding) -> str:
+    """Return a finding as text, its state in colour on a terminal."""
+    state = f"{finding.state:8}"
+    if in_colours(sys.stdout):
+        state = f"\033[1;{COLOURS[finding.state]}m{state}\033[0m"
+    remedy = f" -> {finding.remedy}" if finding.remedy else ""
+    return f"{state} {finding.what}: {finding.fact}{remedy}"
+
+
+if __name__ == "__main__":
+    run(main)
