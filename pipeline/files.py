@@ -12,7 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
+
+import orjson
+
+from pipeline.cli import UserError
 
 _CHUNK = 1 << 22  # bytes
 
@@ -80,6 +84,21 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
     lines = [line for line in content.split(b"\n")[:-1] if line and wanted(line)]
     with replacing(path) as file:
         file.write(b"".join(line + b"\n" for line in lines))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file that may still be written to: the last half line does not count.
+
+    Raises:
+        UserError: for a line that is damaged.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            found.append(orjson.loads(line))
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not valid JSON ({error}): remove the line.") from None
+    return found
 
 
 @dataclass(frozen=True)

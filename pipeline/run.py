@@ -83,8 +83,10 @@ class Run:
         self.saver = checkpoint.Saver(config, self.engine, self.groups, self.progress.say)
         stack.callback(self.saver.close)
         if launch.rank == 0:
-            lost = self.recorder.lost_steps
-            stack.enter_context(noted(self.folder, self.manifest.step, launch.world_size, lost, self.outcome))
+            before = self.recorder.lost_steps, self.recorder.last_sign
+            stack.enter_context(
+                noted(self.folder, self.manifest.step, launch.world_size, *before, self.outcome)
+            )
 
     def outcome(self) -> str:
         """Return how the process ended, if it was no error."""

@@ -39,8 +39,22 @@ def short(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e12 else f"{value:.4g}"
 
 
-def line_chart(title: str, x_label: str, curves: Mapping[str, Curve]) -> str:
-    """Return an SVG of curves by name; an empty text where no curve has a point."""
+def palette(count: int, ordered: bool = False) -> list[str]:
+    """Return CSS colours: easily told apart, or, for many and for those in an order, from blue to red."""
+    if count <= len(COLOURS) and not ordered:
+        return list(COLOURS[:count])
+    return [f"hsl({220 - 220 * number / max(1, count - 1):.0f} 65% 45%)" for number in range(count)]
+
+
+def line_chart(title: str, x_label: str, curves: Mapping[str, Curve], ordered: bool = False) -> str:
+    """Return an SVG of curves by name, with a legend; an empty text where no curve has a point.
+
+    Args:
+        title: of the chart.
+        x_label: what the x-axis shows.
+        curves: their points by name; points that are not finite are left out.
+        ordered: the curves are those of an order, such as bins, and their colours show it.
+    """
     lines = {name: points for name, curve in curves.items() if (points := thinned(curve))}
     if not lines:
         return ""
@@ -66,20 +80,21 @@ def line_chart(title: str, x_label: str, curves: Mapping[str, Curve]) -> str:
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" class="middle">{short(value)}</text>')
     middle = (WIDTH + _LEFT - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" class="middle">{html.escape(x_label)}</text>')
-    for number, (name, points) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
+    colours = palette(len(lines), ordered)
+    for colour, (name, points) in zip(colours, lines.items(), strict=True):
         spots = [place(*point) for point in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         shape = f'<polyline points="{path}" fill="none" stroke="{colour}"/>'
         if len(spots) == 1:
             shape = f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="3" fill="{colour}"/>'
         parts.append(f"<g><title>{html.escape(name)}</title>{shape}</g>")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>{_legend(list(lines))}'
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return picture + _legend(list(lines), colours)
 
 
-def _legend(names: Sequence[str]) -> str:
+def _legend(names: Sequence[str], colours: Sequence[str]) -> str:
     keys = (
-        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{html.escape(name)}</span>'
-        for number, name in enumerate(names)
+        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
+        for name, colour in zip(names, colours, strict=True)
     )
     return f'<p class="legend">{"".join(keys)}</p>'

@@ -1,7 +1,9 @@
 """When a run was started, and how each start ended: RUN/history.jsonl, for people and for the report.
 
-A line a start: ``{"started": 1764000000.0, "step": 200, "ranks": 2, "lost_steps": 17}``, and a line its end:
-``{"ended": 1764003600.0, "outcome": "done"}``. A start without an end was killed, or ended by the watchdog.
+A line a start:
+``{"started": 1764000000.0, "step": 200, "ranks": 2, "lost_steps": 17, "last_sign": 1763990000.0}``,
+and a line its end: ``{"ended": 1764003600.0, "outcome": "done"}``. A start without an end was killed, or
+ended by the watchdog; the next one says when it gave its last sign of life.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import orjson
 import psutil
 
-from pipeline.files import keep_lines
+from pipeline.files import keep_lines, read_lines
 
 HISTORY_FILE = "history.jsonl"
 KILLED = "killed (no end was noted)"
@@ -31,7 +33,8 @@ class Session:
         step: the step that it went on from.
         ranks: how many.
         lost_steps: steps that an earlier start had done beyond that step; they were done again.
-        ended: when it ended; None while it runs, or if it was killed.
+        last_sign: when the start before it wrote its last figures; 0 where there was none.
+        ended: when it ended, or gave its last sign of life; None for the last start, until its end is noted.
         outcome: how.
     """
 
@@ -39,13 +42,14 @@ class Session:
     step: int
     ranks: int
     lost_steps: int
+    last_sign: float = 0.0
     ended: float | None = None
     outcome: str = KILLED
 
 
 @contextmanager
 def noted(
-    run_dir: Path, step: int, ranks: int, lost_steps: int, outcome: Callable[[], str]
+    run_dir: Path, step: int, ranks: int, lost_steps: int, last_sign: float, outcome: Callable[[], str]
 ) -> Iterator[None]:
     """Note a start, and after the block its end; the first rank does this.
 
@@ -54,12 +58,14 @@ def noted(
         step: the step that it goes on from.
         ranks: how many.
         lost_steps: see `Session`.
+        last_sign: see `Session`.
         outcome: asked how a block without an error ended.
     """
     path = run_dir / HISTORY_FILE
     keep_lines(path, lambda _: True)  # half a line of a killed process goes
     started = psutil.Process().create_time()
-    _append(path, {"started": started, "step": step, "ranks": ranks, "lost_steps": lost_steps})
+    facts = {"step": step, "ranks": ranks, "lost_steps": lost_steps, "last_sign": last_sign}
+    _append(path, {"started": started, **facts})
     try:
         yield
     except BaseException as error:
@@ -74,13 +80,14 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 
 def read_history(run_dir: Path) -> list[Session]:
-    """Return the starts of a run; half a line that a killed process left does not count."""
-    path = run_dir / HISTORY_FILE
+    """Return the starts of a run; raise a `UserError` for a damaged line."""
     sessions: list[Session] = []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
-        entry = orjson.loads(line)
+    for entry in read_lines(run_dir / HISTORY_FILE):
         if "started" in entry:
-            sessions.append(Session(**entry))
+            session = Session(**entry)
+            if sessions and sessions[-1].ended is None:
+                sessions[-1].ended = max(sessions[-1].started, session.last_sign)
+            sessions.append(session)
         elif sessions:
             sessions[-1].ended, sessions[-1].outcome = entry["ended"], entry["outcome"]
     return sessions

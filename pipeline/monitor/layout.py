@@ -8,7 +8,6 @@ LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
         "loss": ["Multiline", [r"train/loss$", r"held_out/.*"]],
         "loss by mask ratio": ["Multiline", [r"loss_by_mask_ratio/.*"]],
         "loss by stage": ["Multiline", [r"loss_by_stage/.*"]],
-        "accuracy of the masked positions": ["Multiline", [r"calibration/accuracy$"]],
     },
     "2 Is it stable?": {
         "gradient norm": ["Multiline", [r"train/gradient_norm$"]],

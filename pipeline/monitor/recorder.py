@@ -57,13 +57,13 @@ class Recorder:
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.since = time.monotonic()
         self.writers: list[Writer] = []
-        self.lost_steps = 0  # that an earlier process had recorded from the first step on
+        self.lost_steps, self.last_sign = 0, 0.0  # of an earlier process, see `JsonLines`
         device = engine.launch.device
         self.gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if engine.launch.rank == 0:
             run_dir = Path(config.run_dir)
             lines = JsonLines(run_dir, first_step)
-            self.lost_steps = lines.lost_steps
+            self.lost_steps, self.last_sign = lines.lost_steps, lines.last_sign
             self.writers = [lines, TensorBoard(run_dir, first_step, config)]
             if config.monitor.wandb:
                 self.writers.append(WeightsAndBiases(run_dir, config))

@@ -11,11 +11,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import orjson
 from tqdm import tqdm
 
 from pipeline.cli import UserError
 from pipeline.config.loading import flatten, read_yaml
+from pipeline.files import read_lines
 from pipeline.monitor.charts import Curve, line_chart
 from pipeline.monitor.history import Session, read_history
 from pipeline.monitor.texts import ShownText, as_html, read_texts
@@ -110,29 +110,17 @@ def read_record(run_dir: Path, name: str) -> Record:
             raise UserError(
                 f"{run_dir} has no {needed}: give the folder of a run (run_dir) that has trained a step."
             )
-    lines = _read_lines(run_dir / METRICS_FILE)
+    lines = read_lines(run_dir / METRICS_FILE)
     if not any("loss" in line for line in lines):
         raise UserError(f"{run_dir / METRICS_FILE} has no step yet: wait for train.log_interval steps.")
-    skipped = run_dir / SKIPPED_FILE
     return Record(
         name,
         flatten(read_yaml(run_dir / "config.yaml")),
         lines,
-        _read_lines(skipped) if skipped.exists() else [],
+        read_lines(run_dir / SKIPPED_FILE),
         read_history(run_dir),
         read_texts(run_dir),
     )
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file that may be written to; raise a `UserError` for one that is damaged."""
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            found.append(orjson.loads(line))
-        except orjson.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not valid JSON ({error}): remove the line.") from None
-    return found
 
 
 def names_of(run_dirs: Sequence[Path]) -> list[str]:
@@ -243,7 +231,7 @@ def _families(record: Record) -> str:
         for line in record.lines:
             for name, value in line.get(family, {}).items():
                 curves.setdefault(name, []).append((line["step"], value))
-        charts.append(line_chart(title, "steps", dict(sorted(curves.items()))))
+        charts.append(line_chart(title, "steps", dict(sorted(curves.items())), ordered=True))
     return _grid(charts)
 
 
@@ -299,10 +287,8 @@ def _length(record: Record, session: Session) -> float:
     """Return how long a process lived, to the last thing known of it."""
     if session.ended is not None:
         return session.ended - session.started
-    following = [other.started for other in record.history if other.started > session.started]
-    limit = min(following, default=float("inf"))
     times = (line.get("unix_time", 0) for line in record.lines)
-    written = [moment for moment in times if session.started <= moment < limit]
+    written = [moment for moment in times if moment >= session.started]  # it is the last start
     return max(written, default=session.started) - session.started
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import orjson
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.files import read_lines
+
 TEXTS_FILE = "texts.jsonl"
-_WIDTH, _LINE, _SIZE, _MARGIN = 900, 24, 14, 12  # pixels
+_WIDTH, _LINE, _SIZE, _MARGIN = 480, 24, 14, 8  # pixels
 _FIRST_HUE, _LAST_HUE = 0.58, 0.04  # blue is unmasked first, red last
 
 
@@ -39,10 +41,8 @@ class ShownText:
 
 
 def read_texts(run_dir: Path) -> list[ShownText]:
-    """Return the texts of a run; half a line that a killed process left does not count."""
-    path = run_dir / TEXTS_FILE
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [ShownText(**orjson.loads(line)) for line in lines]
+    """Return the texts of a run; raise a `UserError` for a damaged line."""
+    return [ShownText(**entry) for entry in read_lines(run_dir / TEXTS_FILE)]
 
 
 def colours(order: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ import pytest
 from programs import Outcome, run_here
 from runs import curve, metrics
 
-from pipeline.monitor.charts import HEIGHT, WIDTH, line_chart, short, thinned, ticks
+from pipeline.monitor.charts import HEIGHT, WIDTH, line_chart, palette, short, thinned, ticks
 from pipeline.monitor.history import KILLED, noted, read_history
 from pipeline.monitor.report import read_record
 from pipeline.resilience.skipped import SKIPPED_FILE
@@ -167,15 +167,15 @@ def test_a_run_that_is_given_twice(report: Report, run_dir: Path) -> None:
 
 def test_history_tells_how_each_start_ended(tmp_path: Path) -> None:
     """Done, failed, or killed: then half a line may be left."""
-    with noted(tmp_path, 0, 2, 0, lambda: "done"):
+    with noted(tmp_path, 0, 2, 0, 0.0, lambda: "done"):
         pass
-    with pytest.raises(RuntimeError), noted(tmp_path, 5, 2, 3, lambda: "done"):
+    with pytest.raises(RuntimeError), noted(tmp_path, 5, 2, 3, 0.0, lambda: "done"):
         raise RuntimeError("out of memory")
-    killed = noted(tmp_path, 6, 4, 0, lambda: "never asked")
+    killed = noted(tmp_path, 6, 4, 0, 0.0, lambda: "never asked")
     killed.__enter__()
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"ended": 17')
-    with noted(tmp_path, 7, 4, 1, lambda: "stopped"):
+    with noted(tmp_path, 7, 4, 1, 4e9, lambda: "stopped"):
         running = read_history(tmp_path)
     sessions = read_history(tmp_path)
     assert [session.outcome for session in sessions] == [
@@ -185,7 +185,7 @@ def test_history_tells_how_each_start_ended(tmp_path: Path) -> None:
         "stopped",
     ]
     assert [(s.step, s.ranks, s.lost_steps) for s in sessions] == [(0, 2, 0), (5, 2, 3), (6, 4, 0), (7, 4, 1)]
-    assert sessions[2].ended is None
+    assert sessions[2].ended == 4e9, "the last sign of life"
     assert running[3].ended is None
     assert json.loads((tmp_path / "history.jsonl").read_text().splitlines()[0])["ranks"] == 2
     assert read_history(tmp_path / "nowhere") == []
@@ -218,6 +218,12 @@ def test_charts_show_their_points() -> None:
     assert 0 < ys.min() < ys.max() < HEIGHT
     assert line_chart("nothing", "steps", {"empty": []}) == ""
     assert "<circle" in line_chart("one point", "steps", {"one": [(3, 4)]})
+
+
+def test_every_curve_has_a_colour_of_its_own() -> None:
+    for count in (1, 2, 8, 9, 40):
+        for ordered in (False, True):
+            assert len(set(palette(count, ordered))) == count
 
 
 def test_long_curves_are_thinned_by_means() -> None:

@@ -109,7 +109,7 @@ def test_pictures_and_pages_show_the_order() -> None:
     text = ShownText(7, "It begins", pieces, list(range(180)))
     picture = as_picture(text)
     assert picture.dtype == np.uint8
-    assert picture.shape[1:] == (900, 3)
+    assert picture.shape[1:] == (480, 3)
     assert picture.shape[0] > 5 * 24, "lines are broken"
     present = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
     assert set(colours(text.order)) <= present
