@@ -16,7 +16,7 @@ from pipeline.data.blend import describe_order, write_order
 from pipeline.data.samples import Datasets, build_datasets
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.evaluation.held_out import held_out_loss
+from pipeline.evaluation.held_out import held_out_bound, held_out_loss
 from pipeline.evaluation.shown_texts import write_texts
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
@@ -229,10 +229,10 @@ class Run:
         if valid is None or not self.due(self.config.evaluation.interval, step):
             return
         with self.recorder.apart(step, "evaluation"):
-            losses = {"held_out/loss": self.held_out_loss(valid)}
+            losses = self.held_out(valid)
             if self.config.optimizer.ema_decay is not None:
                 with self.engine.averaged_weights():
-                    losses["held_out/ema_loss"] = self.held_out_loss(valid)
+                    losses |= self.held_out(valid, "ema_")
             self.recorder.write_texts(self.write_texts(valid))
         measured = {name: loss for name, loss in losses.items() if loss is not None}
         if len(measured) == len(losses):
@@ -241,11 +241,17 @@ class Run:
             facts = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items())
             self.progress.say(f"step {step}: {facts} nats a masked token")
 
-    def held_out_loss(self, valid: SampleDataset) -> float | None:
-        """Return the loss on the validation samples with the weights as they are; nothing after a stop."""
-        samples, batch_size = self.config.evaluation.samples, self.config.train.micro_batch_size
-        step, objective = self.manifest.step, self.objectives.at(self.manifest.step).held_out()
-        return held_out_loss(self.engine, valid, samples, batch_size, objective, step, self.stopped)
+    def held_out(self, valid: SampleDataset, prefix: str = "") -> dict[str, float | None]:
+        """Return loss and bound on the validation samples by the present weights; nothing after a stop."""
+        settings, batch_size = self.config.evaluation, self.config.train.micro_batch_size
+        common = self.engine, valid, settings.samples, batch_size
+        step, objective = self.manifest.step, self.objectives.at(self.manifest.step)
+        found = {"loss": held_out_loss(*common, objective.held_out(), step, self.stopped)}
+        if settings.bound_draws:
+            found["bound"] = held_out_bound(
+                *common, objective.layout, step, settings.bound_draws, self.stopped
+            )
+        return {f"held_out/{prefix}{name}": value for name, value in found.items()}
 
     def write_texts(self, valid: SampleDataset) -> list[ShownText]:
         """Return what the model writes in the place of some validation samples; nothing after a stop."""

@@ -138,6 +138,9 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
         (["--watchdog.minimum", "0"], ["watchdog.minimum is 0.0"]),
         (["--checkpoint.keep", "0"], ["checkpoint.keep is 0"]),
         (["--evaluation.interval", "-5"], ["evaluation.interval is -5"]),
+        (["--evaluation.bound_draws", "3"], ["evaluation.bound_draws is 3", "even"]),
+        (["--monitor.texts", "-1"], ["monitor.texts is -1"]),
+        (["--monitor.wandb_project", ""], ["monitor.wandb_project is empty"]),
         (["--profiling.flops_step", "-1"], ["profiling.flops_step is -1"]),
         (
             ["--engine.kind", "plain", "--profiling.communication_steps", "3"],

@@ -57,15 +57,23 @@ class EvaluationConfig:
     Args:
         interval: Steps between two evaluations; 0 = none.
         samples: Validation samples used, at most; always the same ones under the same masks.
+        bound_draws: Also estimate the bound on the negative log-likelihood of these samples, with so many
+            masks of each (an even number), which takes as many forwards. 0 = none.
     """
 
     interval: int = 500
     samples: int = 512
+    bound_draws: int = 0
 
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
         require(self.interval >= 0, f"evaluation.interval is {self.interval}: it must be 0 or more.")
         require_positive("evaluation", self, "samples")
+        require(
+            self.bound_draws >= 0 and self.bound_draws % 2 == 0,
+            f"evaluation.bound_draws is {self.bound_draws}: give an even number, the standard error needs "
+            "pairs; or 0 for none.",
+        )
 
 
 @dataclass

@@ -22,7 +22,7 @@ from pipeline.monitor.texts import ShownText, as_html, read_texts
 from pipeline.monitor.writers import METRICS_FILE
 from pipeline.resilience.skipped import SKIPPED_FILE
 
-LOSSES = ("loss", "held_out/loss", "held_out/ema_loss", "held_out/bound")
+LOSSES = ("loss", "held_out/loss", "held_out/ema_loss", "held_out/bound", "held_out/ema_bound")
 CHARTS = (
     ("gradient norm", "gradient_norm"),
     ("learning rate", "learning_rate"),

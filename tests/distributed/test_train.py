@@ -92,16 +92,18 @@ def test_held_out_loss_does_not_depend_on_ranks(data: Path, train: Train, tmp_pa
 
     Nor does any other figure that is no measured time.
     """
-    assert train(tmp_path / "1", "--evaluation.samples", "11").code == 0
-    train_on(2, data, tmp_path / "2", "--evaluation.samples", "11")
+    more = ["--evaluation.samples", "11", "--evaluation.bound_draws", "2"]
+    assert train(tmp_path / "1", *more).code == 0
+    train_on(2, data, tmp_path / "2", *more)
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert flatten(not_measured(one)) == pytest.approx(flatten(not_measured(two)), rel=1e-3, abs=1e-5)
     texts = read_texts(tmp_path / "1")
     assert len(texts) == 4
     assert texts == read_texts(tmp_path / "2")
-    one, two = ([value for _, value in curve(tmp_path / n, "held_out/loss")] for n in ("1", "2"))
-    assert len(one) == 2
-    assert one == pytest.approx(two, abs=1e-5)
+    for key in ("held_out/loss", "held_out/bound"):
+        one, two = ([value for _, value in curve(tmp_path / n, key)] for n in ("1", "2"))
+        assert len(one) == 2
+        assert one == pytest.approx(two, abs=1e-5)
 
 
 def test_ranks_that_share_sequences_count_once(data: Path, train: Train, tmp_path: Path) -> None:
