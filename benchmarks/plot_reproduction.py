@@ -1,0 +1,163 @@
+"""Turn the scores of a reproduction into tables (Markdown, on stdout) and a figure (PNG).
+
+usage: python benchmarks/plot_reproduction.py --figure docs/images/sudoku.png
+
+All figures are means over the seeds, with the standard deviation between seeds behind them. Steps to a target
+are read off each run's own curve, linearly between its points, before they are averaged.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from pipeline.cli import ToolParser, UserError, run
+
+Run = list[dict[str, float]]  # the points of one run's curve, by step
+TARGETS = (0.5, 0.7, 0.9)
+LAST = {
+    "solved_1": "1 a step",
+    "solved_2": "2 a step",
+    "solved_4": "4 a step",
+    "solved_threshold": "threshold",
+    "bound": "bound",
+}
+COSTS = {
+    "tokens": ("M tokens", 1e6),
+    "unique_puzzles": ("unique puzzles", 1),
+    "flops": ("PFLOP", 1e15),
+    "seconds": ("s", 1),
+}
+
+
+def read_runs(path: Path) -> dict[str, list[Run]]:
+    """Return the runs of each variant."""
+    runs: dict[str, dict[str, Run]] = defaultdict(lambda: defaultdict(list))
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            point = {key: float(x) for key, x in row.items() if x and key not in ("variant", "seed")}
+            runs[row["variant"]][row["seed"]].append(point)
+    if not runs:
+        raise UserError(f"{path} holds no scores: benchmarks/reproduce_sudoku.py writes them.")
+    return {
+        variant: [sorted(points, key=lambda p: p["step"]) for points in seeds.values()]
+        for variant, seeds in runs.items()
+    }
+
+
+def reach(points: Run, target: float, against: str = "step", score: str = "solved_1") -> float | None:
+    """Return where a curve first comes to `target`, linearly between its points; it begins at 0, 0.
+
+    Args:
+        points: of one run, by step.
+        target: the wanted score.
+        against: what is counted on the way: step, tokens, flops, ...
+        score: which score.
+    """
+    before = {against: 0.0, score: 0.0}
+    for point in points:
+        if point[score] >= target:
+            share = (target - before[score]) / (point[score] - before[score])
+            return before[against] + share * (point[against] - before[against])
+        before = point
+    return None
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return ``mean ± standard deviation``."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def last_points(runs: dict[str, list[Run]]) -> list[list[str]]:
+    """Return the table of the last scores of each variant."""
+    head = ["objective", "runs", "steps", *LAST.values()]
+    rows = [head]
+    for variant, each in runs.items():
+        ends = [points[-1] for points in each]
+        cells = [spread([end[key] for end in ends], 2) for key in LAST]
+        rows.append([variant, str(len(each)), f"{mean(end['step'] for end in ends):.0f}", *cells])
+    return rows
+
+
+def ways(runs: dict[str, list[Run]], baseline: str) -> list[list[str]]:
+    """Return the table of the steps to each target, and of the other costs of the middle one.
+
+    A mean is given where every run has come there; otherwise how many have.
+    """
+    middle = TARGETS[1]
+    head = ["objective", *(f"steps to {target:.0%}" for target in TARGETS), f"of {baseline}'s"]
+    rows = [[*head, *(f"{name} to {middle:.0%}" for name, _ in COSTS.values())]]
+    base = [reach(points, middle) for points in runs.get(baseline, [])]
+    for variant, each in runs.items():
+        cells = [_mean_or_count([reach(points, target) for points in each]) for target in TARGETS]
+        steps = [reach(points, middle) for points in each]
+        whole = steps and base and None not in steps and None not in base
+        ratio = f"{mean(filter(None, steps)) / mean(filter(None, base)):.2f}" if whole else "-"
+        costs = [
+            _mean_or_count([reach(points, middle, key) for points in each], unit)
+            for key, (_, unit) in COSTS.items()
+        ]
+        rows.append([variant, *cells, ratio, *costs])
+    return rows
+
+
+def _mean_or_count(values: Sequence[float | None], unit: float = 1) -> str:
+    there = [value / unit for value in values if value is not None]
+    if len(there) < len(values):
+        return f"{len(there)} of {len(values)} runs"
+    return spread(there, max(0, 2 - math.floor(math.log10(max(there)))))
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Return a table in Markdown; the first row is the head."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def draw(runs: dict[str, list[Run]], path: Path) -> None:
+    """Draw score and bound against steps, and the score against unique puzzles: a line a variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    panels = [("step", "solved_1"), ("step", "bound"), ("unique_puzzles", "solved_1")]
+    for panel, (across, up) in zip(axes, panels, strict=True):
+        for number, (variant, each) in enumerate(runs.items()):
+            colour = f"C{number}"
+            for points in each:
+                panel.plot([p[across] for p in points], [p[up] for p in points], colour, alpha=0.25, lw=0.8)
+            common = set.intersection(*({p["step"] for p in points} for points in each))
+            met = [[p for p in points if p["step"] in common] for points in each]
+            middle = [[mean(p[key] for p in at) for at in zip(*met, strict=True)] for key in (across, up)]
+            panel.plot(*middle, colour, label=variant)
+        panel.set_xlabel({"step": "optimizer steps", "unique_puzzles": "unique puzzles"}[across])
+        panel.set_ylabel({"solved_1": "held-out puzzles solved", "bound": "bound, nats an answer"}[up])
+        panel.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables and draw the figure."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--scores", type=Path, default=Path("benchmarks/results/sudoku.csv"), help="the CSV")
+    parser.add_argument("--figure", type=Path, help="PNG file for the curves")
+    parser.add_argument("--baseline", default="random", help="variant that the others' steps are a share of")
+    options = parser.parse_args(arguments)
+    runs = read_runs(options.scores)
+    print(markdown(last_points(runs)), markdown(ways(runs, options.baseline)), sep="\n\n")
+    if options.figure:
+        draw(runs, options.figure)
+
+
+if __name__ == "__main__":
+    run(main)
