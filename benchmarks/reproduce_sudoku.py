@@ -31,8 +31,7 @@ from pipeline.data.records import Keys, read_all
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
 from pipeline.evaluation.sudoku import is_solved
 from pipeline.files import replacing
-from pipeline.monitor.recorder import METRICS_FILE
-from pipeline.planning.flops import step_flops
+from pipeline.monitor.writers import METRICS_FILE
 from pipeline.sampling import Loaded, SamplingSettings, complete, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +142,7 @@ def score(job: Job) -> list[dict[str, Any]]:
             continue
         decodings = DECODINGS if last else {"solved_1": DECODINGS["solved_1"]}
         row = {"variant": job.variant, "seed": job.seed, "step": loaded.step, "puzzles": count}
-        row |= effort(loaded, job.run_dir) | score_model(loaded, pairs[:count], decodings)
+        row |= effort(job.run_dir, loaded.step) | score_model(loaded, pairs[:count], decodings)
         rows = [other for other in rows if other["step"] != loaded.step] + [row]
         with replacing(path) as file:
             file.writelines(orjson.dumps(each) + b"\n" for each in rows)
@@ -169,26 +168,19 @@ def score_model(
     return figures | {"bound": bound.nll, "bound_error": bound.standard_error}
 
 
-def effort(loaded: Loaded, run_dir: Path) -> dict[str, float]:
-    """Return what the training up to a checkpoint has cost, from the run's own metrics."""
-    config, rows = loaded.config, loaded.model.lm_head.vocabulary.rows
-    slots, length = config.train.global_batch_size, config.data.sequence_length
-    begun, flops, seconds, before = float(slots), 0.0, 0.0, 0
-    for line in (run_dir / METRICS_FILE).read_bytes().splitlines():
-        entry = orjson.loads(line)
-        if "masked_fraction" not in entry or entry["step"] > loaded.step:
-            continue
-        steps, before = entry["step"] - before, entry["step"]
-        masked = entry["masked_fraction"] * slots * length / 2  # the answer is half of the sequence
-        begun += entry["chains_ended_per_step"] * steps
-        flops += step_flops(config, rows, masked, entry["step"]).executed * steps
-        seconds += steps * slots / entry["samples_per_second"]
-    order = orjson.loads((run_dir / "data_order.json").read_bytes())
+def effort(run_dir: Path, step: int) -> dict[str, float]:
+    """Return what the training up to `step` has cost, from the run's own metrics."""
+    lines = [orjson.loads(line) for line in (run_dir / METRICS_FILE).read_bytes().splitlines()]
+    intervals = [line for line in lines if "progress/tokens" in line and line["step"] <= step]
+    flops, before = 0.0, 0
+    for line in intervals:
+        flops += line["progress/flops_per_step"] * (line["step"] - before)
+        before = line["step"]
     return {
-        "tokens": loaded.step * slots * length,
-        "unique_puzzles": min(round(begun), sum(part["samples"] for part in order["datasets"])),
+        "tokens": intervals[-1]["progress/tokens"],
+        "unique_puzzles": int(intervals[-1]["progress/unique_samples"]),
         "flops": flops,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(line["time/training"] for line in intervals), 1),
     }
 
 
