@@ -13,7 +13,7 @@ from pipeline.data.batch import ANSWER, Array
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import Vocabulary
 from pipeline.runtime import Engine, build_engine, read_launch
-from pipeline.slots import SlotGroup, slots_of_rank
+from pipeline.slots import SlotGroup, make_groups
 
 MASK = 3
 
@@ -38,12 +38,9 @@ def engine_on_random_text(
     config: Config, tokens: int, length: int
 ) -> Iterator[tuple[Engine, list[SlotGroup]]]:
     """Give the configured engine and this rank's slots, over sequences of `length` of `tokens` tokens."""
-    launch, train = read_launch(config), config.train
+    launch = read_launch(config)
     engine = build_engine(config, launch, Vocabulary(tokens, tokens, MASK))
-    stream = SlotStream(RandomText(tokens, length), train.global_batch_size, train.seed, workers=1)
-    accumulation = train.accumulation(launch.data_size)
-    slots = slots_of_rank(launch.data_rank, accumulation, train.micro_batch_size)
-    schedule = objectives.build(config, MASK, False)
-    yield engine, [SlotGroup(part, stream, schedule, launch.device) for part in slots]
+    stream = SlotStream(RandomText(tokens, length), config.slots, config.train.seed, workers=1)
+    yield engine, make_groups(config, launch, stream, objectives.build(config, MASK, False))[0]
     stream.close()
     engine.close()

@@ -33,7 +33,7 @@ from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
 from pipeline.resilience.watchdog import Watchdog
 from pipeline.runtime import Launch, agree, build_engine
-from pipeline.slots import SlotGroup, slots_of_rank
+from pipeline.slots import SlotGroup, make_groups
 
 
 class Run:
@@ -48,7 +48,6 @@ class Run:
         self.folder = Path(config.run_dir)
         self.tokenizer = tokenizer = Tokenizer.load(Path(config.data.tokenizer))
         check_run(config, tokenizer, launch.world_size, disk=launch.rank == 0)
-        accumulation = config.train.accumulation(launch.data_size)
         vocabulary = read_vocabulary(config, tokenizer)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.engine = build_engine(config, launch, vocabulary)
@@ -58,15 +57,13 @@ class Run:
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data)
         self.report_order()
-        self.stream = SlotStream(
-            self.data.train, config.train.global_batch_size, config.train.seed, config.data.workers
-        )
+        self.stream = SlotStream(self.data.train, config.slots, config.train.seed, config.data.workers)
         stack.callback(self.stream.close)
         self.skip_log = SkipLog(self.folder, self.engine)
         self.stream.exclude(self.skip_log.excluded())
         self.objectives = objectives.build(config, tokenizer.mask, self.data.has_padding)
-        slots = slots_of_rank(launch.data_rank, accumulation, config.train.micro_batch_size)
-        self.groups = [SlotGroup(part, self.stream, self.objectives, launch.device) for part in slots]
+        self.turns = make_groups(config, launch, self.stream, self.objectives)
+        self.groups = [group for turn in self.turns for group in turn]
         self.manifest = Manifest(
             FORMAT, 0, 0, launch.world_size, self.engine.sharding, config.train.global_batch_size,
             vocabulary._asdict(), self.data.fingerprint,
@@ -87,6 +84,10 @@ class Run:
             stack.enter_context(
                 noted(self.folder, self.manifest.step, launch.world_size, *before, self.outcome)
             )
+
+    def groups_of(self, step: int) -> list[SlotGroup]:
+        """Return the chains that `step` trains, a group for each micro-batch."""
+        return self.turns[(step - 1) % len(self.turns)]
 
     def outcome(self) -> str:
         """Return how the process ended, if it was no error."""
@@ -153,13 +154,13 @@ class Run:
         self.logs.callback(self.recorder.close)
         self.sample_log: SampleLog | None = None
         if self.config.train.log_samples:
-            self.sample_log = SampleLog(self.folder, self.engine, self.groups, self.stream, first)
+            self.sample_log = SampleLog(self.folder, self.engine, self.stream, first)
             self.logs.callback(self.sample_log.close)
 
     def refuse(self, step: int, problem: str) -> bool:
         """Note a step whose update the guard has refused; say whether the run had to go back for it."""
         ids = torch.full((self.stream.slots,), -1, device=self.engine.launch.device)
-        for group in self.groups:
+        for group in self.groups_of(step):
             ids[group.numbers] = group.trained_ids
         samples = [self.stream.index(position) for position in self.engine.max_over_ranks(ids).tolist()]
         in_a_row = self.guard.in_a_row

@@ -3,6 +3,8 @@
 A slot always holds a chain. When the chain ends, the slot's next sample, which is already on the device,
 takes its place by a `torch.where`: nothing waits for the device. Which slots have ended travels to the host
 behind the backward pass, and is read when the following step needs it.
+
+There are as many slots as sequences in a global batch, or several times as many, which take turns.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pipeline.chain_statistics import ChainStatistics, Walk
+from pipeline.config import Config
 from pipeline.data.batch import Samples
 from pipeline.data.streams import SlotStream
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.base import ChainState, ObjectiveSchedule, Scores, model_input
+from pipeline.runtime import Launch
 
 
 class SlotGroup:
@@ -29,6 +33,8 @@ class SlotGroup:
         stream: SlotStream,
         objectives: ObjectiveSchedule,
         device: torch.device,
+        first_step: int = 1,
+        interval: int = 1,
     ) -> None:
         """Begin the first chains of each slot, at staggered stages.
 
@@ -37,20 +43,22 @@ class SlotGroup:
             stream: where their samples come from.
             objectives: what masks them, at each step.
             device: where the chains live.
+            first_step: the step that these slots are first trained at.
+            interval: steps from one training to the next.
         """
         self.slots = np.asarray(slots, dtype=np.int64)
         self.stream = stream
         self.numbers = torch.from_numpy(self.slots).to(device)
         self.objectives = objectives
         self.device = device
+        self.first_step, self.interval = first_step, interval
         self.statistics = ChainStatistics(objectives.longest, device)
         self.age = torch.zeros_like(self.numbers)  # steps that the present sequences were trained on
         self._begin(np.zeros(len(slots), dtype=np.int64))
-        objective = objectives.at(1)
-        first = objective.first_stage(self.numbers, 1)
-        self._enter(
-            objective.begin(self.samples, first[:, None], 1), torch.zeros_like(first, dtype=torch.bool)
-        )
+        objective = objectives.at(first_step)
+        first = objective.first_stage(self.numbers, first_step)
+        state = objective.begin(self.samples, first[:, None], first_step)
+        self._enter(state, torch.zeros_like(first, dtype=torch.bool))
 
     def _begin(self, cursors: np.ndarray) -> None:
         """Read the samples at `cursors` [B] or, where those are left out, after them; and the next ones."""
@@ -102,13 +110,14 @@ class SlotGroup:
 
     def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
         """Move the chains on with the scores of the same forward that the loss came from."""
-        now, then = self.objectives.at(step), self.objectives.at(step + 1)
+        next_step = step + self.interval
+        now, then = self.objectives.at(step), self.objectives.at(next_step)
         scores = Scores.of(output, batch.rows, self.state.masked)
-        state, ended, reveals = now.advance(self.samples, self.state, scores, step)
+        state, ended, reveals = now.advance(self.samples, self.state, scores, step, next_step)
         begin_at = torch.zeros_like(self.numbers)
         if then is not now:  # a change of objective ends every chain
-            ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, step + 1)
-        fresh = then.begin(self.following, begin_at[:, None], step + 1)
+            ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, next_step)
+        fresh = then.begin(self.following, begin_at[:, None], next_step)
         chains = now.layout.chains(self.samples)
         walk = Walk(self.samples, chains, self.state, self.age, ended, reveals)
         self.statistics.add(walk, batch, output)
@@ -135,7 +144,7 @@ class SlotGroup:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray], step: int) -> None:
-        """Go on with `step` from what `state_dict` returned for the same slots before it.
+        """Go on with the first turn from `step` on, from what `state_dict` returned for the same slots.
 
         Chains of samples that are left out by now give way to new ones of the next sample.
         """
@@ -147,13 +156,32 @@ class SlotGroup:
         chains = ChainState(
             torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
         )
-        fresh = self.objectives.at(step).begin(self.samples, torch.zeros_like(chains.stage), step)
+        next_step = step + (self.first_step - step) % self.interval
+        fresh = self.objectives.at(next_step).begin(self.samples, torch.zeros_like(chains.stage), next_step)
         left_out = torch.from_numpy(self.cursors != state["cursors"]).to(self.device)
         chains = chains.replaced(left_out, fresh)
         age = torch.from_numpy(state.get("age", np.zeros_like(self.slots)))  # older checkpoints have none
         self.age = torch.where(left_out, 0, age.to(self.device))
         self.statistics.take()  # of steps that the run has gone back on
         self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
+
+
+def make_groups(
+    config: Config, launch: Launch, stream: SlotStream, objectives: ObjectiveSchedule
+) -> list[list[SlotGroup]]:
+    """Return the chains of this rank: for each turn (``objective.turns``) a group for each micro-batch."""
+    train, turns = config.train, config.objective.turns
+    parts = slots_of_rank(launch.data_rank, train.accumulation(launch.data_size), train.micro_batch_size)
+    return [
+        [
+            SlotGroup(
+                [turn * train.global_batch_size + slot for slot in part],
+                stream, objectives, launch.device, first_step=turn + 1, interval=turns,
+            )
+            for part in parts
+        ]
+        for turn in range(turns)
+    ]  # fmt: skip
 
 
 def slots_of_rank(rank: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:

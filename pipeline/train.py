@@ -55,9 +55,9 @@ def train(run: Run) -> bool:
         step = run.manifest.step + 1
         run.watchdog.enter("step")
         if run.sample_log is not None:
-            run.sample_log.write(step)
+            run.sample_log.write(step, run.groups_of(step))
         rate = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)
-        loss, norm = train_step(run.engine, run.groups, rate, step, run.guard)
+        loss, norm = train_step(run.engine, run.groups_of(step), rate, step, run.guard)
         run.watchdog.enter("bookkeeping")
         run.advance_manifest(step)
         run.recorder.collect(step, loss, norm, rate)

@@ -17,9 +17,15 @@ SEED, SIZE, MASK, WIDTH = 3, 29, 4, 8
 
 
 def group_of(
-    slots: Sequence[int], total: int, objective: ObjectiveConfig, prediction: str = "same", workers: int = 0
+    slots: Sequence[int],
+    total: int,
+    objective: ObjectiveConfig,
+    prediction: str = "same",
+    workers: int = 0,
+    first_step: int = 1,
+    interval: int = 1,
 ) -> SlotGroup:
-    """Return a group of `slots` of `total` over 29 synthetic pairs."""
+    """Return a group of `slots` of `total` over 29 synthetic pairs, trained every `interval` steps."""
     config = Config(
         "unused",
         model=ModelConfig(prediction=prediction),  # type: ignore[arg-type]
@@ -27,7 +33,7 @@ def group_of(
         train=TrainConfig(seed=SEED, global_batch_size=total),
     )
     stream = SlotStream(Pairs(SIZE), total, SEED, workers)
-    return SlotGroup(slots, stream, build(config, MASK, True), torch.device("cpu"))
+    return SlotGroup(slots, stream, build(config, MASK, True), torch.device("cpu"), first_step, interval)
 
 
 def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:

@@ -29,7 +29,7 @@ class Manifest:
         tokens: tokens seen, over all steps and ranks.
         world_size: ranks that wrote it.
         sharding: how the engine's state is cut into files, see `Engine.sharding`.
-        global_batch_size: slots.
+        global_batch_size: sequences a step.
         vocabulary: the fields of a Vocabulary.
         data_fingerprint: identity of the samples and their order.
         held_out_loss: measured at this very step, or none.

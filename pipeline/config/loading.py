@@ -47,6 +47,11 @@ class Config:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
+    @property
+    def slots(self) -> int:
+        """How many sequences are under way at a time, over all ranks."""
+        return self.train.global_batch_size * self.objective.turns
+
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
         require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")

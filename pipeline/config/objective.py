@@ -29,6 +29,8 @@ class ObjectiveConfig:
         stages_maximum: The largest K; none = no limit.
         threshold: Also reveal every position with a confidence above this; none = standard mode.
         random_share: Share of the PUMA chains that show a fresh random mask at each of their stages instead.
+        turns: Keep this many times the global batch of PUMA chains under way, and train each only every so
+            many steps: consecutive steps then have no sequence in common.
         mask_count: Positions that random masking masks: uniform = n out of 1 to all, each number as likely,
             with a loss of 1/n each; bernoulli = each with probability t, uniform in (0, 1), with 1/(t L).
         stratified: Spread t (or n/L) evenly over the global batch, which lowers the variance.
@@ -50,6 +52,7 @@ class ObjectiveConfig:
     stages_maximum: int | None = None
     threshold: float | None = None
     random_share: float = 0.0
+    turns: int = 1
     mask_count: Literal["uniform", "bernoulli"] = "uniform"
     stratified: bool = False
     complementary: bool = False
@@ -63,8 +66,8 @@ class ObjectiveConfig:
 
     def check(self, prediction: str, sequence_length: int, steps: int) -> None:
         """Raise a `UserError` for the first setting that cannot work with the others, or has no effect."""
-        positive = ("stages", "stages_first_increase", "stages_interval", "stages_maximum", "block_size")
-        require_positive("objective", self, *positive)
+        growth = ("stages_first_increase", "stages_interval", "stages_maximum")
+        require_positive("objective", self, "stages", *growth, "turns", "block_size")
         self._check_switch(steps)
         self._check_stages()
         self._check_chains()
@@ -127,6 +130,7 @@ class ObjectiveConfig:
             ("threshold", None),
             ("random_share", 0),
             ("stages_increment", 0),
+            ("turns", 1),
             ("policy", "confidence"),
         ):
             self._require_kind(key, getattr(self, key) != unset, "puma" in self.kinds, "puma")

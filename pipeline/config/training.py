@@ -106,7 +106,7 @@ class TrainConfig:
 
     Args:
         steps: Optimizer steps.
-        global_batch_size: Sequences a step over all ranks; also the number of slots.
+        global_batch_size: Sequences a step over all ranks.
         micro_batch_size: Sequences a forward on one rank, at most: lowered where it does not divide a rank's
             share of the global batch. The accumulation follows.
         seed: Seed of the initial weights, the order of the samples and every mask.

@@ -23,11 +23,8 @@ class SampleLog:
     (tools/inspect_data.py). Reading the numbers waits for the device at every step.
     """
 
-    def __init__(
-        self, run_dir: Path, engine: Engine, groups: Sequence[SlotGroup], stream: SlotStream, first_step: int
-    ) -> None:
+    def __init__(self, run_dir: Path, engine: Engine, stream: SlotStream, first_step: int) -> None:
         """Open this rank's file; in all of them, what was written from `first_step` on is dropped."""
-        self.groups = groups
         self.stream = stream
         folder = run_dir / FOLDER
         if engine.launch.rank == 0:
@@ -37,9 +34,9 @@ class SampleLog:
         engine.barrier()
         self.file: BinaryIO = (folder / f"rank_{engine.launch.rank:05d}.jsonl").open("ab")
 
-    def write(self, step: int) -> None:
-        """Write the samples that `step` is about to be trained on."""
-        positions = [position for group in self.groups for position in group.samples.ids.tolist()]
+    def write(self, step: int, groups: Sequence[SlotGroup]) -> None:
+        """Write the samples of `groups`, which `step` is about to be trained on."""
+        positions = [position for group in groups for position in group.samples.ids.tolist()]
         samples = [[position // self.stream.size, self.stream.index(position)] for position in positions]
         self.file.write(orjson.dumps({"step": step, "samples": samples}) + b"\n")
         self.file.flush()

@@ -30,7 +30,7 @@ class Autoregressive:
         return mean_over_chains(self.layout.chains(samples), state.masked)
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int
+        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Change nothing and end every sequence."""
         return state, torch.ones_like(samples.ids, dtype=torch.bool), None

@@ -177,12 +177,12 @@ class Objective(Protocol):
         """Return the share of each masked position in the loss, [B, L] float32."""
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int
+        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
-        """Move every chain on after training on `state` at `step`.
+        """Move every chain on after training on `state` at `step`; it will be trained next at `next_step`.
 
         Returns:
-            The state for the following step; [B] bool: sequences that have ended, whose state the caller
+            The state for that step; [B] bool: sequences that have ended, whose state the caller
             replaces; and what was revealed, where this objective reveals at all.
         """
 

@@ -47,15 +47,15 @@ class Mixture:
         return torch.where(self.is_random(samples)[:, None], random, chains)
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int
+        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Move the chains on, and draw the random masks of the next stage."""
-        chains, ended, reveals = self.chains.advance(samples, state, scores, step)
+        chains, ended, reveals = self.chains.advance(samples, state, scores, step, next_step)
         stages = self.chains.stages
-        stage = stages.following(state.stage, step)
-        random = self.random.begin(samples, stage, step + 1)
+        stage = stages.following(state.stage, step, next_step)
+        random = self.random.begin(samples, stage, next_step)
         where = self.is_random(samples)
-        ended = torch.where(where, stage[:, 0] >= stages(step + 1), ended)
+        ended = torch.where(where, stage[:, 0] >= stages(next_step), ended)
         assert reveals is not None
         of_chains = Reveals(*(count.masked_fill(where, 0) for count in reveals))
         return chains.replaced(where, random), ended, of_chains

@@ -75,14 +75,16 @@ class ProgressiveUnmasking:
         return mean_over_chains(self.layout.chains(samples), state.masked)
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int
+        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Reveal the highest ranked masked positions of each chain up to the next stage's count."""
         chains = self.layout.chains(samples)
-        length, final = chains.length, self.stages(step + 1)
-        stage = self.stages.following(state.stage, step)
+        length, final = chains.length, self.stages(next_step)
+        stage = self.stages.following(state.stage, step, next_step)
         unmasked = length - chains.sums(state.masked)
-        count = self.target_count(samples, chains, stage, step + 1) - unmasked  # below 0: it has more already
+        count = (
+            self.target_count(samples, chains, stage, next_step) - unmasked
+        )  # below 0: it has more already
         ranking = self.policy.ranking(self.seed, samples, scores)
         masked = ranked = state.masked & ~chains.take_highest(state.masked, ranking, count)
         if self.threshold is not None:

@@ -117,13 +117,13 @@ class RandomMasking:
         return mean_over_chains(chains, state.masked, not_empty / ((1 - ratio) * length))
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int
+        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """End every sequence, or go on to the complement of its mask."""
         ended = torch.ones_like(samples.ids, dtype=torch.bool)
         if not self.complementary:
             return state, ended, None
-        return self.begin(samples, state.stage + 1, step + 1), ended & (state.stage[:, 0] % 2 == 1), None
+        return self.begin(samples, state.stage + 1, next_step), ended & (state.stage[:, 0] % 2 == 1), None
 
     def held_out(self) -> Objective:
         """Return random masking with the masks of every held-out loss."""

@@ -36,11 +36,11 @@ class StageSchedule:
         grown = self.start + self.increment * increases
         return grown if self.maximum is None else min(grown, self.maximum)
 
-    def following(self, stage: Tensor, step: int) -> Tensor:
-        """Return the stage, in the K of the step after `step`, that comes after `stage` in the K of `step`.
+    def following(self, stage: Tensor, step: int, next_step: int) -> Tensor:
+        """Return the stage, in the K of `next_step`, that comes after `stage` in the K of `step`.
 
         It is the first one that begins no earlier than `stage` ends: with an unchanged K, the next. So a
-        chain comes on by at least 1/K of its way a step, whatever K does, and an ended one stays ended.
+        chain comes on by at least 1/K of its way each time, whatever K does, and an ended one stays ended.
         """
-        before, after = self(step), self(step + 1)
+        before, after = self(step), self(next_step)
         return ((stage + 1) * after + before - 1) // before

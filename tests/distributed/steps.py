@@ -20,7 +20,7 @@ from pipeline.files import write_hashed
 from pipeline.model.batch import Vocabulary
 from pipeline.optimizer import learning_rate
 from pipeline.runtime import PlainEngine, build_engine, read_launch, read_weights
-from pipeline.slots import SlotGroup, slots_of_rank
+from pipeline.slots import make_groups
 from pipeline.train import train_step
 
 LENGTH, VOCABULARY, MASK = 12, 24, 3
@@ -48,11 +48,8 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     config = configuration.load(["--run_dir", "unused", "--data.prefixes", "[unused]", *arguments])
     launch = read_launch(config)
     engine = build_engine(config, launch, Vocabulary(VOCABULARY, VOCABULARY, MASK))
-    stream = SlotStream(SyntheticPairs(), config.train.global_batch_size, config.train.seed, workers=1)
-    accumulation = config.train.accumulation(launch.data_size)
-    slots = slots_of_rank(launch.data_rank, accumulation, config.train.micro_batch_size)
-    schedule = objectives.build(config, MASK, True)
-    groups = [SlotGroup(part, stream, schedule, launch.device) for part in slots]
+    stream = SlotStream(SyntheticPairs(), config.slots, config.train.seed, workers=1)
+    groups = make_groups(config, launch, stream, objectives.build(config, MASK, True))[0]
     losses, norms, history = [], [], []
     if isinstance(engine, PlainEngine):
         history.append(weights_of(engine))

@@ -14,10 +14,11 @@ from runs import curve, train_on
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("elastic")]
 
 Train = Callable[..., Outcome]
+TURNS = 2
 # A strong weight decay that only one group of parameters has, chains of different lengths, a moving average.
-SETTINGS = """
+SETTINGS = f"""
     --objective.threshold 0.3 --optimizer.weight_decay 0.5 --optimizer.ema_decay 0.9 --schedule.kind wsd
-    --train.log_samples true --evaluation.interval 4 --data.workers 0
+    --train.log_samples true --evaluation.interval 4 --data.workers 0 --objective.turns {TURNS}
 """.split()
 
 
@@ -32,14 +33,14 @@ def samples_of(run_dir: Path) -> dict[int, list[tuple[int, int]]]:
 
 
 def check_each_sample_once(steps: dict[int, list[tuple[int, int]]], size: int) -> None:
-    """Every sample of a finished epoch is trained on in one unbroken row of steps, and in one slot."""
+    """Every sample of a finished epoch is trained on every TURNS steps without a gap, and in one slot."""
     seen: dict[tuple[int, int], list[int]] = defaultdict(list)
     for step in sorted(steps):
         assert max(Counter(steps[step]).values()) == 1, "no sample is in two slots at once"
         for sample in steps[step]:
             seen[sample].append(step)
     for sample, when in seen.items():
-        assert when == list(range(when[0], when[-1] + 1)), f"{sample} left its slot and came back"
+        assert when == list(range(when[0], when[-1] + 1, TURNS)), f"{sample} left its slot and came back"
     epochs = Counter(epoch for epoch, _ in seen)
     assert epochs[0] == size, "the first epoch is complete"
     assert {sample for epoch, sample in seen if epoch == 0} == set(range(size))

@@ -197,6 +197,6 @@ def test_position_0_is_given_where_predictions_are_shifted() -> None:
     weights = objective.weights(group.samples, state)
     assert weights[state.masked].isfinite().all()
     zeros = torch.zeros(SLOTS, WIDTH)
-    _, ended, _ = objective.advance(group.samples, state, Scores(zeros), 1)
+    _, ended, _ = objective.advance(group.samples, state, Scores(zeros), 1, 2)
     assert ended.tolist()[0]
     assert not ended.all()

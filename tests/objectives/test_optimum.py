@@ -90,7 +90,7 @@ def walk(objective: Objective, scores: Callable[[torch.Tensor, torch.Tensor], to
             everything = torch.where(chains.index == number, scores(inputs, x0), everything)
             live = ~ended & (state.masked & (chains.index == number)).any(dim=1)
             seen[torch.arange(COUNT)[live], code(inputs)[live]] = True
-        state, over, _ = objective.advance(samples, state, Scores(*everything), step)
+        state, over, _ = objective.advance(samples, state, Scores(*everything), step, step + 1)
         ended |= over
     assert ended.all(), "every chain has ended"
     which = torch.from_numpy(drawn)

@@ -119,7 +119,7 @@ def test_every_form_is_unbiased(count: str, strata: int | None, complementary: b
         weights = (objective.weights(samples, state) * state.masked).sum(dim=1).double().numpy() * 100_000
         losses += weights * lookup[codes]
         rounds += 1
-        state, ended, _ = objective.advance(samples, state, Scores(torch.zeros(1)), rounds)
+        state, ended, _ = objective.advance(samples, state, Scores(torch.zeros(1)), rounds, rounds + 1)
         if ended.all():
             break
         assert not ended.any()
@@ -174,13 +174,13 @@ def test_pairs_are_complementary() -> None:
     samples = answers_only(500, 3)
     objective = RandomMasking(0, LAYOUT, complementary=True)
     first = objective.begin(samples, zeros(500), 1)
-    second, ended, _ = objective.advance(samples, first, Scores(torch.zeros(1)), 1)
+    second, ended, _ = objective.advance(samples, first, Scores(torch.zeros(1)), 1, 2)
     assert not ended.any()
     full = first.masked.sum(dim=1) == 3
     assert 100 < int(full.sum()) < 250
     assert second.masked[full].equal(first.masked[full])
     assert (second.masked ^ first.masked)[~full].equal(samples.answer[~full])
-    _, ended, _ = objective.advance(samples, second, Scores(torch.zeros(1)), 2)
+    _, ended, _ = objective.advance(samples, second, Scores(torch.zeros(1)), 2, 3)
     assert ended.all()
 
 
@@ -188,7 +188,7 @@ def test_every_sequence_lasts_one_step() -> None:
     samples = answers_only(4, 3)
     objective = RandomMasking(0, LAYOUT)
     state = objective.begin(samples, zeros(4), 1)
-    _, ended, _ = objective.advance(samples, state, Scores(torch.zeros(4, 4)), 1)
+    _, ended, _ = objective.advance(samples, state, Scores(torch.zeros(4, 4)), 1, 2)
     assert ended.all()
 
 

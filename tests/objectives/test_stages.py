@@ -30,9 +30,9 @@ def test_a_growing_k_moves_boundaries_and_keeps_the_way_done(
     step = data.draw(st.integers(1, 30))
     before, after = stages(step), stages(step + 1)
     stage = data.draw(st.integers(0, before - 1))
-    following = int(stages.following(torch.tensor([[stage]]), step))
+    following = int(stages.following(torch.tensor([[stage]]), step, step + 1))
     gap = Fraction(following, after) - Fraction(stage + 1, before)
     assert 0 <= gap < Fraction(1, after)
     if before == after:
         assert following == stage + 1
-    assert int(stages.following(torch.tensor(before), step)) >= after, "an ended chain stays ended"
+    assert int(stages.following(torch.tensor(before), step, step + 1)) >= after, "an ended chain stays ended"
