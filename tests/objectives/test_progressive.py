@@ -129,7 +129,7 @@ def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     for step in range(first_step, first_step + bound):
         given_scores = scores(case, step)
         before = masked_sets(state)
-        state, ended, _ = objective.advance(case.samples, state, given_scores, step)
+        state, ended, _ = objective.advance(case.samples, state, given_scores, step, step + 1)
         for row, chain in enumerate(chains):
             if chain.ended:
                 continue
@@ -180,8 +180,8 @@ def test_ranking_never_sees_the_truth(case: Case) -> None:
     stage = torch.zeros(len(case.answers), 1, dtype=torch.int64)
     one, two = objective.begin(case.samples, stage, 1), objective.begin(other, stage, 1)
     for step in range(1, 9):
-        one, *_ = objective.advance(case.samples, one, scores(case, step), step)
-        two, *_ = objective.advance(other, two, scores(case, step), step)
+        one, *_ = objective.advance(case.samples, one, scores(case, step), step, step + 1)
+        two, *_ = objective.advance(other, two, scores(case, step), step, step + 1)
         assert torch.equal(one.masked, two.masked)
 
 
