@@ -37,6 +37,7 @@ from pipeline.sampling import Loaded, SamplingSettings, complete, load_model
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
     "puma": "--objective.stages 6",
+    "puma_turns": "--objective.stages 6 --objective.turns 32",
     "puma_12": "--objective.stages 12",
     "puma_threshold": "--objective.stages 6 --objective.threshold 0.9",
     "puma_schedule": "--objective.stages 6 --objective.stages_maximum 12 --objective.stages_increment 2"
@@ -217,7 +218,7 @@ def read_command_line(arguments: Sequence[str] | None) -> Any:
     parser.add_argument("--puzzles", type=int, default=1000, help="held-out puzzles for the last step")
     parser.add_argument("--curve-puzzles", type=int, default=200, help="held-out puzzles for every point")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, one thread each")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/reproduction/sudoku6.yaml")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/reproduction/sudoku.yaml")
     parser.add_argument("--set", nargs="+", default=[], help="more settings, as KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/reproduce_sudoku"), help="data and runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sudoku.csv"))
