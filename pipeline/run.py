@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from pipeline.data.samples import Datasets, build_datasets
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.held_out import held_out_bound, held_out_loss
+from pipeline.evaluation.scheduled import schedule_tasks
 from pipeline.evaluation.shown_texts import write_texts
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
@@ -57,6 +58,7 @@ class Run:
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data)
         self.report_order()
+        self.tasks = schedule_tasks(config, tokenizer, self.engine)
         self.stream = SlotStream(self.data.train, config.slots, config.train.seed, config.data.workers)
         stack.callback(self.stream.close)
         self.skip_log = SkipLog(self.folder, self.engine)
@@ -241,6 +243,24 @@ class Run:
             self.recorder.write(step, measured)
             facts = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items())
             self.progress.say(f"step {step}: {facts} nats a masked token")
+
+    def measure_tasks(self) -> None:
+        """Measure and write the accuracy on each task that is due, with the averaged weights where there are.
+
+        A stop cuts it short; what is missing is made up for when the run goes on.
+        """
+        step, written = self.manifest.step, self.recorder.written_at(self.manifest.step)
+        for task in self.tasks:
+            name = f"{task.settings.curve}/accuracy"
+            if name in written or self.guard.stop or not self.due(task.settings.interval, step):
+                continue
+            averaged = self.config.optimizer.ema_decay is not None
+            weights = self.engine.averaged_weights() if averaged else nullcontext()
+            with self.recorder.apart(step, "evaluation"), weights:
+                figures = task.measure(self.engine, step, self.stopped)
+            if figures is not None:
+                self.recorder.write(step, figures)
+                self.progress.say(f"step {step}: {name} {figures[name]:.4f} of {len(task.items)} items")
 
     def held_out(self, valid: SampleDataset, prefix: str = "") -> dict[str, float | None]:
         """Return loss and bound on the validation samples by the present weights; nothing after a stop."""

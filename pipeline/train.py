@@ -49,8 +49,10 @@ def train(run: Run) -> bool:
     It is not when a rank was asked to stop; the run is saved then.
     """
     config = run.config
-    if run.manifest.step and run.manifest.held_out_loss is None:
-        run.evaluate()  # a stop has cut it short, if it was due
+    if run.manifest.step:  # a stop may have cut short what was due
+        if run.manifest.held_out_loss is None:
+            run.evaluate()
+        run.measure_tasks()
     while run.manifest.step < config.train.steps and not run.guard.stop:
         step = run.manifest.step + 1
         run.watchdog.enter("step")
@@ -67,6 +69,7 @@ def train(run: Run) -> bool:
         if step % config.train.log_interval == 0 or step == config.train.steps:
             run.log()
         run.evaluate()
+        run.measure_tasks()
         if run.due(config.checkpoint.interval, step) or run.guard.stop:
             run.save()
     run.watchdog.enter("save")

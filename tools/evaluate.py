@@ -104,8 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with ExitStack() as stack:
         ranks = stack.enter_context(closing(Ranks()))
-        loaded = load_model(options.checkpoint, ranks.device, options.untrained, weights=options.weights)
-        measured = measure_of(options, loaded, stack)
+        problem = None
+        try:
+            loaded = load_model(options.checkpoint, ranks.device, options.untrained, weights=options.weights)
+            measured = measure_of(options, loaded, stack)
+        except UserError as error:
+            problem = str(error)
+        ranks.agree(problem)
         results = None
         if options.output is not None:
             results = Results(options.output, settings_of(options), options.restart)

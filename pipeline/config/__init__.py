@@ -11,7 +11,7 @@ from pipeline.config.model import ModelConfig
 from pipeline.config.monitor import MonitorConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.resilience import GuardConfig, WatchdogConfig
-from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
+from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig, TaskConfig
 from pipeline.config.training import EngineConfig, OptimizerConfig, Recompute, ScheduleConfig, TrainConfig
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ProfilingConfig",
     "Recompute",
     "ScheduleConfig",
+    "TaskConfig",
     "TrainConfig",
     "WatchdogConfig",
     "build_parser",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from pipeline.config.checks import require, require_positive
 
@@ -51,19 +52,49 @@ class CheckpointConfig:
 
 
 @dataclass
-class EvaluationConfig:
-    """Held-out loss during training.
+class TaskConfig:
+    """A task of `tools/evaluate.py` whose accuracy is measured during training.
 
     Args:
-        interval: Steps between two evaluations; 0 = none.
-        samples: Validation samples used, at most; always the same ones under the same masks.
+        task: How answers are judged.
+        data: File of its items.
+        interval: Steps between two measurements; the last step always has one.
+        samples: Items used, at most: the first ones.
+        tokens_per_step: Tokens filled at a decoding step, the most confident first.
+        length: Tokens of an answer; none = the task's own, or all that fit.
+        name: Of its curves, evaluation/NAME/accuracy; none = the task.
+    """
+
+    task: Literal["sudoku", "gsm8k-program", "gsm8k-number", "exact"]
+    data: str
+    interval: int = 1000
+    samples: int = 256
+    tokens_per_step: int = 1
+    length: int | None = None
+    name: str | None = None
+
+    @property
+    def curve(self) -> str:
+        """What the curves are called."""
+        return f"evaluation/{self.name or self.task}"
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured during training.
+
+    Args:
+        interval: Steps between two measurements of the held-out loss; 0 = none.
+        samples: Validation samples used for it, at most; always the same ones under the same masks.
         bound_draws: Also estimate the bound on the negative log-likelihood of these samples, with so many
             masks of each (an even number), which takes as many forwards. 0 = none.
+        tasks: Tasks whose accuracy is measured, such as [{task: sudoku, data: held_out.jsonl}].
     """
 
     interval: int = 500
     samples: int = 512
     bound_draws: int = 0
+    tasks: list[TaskConfig] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise a `UserError` for the first setting that cannot work."""
@@ -74,6 +105,16 @@ class EvaluationConfig:
             f"evaluation.bound_draws is {self.bound_draws}: give an even number, the standard error needs "
             "pairs; or 0 for none.",
         )
+        curves: set[str] = set()
+        for number, task in enumerate(self.tasks):
+            keys = ("interval", "samples", "tokens_per_step", "length")
+            require_positive(f"evaluation.tasks[{number}]", task, *keys)
+            require(
+                task.curve not in curves,
+                f"evaluation.tasks[{number}].name is {task.name}, but there are curves {task.curve} already: "
+                "give each task a name of its own.",
+            )
+            curves.add(task.curve)
 
 
 @dataclass

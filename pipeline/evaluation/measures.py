@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -64,8 +63,7 @@ class Answers(Measure):
         prompts = [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
         length = self.length or self.task.answer_length(self.items)
         found = complete(loaded, prompts, self.settings, length, batch_size, numbers=numbers)
-        with ThreadPoolExecutor(self.task.parallel) as pool:
-            verdicts = pool.map(self.task.score, items, [completion.text for completion in found])
+        verdicts = self.task.score_all(items, [completion.text for completion in found])
         return [
             {
                 "item": number,

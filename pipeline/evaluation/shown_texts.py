@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pipeline.data.batch import PROMPT, SampleDataset, Samples, stack_samples
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.evaluation.filling import fill
 from pipeline.monitor.texts import ShownText
-from pipeline.objectives.base import Layout, Scores, positions_like, take_highest
+from pipeline.objectives.base import Layout
 from pipeline.objectives.layouts import Blocks, LeftToRight
 from pipeline.runtime import Engine
 
@@ -49,7 +49,8 @@ def write_texts(
         return []
     samples = stack_samples([dataset[i] for i in range(count)], range(count)).to(engine.launch.device)
     masked = to_be_written(samples, layout)
-    found = fill(engine, samples, masked, layout, step, stopped)
+    at_once = -(-int(masked.sum(dim=1).max()) // FORWARDS)
+    found = fill(engine, samples, masked, layout, step, at_once, stopped)
     if found is None:
         return []
     tokens, order = (x.tolist() for x in found)
@@ -67,42 +68,6 @@ def to_be_written(samples: Samples, layout: Layout) -> Tensor:
     first = torch.where(has_prompt, 0, answer.sum(dim=1, keepdim=True) // 2)
     masked = answer & (rank >= first)
     return masked & (rank < first + IN_TURN) if isinstance(layout, Blocks | LeftToRight) else masked
-
-
-def fill(
-    engine: Engine,
-    samples: Samples,
-    masked: Tensor,
-    layout: Layout,
-    step: int,
-    stopped: Callable[[], bool] = lambda: False,
-) -> tuple[Tensor, Tensor] | None:
-    """Fill the positions `masked` [B, L]; return tokens [B, L] and the order [B, L], -1 where nothing was.
-
-    Nothing when it was given up.
-    """
-    chains, in_turn = layout.chains(samples), isinstance(layout, LeftToRight)
-    order = torch.full_like(samples.tokens, -1)
-    at_once = 1 if in_turn else -(-int(masked.sum(dim=1).max()) // FORWARDS)
-    count = torch.full_like(samples.ids, at_once)
-    number = 0
-    while rows := int(masked.sum()):
-        if stopped():
-            return None
-        batch = layout.batch(samples, masked, torch.zeros(masked.shape, device=masked.device), rows, step)
-        output = engine.evaluate(batch._replace(scores=("likeliest",)))
-        assert output.likeliest is not None
-        index = chains.index.masked_fill(~masked, chains.count)
-        candidates = masked & (index == index.amin(dim=1, keepdim=True))  # of the first block that is left
-        confidence = Scores.of(output, batch.rows, masked).confidence
-        ranking = -positions_like(samples.tokens).double().expand(masked.shape) if in_turn else confidence
-        revealed = take_highest(candidates, ranking, count)
-        likeliest = samples.tokens.flatten().index_copy(0, batch.rows, output.likeliest).view_as(masked)
-        samples = replace(samples, tokens=torch.where(revealed, likeliest, samples.tokens))
-        order = order.masked_fill(revealed, number)
-        masked = masked & ~revealed
-        number += 1
-    return samples.tokens, order
 
 
 def _shown(tokenizer: Tokenizer, tokens: Sequence[int], order: Sequence[int], step: int) -> ShownText:

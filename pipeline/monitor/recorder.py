@@ -60,6 +60,8 @@ class Recorder:
         self.lost_steps, self.last_sign = 0, 0.0  # of an earlier process, see `JsonLines`
         device = engine.launch.device
         self.gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        lines: JsonLines | None = None
+        self.last_step = first_step - 1
         if engine.launch.rank == 0:
             run_dir = Path(config.run_dir)
             lines = JsonLines(run_dir, first_step)
@@ -67,6 +69,7 @@ class Recorder:
             self.writers = [lines, TensorBoard(run_dir, first_step, config)]
             if config.monitor.wandb:
                 self.writers.append(WeightsAndBiases(run_dir, config))
+        self.written = engine.all_gather(lines.last_names if lines else frozenset())[0]
 
     def collect(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Remember a step; `loss` [] is this rank's mean over its micro-batches, still on the device."""
@@ -172,6 +175,10 @@ class Recorder:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write figures of a step under their names; only the first rank does."""
         self._write(Point(step, values))
+
+    def written_at(self, step: int) -> frozenset[str]:
+        """Return the names of what an earlier process wrote at `step`, on every rank."""
+        return self.written if step == self.last_step else frozenset()
 
     def _write(self, point: Point) -> None:
         for writer in self.writers:

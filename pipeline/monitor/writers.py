@@ -85,21 +85,26 @@ class JsonLines:
     Attributes:
         lost_steps: training steps that were in the file from the first step on.
         last_sign: when its last line was written, in seconds since 1970; 0 for a new file.
+        last_names: what is in the file for the step before.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         """Open the files; lines from `first_step` on, and half a line of a killed process, are dropped."""
         self.path, self.texts = run_dir / METRICS_FILE, run_dir / TEXTS_FILE
         self.lost_steps, self.last_sign = 0, 0.0
+        names: set[str] = set()
 
         def wanted(line: bytes) -> bool:
             entry = orjson.loads(line)
             keep = bool(entry["step"] < first_step)
             self.last_sign = entry.get("unix_time", self.last_sign)
             self.lost_steps += "loss" in entry and not keep
+            if entry["step"] == first_step - 1:
+                names.update(entry)
             return keep
 
         keep_lines(self.path, wanted)
+        self.last_names = frozenset(names)
         keep_lines(self.texts, lambda line: orjson.loads(line)["step"] < first_step)
 
     def write(self, point: Point) -> None:

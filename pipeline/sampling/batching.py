@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.cli import UserError
+from pipeline.config import Config
 from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.sampling.loading import Loaded
 
 
@@ -33,22 +36,73 @@ class MaskedSequence:
 def stack(
     loaded: Loaded, sequences: Sequence[MaskedSequence], numbers: Sequence[int]
 ) -> tuple[Samples, Tensor]:
-    """Return sequences as one batch on the model's device, padded at the end, and what is masked [B, L].
+    """Return `stack_sequences` for a model, on its device."""
+    samples, masked = stack_sequences(sequences, numbers, loaded.config.data.kind, loaded.tokenizer.pad)
+    device = loaded.model.lm_head.weight.device
+    return samples.to(device), masked.to(device)
+
+
+def stack_sequences(
+    sequences: Sequence[MaskedSequence], numbers: Sequence[int], kind: str, pad: int
+) -> tuple[Samples, Tensor]:
+    """Return sequences as one batch on the CPU, padded at the end, and what is masked [B, L].
 
     Args:
-        loaded: the model.
         sequences: of any lengths.
         numbers: of each sequence, by which its noise differs from the others'.
+        kind: of the data that the model was trained on, packed or pairs.
+        pad: the padding token.
     """
     # Packed text is answer from its first token on, and is cut into blocks there: so is a given beginning.
-    given = ANSWER if loaded.config.data.kind == "packed" else PROMPT
+    given = ANSWER if kind == "packed" else PROMPT
     size = len(sequences), max(len(sequence.tokens) for sequence in sequences)
-    tokens = torch.full(size, loaded.tokenizer.pad, dtype=torch.int64)
+    tokens = torch.full(size, pad, dtype=torch.int64)
     roles = torch.full(size, PADDING, dtype=torch.int8)
     masked = torch.zeros(size, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         place = row, slice(len(sequence.tokens))
         tokens[place], masked[place] = torch.tensor(sequence.tokens), torch.tensor(sequence.masked)
         roles[place] = torch.where(masked[place], ANSWER, given).to(torch.int8)
-    device = loaded.model.lm_head.weight.device
-    return Samples(tokens, roles, torch.tensor(numbers)).to(device), masked.to(device)
+    return Samples(tokens, roles, torch.tensor(numbers)), masked
+
+
+def behind_prompts(
+    prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config
+) -> list[MaskedSequence]:
+    """Return a masked answer behind each prompt.
+
+    Args:
+        prompts: texts, of any lengths.
+        length: tokens of an answer; None for all up to the sequence length that the model is trained on.
+        tokenizer: of the model.
+        config: of its run.
+
+    Raises:
+        UserError: for a prompt that leaves no room, or one without a token where the model needs one.
+    """
+    limit = config.data.sequence_length
+    sequences = []
+    for ids in (array.tolist() for array in tokenizer.encode_batch(prompts)):
+        end = len(ids) + length if length else limit
+        if end > limit or end <= len(ids):
+            raise UserError(
+                f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
+                f"sequence length that the model was trained on, {limit}: shorten one of them."
+            )
+        sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
+    check_beginnings(sequences, config)
+    return sequences
+
+
+def check_beginnings(sequences: Sequence[MaskedSequence], config: Config) -> None:
+    """Raise a `UserError` for a sequence that begins with a mask where the model needs a token."""
+    if config.model.prediction == "shifted" and any(sequence.masked[0] for sequence in sequences):
+        raise UserError(
+            "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the one "
+            "before it: give prompts of at least one token."
+        )
+
+
+def up_to_end(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """Return an answer up to and with its end-of-sequence token."""
+    return tokens[: tokens.index(tokenizer.eos) + 1] if tokenizer.eos in tokens else tokens

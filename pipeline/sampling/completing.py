@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pipeline.cli import UserError
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.objectives.layouts import Blocks, LeftToRight
-from pipeline.sampling.batching import MaskedSequence, stack
+from pipeline.sampling.batching import MaskedSequence, behind_prompts, check_beginnings, stack, up_to_end
 from pipeline.sampling.decoding import Decoded, decode
 from pipeline.sampling.loading import Loaded
 from pipeline.sampling.sequences import Sequences
@@ -61,17 +62,11 @@ def complete(
         UserError: for a bad setting, a prompt with a continuation beyond the trained sequence length, or one
             without a token where the model needs one.
     """
-    limit, tokenizer = loaded.config.data.sequence_length, loaded.tokenizer
-    sequences = []
-    for ids in (array.tolist() for array in tokenizer.encode_batch(prompts)):
-        end = len(ids) + length if length else limit
-        if end > limit or end <= len(ids):
-            raise UserError(
-                f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
-                f"sequence length that the model was trained on, {limit}: shorten one of them."
-            )
-        sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
-    found = _fill(loaded, sequences, settings, batch_size, tokenizer.eos, on_progress, on_step, numbers)
+    tokenizer = loaded.tokenizer
+    sequences = behind_prompts(prompts, length, tokenizer, loaded.config)
+    found = fill_sequences(
+        loaded, sequences, settings, batch_size, tokenizer.eos, on_progress, on_step, numbers
+    )
     return [_completion(tokenizer, tokens, order, steps) for _, tokens, order, steps in found]
 
 
@@ -120,33 +115,42 @@ def infill(
                 f"{limit}: shorten it."
             )
         sequences.append(MaskedSequence(tokens, masked))
-    found = _fill(loaded, sequences, settings, batch_size, None, on_progress, on_step)
+    check_beginnings(sequences, loaded.config)
+    found = fill_sequences(loaded, sequences, settings, batch_size, None, on_progress, on_step)
     return [
         Completion(tokenizer.decode(whole), tokens, order, steps) for whole, tokens, order, steps in found
     ]
 
 
-Filled = tuple[list[int], list[int], list[int], int]  # the whole sequence; what was filled, its order; steps
+class Filled(NamedTuple):
+    """A sequence with what was filled in.
+
+    Attributes:
+        whole: all of its ids.
+        tokens: those that were filled, from left to right.
+        order: the step at which each of them was.
+        steps: forwards that it took.
+    """
+
+    whole: list[int]
+    tokens: list[int]
+    order: list[int]
+    steps: int
 
 
-def _fill(
+def fill_sequences(
     loaded: Loaded,
     sequences: Sequence[MaskedSequence],
     settings: SamplingSettings | None,
     batch_size: int,
     stop: int | None,
-    on_progress: Callable[[int], None],
-    on_step: Callable[[Sequences], None] | None,
+    on_progress: Callable[[int], None] = lambda done: None,
+    on_step: Callable[[Sequences], None] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[Filled]:
-    """Return what decoding makes of each sequence, batch after batch."""
+    """Return what decoding makes of each sequence, batch after batch; see `complete` and `decode`."""
     settings = settings or SamplingSettings()
     settings.check()
-    if loaded.model.shifted and any(sequence.masked[0] for sequence in sequences):
-        raise UserError(
-            "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the one "
-            "before it: give prompts of at least one token."
-        )
     numbers = range(len(sequences)) if numbers is None else numbers
     found: list[Filled] = []
     for start in range(0, len(sequences), batch_size):
@@ -161,7 +165,7 @@ def _fill(
 
 def _rows(decoded: Decoded, masked: Tensor) -> list[Filled]:
     return [
-        (tokens.tolist(), tokens[filled].tolist(), order[filled].tolist(), int(steps))
+        Filled(tokens.tolist(), tokens[filled].tolist(), order[filled].tolist(), int(steps))
         for tokens, order, steps, filled in zip(
             decoded.tokens.cpu(), decoded.order.cpu(), decoded.steps.cpu(), masked.cpu(), strict=True
         )
@@ -170,5 +174,5 @@ def _rows(decoded: Decoded, masked: Tensor) -> list[Filled]:
 
 def _completion(tokenizer: Tokenizer, tokens: list[int], order: list[int], steps: int) -> Completion:
     """Return an answer up to its end-of-sequence token."""
-    end = tokens.index(tokenizer.eos) + 1 if tokenizer.eos in tokens else len(tokens)
-    return Completion(tokenizer.decode(tokens[:end]), tokens[:end], order[:end], steps)
+    answer = up_to_end(tokenizer, tokens)
+    return Completion(tokenizer.decode(answer), answer, order[: len(answer)], steps)

@@ -20,19 +20,6 @@ from tools import evaluate
 Evaluate = Callable[..., Outcome]
 
 
-@pytest.fixture(scope="module")
-def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a short run on pairs, with checkpoints at steps 4 and 8."""
-    from runs import command
-
-    from pipeline import train as program
-
-    folder = tmp_path_factory.mktemp("run")
-    settings = ["--engine.kind", "plain", "--train.steps", "8", "--schedule.warmup_steps", "1"]
-    assert program.main(command(data, folder, *settings)) == 0
-    return folder
-
-
 @pytest.fixture
 def run(run_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
     """Return a function that evaluates the run on the corpus it was trained on, in this process."""

@@ -52,9 +52,9 @@ def test_fills_as_the_sampler_does(engine: PlainEngine, layout: Layout) -> None:
     data = Pairs(6, longest=76)
     samples = stack_samples([data[i] for i in range(6)], range(6))
     masked = to_be_written(samples, layout)
-    found = fill(engine, samples, masked, layout, 1)
-    assert found is not None
     at_once = 1 if isinstance(layout, LeftToRight) else -(-int(masked.sum(dim=1).max()) // FORWARDS)
+    found = fill(engine, samples, masked, layout, 1, at_once)
+    assert found is not None
     policy = "left_to_right" if isinstance(layout, LeftToRight) else "confidence"
     settings = SamplingSettings(policy=policy, tokens_per_step=at_once)
     if not isinstance(layout, Whole) or isinstance(layout, Blocks | LeftToRight):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,11 @@ class Task:
     def score(self, item: Item, answer: str) -> Verdict:
         """Judge an answer; several threads may."""
         raise NotImplementedError
+
+    def score_all(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        """Judge an answer to each item, `parallel` at a time."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self.score, items, answers))
 
     def summary(self, right: int, total: int) -> str:
         """Return the last line of an evaluation."""

@@ -1,0 +1,189 @@
+"""Our models in EleutherAI's lm-evaluation-harness, under the name ``puma``.
+
+``python -m pipeline.evaluation.harness --model puma --model_args checkpoint=RUN --tasks ...`` is its own
+command line with this model added; ``pip install lm_eval`` first. A log-likelihood is less the bound of
+`pipeline.evaluation.likelihood`: summed over all masks of short answers, an estimate with a fixed seed of
+longer ones, exact for models from left to right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from pipeline.cli import UserError, run
+from pipeline.evaluation.likelihood import DRAWS, score_answers
+from pipeline.sampling import SamplingSettings, load_model
+from pipeline.sampling.batching import MaskedSequence, up_to_end
+from pipeline.sampling.completing import fill_sequences
+
+Tokens = list[int]
+LENGTH = 256  # tokens of an answer where neither the task nor the user says
+
+
+@register_model("puma")
+class PumaLM(TemplateLM):
+    """A run or a checkpoint as the harness sees it."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        weights: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 64,
+        draws: int = DRAWS,
+        check_greedy: bool = True,
+        max_batch_size: int | None = None,
+        **sampler: Any,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            checkpoint: run folder, RUN:STEP, or checkpoint folder.
+            weights: ema or raw; by default the moving average where there is one.
+            device: where it computes; by default a GPU where there is one.
+            batch_size: sequences a forward.
+            draws: masks of a sequence for its likelihood, even.
+            check_greedy: also decode each continuation that is scored, as some metrics need to know whether
+                decoding finds it (lambada_openai's accuracy); false saves a forward a token.
+            max_batch_size: of the harness's own search for a batch size; not used.
+            sampler: settings of the sampler (`SamplingSettings`), such as tokens_per_step=4, and the seed.
+
+        Raises:
+            UserError: for a missing checkpoint or a bad setting.
+        """
+        super().__init__()
+        known = [field.name for field in dataclasses.fields(SamplingSettings)]
+        for name in sampler:
+            if name not in known:
+                raise UserError(f"--model_args has {name}, which is no setting: choose from {known}.")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"--batch_size is {batch_size}: give a number of sequences, 1 or more.")
+        self.settings = SamplingSettings(**sampler)
+        self.settings.check()
+        wanted = device or "cuda"  # as the harness says where the user says nothing
+        usable = torch.cuda.is_available() or not wanted.startswith("cuda")
+        self._device = torch.device(wanted if usable else "cpu")
+        self.loaded = load_model(Path(checkpoint), self._device, weights=weights)  # type: ignore[arg-type]
+        self.batch_size, self.draws, self.check_greedy = int(batch_size), draws, check_greedy
+        # Prompts and answers of pairs were tokenized apart; a packed text was tokenized as a whole.
+        self.backend = "causal" if self.loaded.config.data.kind == "packed" else "seq2seq"
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-sequence token, which also stands before a text without a context."""
+        return self.loaded.tokenizer.eos
+
+    @property
+    def limit(self) -> int:
+        """Tokens that fit into a sequence."""
+        return self.loaded.config.data.sequence_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells the tokenizer from others, for the harness's caches."""
+        return self.loaded.tokenizer.sha256
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> Tokens:
+        """Return the tokens of a text; there are no special ones to add."""
+        ids: Tokens = self.loaded.tokenizer.encode(string).tolist()
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], Tokens, Tokens]], disable_tqdm: bool = False, **more: Any
+    ) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is what decoding finds.
+
+        What does not fit is cut off at the beginning of the context.
+        """
+        pairs = []
+        for (_, text), context, continuation in requests:
+            if len(continuation) > self.limit:
+                raise UserError(
+                    f"the continuation {text[:40]!r}... has {len(continuation)} tokens, more than the "
+                    f"{self.limit} that the model was trained on: it cannot be scored."
+                )
+            room = self.limit - len(continuation)
+            pairs.append((context[-room:] if room else [], continuation))
+        scores = score_answers(self.loaded, pairs, self.draws, self.batch_size, self.settings.seed)
+        greedy = [False] * len(pairs)
+        if self.check_greedy:
+            found = self._decode([(context, len(answer)) for context, answer in pairs], self.settings)
+            greedy = [tokens == answer for tokens, (_, answer) in zip(found, pairs, strict=True)]
+        return [(-score.nll, same) for score, same in zip(scores, greedy, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each text, in pieces behind one token of the piece before."""
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.eot_token_id, self.limit - 1, 1):
+                pairs.append(make_disjoint_window(window))
+                owners.append(number)
+        scores = score_answers(self.loaded, pairs, self.draws, self.batch_size, self.settings.seed)
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, scores, strict=True):
+            totals[owner] -= score.nll
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return what the sampler writes behind each context, up to the first of its stop strings.
+
+        Contexts are cut off at the beginning where they leave no room. Of the task's settings those of length
+        (max_gen_toks) and stop strings (until) are kept; with do_sample its temperature and top_p too.
+        """
+        alike: dict[SamplingSettings, list[int]] = defaultdict(list)
+        prompts = []
+        for number, request in enumerate(requests):
+            context, task = request.args
+            ids = self.tok_encode(context) or [self.eot_token_id]
+            length = int(task.get("max_gen_toks", LENGTH))
+            if len(ids) + length > self.limit:  # half of the sequence is the answer's, more if it is free
+                length = max(self.limit - len(ids), min(length, self.limit // 2))
+            prompts.append((ids[-(self.limit - length) :], length))
+            alike[self._settings_of(task)].append(number)
+        texts: dict[int, str] = {}
+        for settings, numbers in alike.items():
+            found = self._decode([prompts[i] for i in numbers], settings)
+            for number, tokens in zip(numbers, found, strict=True):
+                stops = requests[number].args[1].get("until") or []
+                text = self.loaded.tokenizer.decode(up_to_end(self.loaded.tokenizer, tokens))
+                texts[number] = before_first(text, [stops] if isinstance(stops, str) else stops)
+        return [texts[number] for number in range(len(requests))]
+
+    def _settings_of(self, task: dict[str, Any]) -> SamplingSettings:
+        """Return the sampler's settings for a request of a task."""
+        if not task.get("do_sample", False):
+            return self.settings
+        changes = {name: task[name] for name in ("temperature", "top_p") if name in task}
+        settings = dataclasses.replace(self.settings, **changes)
+        settings.check()
+        return settings
+
+    def _decode(self, prompts: Sequence[tuple[Tokens, int]], settings: SamplingSettings) -> list[Tokens]:
+        """Return the tokens that the sampler writes behind each prompt, so many of them."""
+        mask = self.loaded.tokenizer.mask
+        sequences = [MaskedSequence.behind(ids, [mask] * length) for ids, length in prompts]
+        stop = self.eot_token_id
+        found = fill_sequences(self.loaded, sequences, settings, self.batch_size, stop)
+        return [filled.tokens for filled in found]
+
+
+def before_first(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the first of the stop strings that is in it."""
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)] if ends else text
+
+
+if __name__ == "__main__":
+    run(lambda _: cli_evaluate())

@@ -1,0 +1,157 @@
+"""Our models in the real lm-evaluation-harness, on tasks of local files, against sums over all masks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}  # before the harness is imported
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from pipeline.cli import UserError
+from pipeline.evaluation.harness import PumaLM, before_first
+from pipeline.model.batch import masked_batch
+from pipeline.sampling import Loaded, complete, load_model
+
+
+@pytest.fixture(scope="module")
+def loaded(run_dir: Path) -> Loaded:
+    return load_model(run_dir, torch.device("cpu"))
+
+
+def bound(loaded: Loaded, prompt: list[int], answer: list[int]) -> float:
+    """Return the bound on -log p(answer | prompt): the mean over n of L/n times the mean masked NLL sum."""
+    length = len(answer)
+    total = 0.0
+    for n in range(1, length + 1):
+        places = torch.tensor(list(itertools.combinations(range(len(prompt), len(prompt) + length), n)))
+        tokens = torch.tensor([prompt + answer]).repeat(len(places), 1)
+        masked = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, places, True)
+        with torch.no_grad():
+            output = loaded.model(masked_batch(tokens, masked, masked.sum().item(), loaded.tokenizer.mask))
+        total += float(output.nll.sum()) / len(places) / n
+    return total
+
+
+def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, each, 0) for each in arguments]  # type: ignore[arg-type]
+
+
+def test_likelihoods_are_sums_over_all_masks(loaded: Loaded, run_dir: Path) -> None:
+    model, encode = PumaLM(str(run_dir)), loaded.tokenizer.encode
+    pairs = [("ab", "ba"), ("f", "fgg"), ("cad", "x"), ("", "abc")]
+    found = model.loglikelihood(requests("loglikelihood", *pairs))
+    for (prompt, answer), (value, greedy) in zip(pairs, found, strict=True):
+        ids = encode(prompt).tolist() or [loaded.tokenizer.eos]
+        assert -value == pytest.approx(bound(loaded, ids, encode(answer).tolist()), rel=1e-5)
+        [completion] = complete(loaded, [prompt], length=len(answer)) if prompt else [None]
+        if completion is not None:
+            assert greedy == (completion.tokens == encode(answer).tolist())
+    greedy = complete(loaded, ["ab"], length=3)[0].text
+    if len(greedy) == 3:
+        assert model.loglikelihood(requests("loglikelihood", ("ab", greedy)))[0][1]
+
+
+def test_long_texts_roll(loaded: Loaded, run_dir: Path) -> None:
+    """Pieces of up to 12 tokens, each behind one token of what precedes it; an estimate of a long one."""
+    model = PumaLM(str(run_dir), draws=64)
+    ids = loaded.tokenizer.encode("abcde").tolist()
+    [value] = model.loglikelihood_rolling(requests("loglikelihood_rolling", ("abcde",)))
+    assert -value == pytest.approx(bound(loaded, [loaded.tokenizer.eos], ids), rel=1e-5)
+    text = "abcdefabcdefabcd"  # 11 tokens, then 5
+    whole = loaded.tokenizer.encode(text).tolist()
+    expected = bound(loaded, [loaded.tokenizer.eos], whole[:11]) + bound(loaded, whole[10:11], whole[11:])
+    [value] = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+    assert -value == pytest.approx(expected, rel=0.1)
+    assert [value] == model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
+
+
+def test_long_contexts_lose_their_beginning(loaded: Loaded, run_dir: Path) -> None:
+    model = PumaLM(str(run_dir))
+    long, short = "fedcba" * 3, "fedcba" * 3
+    [one, two] = model.loglikelihood(requests("loglikelihood", (long, "ab"), (short[-10:], "ab")))
+    assert one[0] == pytest.approx(two[0], rel=1e-6)
+    with pytest.raises(UserError, match="13 tokens, more than the 12"):
+        model.loglikelihood(requests("loglikelihood", ("a", "b" * 13)))
+    [text] = model.generate_until(requests("generate_until", (long, {"max_gen_toks": 4})))
+    assert text == complete(loaded, [long[-8:]], length=4)[0].text
+
+
+def test_answers_end_at_stop_strings(loaded: Loaded, run_dir: Path) -> None:
+    whole = complete(loaded, ["ab", "f"], length=5)
+    first = whole[0].text[1:2]
+    found = PumaLM(str(run_dir)).generate_until(
+        requests(
+            "generate_until",
+            ("ab", {"until": [first, "#"], "max_gen_toks": 5}),
+            ("f", {"until": [], "max_gen_toks": 5}),
+        )
+    )
+    assert found == [whole[0].text[: whole[0].text.index(first)] if first else whole[0].text, whole[1].text]
+    assert before_first("one. two\nthree", ["\n", "."]) == "one"
+    assert before_first("one", ["\n", ""]) == "one"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draw": 3}, "--model_args has draw, which is no setting"),
+        ({"batch_size": "auto"}, "--batch_size is auto"),
+        ({"tokens_per_step": 0}, "--tokens-per-step is 0"),
+        ({"checkpoint": "nowhere"}, "nowhere holds no checkpoint"),
+    ],
+)
+def test_bad_arguments(run_dir: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PumaLM(**({"checkpoint": str(run_dir)} | arguments))
+
+
+def test_the_harness_runs_local_tasks(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
+    """A choice by likelihood and a text to be written, through the harness's own evaluation by name."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    rows = [{"prompt": p, "choices": ["gg", p[::-1], "abc"], "label": 1} for p in ("ab", "fed", "ca", "ddd")]
+    written = complete(loaded, [row["prompt"] for row in rows], length=4)
+    for row, completion, keep in zip(rows, written, (True, True, True, False), strict=True):
+        row["text"] = completion.text if keep else "?"
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/items.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+target_delimiter: ""
+"""
+    (tmp_path / "choice.yaml").write_text(
+        f"task: local_choice\noutput_type: multiple_choice{common}doc_to_choice: choices\n"
+        "doc_to_target: label\nmetric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "write.yaml").write_text(
+        f"task: local_write\noutput_type: generate_until{common}doc_to_target: text\n"
+        "generation_kwargs: {max_gen_toks: 4, until: []}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    found = simple_evaluate(
+        model="puma",
+        model_args=f"checkpoint={run_dir},check_greedy=false",
+        batch_size=8,
+        device="cuda:0",  # as the harness's command line has it, also where there is none
+        tasks=["local_choice", "local_write"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    encode = loaded.tokenizer.encode
+    right = 0
+    for row in rows:
+        prompt = encode(row["prompt"]).tolist()
+        bounds = [bound(loaded, prompt, encode(choice).tolist()) for choice in row["choices"]]
+        right += bounds.index(min(bounds)) == row["label"]
+    assert found is not None
+    assert found["results"]["local_choice"]["acc,none"] == right / 4
+    assert found["results"]["local_write"]["exact_match,none"] == 0.75
