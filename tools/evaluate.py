@@ -96,7 +96,9 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) ->
     task = stack.enter_context(closing(TASKS[options.task]()))
     names = (options.prompt_key or task.keys[0], options.answer_key or task.keys[1])
     items = task.read(options.data, names)[: options.limit]
-    return Answers(task, items, read_options(options), options.length, options.prompt_format)
+    answers = Answers(task, items, read_options(options), options.length, options.prompt_format)
+    answers.check(loaded)
+    return answers
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ from pipeline.evaluation.results import Results, Row
 from pipeline.evaluation.tasks import Item, Task
 from pipeline.monitor.progress import Progress
 from pipeline.sampling import Loaded, SamplingSettings, complete
+from pipeline.sampling.batching import behind_prompts
+
+_REPORT_EVERY = 10  # seconds, in a log file
 
 
 class Measure(Protocol):
@@ -57,10 +61,19 @@ class Answers(Measure):
         """See `Measure`."""
         return len(self.items)
 
+    def prompts(self, items: Sequence[Item]) -> list[str]:
+        """Return what the model is given for each item."""
+        return [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
+
+    def check(self, loaded: Loaded) -> None:
+        """Raise a `UserError` for an item that the model cannot answer, before any is answered."""
+        length = self.length or self.task.answer_length(self.items)
+        behind_prompts(self.prompts(self.items), length, loaded.tokenizer, loaded.config)
+
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
         """See `Measure`."""
         items = [self.items[number] for number in numbers]
-        prompts = [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
+        prompts = self.prompts(items)
         length = self.length or self.task.answer_length(self.items)
         found = complete(loaded, prompts, self.settings, length, batch_size, numbers=numbers)
         verdicts = self.task.score_all(items, [completion.text for completion in found])
@@ -184,7 +197,7 @@ def measure_items(
     left = [number for number in range(len(measure)) if number not in done]
     mine = left[ranks.rank :: ranks.size]
     rows: list[Row] = []
-    progress = on_start(len(measure), len(done))
+    progress, reported = on_start(len(measure), len(done)), time.monotonic()
     try:
         for start in range(0, len(mine), batch_size):
             found = measure.rows(loaded, mine[start : start + batch_size], batch_size)
@@ -192,6 +205,9 @@ def measure_items(
             if results is not None:
                 results.write(ranks.rank, found)
             progress.advance(min(len(measure), len(done) + len(rows) * ranks.size))
+            if time.monotonic() - reported > _REPORT_EVERY:
+                progress.report(f"{ranks.size} ranks")
+                reported = time.monotonic()
     except UserError as error:
         problem = str(error)
     progress.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +58,7 @@ class Results:
 
     def item_files(self) -> list[Path]:
         """Return the files of single items."""
-        return sorted(self.path.parent.glob(f"{self.path.stem}.items.*.jsonl"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.items.*.jsonl"))
 
     def remove_items(self) -> None:
         """Remove the files of single items."""

@@ -8,6 +8,7 @@ LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
         "loss": ["Multiline", [r"train/loss$", r"held_out/.*"]],
         "loss by mask ratio": ["Multiline", [r"loss_by_mask_ratio/.*"]],
         "loss by stage": ["Multiline", [r"loss_by_stage/.*"]],
+        "accuracy on tasks": ["Multiline", [r"evaluation/.*/accuracy$"]],
     },
     "2 Is it stable?": {
         "gradient norm": ["Multiline", [r"train/gradient_norm$"]],
