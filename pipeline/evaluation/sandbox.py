@@ -45,7 +45,7 @@ class Limits:
     Attributes:
         cpu_seconds: CPU time.
         wall_seconds: time by the clock, sleep included; on a busy machine more than the CPU time.
-        memory: bytes of address space, the interpreter's own 30 MB included.
+        memory: bytes of address space beyond what the interpreter itself takes.
     """
 
     cpu_seconds: int = 1
@@ -126,6 +126,9 @@ class Sandbox:
             return Outcome(**_answer(server))
         except BrokenPipeError:
             raise _gone(server) from None
+        except BaseException:  # interrupted: what it answers belongs to nobody
+            server.kill()
+            raise
         finally:
             self.idle.put(server)
 

@@ -232,6 +232,8 @@ def main() -> None:
     for name in MODULES:
         importlib.import_module(name)
     null = os.open(os.devnull, os.O_RDWR)
+    with open("/proc/self/statm") as file:  # some systems map all their locales, which take 200 MB
+        limits["memory"] += int(file.read().split()[0]) * resource.getpagesize()
     layers = ["limits", "no_new_privs", "seccomp"]
     layers += ["landlock"] if landlock_version() else []
     layers += ["namespaces"] if leave_namespaces() else []
