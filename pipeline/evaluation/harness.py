@@ -15,17 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from pipeline.cli import UserError, run
+from pipeline.cli import UserError, fail, run
 from pipeline.evaluation.likelihood import DRAWS, score_answers
 from pipeline.sampling import SamplingSettings, load_model
 from pipeline.sampling.batching import MaskedSequence, up_to_end
 from pipeline.sampling.completing import fill_sequences
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as missing:
+    if __name__ == "__main__":
+        fail(f"{missing.name} is missing, of the lm-evaluation-harness: pip install lm_eval==0.4.13")
+    raise
 
 Tokens = list[int]
 LENGTH = 256  # tokens of an answer where neither the task nor the user says

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from pipeline.cli import UserError
+from pipeline.evaluation import harness
 from pipeline.evaluation.harness import PumaLM, before_first
 from pipeline.model.batch import masked_batch
 from pipeline.sampling import Loaded, complete, load_model
@@ -110,6 +113,14 @@ def test_answers_end_at_stop_strings(loaded: Loaded, run_dir: Path) -> None:
 def test_bad_arguments(run_dir: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         PumaLM(**({"checkpoint": str(run_dir)} | arguments))
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(harness.__file__)), run_name="__main__")
+    assert ended.value.code == 2
+    assert "pip install lm_eval" in capsys.readouterr().err
 
 
 def test_the_harness_runs_local_tasks(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
