@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         value = getattr(assumed, name)
         require(0 < value <= 1, f"--{name.replace('_', '-')} is {value}: give a share above 0, at most 1.")
     config = configuration.load(["--config", options.config, *(f"--{setting}" for setting in options.set)])
-    zero = Zero.of(engine_settings(config))
+    zero = Zero.of(engine_settings(config, options.gpus))
     planner = Planner(config, zero, vocabulary_rows(config), find_gpu(options.gpu), assumed)
     plan = planner.plan(options.gpus, options.cost_per_gpu_hour)
     plans = table(planner, price=options.cost_per_gpu_hour)

@@ -101,12 +101,6 @@ def check_request(request: Request, site: Site) -> None:
             request.shards == 1 or "merge" in stages,
             f"--shards is {request.shards} without the merge stage: add merge to --stages.",
         )
-    elif "pretrain" in stages and "merge" not in stages:
-        from pipeline.planning.preflight import (
-            check_run,  # imports torch, which status and cancel do not need
-        )
-
-        check_run(config, tokenizer, request.nodes * site.tasks_per_node)
     if "pretrain" in stages:
         sequence_size = config.engine.sequence_parallel_size
         ranks = request.nodes * site.tasks_per_node
@@ -116,6 +110,11 @@ def check_request(request: Request, site: Site) -> None:
             f"be grouped by engine.sequence_parallel_size = {sequence_size}.",
         )
         config.train.fitted(ranks // sequence_size, sequence_size)
+        from pipeline.planning import preflight  # imports torch, which status and cancel do not need
+
+        made_before = {"preprocess", "merge"} & set(stages)
+        check = preflight.check_engine if made_before else preflight.check_run
+        check(config, tokenizer, ranks)
     if "evaluate" in stages:
         require(
             bool(request.evaluation),

@@ -91,7 +91,8 @@ def check_packages(requirements: Path) -> Iterator[Finding]:
 
 def check_devices() -> Iterator[Finding]:
     """Look at GPUs, CUDA and NCCL."""
-    driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    driver = not hidden and (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists())
     if not torch.cuda.is_available():
         fact = f"torch {torch.__version__} sees no GPU"
         if driver:
@@ -245,7 +246,8 @@ def check_two_ranks(root: Path) -> Iterator[Finding]:
         for rank in range(2):
             environment = os.environ | {
                 "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURMD_NODENAME": f"rank_{rank}",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port - 1), "PYTHONPATH": str(root),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port - 1),
+                "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
                 "CUDA_VISIBLE_DEVICES": str(rank) if on_gpu else "",
             }  # fmt: skip
             command = [sys.executable, str(root / "tools" / "check_node.py"), "--report", temporary]

@@ -1,1 +1,1 @@
-"""What a run will cost, from its settings alone: FLOPs, memory, communication, time. No torch is needed."""
+"""What a run will cost, from its settings alone, and whether it can start."""

@@ -26,8 +26,14 @@ def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = Non
         world_size: ranks, where they are known already.
         disk: look for disk space too; one rank does.
     """
-    facts = check_data(config.data, tokenizer)
-    check_samples(config, facts)
+    check_samples(config, check_data(config.data, tokenizer))
+    check_engine(config, tokenizer, world_size, disk)
+
+
+def check_engine(
+    config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True
+) -> None:
+    """Do what `check_run` does without the data, for a run whose data are still to be made."""
     settings = engine_settings(config, world_size)
     if disk:
         check_disk(config, Zero.of(settings), config.model.rows_for(tokenizer.vocab_size))

@@ -39,9 +39,8 @@ class Preset:
         config.engine.deepspeed_config = str(root / config.engine.deepspeed_config)
         return config
 
-    def plan(self, root: Path) -> RunPlan:
-        """Return the plan, with the micro-batch of the YAML."""
-        config = self.load(root)
+    def plan(self, config: Config) -> RunPlan:
+        """Return the plan of the loaded configuration, with the micro-batch of the YAML."""
         rows = config.model.vocab_size
         assert rows is not None, "presets say how many rows the embedding has"
         zero = Zero.of(engine_settings(config, self.gpus))
@@ -75,7 +74,8 @@ def table(root: Path) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for preset in PRESETS:
-        plan, settings = preset.plan(root), Path(preset.load(root).engine.deepspeed_config).stem
+        config = preset.load(root)
+        plan, settings = preset.plan(config), Path(config.engine.deepspeed_config).stem
         cells = [
             f"`{preset.name}`",
             f"{plan.parameters / 1e6:,.1f} M",

@@ -66,18 +66,18 @@ def remedies(planner: Planner, gpus: int) -> list[Remedy]:
         other = Planner(changed, settings, planner.vocabulary_rows, planner.gpu, planner.assumed).plan(gpus)
         if other.fits:
             found.append(Remedy(change, other.memory.total))
-    more = next((p for p in table(planner, [n for n in COUNTS if n > gpus]) if p.fits), None)
+    more = next((plan for plan in table(planner, largest=False) if plan.gpus > gpus and plan.fits), None)
     if more is not None:
         found.append(Remedy(f"--gpus {more.gpus}", more.memory.total))
     return found
 
 
-def table(planner: Planner, counts: Sequence[int] = COUNTS, price: float | None = None) -> list[RunPlan]:
-    """Return the plans for the numbers of GPUs that can share the batch, with the largest micro-batches."""
+def table(planner: Planner, price: float | None = None, largest: bool = True) -> list[RunPlan]:
+    """Return the plans for the numbers of GPUs that can share the batch; `largest` as in `Planner.plan`."""
     plans = []
-    for gpus in counts:
+    for gpus in COUNTS:
         try:
-            plans.append(planner.plan(gpus, price, largest=True))
+            plans.append(planner.plan(gpus, price, largest))
         except UserError:
             continue
     return plans

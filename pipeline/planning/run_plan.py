@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.planning.communication import Communication, step_communication
-from pipeline.planning.flops import Flops, step_flops
+from pipeline.planning.flops import Flops, is_autoregressive, step_flops
 from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import FULL, HALF, Memory, Zero, count_parameters, plan_memory
 
@@ -24,7 +24,7 @@ class Assumptions:
             and backward: the least that a block takes, however small it is.
         link_share: share of the links' bandwidth that collectives reach.
         overlap: share of the shorter of computation and communication that is hidden behind the other.
-        masked_share: mean share of the positions that are masked.
+        masked_share: mean share of the positions that are masked; all, for an autoregressive objective.
         reserved_gib: device memory of CUDA, NCCL and the kernels.
         fragmentation: share of the device memory that the allocator cannot use.
         host_gigabytes_per_second: between a GPU and its part of the node's memory, for offloaded states.
@@ -89,7 +89,7 @@ class RunPlan:
 
 
 class Planner:
-    """Plans one run for one kind of GPU; the memory of a micro-batch is counted once."""
+    """Plans one run for one kind of GPU."""
 
     def __init__(
         self, config: Config, zero: Zero, vocabulary_rows: int, gpu: Gpu, assumptions: Assumptions
@@ -102,7 +102,9 @@ class Planner:
         self.usable = int(gpu.memory * (1 - assumptions.fragmentation) - assumptions.reserved_gib * GIB)
 
     def plan(self, gpus: int, price: float | None = None, largest: bool = False) -> RunPlan:
-        """Return the plan for `gpus` GPUs.
+        """Return the plan for `gpus` GPUs, with the objective of the first step.
+
+        The all-to-all of sequence parallelism is not in the communication.
 
         Args:
             gpus: world size.
@@ -112,10 +114,16 @@ class Planner:
         Raises:
             UserError: when the global batch cannot be dealt to so many ranks.
         """
+        if self.zero.stage == 0 and gpus > 1:
+            raise UserError(
+                f"--gpus is {gpus}, but engine.kind is 'plain', which runs in one process: set it to "
+                "'deepspeed'."
+            )
         config, largest_fitting = self._with_micro_batch(gpus, largest)
         train, groups = config.train, gpus // config.engine.sequence_parallel_size
         accumulation = train.accumulation(groups)
-        rows = self.assumed.masked_share * train.global_batch_size * config.data.sequence_length
+        share = 1.0 if is_autoregressive(config.objective, 1) else self.assumed.masked_share
+        rows = share * train.global_batch_size * config.data.sequence_length
         flops = step_flops(config, self.vocabulary_rows, rows)
         communication = step_communication(self.zero, self.parameters, accumulation, self.width)
         seconds = self._seconds(gpus, accumulation, flops, communication)

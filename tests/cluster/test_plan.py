@@ -99,6 +99,18 @@ def test_a_stage_left_out_is_stepped_over(call: Submit) -> None:
         (["--stages", "pretrain", "--set", "data.prefixes=[nowhere]"], ["nowhere", "preprocess_data"]),
         (["--stages", "merge", "--set", "data.prefixes=[a,b]"], ["2 datasets"]),
         (["--stages", "pretrain", "--set", "train.stepz=1"], ["'train.stepz'", "'train.steps'"]),
+        (
+            [
+                "--corpus",
+                "--input x",
+                "--evaluate",
+                "--data x",
+                "--set",
+                "engine.deepspeed_config=nowhere.json",
+            ],
+            ["engine.deepspeed_config: ", "nowhere.json does not exist"],
+        ),
+        (["--stages", "pretrain", "--set", "train.global_batch_size=64"], ["64", "lower the batch"]),
         (["--stages", "pretrain"], ["sbatch is not on the PATH"]),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from programs import ROOT, run_here
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,6 +18,7 @@ from pipeline.config import ModelConfig, Recompute
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import Body
 from pipeline.planning.activations import body_memory
+from pipeline.planning.memory import Zero
 from tools import plan_run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -74,6 +76,22 @@ def test_the_figures_that_follow_from_the_shapes(call: Any) -> None:
     assert plan["communication"]["reduce_scatter"] == plan["accumulation"] * 2 * parameters
 
 
+def test_what_is_left_out_of_the_json_is_deepspeeds_default() -> None:
+    ours, theirs = Zero(3), DeepSpeedZeroConfig(stage=3)
+    assert ours == Zero(
+        3,
+        theirs.zero_hpz_partition_size,
+        theirs.max_live_parameters,
+        theirs.prefetch_bucket_size,
+        theirs.max_reuse_distance,
+        theirs.param_persistence_threshold,
+        theirs.reduce_bucket_size if theirs.contiguous_gradients else 0,
+        bool(theirs.overlap_comm),
+        theirs.sub_group_size,
+    )
+    assert ours == Zero.of({"zero_optimization": {"stage": 3}})
+
+
 def test_the_text_names_what_it_assumes(call: Any) -> None:
     outcome = call("--gpus", "8", "--efficiency", "0.4")
     assert outcome.code == 0, outcome.error
@@ -104,6 +122,7 @@ def test_what_does_not_fit_is_followed_by_what_does(call: Any, config: str) -> N
         (["--gpu", "h10"], ["--gpu h10", "'h100'"]),
         (["--gpus", "0"], ["--gpus is 0"]),
         (["--gpus", "7"], ["train.global_batch_size = 256", "7 ranks"]),
+        (["--set", "engine.kind=plain"], ["--gpus is 8", "'deepspeed'"]),
         (["--efficiency", "1.5"], ["--efficiency is 1.5"]),
         (["--set", "model.vocab_size=null", "data.tokenizer=nowhere"], ["nowhere", "model.vocab_size"]),
     ],
