@@ -108,7 +108,10 @@ class Collectives(LiveStorages):
 def load(case: Case, folder: Path) -> Config:
     """Return the configuration of a case, with its DeepSpeed JSON written into `folder`."""
     path = folder / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": ZERO | (case.zero or {})}))
+    zero = ZERO | (case.zero or {})
+    if zero["stage"] < 3:
+        zero = {key: value for key, value in zero.items() if not key.startswith("stage3_")}
+    path.write_text(json.dumps({"zero_optimization": zero}))
     more = ["--engine.deepspeed_config", str(path), "--engine.device", "cpu", *case.settings]
     return configuration.load([*SETTINGS, *more])
 
