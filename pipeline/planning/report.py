@@ -116,7 +116,7 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
     lines += [
         "",
         f"a step: {plan.flops.model:.3g} FLOPs, {plan.flops.recomputed:.3g} more recomputed",
-        *_rows({name: 1e3 * seconds for name, seconds in plan.seconds.items()}, "8.1f", " ms"),
+        *(f"  {name:24}{duration(seconds):>11}" for name, seconds in plan.seconds.items()),
         f"  {'MFU':24}{plan.mfu:8.2f}",
         f"  {'tokens/s':24}{tokens / plan.seconds['step']:8,.0f}",
         "",
@@ -133,8 +133,8 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
     return "\n".join(lines)
 
 
-def _rows(values: dict[str, float], form: str, unit: str = "") -> list[str]:
-    return [f"  {name.replace('_', ' '):24}{value:{form}}{unit}" for name, value in values.items()]
+def _rows(values: dict[str, float], form: str) -> list[str]:
+    return [f"  {name.replace('_', ' '):24}{value:{form}}" for name, value in values.items()]
 
 
 def _remedy_lines(found: list[Remedy]) -> list[str]:
