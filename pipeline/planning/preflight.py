@@ -40,19 +40,18 @@ def check_engine(
 
 
 def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
-    """Raise a `UserError` when all datasets together have fewer training samples than a batch."""
+    """Raise a `UserError` when all datasets have fewer training samples than there are slots for them."""
     train, valid, test = (float(share) for share in config.data.split.split(","))
     share, length = train / (train + valid + test), config.data.sequence_length
     if config.data.kind == "pairs":
         samples = sum(int(fact.documents * share) for fact in facts)
     else:
         samples = sum(int(fact.tokens * share) // length for fact in facts)
-    wanted = config.train.global_batch_size
-    if samples < wanted:
+    if samples < config.slots:
         raise UserError(
             f"data.prefixes = {', '.join(config.data.prefixes)} give about {samples} training samples of "
-            f"data.sequence_length = {length}, fewer than train.global_batch_size = {wanted}: bring more "
-            "text, or lower the batch."
+            f"data.sequence_length = {length}, fewer than train.global_batch_size x objective.turns = "
+            f"{config.slots}: bring more text, or lower the batch."
         )
 
 
