@@ -174,6 +174,7 @@ def test_bad_settings_are_one_line_with_key_and_value(
         ("run_dir: x\ntrain: {stepz: 3}\n", ["unknown key 'train.stepz'", "'train.steps'"]),
         ("run_dir: x\nobjectives: {kind: puma}\n", ["unknown key 'objectives.kind'", "'objective.kind'"]),
         ("run_dir: [\n", ["line", "not valid YAML"]),
+        ("run_dir: x\ntrain: {steps: 3}\ntrain: {seed: 1}\n", ["line 3", "'train' is given twice"]),
         ("just text\n", ["holds no settings"]),
         ("train: {steps: 3}\n", ["run_dir"]),
     ],

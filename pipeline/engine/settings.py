@@ -81,7 +81,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"engine.deepspeed_config: {path} does not exist; see ds_configs/.")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
     require(isinstance(settings, dict), f"{path} must hold a JSON object.")
@@ -104,6 +104,14 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             _check_section(path, section, settings[section], known)
     _check_zero(path, zero)
     return settings
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; refuse a key that is given twice, of which JSON takes the last in silence."""
+    for position, (key, _) in enumerate(pairs):
+        if key in (before for before, _ in pairs[:position]):
+            raise ValueError(f"{key!r} is given twice")
+    return dict(pairs)
 
 
 def _check_section(path: Path, name: str, section: Any, known: type[BaseModel] | Collection[str]) -> None:

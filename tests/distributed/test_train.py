@@ -184,6 +184,7 @@ def test_a_resume_that_changes_the_run_is_refused(train: Train, tmp_path: Path) 
         ('{"comms_logger": {"enabled": true}}', ["'comms_logger'", "profiling.communication_steps"]),
         ('{"zero_optimization": ', ["not valid JSON"]),
         ('{"zero_optimization": {"stage": 0}}', ["zero_optimization.stage is 0", "1, 2 or 3", "'plain'"]),
+        ('{"zero_optimization": {"stage": 3, "stage": 2}}', ["'stage' is given twice"]),
         ("[]", ["JSON object"]),
     ],
 )
