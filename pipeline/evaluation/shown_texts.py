@@ -14,6 +14,7 @@ from pipeline.monitor.texts import ShownText
 from pipeline.objectives.base import Layout
 from pipeline.objectives.layouts import Blocks, LeftToRight
 from pipeline.runtime import Engine
+from pipeline.sampling.frames import pieces
 
 FORWARDS = 32  # for a whole text
 IN_TURN = 64  # tokens of a text that is written block by block, or from left to right
@@ -71,14 +72,9 @@ def to_be_written(samples: Samples, layout: Layout) -> Tensor:
 
 
 def _shown(tokenizer: Tokenizer, tokens: Sequence[int], order: Sequence[int], step: int) -> ShownText:
-    """Return a row as text: what is given, and what each written token adds to it, up to an eos."""
-    first = next((place for place, number in enumerate(order) if number >= 0), len(order))
-    pieces: list[str] = []
-    text = given = tokenizer.decode(tokens[:first])
-    end = first
-    while end < len(order) and order[end] >= 0 and tokens[end] != tokenizer.eos:
-        end += 1
-        longer = tokenizer.decode(tokens[:end])
-        pieces.append(longer[len(text) :])
-        text = longer
-    return ShownText(step, given, pieces, list(order[first:end]))
+    """Return a row as text, up to its last written token or the first end of sequence among them."""
+    written = [place for place, number in enumerate(order) if number >= 0]
+    ends = [place for place in written if tokens[place] == tokenizer.eos]
+    end = min([1 + max(written, default=-1), *ends])
+    numbers = [number if number >= 0 else None for number in order[:end]]
+    return ShownText(step, pieces(tokenizer, tokens[:end]), numbers)

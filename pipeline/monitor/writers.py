@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.config.loading import flatten
 from pipeline.files import keep_lines
 from pipeline.monitor.layout import LAYOUT
-from pipeline.monitor.texts import TEXTS_FILE, ShownText, as_html, as_picture
+from pipeline.monitor.texts import TEXTS_FILE, ShownText, as_html, as_picture, as_plain
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_id"
@@ -168,8 +168,7 @@ class TensorBoard:
         for number, text in enumerate(texts):
             tag = f"texts/{number}"
             self.writer.add_image(tag, as_picture(text), text.step, dataformats="HWC")
-            shown = f"{text.given}⟦{''.join(text.pieces)}⟧"
-            self.writer.add_text(tag, _as_code(shown), text.step)
+            self.writer.add_text(tag, _as_code(as_plain(text)), text.step)
 
     def sync(self) -> None:
         """See `Writer`."""

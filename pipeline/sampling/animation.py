@@ -173,6 +173,14 @@ def gif_pictures(sequences: Sequence[Sequence[Frame]], font: Font) -> list[Image
     return pictures
 
 
+def still_picture(cells: Sequence[Cell], steps: int) -> Image.Image:
+    """Return a sequence that was filled in `steps` steps as one picture; the font knows ASCII only."""
+    font, sequences = _font(None), [(cells, steps)]
+    picture = Image.new("RGB", (WIDTH, _draw(None, sequences, font)), "white")
+    _draw(ImageDraw.Draw(picture), sequences, font)
+    return picture
+
+
 def _draw(
     draw: ImageDraw.ImageDraw | None, sequences: Sequence[tuple[Sequence[Cell], int]], font: Font
 ) -> int:
@@ -190,15 +198,15 @@ def _draw(
                     draw.rectangle(box, fill="#dddddd")
                 elif draw is not None and width > 0:
                     if cell.filled is not None:
-                        draw.rectangle(box, fill=_colour(cell.filled, steps))
+                        draw.rectangle(box, fill=colour_of(cell.filled, steps))
                     draw.text((x, y + 2), part, fill="#777777" if cell.filled is None else "black", font=font)
                 x += width
         y += 2 * line
     return y - line + MARGIN
 
 
-def _colour(step: int, steps: int) -> str:
-    """Return the background of a token, from blue for the first step to red for the last."""
+def colour_of(step: int, steps: int) -> str:
+    """Return the background of a token as #rrggbb, from blue for the first step to red for the last."""
     hue = 230 / 360 * (1 - step / max(1, steps - 1))
     red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.85, 0.85))
     return f"#{red:02x}{green:02x}{blue:02x}"

@@ -19,7 +19,7 @@ from pipeline import config as configuration
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.loading import flatten
 from pipeline.monitor.layout import LAYOUT
-from pipeline.monitor.texts import read_texts
+from pipeline.monitor.texts import as_plain, read_texts
 from pipeline.monitor.writers import is_measured
 from pipeline.planning.flops import step_flops
 from pipeline.runtime import read_weights
@@ -71,7 +71,7 @@ def test_histograms_settings_and_first_page(run_dir: Path) -> None:
     assert ages.num == 16 * 4, "each of the 16 slots at each of 4 steps"
     assert [image.step for image in found.Images("texts/0")] == [8, 16]
     written = found.Tensors("texts/0/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert "".join(read_texts(run_dir)[-2].pieces) in written
+    assert as_plain(read_texts(run_dir)[-2]) in written
     tensors = found.Tags()["tensors"]
     assert "config/text_summary" in tensors
     shown = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()

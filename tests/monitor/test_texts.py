@@ -16,10 +16,11 @@ from pipeline.data.batch import ANSWER, stack_samples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.shown_texts import FORWARDS, IN_TURN, fill, to_be_written, write_texts
 from pipeline.model.batch import Vocabulary
-from pipeline.monitor.texts import ShownText, as_html, as_picture, colours, read_texts
+from pipeline.monitor.texts import ShownText, as_html, as_picture, as_plain, read_texts
 from pipeline.objectives.base import Layout
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 from pipeline.runtime import PlainEngine, read_launch
+from pipeline.sampling.animation import colour_of
 from pipeline.sampling.decoding import decode
 from pipeline.sampling.settings import SamplingSettings
 
@@ -89,31 +90,30 @@ def test_a_run_writes_its_texts(run_dir: Path) -> None:
     texts = read_texts(run_dir)
     assert [text.step for text in texts] == [8, 8, 16, 16]
     for text in texts:
-        assert text.given
-        assert len(text.pieces) == len(text.order)
-        assert sorted(set(text.order)) == list(range(len(set(text.order))))
-
-
-def test_colours_follow_the_order() -> None:
-    """The first is blue, the last red, equals are equal; one step alone is no division by zero."""
-    first, middle, last, again = colours([0, 3, 6, 3])
-    assert first[2] > first[0]
-    assert last[0] > last[2]
-    assert middle == again
-    assert len(colours([0, 0])) == 2
-    assert colours([]) == []
+        given = text.order.index(0) if 0 in text.order else 0
+        numbers = [number for number in text.order if number is not None]
+        assert text.order[0] is None
+        assert text.order[:given].count(None) > 0
+        assert sorted(set(numbers)) == list(range(text.steps))
 
 
 def test_pictures_and_pages_show_the_order() -> None:
-    pieces = ["some", " <words>", " and\nmore"] * 60
-    text = ShownText(7, "It begins", pieces, list(range(180)))
+    pieces = ["It begins", *["some", " <words>", " and\nmore"] * 60]
+    text = ShownText(7, pieces, [None, *range(180)])
+    assert text.steps == 180
     picture = as_picture(text)
     assert picture.dtype == np.uint8
-    assert picture.shape[1:] == (480, 3)
-    assert picture.shape[0] > 5 * 24, "lines are broken"
+    assert picture.shape[2] == 3
     present = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
-    assert set(colours(text.order)) <= present
+    for number in (0, 90, 179):
+        assert tuple(bytes.fromhex(colour_of(number, 180)[1:])) in present
     page = as_html(text)
     assert "&lt;words&gt;" in page
     assert page.count("<b ") == 180
-    assert 'title="step 179"' in page
+    assert f'background:{colour_of(179, 180)}" title="step 180"' in page
+
+
+def test_plain_text_marks_what_was_written() -> None:
+    assert as_plain(ShownText(1, ["a", "b", "c", "d"], [None, 1, 0, None])) == "a⟦bc⟧d"
+    assert as_plain(ShownText(1, ["a", "b"], [None, 0])) == "a⟦b⟧"
+    assert as_plain(ShownText(1, ["a"], [None])) == "a"
