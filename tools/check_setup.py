@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what is found; return the exit code."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--config", help="YAML of a run: its settings, data and tokenizer are checked too")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the YAML's")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
+    )
     parser.add_argument("--folder", nargs="*", type=Path, default=[Path()], help="where runs will be written")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)

@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan, and the table for more or fewer GPUs."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--config", required=True, help="YAML of the run")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the YAML's")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
+    )
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of the run")
     parser.add_argument("--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)}")
     parser.add_argument("--cost-per-gpu-hour", type=float, help="price, in any currency")

@@ -31,7 +31,9 @@ def submit_chain(arguments: Sequence[str]) -> None:
     parser.add_argument("--evaluate", default="", help="arguments of tools/evaluate.py, as one text")
     parser.add_argument("--checkpoints", type=int, default=1, help="how many of the newest are evaluated")
     parser.add_argument("--export", type=Path, help="folder of the exported model (default: RUN/export)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the YAML's")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print scripts and graph, submit nothing")
     options = parser.parse_args(arguments)
     settings = ["--config", options.config, *(f"--{setting}" for setting in options.set)]

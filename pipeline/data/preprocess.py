@@ -293,14 +293,14 @@ class _Watch:
 
     def __init__(self, board: Board, total: int, before: int) -> None:
         self.board = board
-        self.before = before
-        self.progress = Progress(round(total / MEGABYTE, 1), round(before / MEGABYTE, 1), "MB")
+        self.before, self.total = before, round(total / MEGABYTE, 1)
+        self.progress = Progress(self.total, round(before / MEGABYTE, 1), "MB")
         self.started = self.reported = time.monotonic()
 
     def show(self) -> None:
         """Move the bar, and report from time to time."""
         done = self.before + int(self.board.rows[:, 1].sum())
-        self.progress.advance(min(round(done / MEGABYTE, 1), self.progress.total))
+        self.progress.advance(min(round(done / MEGABYTE, 1), self.total))
         now = time.monotonic()
         if now - self.reported >= REPORT_SECONDS:
             self.reported = now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -191,8 +191,16 @@ def check_kinds(sources: Sequence[Source], keys: Keys) -> None:
             )
 
 
-def read_all(paths: Iterable[Path], keys: Keys) -> Iterator[Record]:
-    """Yield every document of the files, in order; raise a `UserError` for the first that cannot be used."""
+def read_all(
+    paths: Iterable[Path], keys: Keys, on_bad: Callable[[BadRecord], None] | None = None
+) -> Iterator[Record]:
+    """Yield every document of the files, in order.
+
+    Args:
+        paths: the files.
+        keys: what is read.
+        on_bad: called with each record that cannot be used; without it the first one is a `UserError`.
+    """
     for source in check_inputs(paths, keys):
         span = Span(0, 0, source.size, source.size)
         for position, content in SpanReader(source, span, keys.reading()):
@@ -201,7 +209,10 @@ def read_all(paths: Iterable[Path], keys: Keys) -> Iterator[Record]:
             try:
                 found = documents(content, keys, source.format == "text")
             except BadRecord as bad:
-                raise UserError(complaint(source, position, bad)) from None
+                if on_bad is None:
+                    raise UserError(complaint(source, position, bad)) from None
+                on_bad(bad)
+                continue
             for texts in found:
                 yield Record(texts, source, position)
 

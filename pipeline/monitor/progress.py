@@ -11,8 +11,8 @@ from tqdm import tqdm
 class Progress:
     """Progress of a long piece of work with its rate and the time left."""
 
-    def __init__(self, total: float, done: float, unit: str, enabled: bool = True) -> None:
-        """Begin at `done` of `total`; a Progress that is not `enabled` shows nothing (ranks above 0)."""
+    def __init__(self, total: float | None, done: float, unit: str, enabled: bool = True) -> None:
+        """Begin at `done` of `total`, if that is known; nothing is shown unless `enabled` (ranks above 0)."""
         self.total = total
         self.first = self.done = done
         self.unit = unit
@@ -33,11 +33,11 @@ class Progress:
             self.bar.set_postfix_str(facts)
         elif self.enabled:
             rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.started)
-            left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
-            print(
-                f"{self.unit} {self.done}/{self.total}  {facts}  {rate:.2f} {self.unit}/s  {left} left",
-                flush=True,
-            )
+            of_all = to_go = ""
+            if self.total is not None:
+                left = tqdm.format_interval((self.total - self.done) / rate) if rate else "?"
+                of_all, to_go = f"/{self.total}", f"  {left} left"
+            print(f"{self.unit} {self.done}{of_all}  {facts}  {rate:.2f} {self.unit}/s{to_go}", flush=True)
 
     def say(self, message: str) -> None:
         """Print a message of its own without disturbing the bar."""
