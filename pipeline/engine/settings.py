@@ -12,7 +12,10 @@ from typing import Any
 
 from deepspeed.compile.config import CompileConfig
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
-from deepspeed.runtime.model_checkpointing.config import CHECKPOINT_DEFAULT_DICT
+from deepspeed.runtime.model_checkpointing.config import (
+    CHECKPOINT_DEFAULT_DICT,
+    get_checkpoint_writer_config,
+)
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
@@ -66,6 +69,8 @@ SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
     "compile": CompileConfig,
     "aio": AIO_DEFAULT_DICT,
     "checkpoint": CHECKPOINT,
+    "checkpoint.writer": get_checkpoint_writer_config({"writer": {}}),
+    "checkpoint.parallel_write": ("pipeline_stage",),
     "data_types": DATA_TYPES,
 }
 STAGE_3_KEYS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
@@ -99,9 +104,12 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             f"{path}: zero_optimization.stage is {stage}: it must be 1, 2 or 3. For one process without ZeRO "
             "set engine.kind to 'plain'."
         )
-    for section, known in SECTIONS.items():
-        if section in settings:
-            _check_section(path, section, settings[section], known)
+    for name, known in SECTIONS.items():
+        section: Any = settings
+        for part in name.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        if section is not None:
+            _check_section(path, name, section, known)
     _check_zero(path, zero)
     return settings
 

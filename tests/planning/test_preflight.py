@@ -102,6 +102,12 @@ WRONG = [
         "'pin_memory'",
         zero={"offload_optimizer": {"device": "cpu", "pin_memry": True}},
     ),
+    Wrong(
+        "checkpoint.writer.decoupld",
+        "decoupld",
+        "'decoupled'",
+        top={"checkpoint": {"writer": {"decoupld": True}}},
+    ),
     Wrong("aio.block_sise", "block_sise", "'block_size'", top={"aio": {"block_sise": 4096}}),
     Wrong(
         "data_types.grad_accum_dtyp",
