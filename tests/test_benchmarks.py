@@ -13,6 +13,7 @@ from programs import ROOT
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import sampling
 import train_step
 from train_step import MASK, Shape
 
@@ -77,3 +78,18 @@ def test_train_step_writes_its_figures(
         assert value > 0
         assert f"{name:32} {value:.3f}" in printed
     assert 0 < figures["masked_share"] < 1
+
+
+def test_sampling_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every way fills all tokens; the ratios are those of the medians that stand beside them."""
+    path = tmp_path / "figures.json"
+    small = "--layers 1 --hidden-size 32 --vocabulary 50 --prompt 4 --answer 8 --block-size 4 --repetitions 1"
+    sampling.main([*small.split(), "--output", str(path)])
+    figures = json.loads(path.read_text())
+    rates = figures["tokens_per_second"]
+    for name, value in figures["tokens_per_forward"].items():
+        wanted = next((n for n in (1, 2, 4) if f"{n} a step" in name), None)
+        assert value == wanted if wanted else 1 <= value <= 4
+    ratio = rates["blocks, 4 a step, cache"] / rates["blocks, 4 a step, no cache"]
+    assert figures["ratios"]["cache / no cache, 4 a step"] == pytest.approx(ratio)
+    assert f"{ratio:.2f}" in capsys.readouterr().out

@@ -29,8 +29,10 @@ MOST_ANIMATED = 16
 def build_parser() -> ToolParser:
     """Return the command line."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
+    types = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", choices=types, default=types[0], help="of the weights; logits are fp32")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", nargs="+", help=f"texts to continue, '' for none; {SPAN_HELP}")
     prompts.add_argument("--prompt-file", type=Path, help="txt with a prompt a line, or jsonl, parquet")
@@ -64,29 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{len(prompts) * options.num_samples}: give fewer prompts or a smaller --num-samples."
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_model(options.checkpoint, device, weights=options.weights)
+    dtype = getattr(torch, options.dtype)
+    loaded = load_model(options.checkpoint, device, weights=options.weights, dtype=dtype)
 
     on_terminal = sys.stdout.isatty() and not options.json and os.environ.get("TERM") != "dumb"
     view = LiveView(sys.stdout, colours="NO_COLOR" not in os.environ) if on_terminal else None
     recorder = Recorder() if options.animate is not None else None
     shows: list[Show] = [each.show for each in (view, recorder) if each is not None]
-    total = len(prompts) * options.num_samples
-    progress = Progress(total, 0, "sample", enabled=view is None)
-    samples = generate(
-        loaded,
-        prompts,
-        settings,
-        options.num_samples,
-        options.length,
-        options.batch_size,
-        progress.advance,
-        watcher(loaded.tokenizer, shows),
-    )
+    progress = Progress(len(prompts) * options.num_samples, 0, "sample", enabled=view is None)
+    shape = (options.num_samples, options.length, options.batch_size)
+    watch = watcher(loaded.tokenizer, shows)
+    for done, sample in enumerate(generate(loaded, prompts, settings, *shape, watch), 1):
+        if view is not None:
+            view.clear()
+        print(as_json(sample) if options.json else sample.text, flush=True)
+        progress.advance(done)
     progress.close()
-    if view is not None:
-        view.clear()
-    for sample in samples:
-        print(as_json(sample) if options.json else sample.text)
     if recorder is not None:
         write_animation(options.animate, recorder.sequences(), options.font)
         print(f"wrote {options.animate}", file=sys.stderr)

@@ -19,12 +19,15 @@ class KeyValueCache:
         self.places = places
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def put(self, layer: int, where: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store what was computed, and return what all places hold, [B, kv_heads, S, head_size] twice.
+    def put(
+        self, layer: int, where: Tensor, first: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store what was computed; return what the first places hold, [B, kv_heads, first, head_size] twice.
 
         Args:
             layer: number of the layer.
             where: [B, W] int64, the places that were computed.
+            first: how many places are attended to.
             keys: [B, kv_heads, W, head_size], turned by their positions.
             values: [B, kv_heads, W, head_size].
         """
@@ -35,7 +38,8 @@ class KeyValueCache:
         index = where[:, None, :, None].expand_as(keys)
         for stored, new in zip(self.layers[layer], (keys, values), strict=True):
             stored.scatter_(2, index, new)
-        return self.layers[layer]
+        keys, values = self.layers[layer]
+        return keys[:, :, :first], values[:, :, :first]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all sequences but `rows` [B] bool."""

@@ -90,14 +90,14 @@ class Body(nn.Module):
         Args:
             input_ids: [B, W], their tokens.
             where: [B, W] int64, their positions, which are their places in the cache, too.
-            seen: [B, 1, W, S] bool, False where a place is not seen.
+            seen: [B, 1, W, S'] bool, False where a place is not seen; nothing sees those beyond S'.
             cache: keys and values of S places; those of these positions are put in.
         """
         x = self.embed_tokens(input_ids)
         cos, sin = rotary_table(cache.places, rotary_frequencies(self.config, x.device))
         table = cos[where][:, None], sin[where][:, None]  # [B, 1, W, head_size]
         for number, layer in enumerate(self.layers):
-            x = layer(x, table, seen, partial(cache.put, number, where))
+            x = layer(x, table, seen, partial(cache.put, number, where, seen.shape[3]))
         return self.norm(x)
 
 

@@ -98,8 +98,8 @@ def check_beginnings(sequences: Sequence[MaskedSequence], config: Config) -> Non
     """Raise a `UserError` for a sequence that begins with a mask where the model needs a token."""
     if config.model.prediction == "shifted" and any(sequence.masked[0] for sequence in sequences):
         raise UserError(
-            "a prompt is empty, but with model.prediction = 'shifted' each token is predicted at the one "
-            "before it: give prompts of at least one token."
+            "a prompt is empty, or a text begins with a masked span, but with model.prediction = 'shifted' "
+            "each token is predicted at the one before it: begin with at least one given token."
         )
 
 

@@ -77,6 +77,7 @@ def infill(
     batch_size: int = 64,
     on_progress: Callable[[int], None] = lambda done: None,
     on_step: Callable[[Sequences], None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Fill masked spans, given the text before and after them.
 
@@ -88,11 +89,21 @@ def infill(
         batch_size: see `complete`.
         on_progress: see `complete`.
         on_step: see `complete`.
+        numbers: see `complete`.
 
     Raises:
         UserError: for a bad setting, a text beyond the trained sequence length or without a masked span, one
             that begins with one where the model needs a token, or a model that does not see what is behind.
     """
+    sequences, tokenizer = with_gaps(loaded, texts), loaded.tokenizer
+    found = fill_sequences(loaded, sequences, settings, batch_size, None, on_progress, on_step, numbers)
+    return [
+        Completion(tokenizer.decode(whole), tokens, order, steps) for whole, tokens, order, steps in found
+    ]
+
+
+def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[MaskedSequence]:
+    """Return texts with masks in their spans; arguments and errors are those of `infill`."""
     limit, tokenizer = loaded.config.data.sequence_length, loaded.tokenizer
     if isinstance(loaded.layout, Blocks | LeftToRight):
         raise UserError(
@@ -116,10 +127,7 @@ def infill(
             )
         sequences.append(MaskedSequence(tokens, masked))
     check_beginnings(sequences, loaded.config)
-    found = fill_sequences(loaded, sequences, settings, batch_size, None, on_progress, on_step)
-    return [
-        Completion(tokenizer.decode(whole), tokens, order, steps) for whole, tokens, order, steps in found
-    ]
+    return sequences
 
 
 class Filled(NamedTuple):

@@ -107,13 +107,15 @@ def _step(
     policy = POLICIES[settings.policy]
     rows = candidates.flatten().nonzero().squeeze(1)  # [R]
     hidden = forward.hidden(now, rows)  # [R, H]
-    unknown = torch.zeros_like(rows)  # no target: the loss means nothing
-    output = model.lm_head(hidden, unknown, unknown.float(), policy.needs)
-    scores = Scores.of(output, rows, candidates)
+    ranking = policy.initial(settings.seed, now.samples)
+    if policy.by_scores is not None:
+        unknown = torch.zeros_like(rows)  # no target: the loss means nothing
+        scores = Scores.of(model.lm_head(hidden, unknown, unknown.float(), policy.needs), rows, candidates)
+        ranking = policy.by_scores(scores)
     current = torch.where(candidates, now.blocks, 0).amax(dim=1, keepdim=True)
     count, again = plan(settings, now, now.answer & (now.blocks == current))
-    filled = take_highest(candidates, policy.ranking(settings.seed, now.samples, scores), count)
-    if settings.threshold is not None:
+    filled = take_highest(candidates, ranking, count)
+    if settings.threshold is not None:  # only with a policy by scores
         filled |= candidates & (scores.confidence > settings.threshold)
     places = filled.flatten().nonzero().squeeze(1)  # [F]
     row, position = places // filled.shape[1], places % filled.shape[1]

@@ -27,7 +27,8 @@ def draw_tokens(
         part = slice(start, start + chunk)
         logits = head.logits(hidden[part])  # [C, V] float32
         if settings.temperature > 0:
-            logits = restricted(logits.double() / settings.temperature, settings.top_k, settings.top_p)
+            below = logits.double() - logits.amax(dim=-1, keepdim=True)  # no temperature overflows 0
+            logits = restricted(below / settings.temperature, settings.top_k, settings.top_p)
             logits += gumbel(settings.seed, [counter[part] for counter in counters], logits.shape[1])
         tokens[part] = logits.argmax(dim=-1)
     return tokens

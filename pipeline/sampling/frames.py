@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.sampling.sequences import UNFILLED, Sequences
@@ -26,10 +27,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Frame:
-    """A sequence after a step; 0 is the first."""
+    """A sequence after a step.
+
+    Attributes:
+        step: 0 is the first.
+        read: makes the cells. That decodes every token, and not every frame is looked at.
+    """
 
     step: int
-    cells: list[Cell]
+    read: Callable[[], list[Cell]]
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The positions of the sequence."""
+        return self.read()
 
 
 def frames_of(now: Sequences, tokenizer: Tokenizer, stop: int | None) -> list[Frame]:
@@ -41,12 +52,15 @@ def frames_of(now: Sequences, tokenizer: Tokenizer, stop: int | None) -> list[Fr
         ends = [i for i in range(end) if tokens[i] == stop and order[i] != UNFILLED]
         end = min([end, *(i + 1 for i in ends)])
         shown = [tokenizer.mask if masked[i] else tokens[i] for i in range(end)]
-        cells = [
-            Cell(text, None if step == UNFILLED else step, token == tokenizer.mask)
-            for text, step, token in zip(pieces(tokenizer, shown), order[:end], shown, strict=True)
-        ]
-        found.append(Frame(now.step - 1, cells))
+        found.append(Frame(now.step - 1, partial(_cells, tokenizer, shown, order[:end])))
     return found
+
+
+def _cells(tokenizer: Tokenizer, tokens: list[int], order: list[int]) -> list[Cell]:
+    return [
+        Cell(text, None if step == UNFILLED else step, token == tokenizer.mask)
+        for text, step, token in zip(pieces(tokenizer, tokens), order, tokens, strict=True)
+    ]
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
@@ -72,20 +86,19 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 Show = Callable[[dict[int, Frame]], None]
-Watch = Callable[[Sequence[int], int | None], Callable[[Sequences], None] | None]
+Watch = Callable[[int | None], Callable[[Sequences], None] | None]
 
 
 def watcher(tokenizer: Tokenizer, shows: Sequence[Show]) -> Watch:
     """Return what `generate` takes to be watched: each of `shows` is given the frames of every step, by the
-    place of their sequence among all samples.
+    numbers of their sequences.
     """
 
-    def watch(which: Sequence[int], stop: int | None) -> Callable[[Sequences], None] | None:
+    def watch(stop: int | None) -> Callable[[Sequences], None] | None:
         def on_step(now: Sequences) -> None:
-            frames = frames_of(now, tokenizer, stop)
-            numbers = [which[number] for number in now.samples.ids.tolist()]
+            frames = dict(zip(now.samples.ids.tolist(), frames_of(now, tokenizer, stop), strict=True))
             for show in shows:
-                show(dict(zip(numbers, frames, strict=True)))
+                show(frames)
 
         return on_step if shows else None
 

@@ -49,7 +49,11 @@ class Loaded:
 
 
 def load_model(
-    path: Path, device: torch.device, untrained: bool = False, weights: Weights | None = None
+    path: Path,
+    device: torch.device,
+    untrained: bool = False,
+    weights: Weights | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Loaded:
     """Return the model of a run's newest checkpoint, or of a given one; one process, any world size.
 
@@ -58,6 +62,7 @@ def load_model(
         device: where the model is put.
         untrained: leave the initial weights in place, for a baseline.
         weights: ema = their moving average, raw = those of the last step; by default ema where there is one.
+        dtype: of the weights and of what is computed; logits are fp32 in any case.
 
     Raises:
         UserError: when there is no checkpoint, it is damaged, or it lacks the weights that are asked for.
@@ -71,7 +76,7 @@ def load_model(
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         model.load_state_dict(state)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    return Loaded(model.to(device).eval(), tokenizer, config, 0 if untrained else manifest.step)
+    return Loaded(model.to(device, dtype).eval(), tokenizer, config, 0 if untrained else manifest.step)
 
 
 def takes_average(folder: Path, weights: Weights | None) -> bool:

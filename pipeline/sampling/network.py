@@ -68,7 +68,8 @@ class CachedForward:
         inputs = torch.nn.functional.pad(now.inputs(mask_id), (0, 1), value=mask_id)
         keys = torch.nn.functional.pad(now.blocks.masked_fill(~now.present, last), (0, 1), value=last)
         queries = keys.gather(1, where).clamp(max=last - 1)  # what fills up sees something, too
-        seen = keys[:, None, None, :] <= queries[:, None, :, None]  # [B, 1, W, S]
+        end = int((needed | self.final).any(dim=0).nonzero().max()) + 1
+        seen = keys[:, None, None, :end] <= queries[:, None, :, None]  # [B, 1, W, S']
         hidden = self.model.model.extend(inputs.gather(1, where), where, seen, self.cache)
         self.final |= needed & (now.blocks < current)
         if self.outputs is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import UserError
 from pipeline.data.records import Keys, read_all
-from pipeline.sampling.completing import Completion, complete, infill
+from pipeline.sampling.batching import behind_prompts
+from pipeline.sampling.completing import Completion, complete, infill, with_gaps
 from pipeline.sampling.frames import Watch
 from pipeline.sampling.loading import Loaded
 from pipeline.sampling.settings import SamplingSettings
@@ -73,10 +74,11 @@ def generate(
     samples: int = 1,
     length: int | None = None,
     batch_size: int = 16,
-    on_progress: Callable[[int], None] = lambda done: None,
-    watch: Watch = lambda which, stop: None,
-) -> list[Sample]:
-    """Return `samples` continuations of each prompt, or fillings of its masked spans, in order.
+    watch: Watch = lambda stop: None,
+) -> Iterator[Sample]:
+    """Yield `samples` continuations of each prompt, or fillings of its masked spans, in order.
+
+    Nothing is decoded before all prompts have been checked; a batch is yielded when it is done.
 
     Args:
         loaded: the model.
@@ -84,26 +86,35 @@ def generate(
         settings: of the sampler.
         samples: how many of each prompt; they differ by their noise.
         length: see `complete`.
-        batch_size: see `complete`.
-        on_progress: called with the number of samples done.
-        watch: called before each of the two kinds is decoded, with the places of its sequences among all
-            samples and the token at which they end; what it returns is called after each step.
+        batch_size: sequences decoded together.
+        watch: given the token at which sequences end, or none, returns what is called after each step.
 
     Raises:
         UserError: see `complete`, `infill` and `spans`.
     """
-    texts = [spans(prompt) for prompt in prompts for _ in range(samples)]
-    marked = [i for i, pieces in enumerate(texts) if any(isinstance(piece, int) for piece in pieces)]
-    plain = [i for i in range(len(texts)) if i not in set(marked)]
-    found: dict[int, tuple[str, Completion]] = {}
-    if plain:
-        on_step = watch(plain, loaded.tokenizer.eos)
-        given = [prompts[i // samples] for i in plain]
-        done = complete(loaded, given, settings, length, batch_size, on_progress, on_step)
-        found |= {i: (f"{g}{each.text}", each) for i, g, each in zip(plain, given, done, strict=True)}
-    if marked:
-        first, on_step = len(plain), watch(marked, None)
-        pieces = [texts[i] for i in marked]
-        done = infill(loaded, pieces, settings, batch_size, lambda n: on_progress(first + n), on_step)
-        found |= {i: (each.text, each) for i, each in zip(marked, done, strict=True)}
-    return [Sample(prompts[i // samples], i % samples, *found[i]) for i in range(len(texts))]
+    texts = [spans(prompt) for prompt in prompts]
+    marked = [any(isinstance(piece, int) for piece in pieces) for pieces in texts]
+    plain_prompts = [prompt for prompt, has_mark in zip(prompts, marked, strict=True) if not has_mark]
+    behind_prompts(plain_prompts, length, loaded.tokenizer, loaded.config)
+    if any(marked):
+        with_gaps(loaded, [pieces for pieces, has_mark in zip(texts, marked, strict=True) if has_mark])
+    total, stop = len(prompts) * samples, loaded.tokenizer.eos
+    for start in range(0, total, batch_size):
+        numbers = range(start, min(start + batch_size, total))
+        plain = [i for i in numbers if not marked[i // samples]]
+        holes = [i for i in numbers if marked[i // samples]]
+        found: dict[int, Completion] = {}
+        if plain:
+            given = [prompts[i // samples] for i in plain]
+            done = complete(loaded, given, settings, length, batch_size, on_step=watch(stop), numbers=plain)
+            found |= zip(plain, done, strict=True)
+        if holes:
+            pieces = [texts[i // samples] for i in holes]
+            found |= zip(
+                holes,
+                infill(loaded, pieces, settings, batch_size, on_step=watch(None), numbers=holes),
+                strict=True,
+            )
+        for i in numbers:
+            prompt, one = prompts[i // samples], found[i]
+            yield Sample(prompt, i % samples, one.text if i in holes else f"{prompt}{one.text}", one)

@@ -14,8 +14,9 @@ import torch
 
 from pipeline import config as configuration
 from pipeline import objectives
-from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array
+from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array, stack_samples
 from pipeline.data.streams import SlotStream
+from pipeline.evaluation.likelihood import estimate
 from pipeline.files import write_hashed
 from pipeline.model.batch import Vocabulary
 from pipeline.optimizer import learning_rate
@@ -66,12 +67,17 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
         averaged = engine.evaluate(batch).nll
     assert torch.equal(engine.evaluate(batch).nll, before), "the weights are back, bit for bit"
     assert not torch.equal(averaged, before)
+    few = range(4)
+    samples = stack_samples([SyntheticPairs()[i] for i in few], few).to(launch.device)
+    layout = objectives.build(config, MASK, True).at(steps).layout
+    likelihood = estimate(engine.evaluate, layout, samples, steps, draws=16, batch_size=20)
     folder = Path(output + ".model")
     for name, state in engine.snapshot(folder).items():
         write_hashed(folder / name, partial(torch.save, state))
     engine.barrier()
     if launch.rank == 0:
         result = {"losses": losses, "norms": norms, "averaged_nll": averaged, "history": history}
+        result |= {"nll": likelihood.nll, "standard_error": likelihood.standard_error}
         result |= {"weights": read_weights(folder), "average": read_weights(folder, averaged=True)}
         torch.save(result, output)
     stream.close()

@@ -84,6 +84,8 @@ def assert_equal(sharded: dict[str, Any], plain: dict[str, Any]) -> None:
             torch.testing.assert_close(run["average"][name].double(), expected, atol=1e-5, rtol=0)
     assert set(sharded["average"]) == set(plain["average"]) == set(plain["history"][0])
     torch.testing.assert_close(sharded["averaged_nll"], plain["averaged_nll"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(sharded["nll"], plain["nll"], atol=0, rtol=1e-4)
+    torch.testing.assert_close(sharded["standard_error"], plain["standard_error"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.cli import UserError
+from pipeline.evaluation.likelihood import score_answers
 from pipeline.sampling import SamplingSettings, complete, infill, load_model
 
 
@@ -30,6 +31,19 @@ def test_completions_and_spans(run_folder: Path) -> None:
         infill(loaded, [["abcdef", 7]])
     with pytest.raises(UserError, match="no masked token"):
         infill(loaded, [["ab", "cd"]])
+
+
+def test_in_bfloat16(run_folder: Path) -> None:
+    """Weights and activations are rounded, logits are not; scores stay near those of fp32."""
+    scores = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_model(run_folder, torch.device("cpu"), dtype=dtype)
+        assert {weight.dtype for weight in loaded.model.parameters()} == {dtype}
+        assert len(complete(loaded, ["abc"], length=4)[0].tokens) <= 4
+        prompt, answer = (loaded.tokenizer.encode(text).tolist() for text in ("abc", "cb"))
+        scores.append(score_answers(loaded, [(prompt, answer)])[0].nll)
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def test_tokens_are_drawn_from_the_softmax(settings: SamplingSettings) -> None:
 
 
 def test_the_likeliest_token_at_temperature_zero() -> None:
-    assert drawn(SamplingSettings(), 100)[LOGITS.argmax()] == 100
+    for temperature in (0.0, 1e-3, 1e-320):
+        assert drawn(SamplingSettings(temperature=temperature), 100)[LOGITS.argmax()] == 100
 
 
 def test_the_noise_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

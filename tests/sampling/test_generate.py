@@ -65,6 +65,8 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
         ("--prompt a --animate x.mp4", "--animate x.mp4: name a file that ends with .html or .gif"),
         ("--prompt a --animate x.gif --font README.md", "--font README.md cannot be read as a font"),
         ("--prompt a --animate x.gif --num-samples 17", "16 sequences at most, and these are 17"),
+        ("--prompt a fedcbafedcba --length 1 --batch-size 1", "a prompt of 12 tokens with an answer of 1"),
+        ("--prompt a a[MASK*12] --batch-size 1", "a text of 13 tokens exceeds the sequence length"),
         ("--prompt-file {tmp}/none.txt", "none.txt"),
         ("--prompt-file {tmp}/empty.txt", "empty.txt holds no prompt"),
         ("--prompt-file {tmp}/a.jsonl", "a.jsonl, line 1: no key 'prompt'; it has 'text'"),
@@ -78,7 +80,9 @@ def test_bad_input_is_one_line(
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    assert re.search(message, call(*arguments.format(tmp=tmp_path).split()).complaint())
+    done = call(*arguments.format(tmp=tmp_path).split())
+    assert re.search(message, done.complaint())
+    assert done.output == "", "nothing is decoded before all is checked"
 
 
 def test_spans() -> None:
@@ -127,11 +131,11 @@ def test_a_terminal_shows_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> Non
     stream.seek(0, io.SEEK_END)
     view = terminal.LiveView(stream)
     given, mask = Cell("漢漢漢漢", None, False), Cell("", None, True)
-    view.show({0: Frame(0, [given, mask, mask, mask]), 1: Frame(0, [mask])})
+    view.show({0: Frame(0, lambda: [given, mask, mask, mask]), 1: Frame(0, lambda: [mask])})
     assert screen(stream.getvalue()) == ["before", "漢漢漢", "漢░░░", "░", ""]
-    view.show({0: Frame(1, [given, Cell("a\x1b[\n", 1, False), mask, mask])})
+    view.show({0: Frame(1, lambda: [given, Cell("a\x1b[\n", 1, False), mask, mask])})
     assert screen(stream.getvalue()) == ["before", "漢漢漢", "漢a\ufffd[", "░░", "░", ""]
-    view.show({2: Frame(2, [given])})  # the next batch
+    view.show({2: Frame(2, lambda: [given])})  # the next batch
     assert screen(stream.getvalue()) == ["before", "漢漢漢", "漢", ""]
     view.clear()
     assert screen(stream.getvalue()) == ["before", ""]
@@ -150,7 +154,7 @@ def recorded(run_folder: Path, settings: SamplingSettings) -> tuple[list[list[Fr
     """Return the frames of two samples, and their texts."""
     loaded, recorder = load_model(run_folder, torch.device("cpu")), Recorder()
     watch = watcher(loaded.tokenizer, [recorder.show])
-    samples = generate(loaded, ["ab[MASK*6]c", "fd"], settings, length=5, watch=watch)
+    samples = list(generate(loaded, ["ab[MASK*6]c", "fd"], settings, length=5, watch=watch))
     return recorder.sequences(), [sample.text for sample in samples]
 
 
@@ -168,7 +172,7 @@ def test_a_page_replays_the_steps(run_folder: Path) -> None:
                 cells[i] = shown
             assert cells[: one["length"]] == [None if c.masked else c.text for c in frame.cells]
         assert "".join(cells[: one["length"]]) == text
-    assert page([[Frame(0, [Cell("</script>", 0, False)])]]).count("</script>") == 1
+    assert page([[Frame(0, lambda: [Cell("</script>", 0, False)])]]).count("</script>") == 1
 
 
 def test_a_gif_has_a_picture_a_step(run_folder: Path, tmp_path: Path) -> None:
