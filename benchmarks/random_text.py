@@ -11,8 +11,9 @@ from pipeline import objectives
 from pipeline.config import Config
 from pipeline.data.batch import ANSWER, Array
 from pipeline.data.streams import SlotStream
+from pipeline.launch import read_launch
 from pipeline.model.batch import Vocabulary
-from pipeline.runtime import Engine, build_engine, read_launch
+from pipeline.runtime import Engine, build_engine
 from pipeline.slots import SlotGroup, make_groups
 
 MASK = 3

@@ -42,12 +42,13 @@ from pipeline.config import (
 )
 from pipeline.data.batch import ANSWER, Array
 from pipeline.data.streams import SlotStream
+from pipeline.launch import read_launch
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.base import take_highest
 from pipeline.planning.flops import step_flops
 from pipeline.planning.live_memory import LiveStorages
-from pipeline.runtime import PlainEngine, read_launch
+from pipeline.runtime import PlainEngine
 from pipeline.slots import SlotGroup
 from pipeline.train import train_step
 

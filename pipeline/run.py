@@ -20,6 +20,7 @@ from pipeline.evaluation.held_out import held_out_bound, held_out_loss
 from pipeline.evaluation.scheduled import schedule_tasks
 from pipeline.evaluation.shown_texts import write_texts
 from pipeline.huggingface.initial import open_initial_weights
+from pipeline.launch import Launch
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.history import noted
 from pipeline.monitor.progress import Progress
@@ -33,7 +34,7 @@ from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
 from pipeline.resilience.watchdog import Watchdog
-from pipeline.runtime import Launch, agree, build_engine
+from pipeline.runtime import agree, build_engine
 from pipeline.slots import SlotGroup, make_groups
 
 

@@ -19,9 +19,9 @@ from pipeline.chain_statistics import ChainStatistics, Walk
 from pipeline.config import Config
 from pipeline.data.batch import Samples
 from pipeline.data.streams import SlotStream
+from pipeline.launch import Launch
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.base import ChainState, ObjectiveSchedule, Scores, model_input
-from pipeline.runtime import Launch
 
 
 class SlotGroup:

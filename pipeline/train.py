@@ -16,11 +16,12 @@ from torch import Tensor
 from pipeline import cli
 from pipeline import config as configuration
 from pipeline.files import replacing
+from pipeline.launch import read_launch
 from pipeline.optimizer import learning_rate
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
 from pipeline.run import Run
-from pipeline.runtime import Engine, read_launch
+from pipeline.runtime import Engine
 from pipeline.slots import SlotGroup
 
 

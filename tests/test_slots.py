@@ -15,8 +15,8 @@ from walks import MASK, SEED, SIZE, group_of, output, step
 from pipeline.cli import Failure
 from pipeline.config import Config, ObjectiveConfig, TrainConfig
 from pipeline.data.streams import SlotStream
+from pipeline.launch import Launch
 from pipeline.objectives import build
-from pipeline.runtime import Launch
 from pipeline.slots import SlotGroup, make_groups, slots_of_rank
 
 PUMA = ObjectiveConfig(stages=4, threshold=0.6)

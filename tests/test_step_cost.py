@@ -31,11 +31,12 @@ from pipeline.config import (
 )
 from pipeline.data.batch import Array
 from pipeline.data.streams import SlotStream
+from pipeline.launch import read_launch
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.resilience.guard import Guard
-from pipeline.runtime import PlainEngine, read_launch
+from pipeline.runtime import PlainEngine
 from pipeline.slots import SlotGroup
 from pipeline.train import train_step
 

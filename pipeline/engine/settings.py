@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.cli import UserError, nearest
 from pipeline.config import Config
 from pipeline.config.checks import require
-from pipeline.runtime import Launch
+from pipeline.launch import Launch
 
 # DeepSpeed ignores an unknown top-level key in silence, so the known ones are listed here.
 OWN_KEYS = (

@@ -21,10 +21,11 @@ from pipeline.engine.profiling import Profiler
 from pipeline.engine.settings import complete_settings
 from pipeline.engine.shards import find_shards
 from pipeline.engine.ulysses import UlyssesSequence
+from pipeline.launch import Launch
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
 from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
-from pipeline.runtime import Launch, T, engine_settings, make_model
+from pipeline.runtime import T, engine_settings, make_model
 from pipeline.weights import StoredWeights, copy_pieces, squared_norm
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pipeline.data.batch import SampleDataset, Samples, stack_samples
 from pipeline.evaluation.likelihood import estimate
+from pipeline.launch import Launch
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.base import Layout, Objective, model_input
-from pipeline.runtime import Engine, Launch
+from pipeline.runtime import Engine
 
 
 def held_out_loss(

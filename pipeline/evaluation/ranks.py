@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.cli import UserError
-from pipeline.runtime import join_launch
+from pipeline.launch import join_launch
 
 T = TypeVar("T")
 

@@ -18,9 +18,10 @@ from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array, stack_samples
 from pipeline.data.streams import SlotStream
 from pipeline.evaluation.likelihood import estimate
 from pipeline.files import write_hashed
+from pipeline.launch import read_launch
 from pipeline.model.batch import Vocabulary
 from pipeline.optimizer import learning_rate
-from pipeline.runtime import PlainEngine, build_engine, read_launch, read_weights
+from pipeline.runtime import PlainEngine, build_engine, read_weights
 from pipeline.slots import make_groups
 from pipeline.train import train_step
 

@@ -11,7 +11,7 @@ import torch
 from programs import ROOT, environment_of_ranks, free_ports, run_program
 
 from pipeline import config as configuration
-from pipeline.runtime import read_launch
+from pipeline.launch import read_launch
 
 STEPS = str(Path(__file__).with_name("steps.py"))
 SETTINGS = """

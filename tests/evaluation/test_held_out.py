@@ -13,9 +13,10 @@ from synthetic import Pairs
 from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig
 from pipeline.data.batch import PADDING
 from pipeline.evaluation.held_out import held_out_bound
+from pipeline.launch import read_launch
 from pipeline.model.batch import Vocabulary
 from pipeline.objectives.layouts import Whole
-from pipeline.runtime import PlainEngine, read_launch
+from pipeline.runtime import PlainEngine
 
 MASK, SAMPLES = 4, 5
 

@@ -15,11 +15,12 @@ from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig
 from pipeline.data.batch import ANSWER, stack_samples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.shown_texts import FORWARDS, IN_TURN, fill, to_be_written, write_texts
+from pipeline.launch import read_launch
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.texts import ShownText, as_html, as_picture, as_plain, read_texts
 from pipeline.objectives.base import Layout
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
-from pipeline.runtime import PlainEngine, read_launch
+from pipeline.runtime import PlainEngine
 from pipeline.sampling.animation import colour_of
 from pipeline.sampling.decoding import decode
 from pipeline.sampling.settings import SamplingSettings

@@ -12,10 +12,11 @@ from programs import ROOT
 
 from pipeline import config as configuration
 from pipeline.engine.settings import complete_settings
+from pipeline.launch import Launch
 from pipeline.planning import presets
 from pipeline.planning.memory import count_parameters
 from pipeline.planning.presets import DOCUMENT, PRESETS, Preset
-from pipeline.runtime import Launch, engine_settings
+from pipeline.runtime import engine_settings
 
 PARAMETERS = {  # by hand: embedding (twice where untied), blocks, norms
     "tinygsm_125m": 151_648 * 512 + 14 * (4 * 512**2 + 3 * 512 * 1536 + 2 * 512) + 512,

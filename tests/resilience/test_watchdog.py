@@ -10,10 +10,11 @@ import torch
 
 from pipeline.config import WatchdogConfig
 from pipeline.data.streams import SlotStream
+from pipeline.launch import Launch
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.resilience import watchdog as module
 from pipeline.resilience.watchdog import Watchdog
-from pipeline.runtime import Engine, Launch
+from pipeline.runtime import Engine
 
 
 def test_limits_follow_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
