@@ -145,9 +145,7 @@ class ChainStatistics:
         bins = (confidence * TENTHS).long().clamp(0, TENTHS - 1)
         put("confidence_count", bins, one)
         put("confidence_sum", bins, confidence)
-        put(
-            "confidence_correct", bins, nll + confidence.log() < _TIE
-        )  # the truth is as likely as the likeliest
+        put("confidence_correct", bins, nll + confidence.log() < _TIE)  # the truth is as likely as any token
 
         age = self._bin(walk.age)
         put("age", age, one)
@@ -173,7 +171,7 @@ class ChainStatistics:
         """
         part = {name: sums[place] for name, place in self.places.items()}
         total = {name: part[name][0] for name in TOTALS}
-        positions, right = sum(part["confidence_count"]), part["confidence_correct"]
+        positions, right = max(1, sum(part["confidence_count"])), part["confidence_correct"]
         scalars = {
             "masked_fraction": total["masked_fraction"] / total["steps"],
             "mean_stage": total["mean_stage"] / total["steps"],

@@ -53,6 +53,7 @@ class SlotGroup:
         self.device = device
         self.first_step, self.interval = first_step, interval
         self.statistics = ChainStatistics(objectives.longest, device)
+        self.trained = np.zeros_like(self.slots)  # sequences that each slot was trained on
         self.age = torch.zeros_like(self.numbers)  # steps that the present sequences were trained on
         self._begin(np.zeros(len(slots), dtype=np.int64))
         objective = objectives.at(first_step)
@@ -106,6 +107,7 @@ class SlotGroup:
     def inputs(self, step: int) -> MaskedBatch:
         """Return the batch of the current states; `step` is the optimizer step, 1 is the first."""
         rows = self._settle()
+        self.trained = self.cursors + 1
         return model_input(self.objectives.at(step), self.samples, self.state, rows, step)
 
     def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
@@ -128,9 +130,9 @@ class SlotGroup:
         self._enter(state, ended)
 
     def begun(self) -> tuple[int, int]:
-        """Return how many sequences these slots have begun, and how many of them in the first epoch."""
+        """Return how many sequences these slots were trained on, and how many of them in the first epoch."""
         of_slot = -(-(self.stream.size - self.slots) // self.stream.slots)  # positions of each in an epoch
-        return int((self.cursors + 1).sum()), int(np.minimum(self.cursors + 1, of_slot).sum())
+        return int(self.trained.sum()), int(np.minimum(self.trained, of_slot).sum())
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the whole state, by slot: the samples themselves are read again from the cursors."""
@@ -160,8 +162,9 @@ class SlotGroup:
         fresh = self.objectives.at(next_step).begin(self.samples, torch.zeros_like(chains.stage), next_step)
         left_out = torch.from_numpy(self.cursors != state["cursors"]).to(self.device)
         chains = chains.replaced(left_out, fresh)
-        age = torch.from_numpy(state.get("age", np.zeros_like(self.slots)))  # older checkpoints have none
-        self.age = torch.where(left_out, 0, age.to(self.device))
+        age = state.get("age", np.zeros_like(self.slots))  # older checkpoints have none
+        self.age = torch.where(left_out, 0, torch.from_numpy(age).to(self.device))
+        self.trained = state["cursors"] + (age > 0)
         self.statistics.take()  # of steps that the run has gone back on
         self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
 

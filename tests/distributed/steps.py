@@ -79,6 +79,7 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     if launch.rank == 0:
         result = {"losses": losses, "norms": norms, "averaged_nll": averaged, "history": history}
         result |= {"nll": likelihood.nll, "standard_error": likelihood.standard_error}
+        result["communication_share"] = engine.take_communication_share()
         result |= {"weights": read_weights(folder), "average": read_weights(folder, averaged=True)}
         torch.save(result, output)
     stream.close()

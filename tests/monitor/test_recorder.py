@@ -92,8 +92,13 @@ def test_the_first_page_shows_what_is_recorded(run_dir: Path) -> None:
             assert bool(shown) == (chart not in elsewhere), chart
 
 
-def test_progress_equals_the_sample_log(run_dir: Path) -> None:
+@pytest.mark.parametrize("turns", [1, 3])
+def test_progress_equals_the_sample_log(train: Train, run_dir: Path, tmp_path: Path, turns: int) -> None:
     """Epochs and unique samples are those of the samples that the run says it has trained on."""
+    if turns > 1:  # the chains of the last turns begin later
+        more = ["--objective.turns", str(turns), "--train.log_samples", "true", "--train.log_interval", "2"]
+        run_dir = tmp_path / "run"
+        assert train(run_dir, "--train.steps", "8", *more).code == 0
     log = run_dir / "samples/rank_00000.jsonl"
     lines = {line["step"]: line["samples"] for line in map(json.loads, log.read_text().splitlines())}
     seen: set[tuple[int, int]] = set()
