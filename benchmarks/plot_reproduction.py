@@ -29,7 +29,7 @@ LAST = {
 COSTS = {
     "tokens": ("M tokens", 1e6),
     "unique_puzzles": ("unique puzzles", 1),
-    "flops": ("PFLOP", 1e15),
+    "flops": ("TFLOP", 1e12),
     "seconds": ("s", 1),
 }
 

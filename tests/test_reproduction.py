@@ -1,0 +1,78 @@
+"""The comparison of objectives: curves read as they are, and the whole of it once in small."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+from programs import ROOT, run_here
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import plot_reproduction
+import reproduce_sudoku
+from plot_reproduction import Run, reach
+
+
+def curve(*scores: float) -> Run:
+    """Return a curve with a point every 100 steps."""
+    return [
+        {"step": 100.0 * n, "solved_1": score, "flops": 1e12 * n * n}
+        for n, score in enumerate(scores, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "target", "steps"),
+    [
+        ((0.2, 0.4, 0.8), 0.4, 200.0),
+        ((0.2, 0.4, 0.8), 0.5, 225.0),
+        ((0.2, 0.4, 0.8), 0.1, 50.0),
+        ((0.2, 0.8, 0.1, 0.9), 0.5, 150.0),
+        ((0.2, 0.4), 0.5, None),
+    ],
+)
+def test_the_way_to_a_target_is_linear_between_points(
+    scores: tuple[float, ...], target: float, steps: float | None
+) -> None:
+    assert reach(curve(*scores), target) == (None if steps is None else pytest.approx(steps))
+
+
+def test_other_costs_are_read_at_the_same_place() -> None:
+    """Half way between 1e12 and 4e12."""
+    assert reach(curve(0.2, 0.8), 0.5, "flops") == pytest.approx(2.5e12)
+
+
+def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An objective, a few steps: a row a checkpoint, the costs as they must be, tables and a figure."""
+    table, figure = tmp_path / "scores.csv", tmp_path / "figure.png"
+    sizes = "--size 4 --clues 8 --count 2500 --puzzles 6 --curve-puzzles 4 --steps 4 --interval 2 --seeds 5"
+    tiny = "model.layers=1 model.hidden_size=32 schedule.warmup_steps=1 train.log_interval=2 monitor.texts=0"
+    arguments = [*sizes.split(), "--variants", "puma_turns", "--set", *tiny.split()]
+    places = ["--folder", str(tmp_path / "runs"), "--output", str(table)]
+    for _ in range(2):  # the second time nothing is left to do
+        outcome = run_here(reproduce_sudoku.main, [*arguments, *places], capsys)
+        assert outcome.code == 0, outcome.error
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["step"], row["puzzles"]) for row in rows] == [
+        ("puma_turns", "2", "4"),
+        ("puma_turns", "4", "6"),
+    ]
+    assert [int(row["tokens"]) for row in rows] == [64 * 32 * 2, 64 * 32 * 4]
+    assert [int(row["unique_puzzles"]) for row in rows] == [128, 256]
+    assert float(rows[1]["flops"]) == pytest.approx(2 * float(rows[0]["flops"]), rel=0.05)
+    assert all((row["solved_4"] != "") == (row["step"] == "4") for row in rows)
+    drawn = run_here(plot_reproduction.main, ["--scores", str(table), "--figure", str(figure)], capsys)
+    assert drawn.code == 0, drawn.error
+    assert "| puma_turns | 1 | 4 |" in drawn.output
+    assert figure.stat().st_size > 10_000
+
+
+def test_an_unknown_setting_stops_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run_here(reproduce_sudoku.main, ["--set", "steps", "--folder", str(tmp_path / "runs")], capsys)
+    assert "KEY=VALUE" in outcome.complaint()
+    assert not (tmp_path / "runs").exists()
