@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.checkpoint.manifest import checkpoints
 from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.data.facts import DatasetFacts, check_data
@@ -56,17 +57,21 @@ def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
 
 
 def check_disk(config: Config, zero: Zero, vocabulary_rows: int) -> None:
-    """Raise a `UserError` when the checkpoints that are kept at once cannot be stored."""
+    """Raise a `UserError` when the checkpoints that are kept at once cannot be stored.
+
+    A run that has a checkpoint is not asked: a disk that is full for a while is for its saves to survive.
+    """
     run_dir = Path(config.run_dir).absolute()
+    if checkpoints(run_dir):
+        return
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     width = FULL if config.engine.precision == "fp32" else HALF
     count = count_parameters(config, vocabulary_rows).count
     each, number = checkpoint_bytes(config, zero, count, width), kept_checkpoints(config)
-    stored = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
-    free, needed = shutil.disk_usage(existing).free, number * each - stored
+    free, needed = shutil.disk_usage(existing).free, number * each
     if needed > free:
         raise UserError(
             f"run_dir = {config.run_dir}: up to {number} checkpoints of {each / GIGA:.1f} GB are kept at "
-            f"once, {needed / GIGA:.1f} GB more than now, and {existing} has {free / GIGA:.1f} GB free: name "
+            f"once, {needed / GIGA:.1f} GB, and {existing} has {free / GIGA:.1f} GB free: name "
             "another run_dir, or keep fewer by checkpoint.keep, keep_best, keep_every."
         )

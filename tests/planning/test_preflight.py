@@ -13,6 +13,7 @@ import pytest
 from programs import ROOT
 
 from pipeline import config as configuration
+from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.cli import UserError
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine import settings as deepspeed_settings
@@ -179,13 +180,29 @@ def test_the_good_run_is_accepted(data: Path, tmp_path: Path) -> None:
     check(data, tmp_path, Wrong("", "", ""))
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave 9 bytes free, or so it seems."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 9, 9))
+
+
+def test_a_run_that_has_begun_goes_on_with_a_full_disk(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be full for a while only, and exit code 2 would keep the job from being requeued."""
+    fill_disk(monkeypatch)
+    folder = tmp_path / "run" / "checkpoints" / "step_00000004"
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).touch()
+    check(data, tmp_path, Wrong("", "", ""))
+
+
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong.key} {wrong.remedy}")
 def test_a_wrong_run_is_refused(
     data: Path, tmp_path: Path, wrong: Wrong, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wrong.key == "run_dir":
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 9, 9))
+        fill_disk(monkeypatch)
     with pytest.raises(UserError) as caught:
         check(data, tmp_path, wrong)
     message = str(caught.value)
