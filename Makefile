@@ -43,7 +43,7 @@ lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy) and the shell s
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example .ci/run
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example tools/completion.bash .ci/run
 
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .

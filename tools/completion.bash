@@ -1,0 +1,33 @@
+# Completes the options of the project's programs in bash: source tools/completion.bash
+#
+# They are read from --help, once for each program: the first Tab at one takes as long as that.
+# shellcheck shell=bash
+
+_puma_options() { # SOURCE COMMAND...: its options, from a file in the cache unless SOURCE has changed since
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/puma_completion name
+    name=$cache/$(realpath "$1" | tr / _)
+    if [ ! -s "$name" ] || [ -n "$(find "$1" -name '*.py' -newer "$name" -print -quit)" ]; then
+        mkdir -p "$cache"
+        "${@:2}" --help 2>/dev/null | grep -oE -- '(^|[ ,[])--[a-zA-Z][a-zA-Z0-9_.-]*' |
+            tr -d ' ,[' | sort -u >"$name"
+    fi
+    cat "$name"
+}
+
+_puma_complete() {
+    local word=${COMP_WORDS[COMP_CWORD]} place options
+    COMPREPLY=()
+    [[ $word == -* ]] || return 0
+    for place in "${!COMP_WORDS[@]}"; do
+        case ${COMP_WORDS[place]} in
+        *tools/*.py) options=$(_puma_options "${COMP_WORDS[place]}" python "${COMP_WORDS[place]}") ;;
+        pipeline.train) [ -d pipeline/config ] && options=$(_puma_options pipeline/config python -m pipeline.train) ;;
+        *) continue ;;
+        esac
+        mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
+        return 0
+    done
+}
+
+# Where it has nothing to say, the file names that bash itself would offer.
+complete -o default -F _puma_complete python python3 torchrun
