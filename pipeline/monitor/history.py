@@ -25,7 +25,7 @@ KILLED = "killed (no end was noted)"
 
 
 @dataclass
-class Session:
+class Start:
     """One start of a run, as the report shows it.
 
     Attributes:
@@ -57,8 +57,8 @@ def noted(
         run_dir: the run.
         step: the step that it goes on from.
         ranks: how many.
-        lost_steps: see `Session`.
-        last_sign: see `Session`.
+        lost_steps: see `Start`.
+        last_sign: see `Start`.
         outcome: asked how a block without an error ended.
     """
     path = run_dir / HISTORY_FILE
@@ -79,15 +79,15 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
         file.write(orjson.dumps(entry) + b"\n")
 
 
-def read_history(run_dir: Path) -> list[Session]:
+def read_history(run_dir: Path) -> list[Start]:
     """Return the starts of a run; raise a `UserError` for a damaged line."""
-    sessions: list[Session] = []
+    starts: list[Start] = []
     for entry in read_lines(run_dir / HISTORY_FILE):
         if "started" in entry:
-            session = Session(**entry)
-            if sessions and sessions[-1].ended is None:
-                sessions[-1].ended = max(sessions[-1].started, session.last_sign)
-            sessions.append(session)
-        elif sessions:
-            sessions[-1].ended, sessions[-1].outcome = entry["ended"], entry["outcome"]
-    return sessions
+            start = Start(**entry)
+            if starts and starts[-1].ended is None:
+                starts[-1].ended = max(starts[-1].started, start.last_sign)
+            starts.append(start)
+        elif starts:
+            starts[-1].ended, starts[-1].outcome = entry["ended"], entry["outcome"]
+    return starts

@@ -17,7 +17,7 @@ from pipeline.cli import UserError
 from pipeline.config.loading import flatten, read_yaml
 from pipeline.files import read_lines
 from pipeline.monitor.charts import Curve, line_chart
-from pipeline.monitor.history import Session, read_history
+from pipeline.monitor.history import Start, read_history
 from pipeline.monitor.texts import ShownText, as_html, read_texts
 from pipeline.monitor.writers import METRICS_FILE
 from pipeline.resilience.skipped import SKIPPED_FILE
@@ -60,7 +60,7 @@ class Record:
     settings: dict[str, Any]
     lines: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
-    history: list[Session]
+    history: list[Start]
     texts: list[ShownText]
 
     def curve(self, key: str) -> list[tuple[float, float]]:
@@ -263,7 +263,7 @@ def _time_use(records: Sequence[Record]) -> list[list[str]]:
         training, evaluation, stall = (record.total(key) for key in TIMES)
         share = dict(record.curve("speed/data_wait_share"))
         wait = sum(share.get(step, 0.0) * seconds for step, seconds in record.curve("time/training"))
-        alive = sum(_length(record, session) for session in record.history)
+        alive = sum(_length(record, start) for start in record.history)
         rest = max(0.0, alive - training - evaluation - stall)
         columns.append([training, wait, evaluation, stall, rest, alive])
     names = (
@@ -283,21 +283,21 @@ def _time_use(records: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
-def _length(record: Record, session: Session) -> float:
+def _length(record: Record, start: Start) -> float:
     """Return how long a process lived, to the last thing known of it."""
-    if session.ended is not None:
-        return session.ended - session.started
+    if start.ended is not None:
+        return start.ended - start.started
     times = (line.get("unix_time", 0) for line in record.lines)
-    written = [moment for moment in times if moment >= session.started]  # it is the last start
-    return max(written, default=session.started) - session.started
+    written = [moment for moment in times if moment >= start.started]  # it is the last start
+    return max(written, default=start.started) - start.started
 
 
 def _faults(record: Record) -> str:
     rows: list[list[object]] = [["started", "from step", "ranks", "steps lost before", "lasted", "end"]]
-    for session in record.history:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(session.started)) + " UTC"
-        lasted = tqdm.format_interval(_length(record, session))
-        rows.append([when, session.step, session.ranks, session.lost_steps, lasted, session.outcome])
+    for start in record.history:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start.started)) + " UTC"
+        lasted = tqdm.format_interval(_length(record, start))
+        rows.append([when, start.step, start.ranks, start.lost_steps, lasted, start.outcome])
     content = _table(rows) if len(rows) > 1 else ""
     if record.skipped:
         entries = [["step", "what"]]

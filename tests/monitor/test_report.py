@@ -129,7 +129,7 @@ def test_where_the_time_went(report: Report, run_dir: Path, tmp_path: Path) -> N
     """The parts, those of the training's own not counted again, come to the life of the processes."""
     record = read_record(run_dir, "run")
     parts = [record.total(f"time/{name}") for name in ("training", "evaluation", "checkpoint_stall")]
-    alive = sum((session.ended or 0) - session.started for session in record.history)
+    alive = sum((start.ended or 0) - start.started for start in record.history)
     assert 0 < sum(parts) < alive
     assert report(run_dir, "--output", tmp_path / "report.html").code == 0
     page = Page((tmp_path / "report.html").read_text())
@@ -177,15 +177,15 @@ def test_history_tells_how_each_start_ended(tmp_path: Path) -> None:
         file.write('{"ended": 17')
     with noted(tmp_path, 7, 4, 1, 4e9, lambda: "stopped"):
         running = read_history(tmp_path)
-    sessions = read_history(tmp_path)
-    assert [session.outcome for session in sessions] == [
+    starts = read_history(tmp_path)
+    assert [start.outcome for start in starts] == [
         "done",
         "RuntimeError: out of memory",
         KILLED,
         "stopped",
     ]
-    assert [(s.step, s.ranks, s.lost_steps) for s in sessions] == [(0, 2, 0), (5, 2, 3), (6, 4, 0), (7, 4, 1)]
-    assert sessions[2].ended == 4e9, "the last sign of life"
+    assert [(s.step, s.ranks, s.lost_steps) for s in starts] == [(0, 2, 0), (5, 2, 3), (6, 4, 0), (7, 4, 1)]
+    assert starts[2].ended == 4e9, "the last sign of life"
     assert running[3].ended is None
     assert json.loads((tmp_path / "history.jsonl").read_text().splitlines()[0])["ranks"] == 2
     assert read_history(tmp_path / "nowhere") == []
