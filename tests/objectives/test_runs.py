@@ -49,4 +49,4 @@ def test_a_shifted_model_asks_for_a_prompt(
 ) -> None:
     assert train(tmp_path, "--model.prediction", "shifted", "--train.steps", "4").code == 0
     said = run_here(generate.main, ["--checkpoint", str(tmp_path), "--prompt", "", "--length", "4"], capsys)
-    assert "at least one token" in said.complaint()
+    assert "at least one given token" in said.complaint()
