@@ -206,7 +206,7 @@ def measure_items(
                 results.write(ranks.rank, found)
             progress.advance(min(len(measure), len(done) + len(rows) * ranks.size))
             if time.monotonic() - reported > _REPORT_EVERY:
-                progress.report(f"{ranks.size} ranks")
+                progress.report(f"ranks: {ranks.size}")
                 reported = time.monotonic()
     except UserError as error:
         problem = str(error)
