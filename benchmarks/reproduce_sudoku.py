@@ -26,7 +26,7 @@ import torch
 
 from pipeline import checkpoint
 from pipeline import config as configuration
-from pipeline.cli import EXIT_DONE, Failure, ToolParser, UserError, run
+from pipeline.cli import EXIT_DONE, Failure, ToolParser, UserError, overrides, run
 from pipeline.data.records import Keys, read_all
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
 from pipeline.evaluation.sudoku import is_solved
@@ -138,13 +138,14 @@ def score(job: Job) -> list[dict[str, Any]]:
     for folder in folders:
         last = folder == folders[-1]
         count = len(pairs) if last else job.curve_puzzles
-        loaded = load_model(folder, torch.device("cpu"))
-        if any(row["step"] == loaded.step and row["puzzles"] >= count for row in rows):
+        step = checkpoint.find(folder)[1].step
+        if any(row["step"] == step and row["puzzles"] >= count for row in rows):
             continue
+        loaded = load_model(folder, torch.device("cpu"))
         decodings = DECODINGS if last else {"solved_1": DECODINGS["solved_1"]}
-        row = {"variant": job.variant, "seed": job.seed, "step": loaded.step, "puzzles": count}
-        row |= effort(job.run_dir, loaded.step) | score_model(loaded, pairs[:count], decodings)
-        rows = [other for other in rows if other["step"] != loaded.step] + [row]
+        row = {"variant": job.variant, "seed": job.seed, "step": step, "puzzles": count}
+        row |= effort(job.run_dir, step) | score_model(loaded, pairs[:count], decodings)
+        rows = [other for other in rows if other["step"] != step] + [row]
         with replacing(path) as file:
             file.writelines(orjson.dumps(each) + b"\n" for each in rows)
     return rows
@@ -237,9 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = prepare(folder, options.size, options.clues, options.count, options.puzzles)
     settings = ["--config", str(options.config), *data, "--train.steps", str(options.steps)]
     settings += ["--checkpoint.interval", str(options.interval)]
-    for setting in options.set:
-        key, value = setting.split("=", 1)
-        settings += [f"--{key}", value]
+    settings += overrides(options)
     configuration.load(settings)  # what is wrong is said once, before anything starts
     limits = options.curve_puzzles, options.puzzles
     jobs = [

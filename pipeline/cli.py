@@ -70,6 +70,23 @@ class ToolParser(argparse.ArgumentParser):
         fail(message)
 
 
+def option(name: str) -> str:
+    """Return the option of a command line for the name of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Give a tool that reads a run's YAML the option --set."""
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
+    )
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """Return what --set holds as arguments of `pipeline.config.load`."""
+    return [f"--{setting}" for setting in options.set]
+
+
 def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
     """Print ``error: message`` to stderr, on the first rank only, and exit with `code`."""
     if os.environ.get("RANK", "0") == "0":

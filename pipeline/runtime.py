@@ -117,12 +117,19 @@ class Engine(Protocol):
         """Leave the process group."""
 
 
-def agree(engine: Engine, problem: str | None) -> None:
+class Gathers(Protocol):
+    """Processes that can tell each other something."""
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return the picklable `value` of every rank, in rank order."""
+
+
+def agree(ranks: Gathers, problem: str | None) -> None:
     """Raise a `UserError` on every rank when `problem` is not None on one; called by every rank.
 
     What one rank alone finds wrong must stop all of them: the others would wait for it for ever.
     """
-    found = [each for each in engine.all_gather(problem) if each is not None]
+    found = [each for each in ranks.all_gather(problem) if each is not None]
     if found:
         raise UserError(found[0])
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, in_colours, run
+from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, add_overrides, in_colours, overrides, run
 from pipeline.cluster.setup import Finding, all_checks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,17 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what is found; return the exit code."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--config", help="YAML of a run: its settings, data and tokenizer are checked too")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
-    )
+    add_overrides(parser)
     parser.add_argument("--folder", nargs="*", type=Path, default=[Path()], help="where runs will be written")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     config = None
     if options.config is not None:
-        config = configuration.load(
-            ["--config", options.config, *(f"--{setting}" for setting in options.set)]
-        )
+        config = configuration.load(["--config", options.config, *overrides(options)])
     findings = []
     for check in all_checks(ROOT, options.folder, config):
         for finding in check():

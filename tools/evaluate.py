@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.cli import ToolParser, UserError, run
+from pipeline.cli import ToolParser, UserError, option, run
 from pipeline.data.indexed import bin_path
 from pipeline.evaluation.likelihood import DRAWS
 from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_items
@@ -24,6 +24,7 @@ from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
 from pipeline.files import sha256_of
 from pipeline.monitor.progress import Progress
+from pipeline.runtime import agree
 from pipeline.sampling import WEIGHTS_HELP, Loaded, SamplingSettings, load_model
 from pipeline.sampling.settings import add_options, read_options
 
@@ -60,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("length", "batch_size", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
+            raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws is {options.draws}: give an even number, 2 or more.")
     if "{prompt}" not in options.prompt_format:
@@ -77,9 +78,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     else:
         without |= {"draws", "text_key"}
     data = options.data if options.data.is_file() else bin_path(options.data)
-    chosen = {
-        f"--{name.replace('_', '-')}": value for name, value in vars(options).items() if name not in without
-    }
+    chosen = {option(name): value for name, value in vars(options).items() if name not in without}
     return chosen | {
         "--checkpoint": str(checkpoint.find(options.checkpoint)[0].resolve()),
         "--data": str(options.data),
@@ -112,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measured = measure_of(options, loaded, stack)
         except UserError as error:
             problem = str(error)
-        ranks.agree(problem)
+        agree(ranks, problem)
         results = None
         if options.output is not None:
             results = Results(options.output, settings_of(options), options.restart)

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, UserError, run
+from pipeline.cli import ToolParser, UserError, add_overrides, option, overrides, run
 from pipeline.config import Config
 from pipeline.config.checks import require
 from pipeline.data.tokenizer import Tokenizer
@@ -39,24 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the plan, and the table for more or fewer GPUs."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--config", required=True, help="YAML of the run")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
-    )
+    add_overrides(parser)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of the run")
     parser.add_argument("--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)}")
     parser.add_argument("--cost-per-gpu-hour", type=float, help="price, in any currency")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     group = parser.add_argument_group("assumptions")
     for item in fields(Assumptions):
-        option = "--" + item.name.replace("_", "-")
-        group.add_argument(option, type=float, default=item.default, help=HELP[item.name])
+        group.add_argument(option(item.name), type=float, default=item.default, help=HELP[item.name])
     options = parser.parse_args(arguments)
     require(options.gpus > 0, f"--gpus is {options.gpus}: it must be 1 or more.")
     assumed = Assumptions(**{item.name: getattr(options, item.name) for item in fields(Assumptions)})
     for name in ("efficiency", "link_share"):
         value = getattr(assumed, name)
-        require(0 < value <= 1, f"--{name.replace('_', '-')} is {value}: give a share above 0, at most 1.")
-    config = configuration.load(["--config", options.config, *(f"--{setting}" for setting in options.set)])
+        require(0 < value <= 1, f"{option(name)} is {value}: give a share above 0, at most 1.")
+    config = configuration.load(["--config", options.config, *overrides(options)])
     zero = Zero.of(engine_settings(config, options.gpus))
     planner = Planner(config, zero, vocabulary_rows(config), find_gpu(options.gpu), assumed)
     plan = planner.plan(options.gpus, options.cost_per_gpu_hour)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import ToolParser, UserError, run
+from pipeline.cli import ToolParser, UserError, option, run
 from pipeline.data.arguments import add_corpus_arguments, corpus_keys
 from pipeline.data.merge import parts_folder, quarantine_path
 from pipeline.data.preprocess import Work, preprocess
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("workers", "unit_bytes", "max_document_bytes", "num_shards"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
+            raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
     if not 0 <= options.shard_index < options.num_shards:
         raise UserError(
             f"--shard-index is {options.shard_index}: it must be at least 0 and below --num-shards = "

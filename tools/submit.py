@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, UserError, run
+from pipeline.cli import ToolParser, UserError, add_overrides, overrides, run
 from pipeline.cluster.plan import STAGES, Request, check_request, draw, make_plan
 from pipeline.cluster.site import SITE_FILE, read_site
 from pipeline.cluster.status import as_table, read_status
@@ -31,12 +31,10 @@ def submit_chain(arguments: Sequence[str]) -> None:
     parser.add_argument("--evaluate", default="", help="arguments of tools/evaluate.py, as one text")
     parser.add_argument("--checkpoints", type=int, default=1, help="how many of the newest are evaluated")
     parser.add_argument("--export", type=Path, help="folder of the exported model (default: RUN/export)")
-    parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
-    )
+    add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true", help="print scripts and graph, submit nothing")
     options = parser.parse_args(arguments)
-    settings = ["--config", options.config, *(f"--{setting}" for setting in options.set)]
+    settings = ["--config", options.config, *overrides(options)]
     here = Path.cwd()
     request = Request(
         absolute_paths(configuration.load(settings), here),

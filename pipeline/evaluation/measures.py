@@ -17,6 +17,7 @@ from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Results, Row
 from pipeline.evaluation.tasks import Item, Task
 from pipeline.monitor.progress import Progress
+from pipeline.runtime import agree
 from pipeline.sampling import Loaded, SamplingSettings, complete
 from pipeline.sampling.batching import behind_prompts
 
@@ -192,7 +193,7 @@ def measure_items(
             done = results.read()
         except UserError as error:
             problem = str(error)
-    ranks.agree(problem)
+    agree(ranks, problem)
     done = ranks.all_gather(done)[0]
     left = [number for number in range(len(measure)) if number not in done]
     mine = left[ranks.rank :: ranks.size]
@@ -211,6 +212,6 @@ def measure_items(
     except UserError as error:
         problem = str(error)
     progress.close()
-    ranks.agree(problem)
+    agree(ranks, problem)
     every = [row for part in ranks.all_gather(rows) for row in part] + list(done.values())
     return sorted(every, key=lambda row: int(row["item"]))

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.cli import UserError
 from pipeline.launch import join_launch
 
 T = TypeVar("T")
@@ -38,12 +37,6 @@ class Ranks:
             values = [None] * self.size
             torch.distributed.all_gather_object(values, value)
         return values
-
-    def agree(self, problem: str | None) -> None:
-        """Raise a `UserError` on every rank when `problem` is not None on one; every rank calls this."""
-        for found in self.all_gather(problem):
-            if found is not None:
-                raise UserError(found)
 
     def close(self) -> None:
         """Leave the others."""

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from pipeline.cli import option
 from pipeline.config.checks import require
 from pipeline.objectives.policies import POLICIES
 
@@ -85,11 +86,6 @@ class SamplingSettings:
 
     def _require(self, name: str, condition: bool, remedy: str) -> None:
         require(condition, f"{option(name)} is {getattr(self, name)}: {remedy}")
-
-
-def option(name: str) -> str:
-    """Return the option of a command line for a setting."""
-    return f"--{name.replace('_', '-')}"
 
 
 HELP = {
