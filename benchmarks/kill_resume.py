@@ -27,6 +27,7 @@ from statistics import median
 
 import psutil
 import torch
+from trainings import ROOT, end_with_parent, sudoku_settings
 
 from pipeline.checkpoint import checkpoints
 from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
@@ -38,7 +39,7 @@ SETTINGS = """
     --objective.stages 6 --objective.stages_increment 1 --objective.stages_first_increase 20
     --objective.stages_interval 20 --optimizer.ema_decay 0.99 --train.global_batch_size 16
     --train.micro_batch_size 4
-    --train.log_interval 1 --schedule.warmup_steps 10 --data.kind pairs --data.sequence_length 32
+    --train.log_interval 1 --schedule.warmup_steps 10 --data.kind pairs
     --evaluation.interval 5 --evaluation.samples 64 --checkpoint.interval 3
 """.split()
 AIMS = ("training", "save", "evaluation", "start")
@@ -74,7 +75,13 @@ class Life:
         self.started = time.monotonic()
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            preexec_fn=end_with_parent(),
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -145,20 +152,10 @@ class Life:
         return Death(aim, round(seconds, 2), steps[-1] if steps else 0, newest, hit)
 
 
-def prepare(folder: Path) -> list[str]:
-    """Make the data, once, and return the command of a training on two ranks, less its run_dir."""
-    python = sys.executable
-    corpus, tokenizer, pairs = folder / "puzzles.jsonl", folder / "tokenizer", folder / "pairs"
-    keys = ["--input", str(corpus), "--prompt-key", "prompt", "--answer-key", "answer"]
-    if not pairs.with_suffix(".idx").exists():
-        puzzles = ["--size", "4", "--clues", "8", "--count", "500", "--seed", "1", "--output", str(corpus)]
-        characters = ["--vocab-size", "16", "--model-type", "char", "--output", str(tokenizer)]
-        output = ["--tokenizer", str(tokenizer), "--output-prefix", str(pairs), "--workers", "1"]
-        subprocess.run([python, "tools/make_sudoku.py", *puzzles], check=True)
-        subprocess.run([python, "tools/train_tokenizer.py", *keys, *characters], check=True)
-        subprocess.run([python, "tools/preprocess_data.py", *keys, *output], check=True)
+def training(folder: Path) -> list[str]:
+    """Return the command of a training on two ranks, less its run_dir."""
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipeline.train"]
-    return [python, *ranks, "--data.tokenizer", str(tokenizer), "--data.prefixes", f"[{pairs}]", *SETTINGS]
+    return [sys.executable, *ranks, *sudoku_settings(folder, 4, 8, 500), *SETTINGS]
 
 
 def finish(command: Sequence[str], run_dir: Path) -> list[dict[str, float]]:
@@ -206,14 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kill_resume.json"))
     options = parser.parse_args(arguments)
     steps = options.steps or 20 + 4 * options.kills
-    options.folder.mkdir(parents=True, exist_ok=True)
-    command = [*prepare(options.folder), "--train.steps", str(steps)]
-    journal = options.folder / "deaths.json"
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*training(folder), "--train.steps", str(steps)]
+    journal = folder / "deaths.json"
     deaths = [Death(**death) for death in json.loads(journal.read_text())] if journal.exists() else []
-    alone = finish(command, options.folder / "alone")
+    alone = finish(command, folder / "alone")
     while len(deaths) < options.kills:
         start_up = median([death.seconds for death in deaths if death.step] or [10.0])
-        death = die(command, options.folder / "killed", len(deaths), options.seed, start_up)
+        death = die(command, folder / "killed", len(deaths), options.seed, start_up)
         if death is None:
             print(f"the run came to its end after {len(deaths)} kills: --steps gives it more", flush=True)
             break
@@ -221,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with replacing(journal) as file:
             file.write(json.dumps([asdict(each) for each in deaths]).encode())
         print(f"kill {len(deaths):3}/{options.kills}  {death}", flush=True)
-    killed = finish(command, options.folder / "killed")
+    killed = finish(command, folder / "killed")
     result = compare(alone, killed)
     hits = dict(Counter(death.hit for death in deaths))
     print(f"{len(deaths)} kills ({hits}), {steps} steps: {result}", flush=True)

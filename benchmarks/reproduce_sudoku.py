@@ -11,22 +11,19 @@ on after an interruption. The result is a CSV; benchmarks/plot_reproduction.py d
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
+import trainings
 
 from pipeline import checkpoint
 from pipeline import config as configuration
-from pipeline.cli import EXIT_DONE, Failure, ToolParser, UserError, overrides, run
+from pipeline.cli import ToolParser, UserError, overrides, run
 from pipeline.data.records import Keys, read_all
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
 from pipeline.evaluation.sudoku import is_solved
@@ -89,42 +86,12 @@ class Job:
         return self.folder / f"{self.variant}_{self.seed}"
 
 
-def prepare(folder: Path, size: int, clues: int, count: int, puzzles: int) -> list[str]:
-    """Make puzzles, tokenizer and dataset, once; return the settings that name them."""
-    corpus, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
-    tokenizer, pairs = folder / "tokenizer", folder / "pairs"
-    if not pairs.with_suffix(".idx").exists():
-        keys = ["--input", str(corpus), "--prompt-key", "prompt", "--answer-key", "answer"]
-        sudoku = ["tools/make_sudoku.py", "--size", str(size), "--clues", str(clues), "--count"]
-        train = [str(count), "--seed", "1", "--split", "train", "--output", str(corpus)]
-        held = [str(puzzles), "--seed", "2", "--split", "held-out", "--output", str(held_out)]
-        characters = ["--vocab-size", "16", "--model-type", "char", "--output", str(tokenizer)]
-        output = ["--tokenizer", str(tokenizer), "--output-prefix", str(pairs), "--workers", "1"]
-        for command in (
-            [*sudoku, *train],
-            [*sudoku, *held],
-            ["tools/train_tokenizer.py", *keys, *characters],
-            ["tools/preprocess_data.py", *keys, *output],
-        ):
-            subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-    length = ["--data.sequence_length", str(2 * size * size)]
-    return [*length, "--data.tokenizer", str(tokenizer), "--data.prefixes", f"[{pairs}]"]
-
-
 def train(job: Job) -> None:
     """Run the training to its end, from wherever it stands."""
     command = [sys.executable, "-m", "pipeline.train", *job.settings, "--run_dir", str(job.run_dir)]
     command += ["--train.seed", str(job.seed), *VARIANTS[job.variant].split()]
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    with (job.run_dir / "log.txt").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment()).returncode
-    if code != EXIT_DONE:
-        raise Failure(f"the training in {job.run_dir} ended with exit code {code}: see log.txt there.")
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a training: on the CPU, one thread, because several run side by side."""
-    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    trainings.train(command, job.run_dir)
 
 
 def score(job: Job) -> list[dict[str, Any]]:
@@ -235,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = read_command_line(arguments)
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    data = prepare(folder, options.size, options.clues, options.count, options.puzzles)
+    data = trainings.sudoku_settings(folder, options.size, options.clues, options.count, options.puzzles)
     settings = ["--config", str(options.config), *data, "--train.steps", str(options.steps)]
     settings += ["--checkpoint.interval", str(options.interval)]
     settings += overrides(options)
@@ -247,12 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for variant in options.variants
     ]
     rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(train_and_score, job) for job in jobs]):
-            rows += done.result()
-            write_table(options.output, rows)
-            last = max(done.result(), key=lambda row: row["step"])
-            print("  ".join(f"{key} {value}" for key, value in last.items()), flush=True)
+    for scores in trainings.side_by_side(train_and_score, jobs, options.jobs):
+        rows += scores
+        write_table(options.output, rows)
+        last = max(scores, key=lambda row: row["step"])
+        print("  ".join(f"{key} {value}" for key, value in last.items()), flush=True)
 
 
 if __name__ == "__main__":
