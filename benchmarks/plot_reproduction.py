@@ -1,9 +1,10 @@
-"""Turn the scores of a reproduction into tables (Markdown, on stdout) and a figure (PNG).
+"""Turn the scores of a comparison of objectives into tables (Markdown, on stdout) and a figure (PNG).
 
 usage: python benchmarks/plot_reproduction.py --figure docs/images/sudoku.png
 
 All figures are means over the seeds, with the standard deviation between seeds behind them. Steps to a target
-are read off each run's own curve, linearly between its points, before they are averaged.
+are those to a share of the first score, the one that all checkpoints have; they are read off each run's own
+curve, linearly between its points, before they are averaged.
 """
 
 from __future__ import annotations
@@ -19,44 +20,44 @@ from pipeline.cli import ToolParser, UserError, run
 
 Run = list[dict[str, float]]  # the points of one run's curve, by step
 TARGETS = (0.5, 0.7, 0.9)
-LAST = {
-    "solved_1": "1 a step",
-    "solved_2": "2 a step",
-    "solved_4": "4 a step",
-    "solved_threshold": "threshold",
-    "bound": "bound",
-}
 COSTS = {
     "tokens": ("M tokens", 1e6),
-    "unique_puzzles": ("unique puzzles", 1),
+    "unique_samples": ("unique samples", 1),
     "flops": ("TFLOP", 1e12),
     "seconds": ("s", 1),
 }
 
 
-def read_runs(path: Path) -> dict[str, list[Run]]:
-    """Return the runs of each variant."""
+def read_scores(path: Path) -> tuple[list[str], dict[str, list[Run]]]:
+    """Return the names of the scores, and the runs of each variant.
+
+    Raises:
+        UserError: for a file without scores.
+    """
     runs: dict[str, dict[str, Run]] = defaultdict(lambda: defaultdict(list))
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
+        table = csv.DictReader(file)
+        for row in table:
             point = {key: float(x) for key, x in row.items() if x and key not in ("variant", "seed")}
             runs[row["variant"]][row["seed"]].append(point)
-    if not runs:
-        raise UserError(f"{path} holds no scores: benchmarks/reproduce_sudoku.py writes them.")
-    return {
+        columns = list(table.fieldnames or ())
+    if not runs or "items" not in columns:
+        raise UserError(f"{path} holds no scores: benchmarks/reproduce_sudoku.py and its like write them.")
+    scores = [name for name in columns[columns.index("items") + 1 :] if not name.endswith("_error")]
+    return scores, {
         variant: [sorted(points, key=lambda p: p["step"]) for points in seeds.values()]
         for variant, seeds in runs.items()
     }
 
 
-def reach(points: Run, target: float, against: str = "step", score: str = "solved_1") -> float | None:
+def reach(points: Run, target: float, score: str, against: str = "step") -> float | None:
     """Return where a curve first comes to `target`, linearly between its points; it begins at 0, 0.
 
     Args:
         points: of one run, by step.
         target: the wanted score.
+        score: its name.
         against: what is counted on the way: step, tokens, flops, ...
-        score: which score.
     """
     before = {against: 0.0, score: 0.0}
     for point in points:
@@ -73,18 +74,17 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}{deviation}"
 
 
-def last_points(runs: dict[str, list[Run]]) -> list[list[str]]:
+def last_points(scores: Sequence[str], runs: dict[str, list[Run]]) -> list[list[str]]:
     """Return the table of the last scores of each variant."""
-    head = ["objective", "runs", "steps", *LAST.values()]
-    rows = [head]
+    rows = [["objective", "runs", "steps", *(name.replace("_", " ") for name in scores)]]
     for variant, each in runs.items():
         ends = [points[-1] for points in each]
-        cells = [spread([end[key] for end in ends], 2) for key in LAST]
+        cells = [spread([end[key] for end in ends], 2) for key in scores]
         rows.append([variant, str(len(each)), f"{mean(end['step'] for end in ends):.0f}", *cells])
     return rows
 
 
-def ways(runs: dict[str, list[Run]], baseline: str) -> list[list[str]]:
+def ways(score: str, runs: dict[str, list[Run]], baseline: str) -> list[list[str]]:
     """Return the table of the steps to each target, and of the other costs of the middle one.
 
     A mean is given where every run has come there; otherwise how many have.
@@ -92,14 +92,14 @@ def ways(runs: dict[str, list[Run]], baseline: str) -> list[list[str]]:
     middle = TARGETS[1]
     head = ["objective", *(f"steps to {target:.0%}" for target in TARGETS), f"of {baseline}'s"]
     rows = [[*head, *(f"{name} to {middle:.0%}" for name, _ in COSTS.values())]]
-    base = [reach(points, middle) for points in runs.get(baseline, [])]
+    base = [reach(points, middle, score) for points in runs.get(baseline, [])]
     for variant, each in runs.items():
-        cells = [_mean_or_count([reach(points, target) for points in each]) for target in TARGETS]
-        steps = [reach(points, middle) for points in each]
+        cells = [_mean_or_count([reach(points, target, score) for points in each]) for target in TARGETS]
+        steps = [reach(points, middle, score) for points in each]
         whole = steps and base and None not in steps and None not in base
         ratio = f"{mean(filter(None, steps)) / mean(filter(None, base)):.2f}" if whole else "-"
         costs = [
-            _mean_or_count([reach(points, middle, key) for points in each], unit)
+            _mean_or_count([reach(points, middle, score, key) for points in each], unit)
             for key, (_, unit) in COSTS.items()
         ]
         rows.append([variant, *cells, ratio, *costs])
@@ -119,15 +119,15 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def draw(runs: dict[str, list[Run]], path: Path) -> None:
-    """Draw score and bound against steps, and the score against unique puzzles: a line a variant."""
+def draw(score: str, runs: dict[str, list[Run]], path: Path) -> None:
+    """Draw score and bound against steps, and the score against unique samples: a line a variant."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    panels = [("step", "solved_1"), ("step", "bound"), ("unique_puzzles", "solved_1")]
+    panels = [("step", score), ("step", "bound"), ("unique_samples", score)]
     for panel, (across, up) in zip(axes, panels, strict=True):
         for number, (variant, each) in enumerate(runs.items()):
             colour = f"C{number}"
@@ -137,8 +137,8 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
             met = [[p for p in points if p["step"] in common] for points in each]
             middle = [[mean(p[key] for p in at) for at in zip(*met, strict=True)] for key in (across, up)]
             panel.plot(*middle, colour, label=variant)
-        panel.set_xlabel({"step": "optimizer steps", "unique_puzzles": "unique puzzles"}[across])
-        panel.set_ylabel({"solved_1": "held-out puzzles solved", "bound": "bound, nats an answer"}[up])
+        panel.set_xlabel({"step": "optimizer steps"}.get(across, across.replace("_", " ")))
+        panel.set_ylabel({"bound": "bound, nats an answer"}.get(up, f"held out, {up.replace('_', ' ')}"))
         panel.grid(alpha=0.3)
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
@@ -153,10 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, help="PNG file for the curves")
     parser.add_argument("--baseline", default="random", help="variant that the others' steps are a share of")
     options = parser.parse_args(arguments)
-    runs = read_runs(options.scores)
-    print(markdown(last_points(runs)), markdown(ways(runs, options.baseline)), sep="\n\n")
+    scores, runs = read_scores(options.scores)
+    tables = last_points(scores, runs), ways(scores[0], runs, options.baseline)
+    print(*map(markdown, tables), sep="\n\n")
     if options.figure:
-        draw(runs, options.figure)
+        draw(scores[0], runs, options.figure)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,14 @@ def sudoku_settings(folder: Path, size: int, clues: int, count: int, held_out: i
         commands.insert(0, [*sudoku, str(held_out), "--seed", "2", "--split", "held-out", *output])
     if not pairs.with_suffix(".idx").exists():
         for command in commands:
-            subprocess.run([sys.executable, *command], check=True, cwd=ROOT, preexec_fn=end_with_parent())
+            run_tool(*command)
     length = ["--data.sequence_length", str(2 * size * size)]
     return [*length, "--data.tokenizer", str(tokenizer), "--data.prefixes", f"[{pairs}]"]
+
+
+def run_tool(*command: str) -> None:
+    """Run one of the project's tools; it ends with this program."""
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT, preexec_fn=end_with_parent())
 
 
 def train(command: Sequence[str], run_dir: Path) -> None:

@@ -1,0 +1,224 @@
+"""Trainings that differ in their objective alone, and the scores of all their checkpoints, as a CSV.
+
+Every variant and seed is a training of its own by pipeline.train: model, optimizer, batch, samples and their
+order are the same for all, the objective differs. Each of its checkpoints is scored on the same held-out
+records, and the last one on all of them and with every decoding. What is done is kept: the same command goes
+on after an interruption. benchmarks/plot_reproduction.py reads the CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+import trainings
+
+from pipeline import checkpoint
+from pipeline import config as configuration
+from pipeline.cli import ToolParser, UserError, overrides
+from pipeline.data.records import Keys, read_all
+from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
+from pipeline.files import replacing
+from pipeline.monitor.writers import METRICS_FILE
+from pipeline.sampling import Loaded, load_model
+
+EFFORT = ("tokens", "unique_samples", "flops", "seconds")
+BOUND = ("bound", "bound_error")
+BOUND_DRAWS = 8
+BATCH_SIZE = 250
+Pair = tuple[str, str]
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is trained, and how it is scored.
+
+    Attributes:
+        variants: settings of pipeline.train by the name of the variant.
+        twice: variants that are trained for twice the steps.
+        score: gives the scores of a model on held-out pairs; told whether the checkpoint is the last one. The
+            first is the one of the curves, which all checkpoints have.
+        columns: names of all scores, in the order of the CSV.
+        keys: of prompt and answer in the held-out file.
+    """
+
+    variants: dict[str, str]
+    twice: frozenset[str]
+    score: Callable[[Loaded, Sequence[Pair], bool], Scores]
+    columns: tuple[str, ...]
+    keys: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and the scores of its checkpoints.
+
+    Attributes:
+        comparison: that it belongs to.
+        held_out: file of records.
+        run_dir: the folder of the run.
+        variant: name of the objective.
+        seed: of weights, order and masks.
+        settings: command line of pipeline.train, the objective's included.
+        curve_items: held-out records that every checkpoint is scored on.
+        items: held-out records that the last one is scored on.
+    """
+
+    comparison: Comparison
+    held_out: Path
+    run_dir: Path
+    variant: str
+    seed: int
+    settings: tuple[str, ...]
+    curve_items: int
+    items: int
+
+
+def options_of_all(parser: ToolParser, name: str, comparison: Comparison, steps: int, interval: int) -> None:
+    """Add the options of every comparison.
+
+    Args:
+        parser: gets the options.
+        name: of the comparison, in its default paths.
+        comparison: its variants can be chosen.
+        steps: by default.
+        interval: by default.
+    """
+    root, variants = trainings.ROOT, list(comparison.variants)
+    parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of every run")
+    parser.add_argument("--interval", type=int, default=interval, help="steps between two points of a curve")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, one thread each")
+    parser.add_argument("--config", type=Path, default=root / f"configs/reproduction/{name}.yaml")
+    parser.add_argument("--set", nargs="+", default=[], help="more settings, as KEY=VALUE")
+    parser.add_argument("--folder", type=Path, default=Path(f"runs/reproduce_{name}"), help="data and runs")
+    parser.add_argument("--output", type=Path, default=Path(f"benchmarks/results/{name}.csv"))
+
+
+def read_options(parser: ToolParser, arguments: Sequence[str] | None) -> Namespace:
+    """Return the options, with the folder made.
+
+    Raises:
+        UserError: for a setting that is none, before anything is written.
+    """
+    options = parser.parse_args(arguments)
+    for setting in options.set:
+        if "=" not in setting:
+            raise UserError(f"--set {setting}: write KEY=VALUE, such as optimizer.learning_rate=3e-4.")
+    options.folder = options.folder.resolve()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def compare(
+    options: Namespace, comparison: Comparison, data: Sequence[str], held_out: Path, curve: int, items: int
+) -> None:
+    """Do what is left to do, and write the CSV after every job.
+
+    Args:
+        options: of the command line.
+        comparison: what is compared.
+        data: settings that name the dataset.
+        held_out: file of records that are scored.
+        curve: of these, those that every checkpoint is scored on.
+        items: those that the last one is scored on.
+    """
+    common = ["--config", str(options.config), *data, "--checkpoint.interval", str(options.interval)]
+    common += overrides(options)
+    configuration.load(common)  # what is wrong is said once, before anything starts
+    jobs = []
+    for seed in options.seeds:
+        for variant in options.variants:
+            steps = options.steps * (2 if variant in comparison.twice else 1)
+            settings = [*common, "--train.steps", str(steps), "--train.seed", str(seed)]
+            settings += comparison.variants[variant].split()
+            run_dir = options.folder / f"{variant}_{seed}"
+            jobs.append(Job(comparison, held_out, run_dir, variant, seed, tuple(settings), curve, items))
+    rows: list[dict[str, Any]] = []
+    for scores in trainings.side_by_side(train_and_score, jobs, options.jobs):
+        rows += scores
+        write_table(options.output, rows, comparison)
+        last = max(scores, key=lambda row: row["step"])
+        print("  ".join(f"{key} {value}" for key, value in last.items()), flush=True)
+
+
+def train_and_score(job: Job) -> list[dict[str, Any]]:
+    """Do one job; see `score_checkpoints` for what it returns."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pipeline.train", *job.settings, "--run_dir", str(job.run_dir)]
+    trainings.train(command, job.run_dir)
+    return score_checkpoints(job)
+
+
+def score_checkpoints(job: Job) -> list[dict[str, Any]]:
+    """Return a row for each checkpoint; those that have been scored before are read from the run's folder."""
+    torch.set_num_threads(1)
+    path = job.run_dir / "scores.jsonl"
+    rows = [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    folders = checkpoint.checkpoints(job.run_dir)
+    records = read_all([job.held_out], Keys(job.comparison.keys))
+    pairs = [(record.texts[0], record.texts[1]) for record in records][: job.items]
+    for folder in folders:
+        last = folder == folders[-1]
+        count = len(pairs) if last else job.curve_items
+        step = checkpoint.find(folder)[1].step
+        if any(row["step"] == step and row["items"] >= count for row in rows):
+            continue
+        loaded = load_model(folder, torch.device("cpu"))
+        row = {"variant": job.variant, "seed": job.seed, "step": step, "items": count}
+        row |= effort(job.run_dir, step) | job.comparison.score(loaded, pairs[:count], last)
+        rows = [other for other in rows if other["step"] != step] + [row]
+        with replacing(path) as file:
+            file.writelines(orjson.dumps(each) + b"\n" for each in rows)
+    return rows
+
+
+def bound(loaded: Loaded, pairs: Sequence[tuple[list[int], list[int]]]) -> Scores:
+    """Return the bound on the negative log-likelihood (nats an answer), and its standard error.
+
+    Args:
+        loaded: the model.
+        pairs: token ids of prompts and answers. Their masks are the same for every model.
+    """
+    scores = score_answers(loaded, pairs, BOUND_DRAWS, BATCH_SIZE)
+    columns = ([getattr(s, key) for s in scores] for key in ("nll", "tokens", "bytes"))
+    found = likelihood_of(likelihood_totals(*(torch.tensor(column) for column in columns)))
+    return dict(zip(BOUND, (found.nll, found.standard_error), strict=True))
+
+
+def effort(run_dir: Path, step: int) -> dict[str, float]:
+    """Return what the training up to `step` has cost, from the run's own metrics."""
+    lines = [orjson.loads(line) for line in (run_dir / METRICS_FILE).read_bytes().splitlines()]
+    intervals = [line for line in lines if "progress/tokens" in line and line["step"] <= step]
+    flops, before = 0.0, 0
+    for line in intervals:
+        flops += line["progress/flops_per_step"] * (line["step"] - before)
+        before = line["step"]
+    last = intervals[-1]
+    seconds = round(sum(line["time/training"] for line in intervals), 1)
+    found = (last["progress/tokens"], int(last["progress/unique_samples"]), flops, seconds)
+    return dict(zip(EFFORT, found, strict=True))
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], comparison: Comparison) -> None:
+    """Write all scores so far, in the order of variant, seed and step."""
+    names = list(comparison.variants)
+    rows = sorted(rows, key=lambda row: (names.index(row["variant"]), row["seed"], row["step"]))
+    columns = ["variant", "seed", "step", *EFFORT, "items", *comparison.columns, *BOUND]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow(
+                {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+            )
