@@ -95,7 +95,10 @@ class Run:
     def outcome(self) -> str:
         """Return how the process ended, if it was no error."""
         step, steps = self.manifest.step, self.config.train.steps
-        return "done" if step == steps else f"stopped after step {step} and saved"
+        if step == steps:
+            return "done"
+        saved = "and saved" if self.saver.problem is None else "and NOT saved (the reason is above)"
+        return f"stopped after step {step} {saved}"
 
     def report_order(self) -> None:
         """Show and write what each dataset gives to an epoch."""
@@ -167,7 +170,7 @@ class Run:
             ids[group.numbers] = group.trained_ids
         samples = [self.stream.index(position) for position in self.engine.max_over_ranks(ids).tolist()]
         in_a_row = self.guard.in_a_row
-        self.skip_log.skip(step, problem, samples, in_a_row)
+        self.skip_log.skip(step, problem, samples)
         self.progress.say(f"step {step} skipped: {problem} ({in_a_row} in a row, see {self.skip_log.path})")
         if in_a_row < self.config.guard.skips_before_rollback:
             return False
@@ -187,9 +190,10 @@ class Run:
                 f"(guard.max_rollbacks): {self.guard.problem}. See {self.skip_log.path}; a lower "
                 "optimizer.learning_rate or optimizer.gradient_clip may help."
             )
-        self.skip_log.roll_back(step, found[1].step)
+        self.skip_log.roll_back(step, found[1].step, self.guard.in_a_row)
         self.stream.exclude(self.skip_log.excluded())
         self.load(*found)
+        self.guard.in_a_row = 0  # a checkpoint within the row would go on with it
         self.open_logs()
         self.progress.say(
             f"went back from step {step} to {found[0]}, without the samples of the skipped steps"

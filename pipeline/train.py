@@ -48,6 +48,9 @@ def train(run: Run) -> bool:
     """Train on, with logs, evaluations and checkpoints on the way; say whether the last step is done.
 
     It is not when a rank was asked to stop; the run is saved then.
+
+    Raises:
+        Failure: when the last step could not be saved: its weights are gone, whatever was trained.
     """
     config = run.config
     if run.manifest.step:  # a stop may have cut short what was due
@@ -75,7 +78,13 @@ def train(run: Run) -> bool:
             run.save()
     run.watchdog.enter("save")
     run.saver.wait()
-    return run.manifest.step == config.train.steps
+    done = run.manifest.step == config.train.steps
+    if done and run.saver.problem is not None:
+        raise cli.Failure(
+            f"the last step, {config.train.steps}, is trained but not saved: {run.saver.problem} Put it "
+            "right, and start the same command again: it goes on from the newest checkpoint."
+        )
+    return done
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with replacing(run.folder / "config.yaml") as file:
                 file.write(configuration.to_yaml(config).encode())
         if not train(run):
-            run.progress.say(f"stopped after step {run.manifest.step} and saved: the same command goes on")
+            run.progress.say(f"{run.outcome()}: the same command goes on")
             signals.ignore()
             return cli.EXIT_REQUEUE
         run.progress.say(f"done: {config.train.steps} steps, checkpoints in {run.folder / 'checkpoints'}")

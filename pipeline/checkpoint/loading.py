@@ -65,6 +65,11 @@ def newest(run_dir: Path, engine: Engine, hashes: bool) -> tuple[Path, Manifest]
 
 def check_continues(folder: Path, saved: Manifest, now: Manifest, config: Config) -> None:
     """Raise a `UserError` unless a run with `config` may go on from the checkpoint in `folder`."""
+    if saved.step > config.train.steps:
+        raise UserError(
+            f"train.steps is {config.train.steps}, but {folder} is at step {saved.step} already: raise it, "
+            "or begin a new run with another run_dir."
+        )
     before = configuration.load(["--config", str(folder / "config.yaml")])
     pairs = [
         ("the sharding (engine.kind, engine.deepspeed_config)", saved.sharding, now.sharding),

@@ -60,7 +60,11 @@ class _Work:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time."""
+    """Writes the checkpoints of a run, one at a time.
+
+    Attributes:
+        problem: why the last save failed, as of `wait`; None when it did not.
+    """
 
     def __init__(
         self, config: Config, engine: Engine, groups: Sequence[SlotGroup], say: Callable[[str], None]
@@ -80,6 +84,7 @@ class Saver:
         self.first = engine.launch.rank == 0
         self.folder = Path(config.run_dir) / "checkpoints"
         self.failures = 0
+        self.problem: str | None = None
         self.work: _Work | None = None
         # Read now: who moves the tokenizer while a run lasts must not lose its checkpoints.
         self.common = _common_files(config) if self.first else {}
@@ -130,7 +135,7 @@ class Saver:
         work.thread.join()
         problem = self._agreed(problem or work.problem)
         if problem is None:
-            self.failures = 0
+            self.failures, self.problem = 0, None
         else:
             self._failed(work, problem)
 
@@ -152,7 +157,7 @@ class Saver:
 
     def _failed(self, work: _Work, problem: str) -> None:
         """Count a failed save, on all ranks alike."""
-        self.failures += 1
+        self.failures, self.problem = self.failures + 1, problem
         limit = self.config.checkpoint.max_failed_saves
         if self.first:
             shutil.rmtree(work.folder, ignore_errors=True)

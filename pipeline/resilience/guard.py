@@ -117,13 +117,13 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to judge alike, as JSON has it."""
-        return {"losses": list(self.losses), "norms": list(self.norms)}
+        return {"losses": list(self.losses), "norms": list(self.norms), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned; an empty one begins anew."""
         self.losses = deque(state.get("losses", []), WINDOW)
         self.norms = deque(state.get("norms", []), WINDOW)
-        self.in_a_row = 0
+        self.in_a_row = state.get("in_a_row", 0)  # older checkpoints have none
         self.problem = None
 
 

@@ -27,7 +27,6 @@ class SkipLog:
         """Read what earlier processes of the run left; every rank calls this."""
         self.path = run_dir / SKIPPED_FILE
         self.writes = engine.launch.rank == 0
-        self.streak: list[int] = []
         entries: list[dict[str, Any]] = []
         if self.writes and self.path.exists():
             keep_lines(self.path, lambda _: True)  # half a line of a killed process goes
@@ -46,14 +45,18 @@ class SkipLog:
         """Return how often the run went back to the checkpoint of `step`."""
         return sum(entry.get("rollback_to") == step for entry in self.entries)
 
-    def skip(self, step: int, problem: str, samples: Sequence[int], in_a_row: int) -> None:
-        """Note a skipped step, the `in_a_row`-th one after another, with the samples that were in it."""
-        self.streak = [*samples] if in_a_row == 1 else [*self.streak, *samples]
+    def skip(self, step: int, problem: str, samples: Sequence[int]) -> None:
+        """Note a skipped step with the samples that were in it."""
         self._write({"step": step, "problem": problem, "samples": sorted(set(samples))})
 
-    def roll_back(self, step: int, to: int) -> None:
-        """Note that the run goes back from `step` to `to`, without the samples of the steps skipped last."""
-        self._write({"step": step, "rollback_to": to, "excluded": sorted(set(self.streak))})
+    def roll_back(self, step: int, to: int, in_a_row: int) -> None:
+        """Note that the run goes back from `step` to `to`, without the samples of the last skipped steps.
+
+        There are `in_a_row` of them, some perhaps from before a restart: they are read from the file.
+        """
+        skipped = [entry["samples"] for entry in self.entries if "problem" in entry][-in_a_row:]
+        excluded = {sample for samples in skipped for sample in samples}
+        self._write({"step": step, "rollback_to": to, "excluded": sorted(excluded)})
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)

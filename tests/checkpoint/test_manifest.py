@@ -133,6 +133,12 @@ def test_another_sharding_is_refused(train: Train, run_dir: Path) -> None:
     assert "(engine.kind, engine.deepspeed_config) = zero2, the run has none" in complaint
 
 
+def test_fewer_steps_than_are_done_are_refused(train: Train, run_dir: Path) -> None:
+    """The run would otherwise stop at once with the code for a retry, again and again."""
+    complaint = train(run_dir, *SHORT, "--train.steps", "10").complaint()
+    assert f"train.steps is 10, but {run_dir / NEWEST} is at step 16 already" in complaint
+
+
 def test_what_a_killed_process_left_is_cleared(train: Train, run_dir: Path) -> None:
     folder = run_dir / "checkpoints"
     for name in (".writing_00000016", ".removing_step_00000004"):

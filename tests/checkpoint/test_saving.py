@@ -108,6 +108,36 @@ def test_a_failed_save_is_reported_and_the_run_goes_on(
     assert curve(tmp_path / "run", "loss") == curve(tmp_path / "sound", "loss")
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the save of a step fail."""
+    written = saving.write_hashed
+
+    def failing(path: Path, write: Callable[..., object]) -> object:
+        if f".writing_{step:08d}" in path.parts:
+            raise OSError(28, "No space left on device", str(path))
+        return written(path, write)
+
+    monkeypatch.setattr(saving, "write_hashed", failing)
+
+
+def test_a_run_whose_last_step_is_not_saved_is_not_done(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for the run must not begin; the same command makes the steps again."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, 16)
+        outcome = train(tmp_path, *SHORT)
+    assert outcome.code == cli.EXIT_FAILED
+    assert "done" not in outcome.output
+    assert "the last step, 16, is trained but not saved" in outcome.error
+    assert "No space left on device" in outcome.error
+    assert steps(tmp_path) == [4, 8, 12]
+    assert "No space left" in (tmp_path / "history.jsonl").read_text().splitlines()[-1]
+    again = train(tmp_path, *SHORT)
+    assert again.code == cli.EXIT_DONE
+    assert "(step 12)" in again.output
+
+
 def test_too_many_failed_saves_stop_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

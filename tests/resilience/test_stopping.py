@@ -61,6 +61,27 @@ def test_a_signal_in_a_step(
         assert curve(parts, key) == curve(whole, key), key
 
 
+def test_a_stop_that_cannot_be_saved_says_so(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = PlainEngine.step
+
+    def interrupted(engine: PlainEngine, *arguments: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(engine, *arguments)
+
+    def failing(path: Path, write: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(PlainEngine, "step", interrupted)
+    monkeypatch.setattr("pipeline.checkpoint.saving.write_hashed", failing)
+    outcome = train(tmp_path)
+    assert outcome.code == cli.EXIT_REQUEUE
+    assert "and saved" not in outcome.output
+    assert "NOT saved" in outcome.output
+    assert "NOT saved" in (tmp_path / "history.jsonl").read_text()
+
+
 def test_a_signal_in_an_evaluation(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The evaluation is cut short, and made up for when the run goes on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -148,6 +169,30 @@ def test_no_checkpoint_to_go_back_to(train: Train, tmp_path: Path, monkeypatch: 
     outcome = train(tmp_path, "--evaluation.interval", "0")
     assert outcome.code == cli.EXIT_FAILED
     assert "no checkpoint exists" in outcome.error
+
+
+def test_a_row_of_refused_steps_goes_on_after_a_restart(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two unsound steps before a stop and one after it are three in a row; all their samples are left out."""
+    forward, steps = PlainEngine.forward, iter(range(1, 100))  # a forward a step
+
+    def broken(engine: PlainEngine, batch: object) -> object:
+        step, output = next(steps), forward(engine, batch)
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return output._replace(loss=output.loss * (float("nan") if step in (6, 7, 8) else 1.0))
+
+    monkeypatch.setattr(PlainEngine, "forward", broken)
+    small = "--train.global_batch_size 4 --train.micro_batch_size 4 --evaluation.interval 0".split()
+    small += ["--guard.skips_before_rollback", "3"]
+    assert "stopped after step 7 and saved" in train(tmp_path, *small).output
+    outcome = train(tmp_path, *small)
+    assert outcome.code == cli.EXIT_DONE, outcome.error
+    assert "(3 in a row" in outcome.output
+    *skips, back = [json.loads(each) for each in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in skips] == [6, 7, 8]
+    assert back["excluded"] == sorted({sample for entry in skips for sample in entry["samples"]})
 
 
 @pytest.mark.distributed
