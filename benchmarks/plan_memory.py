@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -21,11 +19,12 @@ from typing import Any
 
 import torch
 from random_text import engine_on_random_text
+from ranks import start_ranks
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pipeline import config as configuration
-from pipeline.cli import Failure, ToolParser, run
+from pipeline.cli import ToolParser, run
 from pipeline.config import Config
 from pipeline.planning.communication import step_communication
 from pipeline.planning.live_memory import LiveStorages
@@ -82,19 +81,20 @@ CASES = {
         ["--objective.block_size", "16", "--model.tie_embeddings", "false", "--optimizer.ema_decay", "0.99"]
     ),
     "21 M parameters": Case([*LARGE]),
-    "21 M parameters, 128 tokens": Case(
+    "21 M, 128 tokens, nothing recomputed": Case(
         [*LARGE, "--data.sequence_length", "128", "--train.global_batch_size", "32",
-         "--train.micro_batch_size", "16", "--engine.activation_checkpointing", "swiglu"], SCARCE
+         "--train.micro_batch_size", "16", "--engine.activation_checkpointing", "none"], SCARCE
     ),
 }  # fmt: skip
 
 
 class Collectives(LiveStorages):
-    """Counts memory, and the largest tensors that collectives are given, in bytes by their kind."""
+    """Counts memory, and collectives by their kind: calls, and bytes of the largest tensors given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note a collective."""
@@ -102,6 +102,7 @@ class Collectives(LiveStorages):
         if namespace == "c10d":
             sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
             self.bytes[name] += max(sizes)
+            self.calls[name] += 1
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
@@ -164,16 +165,7 @@ def compare(name: str) -> dict[str, Any]:
         output = Path(temporary) / "measured.json"
         for rank in range(RANKS):
             (Path(temporary) / str(rank)).mkdir()
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [*start, __file__, "--measure", name, "--output", str(output)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if result.returncode:
-            raise Failure(f"{name}: {' '.join(result.stderr.split())[-500:]}")
+        start_ranks(name, RANKS, [__file__, "--measure", name, "--output", str(output)])
         ranks = json.loads(output.read_text())
         planned = plan(CASES[name], Path(temporary), max(rank["rows"] for rank in ranks))
     collectives = Counter(ranks[0]["collectives"])

@@ -7,7 +7,7 @@ positions. The full-logit step is written here as one would first write it: logi
 a log-softmax over them for the loss, a softmax over them for the confidence.
 
 On a GPU times are wall-clock times. On a CPU they are the processor time of one thread, which stays
-comparable on a machine that has other work.
+comparable on a machine that has other work; with --wall-clock those of the clock, on all cores.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def full_logit_loss(model: MaskedDiffusionModel, batch: MaskedBatch) -> tuple[Te
 class Contest:
     """One network and the three ways to train it."""
 
-    def __init__(self, shape: Shape, batch_size: int, recompute: Recompute) -> None:
+    def __init__(self, shape: Shape, batch_size: int, recompute: Recompute, wall_clock: bool = False) -> None:
         """Make the network and the chains."""
-        self.shape, self.batch_size = shape, batch_size
+        self.shape, self.batch_size, self.wall_clock = shape, batch_size, wall_clock
         self.config = config = Config(
             "unused",
             data=DataConfig(prefixes=["unused"], sequence_length=shape.length),
@@ -174,16 +174,21 @@ class Contest:
         self.engine.step(RATE)
 
     def seconds(self, action: Callable[[], Any]) -> float:
-        """Return how long an action takes; see the module for what is measured."""
-        on_gpu = self.device.type == "cuda"
-        clock = time.perf_counter if on_gpu else time.process_time
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = clock()
-        action()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return clock() - start
+        """Return how long an action takes."""
+        return seconds(action, self.device, self.wall_clock)
+
+
+def seconds(action: Callable[[], Any], device: torch.device, wall_clock: bool = False) -> float:
+    """Return how long an action takes; see the module for what is measured."""
+    on_gpu = device.type == "cuda"
+    clock = time.perf_counter if on_gpu or wall_clock else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = clock()
+    action()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def peak_bytes(shape: Shape, batch_size: int, recompute: Recompute, device: str) -> dict[str, int]:
@@ -204,12 +209,13 @@ def peak_bytes(shape: Shape, batch_size: int, recompute: Recompute, device: str)
                 parameter.grad = torch.zeros_like(parameter)
         batch = masked_batch(tokens, masked, tokens.numel() // 2, MASK)
         return {
-            "full_logits": _peak(lambda: full_logit_loss(model, batch)[0], model, batch),
-            "ours": _peak(lambda: model(batch).loss, model, batch),
+            "full_logits": peak_of(lambda: full_logit_loss(model, batch)[0], model, batch),
+            "ours": peak_of(lambda: model(batch).loss, model, batch),
         }
 
 
-def _peak(loss: Callable[[], Tensor], model: torch.nn.Module, batch: MaskedBatch) -> int:
+def peak_of(loss: Callable[[], Tensor], model: torch.nn.Module, batch: MaskedBatch) -> int:
+    """Return the most bytes that `loss()` and its backward hold at once, gradients of the weights aside."""
     if batch.rows.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -247,12 +253,14 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def measure(shape: Shape, batch_size: int, repetitions: int, recompute: Recompute) -> dict[str, Any]:
+def measure(
+    shape: Shape, batch_size: int, repetitions: int, recompute: Recompute, wall_clock: bool = False
+) -> dict[str, Any]:
     """Return times and utilisation of the three steps, and the memory of their forward and backward.
 
     On a GPU the first turn, which loads kernels, is not counted.
     """
-    contest = Contest(shape, batch_size, recompute)
+    contest = Contest(shape, batch_size, recompute, wall_clock)
     on_gpu = contest.device.type == "cuda"
     dtype = torch.bfloat16 if contest.engine.launch.precision == "bf16" else torch.float32
     turns, rates = [], []
@@ -273,6 +281,7 @@ def measure(shape: Shape, batch_size: int, repetitions: int, recompute: Recomput
         "batch_size": batch_size,
         "activation_checkpointing": recompute,
         "precision": str(dtype).removeprefix("torch."),
+        "clock": "wall" if on_gpu or wall_clock else "processor",
         "machine": machine(contest.device),
         "masked_share": median["rows"] / (batch_size * shape.length),
         "seconds": turns,
@@ -297,17 +306,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--activation-checkpointing",
         choices=typing.get_args(Recompute),
-        default="swiglu",
+        default=EngineConfig.activation_checkpointing,
         help="what all three compute again in the backward",
+    )
+    parser.add_argument(
+        "--wall-clock",
+        action="store_true",
+        help="on an idle CPU: time by the clock, on all cores",
     )
     parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="JSON file for the figures")
     options = parser.parse_args(arguments)
     if "output" in options:  # not after an hour of measuring
         options.output.parent.mkdir(parents=True, exist_ok=True)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not options.wall_clock:
         torch.set_num_threads(1)
     shape = SHAPES[options.shape]
-    result = measure(shape, options.batch_size, options.repetitions, options.activation_checkpointing)
+    recompute = options.activation_checkpointing
+    result = measure(shape, options.batch_size, options.repetitions, recompute, options.wall_clock)
     for name, value in result["ratios"].items():
         print(f"{name:32} {value:.3f}")
     if "output" in options:

@@ -40,7 +40,7 @@ def train(output: Path, ranks: int, *more: str) -> dict[str, Any]:
         (
             2,
             ["--objective.policy", "entropy", "--objective.threshold", "0.06",
-             "--engine.activation_checkpointing", "swiglu"],
+             "--engine.activation_checkpointing", "none"],
         ),
         (2, ["--model.tie_embeddings", "false", "--model.kv_heads", "2", "--model.attention_bias", "true"]),
         (2, [*"--objective.block_size 3 --objective.policy margin --model.prediction shifted".split()]),
