@@ -22,7 +22,7 @@ import trainings
 
 from pipeline import checkpoint
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, UserError, overrides
+from pipeline.cli import ToolParser, add_overrides, overrides
 from pipeline.data.records import Keys, read_all
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
 from pipeline.files import replacing
@@ -99,21 +99,14 @@ def options_of_all(parser: ToolParser, name: str, comparison: Comparison, steps:
     parser.add_argument("--interval", type=int, default=interval, help="steps between two points of a curve")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, one thread each")
     parser.add_argument("--config", type=Path, default=root / f"configs/reproduction/{name}.yaml")
-    parser.add_argument("--set", nargs="+", default=[], help="more settings, as KEY=VALUE")
+    add_overrides(parser)
     parser.add_argument("--folder", type=Path, default=Path(f"runs/reproduce_{name}"), help="data and runs")
     parser.add_argument("--output", type=Path, default=Path(f"benchmarks/results/{name}.csv"))
 
 
 def read_options(parser: ToolParser, arguments: Sequence[str] | None) -> Namespace:
-    """Return the options, with the folder made.
-
-    Raises:
-        UserError: for a setting that is none, before anything is written.
-    """
+    """Return the options, with the folder made."""
     options = parser.parse_args(arguments)
-    for setting in options.set:
-        if "=" not in setting:
-            raise UserError(f"--set {setting}: write KEY=VALUE, such as optimizer.learning_rate=3e-4.")
     options.folder = options.folder.resolve()
     options.folder.mkdir(parents=True, exist_ok=True)
     return options

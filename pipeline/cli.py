@@ -40,10 +40,12 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Shows a default where there is one to know of."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default in (None, False, argparse.SUPPRESS) or action.required
+        hidden = action.default in (None, False, [], argparse.SUPPRESS) or action.required
         if hidden or "%(default)" in (action.help or ""):
             return action.help
-        return f"{action.help} (default: %(default)s)"
+        several = isinstance(action.default, list)
+        default = " ".join(map(str, action.default)).replace("%", "%%") if several else "%(default)s"
+        return f"{action.help} (default: {default})"
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -78,8 +80,20 @@ def option(name: str) -> str:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Give a tool that reads a run's YAML the option --set."""
     parser.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="settings over the YAML's"
+        "--set",
+        nargs="*",
+        action="extend",
+        default=[],
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="settings over the YAML's",
     )
+
+
+def _setting(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE, such as optimizer.learning_rate=3e-4.")
+    return text
 
 
 def overrides(options: argparse.Namespace) -> list[str]:

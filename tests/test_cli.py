@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from programs import ROOT
@@ -98,12 +99,25 @@ def test_help_shows_the_defaults_that_there_are(capsys: pytest.CaptureFixture[st
     parser.add_argument("--needed", required=True, help="is needed")
     parser.add_argument("--count", type=int, default=3, help="has a default")
     parser.add_argument("--limit", type=int, help="has none")
+    parser.add_argument("--keys", nargs="*", default=[], help="are none")
+    parser.add_argument("--folders", nargs="*", default=[Path("a"), Path("b%")], help="are two")
     parser.add_argument("--flag", action="store_true", help="is off")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert "--count COUNT    has a default (default: 3)" in lines
-    assert sum("default" in line for line in lines) == 1
+    assert "--count COUNT         has a default (default: 3)" in lines
+    assert "are two (default: a b%)" in lines
+    assert sum("default" in line for line in lines) == 2
+
+
+def test_a_setting_is_a_key_and_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.ToolParser("What it does.")
+    cli.add_overrides(parser)
+    options = parser.parse_args(["--set", "a.b=1", "c=", "--set", "d=x=y"])
+    assert cli.overrides(options) == ["--a.b=1", "--c=", "--d=x=y"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--set", "a.b=1", "c"])
+    assert "--set: c: write KEY=VALUE" in capsys.readouterr().err
 
 
 def test_help_of_the_training_begins_with_one_line_of_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,10 +89,10 @@ class Source:
     def of_file(cls, path: Path) -> Source:
         """Return the source of a file; raise a `UserError` for one of an unknown kind or that is missing."""
         if not path.is_file():
-            raise UserError(f"--input {path} does not exist, or is no file.")
+            raise UserError(f"{path} does not exist, or is no file.")
         found = format_of(path)
         if found is None:
-            raise UserError(f"--input {path}: its kind is not known; use {KNOWN}.")
+            raise UserError(f"{path}: its kind is not known; use {KNOWN}.")
         facts = path.stat()
         return cls(str(path), *found, facts.st_size, facts.st_mtime_ns, _hash_ends(path, facts.st_size))
 
@@ -160,9 +160,10 @@ def find(inputs: Sequence[str]) -> list[Path]:
             files += _files_of_folder(path)
         elif not path.exists() and glob.has_magic(given):
             matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
-            files += [match for match in matches if match.is_file()]
-            if not matches:
+            found = [match for match in matches if match.is_file()]
+            if not found:
                 raise UserError(f"--input {given}: no file matches.")
+            files += found
         else:
             files.append(path)
     return files

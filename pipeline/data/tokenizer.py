@@ -9,6 +9,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -288,9 +289,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
     _refuse_existing(output)
     falls_back = model_type in ("unigram", "bpe")
     model = io.BytesIO()
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise UserError("there is no text in the corpus: look for another --input.")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(part for text in texts for part in text.split("\n") if part),
+            sentence_iterator=(part for text in chain([first], texts) for part in text.split("\n") if part),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,

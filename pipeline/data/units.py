@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.cli import UserError
+from pipeline.cli import UserError, option
 from pipeline.data.reading import PIECE, Span
 from pipeline.data.records import LONGEST_RECORD, Keys, check_kinds
 from pipeline.data.sources import Hub, Source, find, hub_source
@@ -127,12 +127,14 @@ def make_plan(
     by_line = options.keys.reading().by_line
     units: list[tuple[Span, ...]] = []
     held: list[Span] = []
+    size = 0  # of the spans in `held`, of which there may be very many
     for number, source in enumerate(sources):
         for span in cut(number, source, target, by_line):
             held.append(span)
-            if sum(span.size for span in held) >= target:
+            size += span.size
+            if size >= target:
                 units.append(tuple(held))
-                held = []
+                held, size = [], 0
     units += [tuple(held)] if held else []
     sha256 = Tokenizer.load(tokenizer).sha256
     return Plan(tuple(sources), options, str(tokenizer), sha256, tuple(units))
@@ -208,7 +210,12 @@ def differences(old: Plan, new: Plan) -> list[Difference]:
     """Return what differs between two plans apart from the cut into units: (name, then, now)."""
     found: list[Difference] = []
     before, now = old.options.to_json(), new.options.to_json()
-    found += [(name, before.get(name), now[name]) for name in now if before.get(name) != now[name]]
+    names = {"names": "the keys", "messages": option("messages_key"), "split": option("split_documents")}
+    found += [
+        (names.get(name, option(name)), before.get(name), now[name])
+        for name in now
+        if before.get(name) != now[name]
+    ]
     if old.tokenizer_sha256 != new.tokenizer_sha256:
         found.append(("the tokenizer's sha256", old.tokenizer_sha256[:12], new.tokenizer_sha256[:12]))
     if [s.path for s in old.sources] != [s.path for s in new.sources]:

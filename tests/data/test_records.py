@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.cli import UserError
 from pipeline.data.reading import BadRecord, Span, SpanReader
 from pipeline.data.records import Keys, check_inputs, documents, read_all, sentences
-from pipeline.data.sources import Source
+from pipeline.data.sources import Source, find
 from pipeline.data.units import cut
 
 TEXT = Keys(("text",))
@@ -175,3 +175,11 @@ def test_inputs_are_checked_first(tmp_path: Path) -> None:
         check_inputs([tmp_path / "x.pdf"], TEXT)
     with pytest.raises(UserError, match="pairs come from jsonl"):
         check_inputs([tmp_path / "x.txt"], Keys(("q", "a")))
+
+
+def test_a_glob_that_matches_folders_alone_matches_no_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="no file matches"):
+        find([f"{tmp_path}/*"])
+    (tmp_path / "x.txt").touch()
+    assert find([f"{tmp_path}/*"]) == [tmp_path / "x.txt"]

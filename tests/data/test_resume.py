@@ -126,8 +126,9 @@ def test_what_has_changed_is_refused_by_name(
 
     content = source.read_bytes()
     times = source.stat().st_atime_ns, source.stat().st_mtime_ns
-    assert "append_eos = False, now it is True" in complaint("--append-eos")
-    assert "names = ['text'], now it is ['a.b']" in complaint("--text-key", "a.b")
+    assert "--append-eos = False, now it is True" in complaint("--append-eos")
+    assert "the keys = ['text'], now it is ['a.b']" in complaint("--text-key", "a.b")
+    assert "--split-documents = None, now it is line" in complaint("--split-documents", "line")
     assert "the list of inputs" in complaint("--input", str(source), str(source))
     changes: list[tuple[Callable[[], object], str]] = [
         (

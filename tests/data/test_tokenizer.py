@@ -96,7 +96,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     command = ["--input", str(empty), "--vocab-size", "300", "--output", str(tmp_path / "e")]
-    assert "--vocab-size 300" in run_here(tool.main, command, capsys).complaint()
+    assert "no text in the corpus" in run_here(tool.main, command, capsys).complaint()
 
 
 def write_hugging_face(path: Path, specials: list[str]) -> None:
