@@ -18,6 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +169,7 @@ def _locked(prefix: Path, work: Work) -> Iterator[None]:
     try:
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, no forked worker inherits it
             except BlockingIOError:
                 raise UserError(
                     f"{folder}: another process is at work on the same shard: wait for it."
@@ -238,25 +239,22 @@ def _make_parts(job: Job, mine: Sequence[int], todo: Sequence[int], work: Work) 
     sizes = {unit: sum(span.size for span in job.plan.units[unit]) for unit in mine}
     total, before = sum(sizes.values()), sum(sizes.values()) - sum(sizes[unit] for unit in todo)
     workers = min(work.workers, len(todo))
-    context = multiprocessing.get_context("spawn")  # the workers inherit no threads and locks of the parent
+    context = _context(job.plan)
     memory = Board.memory(context, workers)
     board = Board(memory, workers)
     arguments = (job, memory, workers, context.Value("i", 0))
     made: list[tuple[int, Counts]] = []
-    with (
-        closing(_Watch(board, total, before)) as watch,
-        ProcessPoolExecutor(workers, context, worker.start, arguments) as pool,
-    ):
-        futures = {pool.submit(worker.work, unit): unit for unit in todo}
+    with ProcessPoolExecutor(workers, context, worker.start, arguments) as pool:
+        futures = {pool.submit(worker.work, unit): unit for unit in todo}  # forks, before threads are begun
         waiting: set[Future[Counts]] = set(futures)
         try:
-            while waiting:
-                ended, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-                made += [(futures[future], future.result()) for future in ended]
-                watch.show()
-                _check_bad(
-                    Counts.total(c for _, c in made), job.folder, [u for u, _ in made], work, final=False
-                )
+            with closing(_Watch(board, total, before)) as watch:
+                while waiting:
+                    ended, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+                    made += [(futures[future], future.result()) for future in ended]
+                    watch.show()
+                    counts = Counts.total(c for _, c in made)
+                    _check_bad(counts, job.folder, [u for u, _ in made], work, final=False)
         except BrokenProcessPool:
             raise UserError(
                 "a worker died, perhaps for want of memory: run the same command again, with fewer --workers "
@@ -266,6 +264,15 @@ def _make_parts(job: Job, mine: Sequence[int], todo: Sequence[int], work: Work) 
             board.stop()
             pool.shutdown(wait=True, cancel_futures=True)
     return made
+
+
+def _context(plan: Plan) -> BaseContext:
+    """Return how workers are started: forked at once, unless a library with threads of its own is at work.
+
+    A fork shares what is loaded but must not share threads and connections, which pyarrow and `datasets` have.
+    """
+    is_text = all(source.format in ("lines", "text") for source in plan.sources)
+    return multiprocessing.get_context("fork" if is_text else "spawn")
 
 
 def _check_bad(counts: Counts, folder: Path, units: Sequence[int], work: Work, final: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -168,10 +167,14 @@ def test_a_plan_that_is_damaged_or_taken_is_named(
         "plan.json cannot be read"
         in run_here(preprocess_data.main, command(corpus, tmp_path / "d"), capsys).complaint()
     )
-    with (folder / ".lock-00000-of-00001").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True)"
+    holder = [sys.executable, "-c", f"{hold}; input()", str(folder / ".lock-00000-of-00001")]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         complaint = run_here(preprocess_data.main, command(corpus, tmp_path / "d"), capsys).complaint()
         assert "another process is at work on the same shard" in complaint
+        process.communicate(b"\n")
 
 
 def test_a_full_disk_loses_nothing(corpus: Path, tmp_path: Path) -> None:
@@ -233,8 +236,7 @@ def test_a_worker_that_dies_is_said(corpus: Path, tmp_path: Path) -> None:
     )
     while not list(parts_folder(tmp_path / "d").glob("[0-9]*")):
         time.sleep(0.01)
-    workers = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
-    workers[0].kill()
+    psutil.Process(process.pid).children()[0].kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "a worker died" in error
