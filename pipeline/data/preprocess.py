@@ -267,9 +267,9 @@ def _make_parts(job: Job, mine: Sequence[int], todo: Sequence[int], work: Work) 
 
 
 def _context(plan: Plan) -> BaseContext:
-    """Return how workers are started: forked at once, unless a library with threads of its own is at work.
+    """Return how workers are started: forked, which takes no time, where all inputs are text.
 
-    A fork shares what is loaded but must not share threads and connections, which pyarrow and `datasets` have.
+    A fork must not meet threads and connections, such as pyarrow and `datasets` have in the parent.
     """
     is_text = all(source.format in ("lines", "text") for source in plan.sources)
     return multiprocessing.get_context("fork" if is_text else "spawn")

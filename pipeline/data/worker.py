@@ -8,6 +8,7 @@ one rename: a part that is there is whole.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -36,8 +37,7 @@ from pipeline.files import creating_folder
 TOKENS, LENGTHS, HASHES, QUARANTINE = "tokens", "lengths", "hashes", "quarantine.jsonl"
 HISTOGRAMS, PART = "histograms.npy", "part.json"
 HASH = np.dtype("V16")
-BATCH, BATCH_CHARACTERS = 512, 2**20  # encoded by one call
-FLUSH = 2**20  # tokens gathered before they are counted, hashed and written
+BATCH, BATCH_CHARACTERS = 512, 2**20  # encoded by one call, which starts a thread each time
 EXCERPT = 200  # characters of a bad record that are shown
 
 
@@ -147,9 +147,6 @@ class _PartWriter:
         self.digests = {name: hashlib.sha256() for name in names}
         self._batch: list[Document] = []
         self._batch_size = 0
-        self._sequences: list[Array] = []  # encoded, not yet written
-        self._lengths: list[Array] = []
-        self._held = 0
 
     def add(self, document: Document) -> bool:
         """Take a document; return whether a batch was encoded."""
@@ -175,7 +172,7 @@ class _PartWriter:
         self.files[QUARANTINE].write(json.dumps(entry).encode() + b"\n")
 
     def encode(self) -> None:
-        """Encode what is gathered."""
+        """Encode what is gathered; count, hash and write its tokens."""
         batch, self._batch, self._batch_size = self._batch, [], 0
         if not batch:
             return
@@ -195,13 +192,16 @@ class _PartWriter:
             eos = np.array([self.tokenizer.eos], np.int32)
             ends = range(self.step, len(found) + 1, self.step)
             found = [ids for end in ends for ids in (*found[end - self.step : end], eos)]
-        self._sequences += found
-        self._lengths.append(lengths)
-        self._held += int(lengths.sum(dtype=np.int64))
+        if not found:
+            return
+        tokens = np.concatenate(found, dtype=self.dtype, casting="unsafe")
+        count_tokens(self.histograms, tokens, lengths)
+        self.counts.documents += len(lengths)
+        self.counts.tokens += len(tokens)
+        self._write(TOKENS, tokens.data)
+        self._write(LENGTHS, np.ascontiguousarray(lengths).data)
         if self.options.deduplicate:
             self._write(HASHES, b"".join(document_hash(texts) for texts, _, _ in batch))
-        if self._held >= FLUSH:
-            self.flush()
 
     def _is_unicode(self, document: Document) -> bool:
         texts, source, position = document
@@ -232,18 +232,6 @@ class _PartWriter:
         keep: Array = ~(empty | limits["min_tokens"] | limits["max_tokens"])
         return keep
 
-    def flush(self) -> None:
-        """Count and write the tokens that are held."""
-        if not self._sequences:
-            return
-        tokens, lengths = np.concatenate(self._sequences), np.concatenate(self._lengths)
-        self._sequences, self._lengths, self._held = [], [], 0
-        count_tokens(self.histograms, tokens, lengths)
-        self.counts.documents += len(lengths)
-        self.counts.tokens += len(tokens)
-        self._write(TOKENS, tokens.astype(self.dtype).data)
-        self._write(LENGTHS, np.ascontiguousarray(lengths).data)
-
     def _write(self, name: str, data: Any) -> None:
         self.files[name].write(data)
         self.digests[name].update(data)
@@ -251,7 +239,6 @@ class _PartWriter:
     def close(self) -> None:
         """Write the files' rest, and part.json last."""
         self.encode()
-        self.flush()
         self.counts.check()
         for file in self.files.values():
             file.close()
@@ -356,6 +343,7 @@ def start(job: Job, memory: Any, workers: int, taken: Any) -> None:
         board=Board(memory, workers),
         number=number,
     )
+    gc.freeze()  # what is loaded is never garbage: collections need not look at it again
 
 
 def _end_with_parent() -> None:
