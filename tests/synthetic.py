@@ -1,10 +1,21 @@
-"""Small datasets in memory."""
+"""Small datasets in memory, and a small model for them."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
+import numpy as np
+import torch
+
+from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig
 from pipeline.data.batch import ANSWER, PADDING, PROMPT, Array
+from pipeline.launch import read_launch
+from pipeline.model.batch import Vocabulary
+from pipeline.runtime import PlainEngine
+
+MASK = 4
 
 
 class Pairs:
@@ -26,3 +37,21 @@ class Pairs:
         tokens = random.integers(5, 50, 2 + self.longest)
         tokens[0] = 100 + index
         return {"tokens": tokens, "roles": roles}
+
+
+@contextmanager
+def sharp_engine(
+    length: int, prediction: Literal["same", "shifted"] = "same", sharpness: float = 10.0
+) -> Iterator[PlainEngine]:
+    """Give a plain engine with a small model of `Pairs` whose tokens differ much in how likely they are."""
+    config = Config(
+        "unused",
+        data=DataConfig(sequence_length=length),
+        model=ModelConfig(layers=1, hidden_size=32, heads=2, intermediate_size=48, prediction=prediction),
+        engine=EngineConfig(kind="plain"),
+    )
+    engine = PlainEngine(config, read_launch(config), Vocabulary(160, 150, MASK))
+    with torch.no_grad():
+        engine.model.lm_head.weight.mul_(sharpness)  # type: ignore[union-attr,operator]
+    yield engine
+    engine.close()

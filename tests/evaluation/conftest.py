@@ -1,10 +1,14 @@
-"""A trained model for the tests of this folder."""
+"""A trained model and sandboxes for the tests of this folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sandboxes import started
+
+from pipeline.evaluation.sandbox import Limits, Sandbox
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,10 @@ def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ["--engine.kind", "plain", "--train.steps", "8", "--schedule.warmup_steps", "1"]
     assert program.main(command(data, folder, *settings)) == 0
     return folder
+
+
+@pytest.fixture(scope="module", params=["this", "further"])
+def box(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """Return a sandbox with all layers that this kernel has, and one with the required ones only."""
+    with started(request.param, Limits(cpu_seconds=2, wall_seconds=8)) as one:
+        yield one

@@ -8,33 +8,21 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from synthetic import Pairs
+from synthetic import MASK, Pairs, sharp_engine
 
-from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig
 from pipeline.data.batch import PADDING
 from pipeline.evaluation.held_out import held_out_bound
-from pipeline.launch import read_launch
-from pipeline.model.batch import Vocabulary
 from pipeline.objectives.layouts import Whole
 from pipeline.runtime import PlainEngine
 
-MASK, SAMPLES = 4, 5
+SAMPLES = 5
 
 
 @pytest.fixture
 def engine() -> Iterator[PlainEngine]:
     """Return a small model that is far from uniform."""
-    config = Config(
-        "unused",
-        data=DataConfig(sequence_length=5),
-        model=ModelConfig(layers=1, hidden_size=32, heads=2, intermediate_size=48),
-        engine=EngineConfig(kind="plain"),
-    )
-    engine = PlainEngine(config, read_launch(config), Vocabulary(160, 150, MASK))
-    with torch.no_grad():
-        engine.model.lm_head.weight.mul_(10)  # type: ignore[union-attr,operator]
-    yield engine
-    engine.close()
+    with sharp_engine(5) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])

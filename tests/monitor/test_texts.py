@@ -9,14 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import Pairs
+from synthetic import MASK, Pairs, sharp_engine
 
-from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig
 from pipeline.data.batch import ANSWER, stack_samples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.shown_texts import FORWARDS, IN_TURN, fill, to_be_written, write_texts
-from pipeline.launch import read_launch
-from pipeline.model.batch import Vocabulary
 from pipeline.monitor.texts import ShownText, as_html, as_picture, as_plain, read_texts
 from pipeline.objectives.base import Layout
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
@@ -25,23 +22,12 @@ from pipeline.sampling.animation import colour_of
 from pipeline.sampling.decoding import decode
 from pipeline.sampling.settings import SamplingSettings
 
-MASK = 4
-
 
 @pytest.fixture
 def engine() -> Iterator[PlainEngine]:
     """Return a small model whose tokens differ in how likely they are."""
-    config = Config(
-        "unused",
-        data=DataConfig(sequence_length=80),
-        model=ModelConfig(layers=1, hidden_size=32, heads=2, intermediate_size=48, prediction="shifted"),
-        engine=EngineConfig(kind="plain"),
-    )
-    engine = PlainEngine(config, read_launch(config), Vocabulary(160, 150, MASK))
-    with torch.no_grad():
-        engine.model.lm_head.weight.mul_(20)  # type: ignore[union-attr,operator]
-    yield engine
-    engine.close()
+    with sharp_engine(80, "shifted", 20.0) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize(
