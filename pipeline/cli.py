@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import faulthandler
 import os
 import sys
@@ -17,6 +18,8 @@ EXIT_FAILED = 1  # a defect, or training that diverged: the same command would f
 EXIT_BAD_INPUT = 2  # a setting, file or argument that the user can put right
 EXIT_REQUEUE = 75  # stopped early (EX_TEMPFAIL of sysexits.h): the same command goes on
 EXIT_INTERRUPTED = 130  # ended at once by a second signal or Ctrl+C; nothing was saved
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a disk that takes no more
 
 
 class UserError(Exception):
@@ -101,9 +104,15 @@ def overrides(options: argparse.Namespace) -> list[str]:
     return [f"--{setting}" for setting in options.set]
 
 
-def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
-    """Print ``error: message`` to stderr, on the first rank only, and exit with `code`."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(message: str, code: int = EXIT_BAD_INPUT, alone: bool = False) -> NoReturn:
+    """Print ``error: message`` to stderr and exit with `code`.
+
+    Ranks mostly fail alike, and the first of each node speaks for the others: what only one node lacks is
+    said there. An error that may be a rank's own is said by that rank (`alone`).
+    """
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if alone or local_rank == "0":
+        message = message if rank == "0" else f"rank {rank}: {message}"
         print(f"{in_red('error:', sys.stderr)} {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -149,9 +158,15 @@ def _run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         if error.filename is None:
             raise
-        fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
+        fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.", alone=True)
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = error.filename or "what was to be written"
+        message = f"{where}: {error.strerror}. Make room, and start the same command again."
+        fail(message, EXIT_FAILED, alone=True)

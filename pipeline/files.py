@@ -26,6 +26,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path`, on the disk, when the block ends without an error.
 
     Parent folders are made. After an error nothing is left behind and an older file is untouched.
+
+    Raises:
+        OSError: when the file cannot be written, with its path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _writing(path)
@@ -36,6 +39,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         writing.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a full disk is found by the file, which does not say its name
+            error.filename = str(path)
+        raise
     finally:
         writing.unlink(missing_ok=True)
 
@@ -79,9 +86,19 @@ def remove_left_overs(path: Path) -> None:
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
-    """Drop the lines of a file that are not `wanted`, and half a line that a killed process left."""
+    """Drop the lines of a file that are not `wanted`, and half a line that a killed process left.
+
+    A line that `wanted` cannot read as JSON, as a machine that lost its power may leave, is dropped, and this
+    is said.
+    """
     content = path.read_bytes() if path.exists() else b""
-    lines = [line for line in content.split(b"\n")[:-1] if line and wanted(line)]
+    lines = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            if line and wanted(line):
+                lines.append(line)
+        except orjson.JSONDecodeError as error:
+            print(f"{path}, line {number} is damaged ({error}) and left out", flush=True)
     with replacing(path) as file:
         file.write(b"".join(line + b"\n" for line in lines))
 

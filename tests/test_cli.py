@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+from programs import ROOT, run_here
 
-from pipeline import cli
+from pipeline import cli, files
 from pipeline.config import build_parser
 
 # Stands for a thread of torch.distributed that meets a dismantled interpreter.
 ABORTS_IN_TEARDOWN = """
 import atexit, os, sys
-from pipeline import cli
+from pipeline import cli, files
 
 atexit.register(os.abort)
 
@@ -92,6 +92,60 @@ def test_errors_are_red_on_a_terminal_alone(
     assert ("\033[" in stream.getvalue()) == coloured
     assert "error:" in stream.getvalue()
     assert stream.getvalue().endswith(" the disk is full\n")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "message"),
+    [
+        ("0", "0", cli.UserError("no key"), "error: no key\n"),
+        ("8", "0", cli.UserError("no key"), "error: rank 8: no key\n"),  # of another node
+        ("9", "1", cli.UserError("no key"), ""),
+        (
+            "9",
+            "1",
+            PermissionError(13, "Denied", "x"),
+            "error: rank 9: x: Denied. Check the path and its perm",
+        ),
+        ("9", "1", OSError(28, "Full", "x"), "error: rank 9: x: Full. Make room, and start the same"),
+    ],
+)
+def test_a_node_or_a_rank_that_fails_alone_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str,
+    local_rank: str,
+    error: Exception,
+    message: str,
+) -> None:
+    """A path that one node does not see must not end a run without a word."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+
+    def main(_: object) -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    said = capsys.readouterr().err
+    assert said.startswith(message) if message else said == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file on a full disk")
+def test_a_full_disk_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is named although the write that fails does not know its name; nothing is left behind."""
+    monkeypatch.setattr(files, "_writing", lambda path: Path("/dev/full"))
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+
+    def main(_: object) -> None:
+        with files.replacing(tmp_path / "scores.csv") as file:
+            file.write(b"x")
+
+    outcome = run_here(main, [], capsys)
+    assert outcome.code == cli.EXIT_FAILED
+    assert outcome.error.startswith(f"error: {tmp_path}/scores.csv: No space left on device. Make room, and")
+    assert outcome.error.count("\n") == 1
 
 
 def test_help_shows_the_defaults_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.cli import ToolParser, UserError
+from pipeline.cli import Failure, ToolParser, UserError
 from pipeline.huggingface import mapping
 from pipeline.monitor.progress import Progress
 from pipeline.weights import StoredWeight, StoredWeights
@@ -103,7 +103,10 @@ def write_weights(
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: weights[name].read().to(types[name]) for name in names}
-        save_file(shard, folder / file, {"format": "pt"})
+        try:
+            save_file(shard, folder / file, {"format": "pt"})
+        except SafetensorError as error:  # in place of an OSError
+            raise Failure(f"{folder / file} cannot be written ({error}): start again with room.") from None
         del shard  # before the next one is read
         (folder / file).chmod(0o666 & ~_umask())  # safetensors would let nobody else read it
         places |= dict.fromkeys(names, file)

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from pipeline.files import keep_lines
+from pipeline.files import keep_lines, read_lines
 from pipeline.runtime import Engine
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -30,7 +30,7 @@ class SkipLog:
         entries: list[dict[str, Any]] = []
         if self.writes and self.path.exists():
             keep_lines(self.path, lambda _: True)  # half a line of a killed process goes
-            entries = [orjson.loads(line) for line in self.path.read_bytes().splitlines()]
+            entries = read_lines(self.path)
         self.entries = engine.all_gather(entries)[0]
 
     def skipped(self) -> int:

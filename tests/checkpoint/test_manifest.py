@@ -133,6 +133,17 @@ def test_another_sharding_is_refused(train: Train, run_dir: Path) -> None:
     assert "(engine.kind, engine.deepspeed_config) = zero2, the run has none" in complaint
 
 
+def test_damaged_lines_of_the_curves_do_not_keep_a_run_from_going_on(train: Train, run_dir: Path) -> None:
+    """A machine that loses its power may leave zeros in the place of lines that were not yet on the disk."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes()
+    path.write_bytes(lines + bytes(20) + b"\n" + bytes(7))
+    outcome = train(run_dir, *SHORT)
+    assert outcome.code == 0
+    assert f"{path}, line {lines.count(10) + 1} is damaged" in outcome.output
+    assert path.read_bytes() == lines
+
+
 def test_fewer_steps_than_are_done_are_refused(train: Train, run_dir: Path) -> None:
     """The run would otherwise stop at once with the code for a retry, again and again."""
     complaint = train(run_dir, *SHORT, "--train.steps", "10").complaint()
