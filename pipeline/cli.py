@@ -155,7 +155,13 @@ def _run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
         fail(str(error))
     except Failure as error:
         fail(str(error), EXIT_FAILED)
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (
+        FileNotFoundError,
+        FileExistsError,
+        PermissionError,
+        IsADirectoryError,
+        NotADirectoryError,
+    ) as error:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.", alone=True)

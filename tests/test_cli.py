@@ -106,6 +106,7 @@ def test_errors_are_red_on_a_terminal_alone(
             PermissionError(13, "Denied", "x"),
             "error: rank 9: x: Denied. Check the path and its perm",
         ),
+        ("0", "0", FileExistsError(17, "File exists", "x"), "error: x: File exists. Check the path"),
         ("9", "1", OSError(28, "Full", "x"), "error: rank 9: x: Full. Make room, and start the same"),
     ],
 )

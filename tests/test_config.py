@@ -25,6 +25,11 @@ def good(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_no_arguments_are_one_line() -> None:
+    with pytest.raises(UserError, match="give --config"):
+        configuration.load([])
+
+
 def test_command_line_overrides_yaml(good: str) -> None:
     config = configuration.load(["--config", good, "--train.steps", "7", "--schedule.warmup_steps=1"])
     assert config.train.steps == 7
@@ -64,10 +69,19 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
     [
         (["--train.stepz", "3"], ["'train.stepz'", "'train.steps'"]),
         (["--steps", "3"], ["'steps'", "'train.steps'"]),
-        (["--train.steps", "many"], ["train.steps", "int", "many"]),
+        (["--train.steps", "many"], ["train.steps is many", "a whole number"]),
+        (["--train.log_samples", "maybe"], ["train.log_samples is maybe", "true or false"]),
+        (["--optimizer.ema_decay", "x"], ["optimizer.ema_decay is x", "a number or null"]),
+        (["--data.prefixes", "a"], ["data.prefixes is a", "a list, such as [a, b]"]),
+        (["--data.weights", "1"], ["data.weights is 1", "a list, such as [1, 2] or null"]),
+        (
+            ["--evaluation.tasks", "[{task: exacto, data: x}]"],
+            ["evaluation.tasks: task is exacto", "'exact'"],
+        ),
+        (["--evaluation.tasks", "[{tusk: exact}]"], ["evaluation.tasks", "'tusk' is not accepted"]),
         (["--train.steps", "0"], ["train.steps is 0", "above 0"]),
         (["--train.seed", "-1"], ["train.seed is -1"]),
-        (["--objective.kind", "pumma"], ["objective.kind", "puma", "pumma"]),
+        (["--objective.kind", "pumma"], ["objective.kind is pumma", "random_masking", "mean 'puma'"]),
         (["--objective.stages", "0"], ["objective.stages is 0"]),
         (["--objective.threshold", "1.5"], ["objective.threshold is 1.5", "between 0 and 1"]),
         (

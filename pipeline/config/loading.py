@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import jsonargparse
@@ -68,14 +70,13 @@ class Config:
         self.profiling.check(self.engine.kind)
 
 
-def known_keys(cls: type = Config, prefix: str = "") -> list[str]:
-    """Return every key of the configuration in dotted form, sections included."""
-    keys = []
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        keys.append(prefix + item.name)
-        if dataclasses.is_dataclass(hints[item.name]):
-            keys += known_keys(hints[item.name], prefix + item.name + ".")
+def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every key of the configuration in dotted form, sections included."""
+    keys: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        keys[prefix + name] = hint
+        if dataclasses.is_dataclass(hint):
+            keys |= known_keys(typing.cast(type, hint), f"{prefix}{name}.")
     return keys
 
 
@@ -144,6 +145,7 @@ def load(arguments: Sequence[str]) -> Config:
     """
     # The deepspeed launcher adds --local_rank=N of its own, and says the same in the environment.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    require(bool(arguments), "give --config, the YAML of a run, such as configs/tiny_text.yaml.")
     files, overrides = [], False
     for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
@@ -163,16 +165,43 @@ def load(arguments: Sequence[str]) -> Config:
         config = Config(**{k: v for k, v in values.items() if k != "config"})
         config.check()
     except jsonargparse.ArgumentError as error:
-        raise UserError(f"{where or 'command line'}: {_one_line(str(error))}") from None
+        raise UserError(f"{where or 'command line'}: {_explained(str(error))}") from None
     except UserError as error:
         raise UserError(f"{where or 'command line'}: {error}") from None
     return config
 
 
-def _one_line(message: str) -> str:
-    """Shorten jsonargparse's report of several lines to the key and what is wrong with it."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    return " ".join(lines[:3])
+def _explained(message: str) -> str:
+    """Return jsonargparse's report of several lines as one, in words: the key, the value, and what it takes.
+
+    The key may be of an entry of a list: that of the entry follows that of the list.
+    """
+    keys = re.findall(r'Parser key "(.+?)"', message)
+    values = re.findall(r"(?:Got|Given) value: (.*)", message)
+    hint: Any = Config
+    for key in keys:
+        entry = (*typing.get_args(hint), hint)[0]
+        hint = known_keys(typing.cast(type, entry)).get(key) if dataclasses.is_dataclass(entry) else None
+    if keys and values and hint is not None:
+        choices = [str(choice) for choice in typing.get_args(hint)]
+        return (
+            f"{': '.join(keys)} is {values[-1]}: it must be {_described(hint)}.{nearest(values[-1], choices)}"
+        )
+    lines = [line.strip(" -") for line in message.splitlines() if "given class_path" not in line]
+    return re.sub(r'Parser key "(.+?)"', r"\1", " ".join(line for line in lines if line))
+
+
+def _described(hint: Any) -> str:
+    """Return a type in words."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if typing.get_origin(hint) is list:
+        return f"a list, such as {'[1, 2]' if parts[0] is float else '[a, b]'}"
+    if parts:  # X | None
+        return " or ".join(_described(part) for part in parts)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+    return names.get(hint, str(hint))
 
 
 def to_yaml(config: Config) -> str:

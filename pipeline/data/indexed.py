@@ -189,9 +189,10 @@ def read_index(prefix: Path) -> IndexFacts:
     """
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
-            raise UserError(
-                f"dataset {prefix}: {path} does not exist; make it with tools/preprocess_data.py."
-            )
+            remedy = "make it with tools/preprocess_data.py"
+            if prefix.suffix in (".bin", ".idx") and prefix.is_file():
+                remedy = f"name it without its suffix, {prefix.with_suffix('')}"
+            raise UserError(f"dataset {prefix}: {path} does not exist; {remedy}.")
     path = idx_path(prefix)
     with path.open("rb") as file:
         magic, header = file.read(len(MAGIC)), file.read(HEADER.size)

@@ -96,3 +96,10 @@ def test_an_error_leaves_the_old_dataset(tmp_path: Path) -> None:
 def test_a_dataset_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"d.bin does not exist; make it with tools/preprocess_data.py"):
         read_index(tmp_path / "d")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_prefix_with_the_suffix_of_a_file_is_said(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"d{suffix}").touch()
+    with pytest.raises(UserError, match=r"name it without its suffix, .*/d"):
+        read_index(tmp_path / f"d{suffix}")
