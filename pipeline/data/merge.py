@@ -77,12 +77,12 @@ def missing_units(plan: Plan, folder: Path) -> list[int]:
     return [unit for unit in range(len(plan.units)) if part_folder(folder, unit).name not in there]
 
 
-def whole_plan(folder: Path) -> Plan:
-    """Return the plan of a folder of parts; raise a `UserError` unless every part is there."""
+def _plan_of(folder: Path, whole: bool) -> Plan:
+    """Return the plan of a folder of parts; raise a `UserError` where it has none, or has to be `whole`."""
     plan = read_plan(folder)
     if plan is None:
         raise UserError(f"{folder} holds no plan of parts: make them with tools/preprocess_data.py.")
-    missing = missing_units(plan, folder)
+    missing = missing_units(plan, folder) if whole else []
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} of {len(plan.units)} parts are missing, unit {missing[0]} first: run "
@@ -107,37 +107,47 @@ class _Tally:
         self.lengths += length_histogram(sizes)
 
 
-def merge_parts(folder: Path, prefix: Path, shards: int = 1) -> list[tuple[Path, DatasetFacts]]:
+def merge_parts(
+    folder: Path, prefix: Path, shards: int = 1, wait_for: Callable[[int], object] | None = None
+) -> list[tuple[Path, DatasetFacts]]:
     """Write the dataset of whole parts, or a blend of `shards` datasets with consecutive units each.
 
     Args:
         folder: of the parts, which is left as it is.
         prefix: path of the dataset; of a shard with -00000-of-00008 behind it.
         shards: number of datasets.
+        wait_for: called with each unit in turn, returns when its part is there; without it all are there.
 
     Returns:
         Prefix and facts of each dataset.
 
     Raises:
-        UserError: for missing parts, or a corpus without a document.
+        UserError: for missing parts, or a dataset without a document.
     """
-    plan = whole_plan(folder)
+    plan = _plan_of(folder, whole=wait_for is None)
     if shards > 1 and plan.options.shuffle_seed is not None:
         raise UserError("--shards goes with datasets in the order of their input: --shuffle-seed makes one.")
     if not 1 <= shards <= max(1, len(plan.units)):
         raise UserError(f"--shards is {shards}: it must be from 1 to the number of parts, {len(plan.units)}.")
-    facts = [read_part(folder, unit, plan.sha256) for unit in range(len(plan.units))]
-    counts = Counts.total(part.counts for part in facts)
-    if counts.documents == 0:
-        names = ", ".join(source.path for source in plan.sources[:3])
-        raise UserError(f"--input {names}: no document in it ({counts.describe()}).")
-    keep = find_first(plan, folder, facts) if plan.options.deduplicate else None
+
+    def part_of(unit: int) -> PartFacts:
+        if wait_for is not None:
+            wait_for(unit)
+        return read_part(folder, unit, plan.sha256)
+
+    units = range(len(plan.units))
+    keep = None
+    if plan.options.deduplicate:
+        keep = find_first(folder, [part_of(unit) for unit in units])
+    size = None if wait_for else round(_size(folder, len(units)) / MEGABYTE, 1)
     made = []
-    with closing(Progress(round(_size(folder, len(facts)) / MEGABYTE, 1), 0, "MB")) as progress:
-        for number, units in enumerate(np.array_split(np.arange(len(plan.units)), shards)):
+    with closing(Progress(size, 0, "MB joined")) as progress:
+        for number, chosen in enumerate(np.array_split(np.array(units, np.int64), shards)):
             name = prefix.name if shards == 1 else f"{prefix.name}-{number:05d}-of-{shards:05d}"
             target = prefix.with_name(name)
-            made.append((target, _write_shard(plan, folder, facts, units.tolist(), target, keep, progress)))
+            made.append(
+                (target, _write_shard(plan, folder, part_of, chosen.tolist(), target, keep, progress))
+            )
     return made
 
 
@@ -146,31 +156,39 @@ def _size(folder: Path, units: int) -> int:
 
 
 def _write_shard(
-    plan: Plan, folder: Path, facts: list[PartFacts], units: list[int], prefix: Path, keep: Array | None,
-    progress: Progress,
+    plan: Plan, folder: Path, part_of: Callable[[int], PartFacts], units: list[int], prefix: Path,
+    keep: list[Array] | None, progress: Progress,
 ) -> DatasetFacts:  # fmt: skip
     """Write one dataset from some units, its quarantine and its facts, which come last."""
     tokenizer = Tokenizer.load(Path(plan.tokenizer))
     dtype, pairs = token_dtype(tokenizer.vocab_size), plan.options.keys.is_pair
     tally = _Tally(tokenizer.vocab_size, 2 if pairs else 1)
-    first = np.cumsum([0, *(part.counts.documents for part in facts)])
-    counts = Counts.total(facts[unit].counts for unit in units)
+    found: list[Counts] = []
 
     def chunks() -> Iterator[Chunk]:
         for unit in units:
-            part = read_tokens(part_folder(folder, unit), facts[unit], tally.step)
+            facts = part_of(unit)
+            part = read_tokens(part_folder(folder, unit), facts, tally.step)
+            sha256 = beside.submit(sha256_of, part.tokens)
             tally.histograms += np.load(part_folder(folder, unit) / HISTOGRAMS)
-            kept = None if keep is None else keep[first[unit] : first[unit + 1]]
-            for tokens, lengths in _kept(part, dtype, kept, tally, counts):
+            found.append(facts.counts)
+            kept = None if keep is None else keep[unit]
+            for tokens, lengths in _kept(part, dtype, kept, tally, facts.counts):
                 tally.add(lengths)
                 yield tokens, lengths
                 progress.advance(round(progress.done + tokens.nbytes / MEGABYTE, 6))
-            if hashes[unit].result() != facts[unit].sha256[TOKENS]:
+            if sha256.result() != facts.sha256[TOKENS]:
                 raise UserError(
                     f"{part.tokens} is damaged: remove {part.tokens.parent} and run the same again."
                 )
+        counts = Counts.total(found)
+        if counts.documents + counts.duplicates == 0:
+            names = ", ".join(source.path for source in plan.sources[:3])
+            raise UserError(f"--input {names}: no document in it ({counts.describe()}).")
+        _join_quarantine(folder, units, prefix)
 
     def facts_with(sha256: dict[str, str]) -> DatasetFacts:
+        counts = Counts.total(found)
         counts.check()
         return DatasetFacts(
             format=FORMAT,
@@ -189,17 +207,12 @@ def _write_shard(
             sha256=sha256,
         )
 
-    _join_quarantine(folder, units, prefix)
-    with ThreadPoolExecutor(1) as beside:  # hashes the parts while they are copied
-        hashes = {unit: beside.submit(sha256_of, part_folder(folder, unit) / TOKENS) for unit in units}
+    with ThreadPoolExecutor(1) as beside:  # hashes a part while it is copied
         source = chunks()
         if plan.options.shuffle_seed is not None:
             write_dataset(source, folder / "in_order", dtype, pairs)
             source = shuffled(folder / "in_order", plan.options.shuffle_seed)
-        try:
-            return _write(source, prefix, dtype, pairs, facts_with)
-        finally:
-            beside.shutdown(cancel_futures=True)
+        return _write(source, prefix, dtype, pairs, facts_with)
 
 
 def _write(
@@ -243,8 +256,8 @@ def _kept(
     yield from part.chunks(dtype, sequences)
 
 
-def find_first(plan: Plan, folder: Path, facts: Sequence[PartFacts]) -> Array:
-    """Return which documents [documents] bool are the first with their texts, in the order of the input.
+def find_first(folder: Path, facts: Sequence[PartFacts]) -> list[Array]:
+    """Return which documents [documents] bool of each part are the first with their texts.
 
     Hashes are sorted in partitions, so memory is 1 byte a document and about 1.5 GB for a partition; the
     files of hashes, 16 bytes a document, are read once a partition.
@@ -266,7 +279,7 @@ def find_first(plan: Plan, folder: Path, facts: Sequence[PartFacts]) -> Array:
         order = np.lexsort((table[:, 1], table[:, 0]))  # stable: equal hashes stay in the order of the input
         same = (table[order[1:]] == table[order[:-1]]).all(axis=1)
         keep[number[order[1:][same]]] = False
-    return keep
+    return np.split(keep, np.cumsum([part.counts.documents for part in facts], dtype=np.int64)[:-1])
 
 
 def shuffled(prefix: Path, seed: int) -> Iterator[Chunk]:

@@ -13,8 +13,8 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
@@ -112,18 +112,27 @@ def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
     with _locked(prefix, work):
         if not work.restart and is_whole(prefix, plan):  # also after a kill between its last file and here
             shutil.rmtree(folder, ignore_errors=True)
-            return _summarise(prefix, read_facts(prefix).counts, plan, work, started, [])
+            return _summarise(prefix, read_facts(prefix).counts, plan, work, started, {})
         plan = _continued(plan, prefix, work)
         mine = list(range(work.shard_index, len(plan.units), work.num_shards))
         _remove_left_overs(folder, mine)
         todo = sorted(set(missing_units(plan, folder)) & set(mine))
-        with _disk_errors(prefix):
-            made = _make_parts(Job(plan, folder, work.on_error), mine, todo, work)
-            counts = Counts.total(read_part(folder, unit, plan.sha256).counts for unit in mine)
-            _check_bad(counts, folder, mine, work, final=True)
-            if work.num_shards == 1:
-                counts = merge_parts(folder, prefix)[0][1].counts
-        summary = _summarise(prefix, counts, plan, work, started, made)
+        made: dict[int, Counts] = {}
+        with _disk_errors(prefix), _workers(Job(plan, folder, work.on_error), mine, todo, work) as wait_for:
+
+            def arrived(unit: int) -> None:
+                wait_for(unit)
+                made[unit] = read_part(folder, unit, plan.sha256).counts
+                if len(made) == len(mine):  # before a dataset appears
+                    _check_bad(Counts.total(made.values()), folder, mine, work, final=True)
+
+            if work.num_shards == 1:  # the parts are joined while others are being made
+                counts = merge_parts(folder, prefix, wait_for=arrived)[0][1].counts
+            else:
+                for unit in mine:
+                    arrived(unit)
+                counts = Counts.total(made.values())
+        summary = _summarise(prefix, counts, plan, work, started, {unit: made[unit] for unit in todo})
         if work.num_shards == 1:
             shutil.rmtree(folder)
         return summary
@@ -137,12 +146,12 @@ def summary_path(prefix: Path, work: Work) -> Path:
 
 
 def _summarise(
-    prefix: Path, counts: Counts, plan: Plan, work: Work, started: float, made: Sequence[tuple[int, Counts]]
+    prefix: Path, counts: Counts, plan: Plan, work: Work, started: float, made: dict[int, Counts]
 ) -> Summary:
     """Write the summary of a run."""
     seconds = time.monotonic() - started
     units = len(range(work.shard_index, len(plan.units), work.num_shards))
-    size = sum(span.size for unit, _ in made for span in plan.units[unit])
+    size = sum(span.size for unit in made for span in plan.units[unit])
     summary = Summary(
         complete=is_whole(prefix, plan),
         counts=counts,
@@ -151,7 +160,7 @@ def _summarise(
         workers=work.workers,
         seconds=round(seconds, 3),
         megabytes_per_second=round(size / MEGABYTE / seconds, 3),
-        tokens_per_second=round(sum(c.tokens for _, c in made) / seconds),
+        tokens_per_second=round(sum(c.tokens for c in made.values()) / seconds),
     )
     path = summary_path(prefix, work)
     remove_left_overs(path)
@@ -232,10 +241,18 @@ def _disk_errors(prefix: Path) -> Iterator[None]:
         ) from error
 
 
-def _make_parts(job: Job, mine: Sequence[int], todo: Sequence[int], work: Work) -> list[tuple[int, Counts]]:
-    """Make the parts of the units `todo`; return their counts."""
+@contextlib.contextmanager
+def _workers(
+    job: Job, mine: Sequence[int], todo: Sequence[int], work: Work
+) -> Iterator[Callable[[int], None]]:
+    """Have the parts of the units `todo` made while the block runs.
+
+    Yields:
+        A function that returns when the part of a unit is there, and shows meanwhile how far all are.
+    """
     if not todo:
-        return []
+        yield lambda unit: None
+        return
     sizes = {unit: sum(span.size for span in job.plan.units[unit]) for unit in mine}
     total, before = sum(sizes.values()), sum(sizes.values()) - sum(sizes[unit] for unit in todo)
     workers = min(work.workers, len(todo))
@@ -243,18 +260,26 @@ def _make_parts(job: Job, mine: Sequence[int], todo: Sequence[int], work: Work) 
     memory = Board.memory(context, workers)
     board = Board(memory, workers)
     arguments = (job, memory, workers, context.Value("i", 0))
-    made: list[tuple[int, Counts]] = []
+    counts = Counts()
     with ProcessPoolExecutor(workers, context, worker.start, arguments) as pool:
-        futures = {pool.submit(worker.work, unit): unit for unit in todo}  # forks, before threads are begun
-        waiting: set[Future[Counts]] = set(futures)
+        futures = {unit: pool.submit(worker.work, unit) for unit in todo}  # forks, before threads are begun
+        waiting = set(futures.values())
+
+        def wait_for(unit: int) -> None:
+            nonlocal counts, waiting
+            there = unit not in futures
+            while True:
+                there = there or futures[unit].done()
+                ended, waiting = wait(waiting, 0 if there else POLL_SECONDS, FIRST_COMPLETED)
+                counts = Counts.total([counts, *(future.result() for future in ended)])
+                watch.show()
+                _check_bad(counts, job.folder, mine, work, final=False)
+                if there:
+                    return
+
         try:
             with closing(_Watch(board, total, before)) as watch:
-                while waiting:
-                    ended, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-                    made += [(futures[future], future.result()) for future in ended]
-                    watch.show()
-                    counts = Counts.total(c for _, c in made)
-                    _check_bad(counts, job.folder, [u for u, _ in made], work, final=False)
+                yield wait_for
         except BrokenProcessPool:
             raise UserError(
                 "a worker died, perhaps for want of memory: run the same command again, with fewer --workers "
@@ -263,7 +288,6 @@ def _make_parts(job: Job, mine: Sequence[int], todo: Sequence[int], work: Work) 
         finally:
             board.stop()
             pool.shutdown(wait=True, cancel_futures=True)
-    return made
 
 
 def _context(plan: Plan) -> BaseContext:
@@ -280,7 +304,7 @@ def _check_bad(counts: Counts, folder: Path, units: Sequence[int], work: Work, f
     few = counts.records - counts.blank < FEW_RECORDS
     if counts.bad_fraction <= work.max_bad_fraction or (few and not final):
         return
-    first = next(path for unit in sorted(units) if (path := part_folder(folder, unit) / QUARANTINE).exists())
+    first = next(path for unit in units if (path := part_folder(folder, unit) / QUARANTINE).exists())
     with first.open(encoding="utf-8") as file:
         entry = json.loads(file.readline())
     where = (

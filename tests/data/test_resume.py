@@ -266,3 +266,28 @@ def test_a_part_that_is_damaged_later_is_found(corpus: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"000001/lengths is damaged"):
         merge_parts(folder, tmp_path / "d")
     assert not list(tmp_path.glob("d.[bi]*"))
+
+
+def test_parts_are_joined_as_they_come(corpus: Path, tmp_path: Path) -> None:
+    """Each is asked for once and in order; where one does not come, an older dataset stays as it was."""
+    make_dataset([corpus / "x.jsonl"], corpus / "tokenizer", tmp_path / "whole")
+    plan = make_plan_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
+    folder, loaded, asked = parts_folder(tmp_path / "d"), Tokenizer.load(corpus / "tokenizer"), []
+    write_plan(plan, folder)
+
+    def make(unit: int) -> None:
+        asked.append(unit)
+        make_part(Job(plan, folder, "quarantine"), loaded, unit, lambda done, tokens: None)
+
+    def fail(unit: int) -> None:
+        if unit == 2:
+            raise UserError("a worker died")
+
+    merge_parts(folder, tmp_path / "d", wait_for=make)
+    assert asked == list(range(len(plan.units)))
+    assert len(asked) > 2
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+    with pytest.raises(UserError, match="a worker died"):
+        merge_parts(folder, tmp_path / "d", wait_for=fail)
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
+    assert not list(tmp_path.glob(".d.*"))
