@@ -15,6 +15,16 @@ from pipeline.data.units import Options, Plan, make_plan, write_plan
 from pipeline.data.worker import Job, make_part
 
 TEXT = Keys(("text",))
+PAIRS, AS_PAIRS = Keys(("q", "a")), ("--prompt-key", "q", "--answer-key", "a")
+
+
+def command(corpus: Path, prefix: Path, *more: str, inputs: Sequence[Path | str] = ()) -> list[str]:
+    """Return a command line of the tool; text of x.jsonl by one worker unless `more` says otherwise."""
+    given = [str(path) for path in inputs or [corpus / "x.jsonl"]]
+    return [
+        "--input", *given, "--tokenizer", str(corpus / "tokenizer"), "--output-prefix", str(prefix),
+        "--workers", "1", *more,
+    ]  # fmt: skip
 
 
 def make_plan_of(
