@@ -116,7 +116,8 @@ def merge_parts(
         folder: of the parts, which is left as it is.
         prefix: path of the dataset; of a shard with -00000-of-00008 behind it.
         shards: number of datasets.
-        wait_for: called with each unit in turn, returns when its part is there; without it all are there.
+        wait_for: called before the part of a unit is read, returns when it is there; may raise. Without it
+            all are there. Nothing takes the place of an older dataset before the last one is.
 
     Returns:
         Prefix and facts of each dataset.
@@ -169,7 +170,7 @@ def _write_shard(
         for unit in units:
             facts = part_of(unit)
             part = read_tokens(part_folder(folder, unit), facts, tally.step)
-            sha256 = beside.submit(sha256_of, part.tokens)
+            hashed = beside.submit(sha256_of, part.tokens)
             tally.histograms += np.load(part_folder(folder, unit) / HISTOGRAMS)
             found.append(facts.counts)
             kept = None if keep is None else keep[unit]
@@ -177,7 +178,7 @@ def _write_shard(
                 tally.add(lengths)
                 yield tokens, lengths
                 progress.advance(round(progress.done + tokens.nbytes / MEGABYTE, 6))
-            if sha256.result() != facts.sha256[TOKENS]:
+            if hashed.result() != facts.sha256[TOKENS]:
                 raise UserError(
                     f"{part.tokens} is damaged: remove {part.tokens.parent} and run the same again."
                 )

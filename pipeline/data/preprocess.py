@@ -1,7 +1,8 @@
-"""A corpus to an indexed dataset: a pool of workers makes the parts of a plan, then they are joined.
+"""A corpus to an indexed dataset: a pool of workers makes the parts of a plan, which are joined as they come.
 
-The parent sees no token: it hands out units, watches the workers and counts. Killed at any moment, the same
-command goes on: parts that are there are whole and are not made again.
+No token goes through the parent's Python: it hands out units, watches the workers, counts, and copies whole
+parts behind one another. Killed at any moment, the same command goes on: parts that are there are whole and
+are not made again.
 """
 
 from __future__ import annotations
@@ -112,27 +113,30 @@ def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
     with _locked(prefix, work):
         if not work.restart and is_whole(prefix, plan):  # also after a kill between its last file and here
             shutil.rmtree(folder, ignore_errors=True)
-            return _summarise(prefix, read_facts(prefix).counts, plan, work, started, {})
+            return _summarise(prefix, read_facts(prefix).counts, plan, work, started, [], 0)
         plan = _continued(plan, prefix, work)
         mine = list(range(work.shard_index, len(plan.units), work.num_shards))
         _remove_left_overs(folder, mine)
         todo = sorted(set(missing_units(plan, folder)) & set(mine))
-        made: dict[int, Counts] = {}
+
+        def counts_of(units: Sequence[int]) -> Counts:
+            return Counts.total(read_part(folder, unit, plan.sha256).counts for unit in units)
+
         with _disk_errors(prefix), _workers(Job(plan, folder, work.on_error), mine, todo, work) as wait_for:
 
             def arrived(unit: int) -> None:
                 wait_for(unit)
-                made[unit] = read_part(folder, unit, plan.sha256).counts
-                if len(made) == len(mine):  # before a dataset appears
-                    _check_bad(Counts.total(made.values()), folder, mine, work, final=True)
+                if unit == mine[-1]:  # all are there, and nothing has been replaced yet
+                    _check_bad(counts_of(mine), folder, mine, work, final=True)
 
-            if work.num_shards == 1:  # the parts are joined while others are being made
+            if work.num_shards == 1:  # parts are joined while others are being made
                 counts = merge_parts(folder, prefix, wait_for=arrived)[0][1].counts
             else:
                 for unit in mine:
                     arrived(unit)
-                counts = Counts.total(made.values())
-        summary = _summarise(prefix, counts, plan, work, started, {unit: made[unit] for unit in todo})
+                counts = counts_of(mine)
+            made = counts_of(todo)
+        summary = _summarise(prefix, counts, plan, work, started, todo, made.tokens)
         if work.num_shards == 1:
             shutil.rmtree(folder)
         return summary
@@ -146,9 +150,9 @@ def summary_path(prefix: Path, work: Work) -> Path:
 
 
 def _summarise(
-    prefix: Path, counts: Counts, plan: Plan, work: Work, started: float, made: dict[int, Counts]
+    prefix: Path, counts: Counts, plan: Plan, work: Work, started: float, made: Sequence[int], tokens: int
 ) -> Summary:
-    """Write the summary of a run."""
+    """Write the summary of a run, which made some units with these tokens."""
     seconds = time.monotonic() - started
     units = len(range(work.shard_index, len(plan.units), work.num_shards))
     size = sum(span.size for unit in made for span in plan.units[unit])
@@ -160,7 +164,7 @@ def _summarise(
         workers=work.workers,
         seconds=round(seconds, 3),
         megabytes_per_second=round(size / MEGABYTE / seconds, 3),
-        tokens_per_second=round(sum(c.tokens for c in made.values()) / seconds),
+        tokens_per_second=round(tokens / seconds),
     )
     path = summary_path(prefix, work)
     remove_left_overs(path)

@@ -37,7 +37,7 @@ from pipeline.files import creating_folder
 TOKENS, LENGTHS, HASHES, QUARANTINE = "tokens", "lengths", "hashes", "quarantine.jsonl"
 HISTOGRAMS, PART = "histograms.npy", "part.json"
 HASH = np.dtype("V16")
-BATCH, BATCH_CHARACTERS = 512, 2**20  # encoded by one call, which starts a thread each time
+BATCH, BATCH_CHARACTERS = 4096, 2**20  # encoded by one call, which starts a thread each time
 EXCERPT = 200  # characters of a bad record that are shown
 
 
