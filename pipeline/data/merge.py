@@ -96,7 +96,7 @@ class _Tally:
 
     def __init__(self, vocab_size: int, step: int) -> None:
         self.step = step
-        self.longest = 0
+        self.longest = self.tokens = 0
         self.lengths = np.zeros(LENGTH_BINS, np.int64)
         self.histograms = np.zeros((2, vocab_size), np.int64)
 
@@ -104,6 +104,7 @@ class _Tally:
         """Count documents by the lengths of their sequences."""
         sizes = lengths.reshape(-1, self.step).sum(axis=1, dtype=np.int64)
         self.longest = max(self.longest, int(sizes.max(initial=0)))
+        self.tokens += int(sizes.sum())
         self.lengths += length_histogram(sizes)
 
 
@@ -165,6 +166,7 @@ def _write_shard(
     dtype, pairs = token_dtype(tokenizer.vocab_size), plan.options.keys.is_pair
     tally = _Tally(tokenizer.vocab_size, 2 if pairs else 1)
     found: list[Counts] = []
+    before = progress.done
 
     def chunks() -> Iterator[Chunk]:
         for unit in units:
@@ -177,7 +179,7 @@ def _write_shard(
             for tokens, lengths in _kept(part, dtype, kept, tally, facts.counts):
                 tally.add(lengths)
                 yield tokens, lengths
-                progress.advance(round(progress.done + tokens.nbytes / MEGABYTE, 6))
+                progress.advance(round(before + tally.tokens * dtype.itemsize / MEGABYTE, 1))
             if hashed.result() != facts.sha256[TOKENS]:
                 raise UserError(
                     f"{part.tokens} is damaged: remove {part.tokens.parent} and run the same again."
@@ -352,7 +354,7 @@ def merge_datasets(prefixes: Sequence[Path], output: Path) -> DatasetFacts:
                 for tokens, lengths in Part(bin_path(prefix), read_index(prefix).lengths).chunks(dtype):
                     tally.add(lengths)
                     yield tokens, lengths
-                    progress.advance(round(progress.done + tokens.nbytes / MEGABYTE, 6))
+                    progress.advance(round(tally.tokens * dtype.itemsize / MEGABYTE, 1))
 
         return _write(chunks(), output, dtype, pairs, facts_with)
 
