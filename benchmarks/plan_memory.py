@@ -1,8 +1,8 @@
-"""The memory and the collectives of real ZeRO steps on two CPU ranks beside what the plan says of them.
+"""The memory and the collectives of real ZeRO steps on CPU ranks beside what the plan says of them.
 
-usage: python benchmarks/plan_memory.py [--only NAME ...] [--output benchmarks/results/plan_memory.json]
+usage: python benchmarks/plan_memory.py [--ranks 2] [--only NAME ...] [--output FILE.json]
 
-Every case starts two gloo ranks that train three steps. The storages of all tensors are added up while they
+Every case starts gloo ranks that train three steps. The storages of all tensors are added up while they
 live (`LiveStorages`), and the tensors of all collectives of the last step; nothing of it comes from the plan.
 """
 
@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from pipeline.planning.run_plan import checkpoint_bytes
 from pipeline.runtime import engine_settings
 from pipeline.train import train_step
 
-STEPS, RANKS = 3, 2
+STEPS = 3
 SETTINGS = """
     --run_dir unused --data.prefixes [unused] --data.sequence_length 64 --train.global_batch_size 8
     --train.micro_batch_size 4 --model.layers 6 --model.hidden_size 128 --model.heads 4
@@ -106,21 +106,26 @@ class Collectives(LiveStorages):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-def load(case: Case, folder: Path) -> Config:
-    """Return the configuration of a case, with its DeepSpeed JSON written into `folder`."""
+def load(case: Case, folder: Path, ranks: int) -> Config:
+    """Return the configuration of a case, with its DeepSpeed JSON written into `folder`.
+
+    The global batches above are those of two ranks; a rank has the same work among more.
+    """
     path = folder / "ds.json"
     zero = ZERO | (case.zero or {})
     if zero["stage"] < 3:
         zero = {key: value for key, value in zero.items() if not key.startswith("stage3_")}
     path.write_text(json.dumps({"zero_optimization": zero}))
     more = ["--engine.deepspeed_config", str(path), "--engine.device", "cpu", *case.settings]
-    return configuration.load([*SETTINGS, *more])
+    config = configuration.load([*SETTINGS, *more])
+    batch = config.train.global_batch_size * ranks // 2
+    return replace(config, train=replace(config.train, global_batch_size=batch))
 
 
 def measure(name: str, output: Path) -> None:
     """Train on this rank and, on the first, write what was measured."""
     case = CASES[name]
-    config = load(case, output.parent / os.environ["RANK"])
+    config = load(case, output.parent / os.environ["RANK"], int(os.environ["WORLD_SIZE"]))
     with (
         Collectives() as counted,
         engine_on_random_text(config, case.tokens, config.data.sequence_length) as (engine, groups),
@@ -140,14 +145,14 @@ def measure(name: str, output: Path) -> None:
             output.write_text(json.dumps(found))
 
 
-def plan(case: Case, folder: Path, rows: int) -> dict[str, Any]:
+def plan(case: Case, folder: Path, ranks: int, rows: int) -> dict[str, Any]:
     """Return what the plan says of a case: bytes."""
-    config = load(case, folder)
+    config = load(case, folder, ranks)
     zero = Zero.of(engine_settings(config))
     width = HALF if config.engine.precision == "bf16" else FULL
     parameters = count_parameters(config, case.tokens)
-    memory = plan_memory(config, zero, parameters, RANKS, rows, on_gpu=False)
-    traffic = step_communication(zero, parameters, config.train.accumulation(RANKS), width)
+    memory = plan_memory(config, zero, parameters, ranks, rows, on_gpu=False)
+    traffic = step_communication(zero, parameters, config.train.accumulation(ranks), width)
     return {
         "parameters": parameters.count,
         "peak": memory.total,
@@ -159,24 +164,24 @@ def plan(case: Case, folder: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def compare(name: str) -> dict[str, Any]:
+def compare(name: str, ranks: int) -> dict[str, Any]:
     """Measure a case and return it beside its plan, with their ratios."""
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "measured.json"
-        for rank in range(RANKS):
+        for rank in range(ranks):
             (Path(temporary) / str(rank)).mkdir()
-        start_ranks(name, RANKS, [__file__, "--measure", name, "--output", str(output)])
-        ranks = json.loads(output.read_text())
-        planned = plan(CASES[name], Path(temporary), max(rank["rows"] for rank in ranks))
-    collectives = Counter(ranks[0]["collectives"])
+        start_ranks(name, ranks, [__file__, "--measure", name, "--output", str(output)])
+        found = json.loads(output.read_text())
+        planned = plan(CASES[name], Path(temporary), ranks, max(rank["rows"] for rank in found))
+    collectives = Counter(found[0]["collectives"])
     gathered = sum(size for kind, size in collectives.items() if "allgather" in kind)
     reduced = sum(size for kind, size in collectives.items() if "reduce_scatter" in kind)
     reduced += 2 * collectives["allreduce_"]
     measured = {
-        "peak": max(rank["peak"] for rank in ranks),
+        "peak": max(rank["peak"] for rank in found),
         "all_gather": gathered,
         "reduce": reduced,
-        "checkpoint": sum(rank["saved"] for rank in ranks),
+        "checkpoint": sum(rank["saved"] for rank in found),
     }
     ratios = {key: planned[key] / measured[key] for key in measured}
     return {"planned": planned, "measured": measured, "planned / measured": ratios}
@@ -185,6 +190,7 @@ def compare(name: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare every case and print the ratios; the ranks call this too."""
     parser = ToolParser(__doc__ or "")
+    parser.add_argument("--ranks", type=int, default=2, help="world size")
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), help="cases")
     parser.add_argument("--measure", choices=list(CASES), help="called on the ranks")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
@@ -198,11 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         + "".join(f"{key:>12}" for key in ("peak", "all_gather", "reduce", "checkpoint"))
     )
     for name in options.only:
-        results[name] = compare(name)
+        results[name] = compare(name, options.ranks)
         ratios = results[name]["planned / measured"]
         print(f"{name:38}" + "".join(f"{value:12.3f}" for value in ratios.values()), flush=True)
     if options.output:
-        content = {"torch": torch.__version__, "ranks": RANKS, "cases": results}
+        content = {"torch": torch.__version__, "ranks": options.ranks, "cases": results}
         options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
