@@ -58,7 +58,6 @@ class Run:
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data)
-        self.report_order()
         self.tasks = schedule_tasks(config, tokenizer, self.engine)
         self.stream = SlotStream(self.data.train, config.slots, config.train.seed, config.data.workers)
         stack.callback(self.stream.close)
@@ -74,6 +73,7 @@ class Run:
         self.signals = signals
         self.guard = Guard(config.guard, config.optimizer.gradient_clip, lambda: signals.received)
         self.resume()
+        self.report_order()
         self.progress = Progress(config.train.steps, self.manifest.step, "step", enabled=launch.rank == 0)
         stack.callback(self.progress.close)
         self.logs = stack.enter_context(ExitStack())

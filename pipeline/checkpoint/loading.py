@@ -78,8 +78,11 @@ def check_continues(folder: Path, saved: Manifest, now: Manifest, config: Config
         *_differences("model", before.model, config.model),
         *_differences("objective", before.objective, config.objective),
         ("the vocabulary", saved.vocabulary, now.vocabulary),
-        ("the data (data.*, train.seed)", saved.data_fingerprint[:12], now.data_fingerprint[:12]),
     ]
+    if saved.data_fingerprint != now.data_fingerprint:
+        harmless = {"data.tokenizer", "data.cache", "data.workers"}
+        pairs += [pair for pair in _differences("data", before.data, config.data) if pair[0] not in harmless]
+        pairs.append(("the content of data.prefixes", saved.data_fingerprint[:12], now.data_fingerprint[:12]))
     for what, then, new in pairs:
         if then != new:
             raise UserError(

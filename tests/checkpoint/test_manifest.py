@@ -144,6 +144,25 @@ def test_damaged_lines_of_the_curves_do_not_keep_a_run_from_going_on(train: Trai
     assert path.read_bytes() == lines
 
 
+@pytest.mark.parametrize(
+    ("key", "then", "now"),
+    [("data.split", "80,20,0", "50,50,0"), ("data.padding", "ignored", "eos_targets")],
+)
+def test_another_setting_of_the_data_is_named(
+    train: Train, run_dir: Path, key: str, then: str, now: str
+) -> None:
+    """And nothing in the folder is changed by the attempt."""
+    order = (run_dir / "data_order.json").read_bytes()
+    assert f"{key} = {then}, the run has {now}" in train(run_dir, *SHORT, f"--{key}", now).complaint()
+    assert (run_dir / "data_order.json").read_bytes() == order
+
+
+def test_other_content_of_the_data_is_refused(train: Train, run_dir: Path) -> None:
+    path = run_dir / NEWEST / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_fingerprint": "0" * 64}))
+    assert "the content of data.prefixes = 000000000000, the run has" in train(run_dir, *SHORT).complaint()
+
+
 def test_fewer_steps_than_are_done_are_refused(train: Train, run_dir: Path) -> None:
     """The run would otherwise stop at once with the code for a retry, again and again."""
     complaint = train(run_dir, *SHORT, "--train.steps", "10").complaint()
