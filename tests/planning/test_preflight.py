@@ -58,7 +58,7 @@ WRONG = [
     ),
     Wrong("checkpoint.keep_evry", "keep_evry", "'checkpoint.keep_every'", {"checkpoint": {"keep_evry": 4}}),
     # YAML: values
-    Wrong("train.steps", "many", "int", {"train": {"steps": "many"}}),
+    Wrong("train.steps", "many", "a whole number", {"train": {"steps": "many"}}),
     Wrong("optimizer.learning_rate", "3.0", "0.1 or less", {"optimizer": {"learning_rate": 3}}),
     Wrong("optimizer.learning_rate", "-0.1", "above 0", {"optimizer": {"learning_rate": -0.1}}),
     Wrong("optimizer.weight_decay", "1000.0", "Lower it", {"optimizer": {"weight_decay": 1000}}),
