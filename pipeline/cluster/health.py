@@ -82,16 +82,9 @@ def check_folder(folder: Path) -> list[str]:
 
 def check_gpus(problems: list[str], wanted: int) -> int:
     """Note what is wrong with the GPUs, and return their number."""
-    query = ["nvidia-smi", "--format=csv,noheader,nounits"]
     try:
-        ask = [*query, "--query-gpu=index,memory.used,temperature.gpu"]
-        lines = subprocess.run(
-            ask, capture_output=True, text=True, timeout=60, check=True
-        ).stdout.splitlines()
-        ask = [*query, "--query-compute-apps=pid,process_name"]
-        strays = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout.split(
-            "\n"
-        )
+        lines = _ask_nvidia("--query-gpu=index,memory.used,temperature.gpu")
+        strays = _ask_nvidia("--query-compute-apps=pid,process_name")
     except (OSError, subprocess.SubprocessError) as error:
         problems.append(f"nvidia-smi failed: {error}")
         return 0
@@ -105,6 +98,12 @@ def check_gpus(problems: list[str], wanted: int) -> int:
             problems.append(f"GPU {index} is at {temperature} °C")
     problems.extend(f"stray process on a GPU: {line.strip()}" for line in strays if line.strip())
     return len(lines)
+
+
+def _ask_nvidia(query: str) -> list[str]:
+    """Return the lines that nvidia-smi answers to a query."""
+    command = ["nvidia-smi", "--format=csv,noheader,nounits", query]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
 
 
 def check_together(report: NodeReport, rank: int, world_size: int, address: str) -> None:

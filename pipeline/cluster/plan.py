@@ -161,11 +161,7 @@ def make_plan(request: Request, site: Site, run_dir: Path, config_path: Path) ->
             continue
         options, arguments = details[stage]
         limit = site.times[
-            "PRETRAIN_TIME"
-            if stage == "pretrain"
-            else "PREPROCESS_TIME"
-            if stage == "preprocess"
-            else "OTHER_TIME"
+            {"pretrain": "PRETRAIN_TIME", "preprocess": "PREPROCESS_TIME"}.get(stage, "OTHER_TIME")
         ]
         number = "%A_%a" if any(option.startswith("--array") for option in options) else "%j"
         common = [f"--job-name={run_dir.name}-{stage}", f"--output={logs}/{stage}_{number}.log"]

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pipeline.cluster.health import check_folder, check_gpus
 from pipeline.cluster.site import SITE_FILE
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.launch import free_port
 from pipeline.planning.gpus import GIB, gpu_of_device
 from pipeline.planning.preflight import check_run
 from pipeline.runtime import compatible_ops, engine_settings
@@ -238,9 +238,7 @@ def check_configuration(config: Config) -> Iterator[Finding]:
 def check_two_ranks(root: Path) -> Iterator[Finding]:
     """Let two processes add up a tensor, by the health check of nodes: on two GPUs, or on the CPU."""
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as temporary:
         ranks = []
         for rank in range(2):

@@ -92,8 +92,11 @@ def absolute_paths(config: Config, base: Path) -> Config:
     engine = dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config))
     start = config.train.initial_weights
     train = dataclasses.replace(config.train, initial_weights=start and absolute(start))
+    tasks = [dataclasses.replace(task, data=absolute(task.data)) for task in config.evaluation.tasks]
+    evaluation = dataclasses.replace(config.evaluation, tasks=tasks)
+    run_dir = absolute(config.run_dir)
     return dataclasses.replace(
-        config, run_dir=absolute(config.run_dir), data=data, engine=engine, train=train
+        config, run_dir=run_dir, data=data, engine=engine, train=train, evaluation=evaluation
     )
 
 

@@ -34,7 +34,13 @@ def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = Non
 def check_engine(
     config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True
 ) -> None:
-    """Do what `check_run` does without the data, for a run whose data are still to be made."""
+    """Do what `check_run` does without the training data, for a run whose data are still to be made."""
+    for number, task in enumerate(config.evaluation.tasks):
+        if not Path(task.data).is_file():
+            raise UserError(
+                f"evaluation.tasks[{number}].data is {task.data}: there is no such file. Name the file "
+                "of the items, or leave the task out."
+            )
     settings = engine_settings(config, world_size)
     if disk:
         check_disk(config, Zero.of(settings), config.model.rows_for(tokenizer.vocab_size))

@@ -14,6 +14,8 @@ from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.sampling.loading import Loaded
 
+_SHOWN = 40  # characters of a prompt in a message
+
 
 @dataclass(frozen=True)
 class MaskedSequence:
@@ -82,12 +84,14 @@ def behind_prompts(
     """
     limit = config.data.sequence_length
     sequences = []
-    for ids in (array.tolist() for array in tokenizer.encode_batch(prompts)):
+    for number, array in enumerate(tokenizer.encode_batch(prompts)):
+        ids = array.tolist()
         end = len(ids) + length if length else limit
         if end > limit or end <= len(ids):
             raise UserError(
-                f"a prompt of {len(ids)} tokens with an answer of {length or 'at least 1'} exceeds the "
-                f"sequence length that the model was trained on, {limit}: shorten one of them."
+                f"prompt {number + 1} of {len(prompts)}, {prompts[number][:_SHOWN]!r}, has {len(ids)} tokens "
+                f"and exceeds with an answer of {length or 'at least 1'} the sequence length that the model "
+                f"was trained on, {limit}. Shorten one of them."
             )
         sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
     check_beginnings(sequences, config)

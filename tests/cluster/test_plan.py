@@ -205,12 +205,15 @@ def test_templates_are_valid_bash(path: Path) -> None:
 def test_every_path_becomes_absolute(made: Path) -> None:
     """The jobs run in another folder: no setting that holds a path may be forgotten."""
     paths = {"run_dir": "r", "data.tokenizer": "t", "data.prefixes": "[p,/q]", "data.cache": "c",
-             "engine.deepspeed_config": "d", "train.initial_weights": "w"}  # fmt: skip
+             "engine.deepspeed_config": "d", "train.initial_weights": "w",
+             "evaluation.tasks": "[{task: exact, data: e}]"}  # fmt: skip
     settings = [part for name, value in paths.items() for part in (f"--{name}", value)]
     config = absolute_paths(
         configuration.load(["--config", str(made / "run.yaml"), *settings]), Path("/base")
     )
+    assert [task.data for task in config.evaluation.tasks] == ["/base/e"]
     leaves = configuration.loading.flatten(dataclasses.asdict(config))
+    del paths["evaluation.tasks"]
     assert {name: leaves[name] for name in paths} == {
         "run_dir": "/base/r", "data.tokenizer": "/base/t", "data.prefixes": ["/base/p", "/q"],
         "data.cache": "/base/c", "engine.deepspeed_config": "/base/d", "train.initial_weights": "/base/w",

@@ -150,6 +150,12 @@ WRONG = [
     ),
     Wrong("'optimizer'", "optimizer", "set the optimizer section", top={"optimizer": {"type": "Adam"}}),
     Wrong("'bf16'", "bf16", "engine.precision", top={"bf16": {"enabled": True}}),
+    Wrong(
+        "evaluation.tasks[0].data",
+        "/nowhere.jsonl",
+        "Name the file",
+        {"evaluation": {"tasks": [{"task": "exact", "data": "/nowhere.jsonl"}]}},
+    ),
 ]
 
 
@@ -210,6 +216,8 @@ def test_a_wrong_run_is_refused(
     file = str(tmp_path / ("ds.json" if wrong.zero or wrong.top else "run"))
     if wrong.key in ("data.kind", "train.global_batch_size"):
         file = str(data / "pairs")
+    if wrong.key == "evaluation.tasks[0].data":
+        file = wrong.value
     for part in (file, wrong.key, wrong.value, wrong.remedy):
         assert part in message, message
 

@@ -65,7 +65,10 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
         ("--prompt a --animate x.mp4", "--animate x.mp4: name a file that ends with .html or .gif"),
         ("--prompt a --animate x.gif --font README.md", "--font README.md cannot be read as a font"),
         ("--prompt a --animate x.gif --num-samples 17", "16 sequences at most, and these are 17"),
-        ("--prompt a fedcbafedcba --length 1 --batch-size 1", "a prompt of 12 tokens with an answer of 1"),
+        (
+            "--prompt a fedcbafedcba --length 1 --batch-size 1",
+            "prompt 2 of 2, 'fedcbafedcba', has 12 tokens and exceeds with an answer of 1",
+        ),
         ("--prompt a a[MASK*12] --batch-size 1", "a text of 13 tokens exceeds the sequence length"),
         ("--prompt-file {tmp}/none.txt", "none.txt"),
         ("--prompt-file {tmp}/empty.txt", "empty.txt holds no prompt"),
