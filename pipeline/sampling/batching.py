@@ -88,10 +88,12 @@ def behind_prompts(
         ids = array.tolist()
         end = len(ids) + length if length else limit
         if end > limit or end <= len(ids):
+            which = (
+                f"prompt {number + 1} of {len(prompts)}, {prompts[number][:_SHOWN]!r}, of {len(ids)} tokens"
+            )
             raise UserError(
-                f"prompt {number + 1} of {len(prompts)}, {prompts[number][:_SHOWN]!r}, has {len(ids)} tokens "
-                f"and exceeds with an answer of {length or 'at least 1'} the sequence length that the model "
-                f"was trained on, {limit}. Shorten one of them."
+                f"{which} with an answer of {length or 'at least 1'} exceeds the sequence length that the "
+                f"model was trained on, {limit}: shorten one of them."
             )
         sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
     check_beginnings(sequences, config)

@@ -67,7 +67,7 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
         ("--prompt a --animate x.gif --num-samples 17", "16 sequences at most, and these are 17"),
         (
             "--prompt a fedcbafedcba --length 1 --batch-size 1",
-            "prompt 2 of 2, 'fedcbafedcba', has 12 tokens and exceeds with an answer of 1",
+            "prompt 2 of 2, 'fedcbafedcba', of 12 tokens with an answer of 1",
         ),
         ("--prompt a a[MASK*12] --batch-size 1", "a text of 13 tokens exceeds the sequence length"),
         ("--prompt-file {tmp}/none.txt", "none.txt"),
