@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -143,6 +144,29 @@ def make_model(
     return MaskedDiffusionModel(config.model, vocabulary, recompute, sequence)
 
 
+def compile_blocks(config: Config, model: MaskedDiffusionModel, device: torch.device) -> None:
+    """Compile each transformer block where ``engine.compile`` asks for it, at its first use.
+
+    The blocks are the same code, so that one program serves all of them, and they stay where they are: the
+    names of the weights do not change. There is a program for each kind of mask, for training and evaluation,
+    for the first shape and for any other; beyond torch's limit of 8, blocks run as they are.
+
+    Raises:
+        UserError: where there is no compiler.
+    """
+    if not config.engine.compile:
+        return
+    variable, compiler = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
+    name = os.environ.get(variable, compiler)
+    if shutil.which(name) is None:
+        raise UserError(
+            f"engine.compile is true, but there is no {name} on the PATH, which torch.compile needs: install "
+            f"it, name another in {variable}, or set engine.compile to false."
+        )
+    for block in model.model.layers:
+        block.compile()
+
+
 def build_engine(config: Config, launch: Launch, vocabulary: Vocabulary) -> Engine:
     """Return the configured engine around a new model.
 
@@ -204,7 +228,9 @@ class PlainEngine:
         address = f"tcp://127.0.0.1:{free_port()}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
         self.clip = config.optimizer.gradient_clip
-        self.model: nn.Module = make_model(config, vocabulary).to(launch.device)
+        model = make_model(config, vocabulary).to(launch.device)
+        compile_blocks(config, model, launch.device)
+        self.model: nn.Module = model
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.optimizer), **adamw_settings(config.optimizer)
         )

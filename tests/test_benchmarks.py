@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import sampling
+import step_options
 import train_step
 from train_step import MASK, Shape
 
@@ -78,6 +79,23 @@ def test_train_step_writes_its_figures(
         assert value > 0
         assert f"{name:32} {value:.3f}" in printed
     assert 0 < figures["masked_share"] < 1
+
+
+def test_step_options_write_their_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every option of a group beside the default; smaller chunks of the head hold less."""
+    monkeypatch.setitem(train_step.SHAPES, "small", SHAPE)
+    path = tmp_path / "figures.json"
+    arguments = "--batch-size 8 --repetitions 1 --only head checkpointing precision attention --output"
+    step_options.main([*arguments.split(), str(path)])
+    figures = json.loads(path.read_text())
+    head, recomputed = figures["head"], figures["checkpointing"]
+    assert head["chunks of 64 rows"]["peak_bytes"] < head["chunks of 192 rows (default)"]["peak_bytes"]
+    assert recomputed["blocks"]["peak_bytes"] < recomputed["swiglu (default)"]["peak_bytes"]
+    assert recomputed["swiglu (default)"]["peak_bytes"] < recomputed["none"]["peak_bytes"]
+    assert {"all seen, sdpa math", "block mask, sdpa math"} < set(figures["attention"])
+    assert "bf16 weights" in capsys.readouterr().out
 
 
 def test_sampling_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,6 +157,10 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
         (["--monitor.wandb_project", ""], ["monitor.wandb_project is empty"]),
         (["--profiling.flops_step", "-1"], ["profiling.flops_step is -1"]),
         (
+            ["--profiling.flops_step", "3", "--engine.compile", "true"],
+            ["profiling.flops_step is 3", "engine.compile is true"],
+        ),
+        (
             ["--engine.kind", "plain", "--profiling.communication_steps", "3"],
             ["profiling.communication_steps is 3", "engine.kind is 'plain'"],
         ),

@@ -126,7 +126,7 @@ def check_devices() -> Iterator[Finding]:
 def check_compilers() -> Iterator[Finding]:
     """Look for what compiles DeepSpeed's kernels and flex_attention."""
     for program, needed in (
-        ("g++", "offloading (DeepSpeedCPUAdam)"),
+        ("g++", "offloading (DeepSpeedCPUAdam) and engine.compile"),
         ("ninja", "offloading"),
         ("nvcc", "DeepSpeed's CUDA kernels (quantised collectives)"),
     ):

@@ -67,7 +67,7 @@ class Config:
         self.monitor.check()
         self.guard.check()
         self.watchdog.check()
-        self.profiling.check(self.engine.kind)
+        self.profiling.check(self.engine)
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.config.checks import require, require_positive
+from pipeline.config.training import EngineConfig
 
 
 @dataclass
@@ -131,13 +132,18 @@ class ProfilingConfig:
     flops_step: int = 0
     communication_steps: int = 0
 
-    def check(self, engine_kind: str) -> None:
-        """Raise a `UserError` for the first setting that cannot work with an engine of `engine_kind`."""
+    def check(self, engine: EngineConfig) -> None:
+        """Raise a `UserError` for the first setting that cannot work with the engine."""
         for key in ("flops_step", "communication_steps"):
             value = getattr(self, key)
             require(value >= 0, f"profiling.{key} is {value}: it must be 0 or more.")
             require(
-                value == 0 or engine_kind == "deepspeed",
-                f"profiling.{key} is {value}, but engine.kind is {engine_kind!r}: DeepSpeed measures it, set "
+                value == 0 or engine.kind == "deepspeed",
+                f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: DeepSpeed measures it, set "
                 "engine.kind to 'deepspeed'.",
             )
+        require(
+            self.flops_step == 0 or not engine.compile,
+            f"profiling.flops_step is {self.flops_step}, but engine.compile is true: the modules inside a "
+            "compiled block cannot be measured. Set one of them to 0 or false.",
+        )

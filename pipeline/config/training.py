@@ -170,6 +170,8 @@ class EngineConfig:
             are the same. swiglu = the element-wise products inside each SwiGLU: a quarter less memory than
             with none, at 1% of the time; blocks = all but the input of each transformer block: least
             memory, a third more time there.
+        compile: Compile each transformer block by torch.compile, which joins its element-wise operations;
+            takes up to a minute at the start and when shapes change. Needs a compiler; not with ZeRO-3.
         sequence_parallel_size: Consecutive ranks that share their sequences, each with an equal part of the
             positions (DeepSpeed-Ulysses): for sequences too long for one GPU.
     """
@@ -179,6 +181,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: Recompute = "swiglu"
+    compile: bool = False
     sequence_parallel_size: int = 1
 
     def check(self, model: ModelConfig, sequence_length: int) -> None:

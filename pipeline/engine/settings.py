@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepspeed.compile.config import CompileConfig
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.runtime.model_checkpointing.config import (
     CHECKPOINT_DEFAULT_DICT,
@@ -40,7 +39,6 @@ OWN_KEYS = (
     "wall_clock_breakdown",
     "dump_state",
     "checkpoint",
-    "compile",
 )
 YAML_KEYS = {
     "train_batch_size": "train.global_batch_size",
@@ -56,6 +54,7 @@ YAML_KEYS = {
     "steps_per_print": "train.log_interval",
     "tensorboard": "train.log_interval",
     "activation_checkpointing": "engine.activation_checkpointing",
+    "compile": "engine.compile",
     "flops_profiler": "profiling.flops_step",
     "comms_logger": "profiling.communication_steps",
 }
@@ -66,7 +65,6 @@ DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_m
 CHECKPOINT = (*CHECKPOINT_DEFAULT_DICT, "load_universal", "use_node_local_storage", "parallel_write")
 SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
     "zero_optimization": DeepSpeedZeroConfig,
-    "compile": CompileConfig,
     "aio": AIO_DEFAULT_DICT,
     "checkpoint": CHECKPOINT,
     "checkpoint.writer": get_checkpoint_writer_config({"writer": {}}),
@@ -218,6 +216,11 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
                 f"{key} needs the weights in memory, but {path} has offload_{part}.device = 'nvme': set it "
                 f"to 'cpu', or {key} to null.",
             )
+    require(
+        not config.engine.compile or zero["stage"] < 3,
+        f"engine.compile is true, but {path} has zero_optimization.stage = 3, which gathers the weights of "
+        "each layer and would cut every block into pieces: set the stage to 2, or engine.compile to false.",
+    )
     group = zero.get("zero_hpz_partition_size", 1)
     require(
         world_size is None or group <= 1 or world_size % group == 0,

@@ -25,7 +25,7 @@ from pipeline.launch import Launch
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
 from pipeline.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
-from pipeline.runtime import T, engine_settings, make_model
+from pipeline.runtime import T, compile_blocks, engine_settings, make_model
 from pipeline.weights import StoredWeights, copy_pieces, squared_norm
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -51,6 +51,7 @@ class DeepSpeedEngine:
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
                 model = make_model(config, vocabulary, sequence)
+            compile_blocks(config, model, launch.device)
             self.names = {parameter: name for name, parameter in model.named_parameters()}
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW

@@ -1,0 +1,251 @@
+"""What single choices inside a training step cost: each option beside the default, in turns, in one process.
+
+    python benchmarks/step_options.py --shape small --output benchmarks/results/step_options_small_cpu.json
+
+Forward and backward of one micro-batch, half of the positions masked; "head" and "attention" are those parts
+alone. Clocks and memory are those of benchmarks/train_step.py. What ZeRO-3 takes: benchmarks/zero_options.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from train_step import MASK, SHAPES, Shape, machine, peak_of, seconds
+
+from pipeline import cli
+from pipeline.config import EngineConfig, Recompute
+from pipeline.model import masked_head
+from pipeline.model.batch import Vocabulary, masked_batch
+from pipeline.model.sequence import WHOLE
+from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.model.visibility import block_mask, sees
+
+CHUNKS = (64, 256, 1024, 4096)
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to compute something.
+
+    Attributes:
+        run: does so, backward included, and leaves no gradient behind.
+        peak: returns the most bytes that it holds at once.
+    """
+
+    run: Callable[[], Any]
+    peak: Callable[[], int] | None = None
+
+
+class Work:
+    """A model and a micro-batch, in the precision that the device has."""
+
+    def __init__(self, shape: Shape, batch_size: int, device: torch.device) -> None:
+        """Make them; bf16 weights on a GPU, as DeepSpeed has them."""
+        torch.manual_seed(0)
+        self.shape, self.batch_size, self.device = shape, batch_size, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = self.new_model(EngineConfig.activation_checkpointing)
+        tokens = torch.randint(MASK + 1, shape.vocabulary, (batch_size, shape.length))
+        masked = torch.rand(batch_size, shape.length).argsort(dim=1) < shape.length // 2
+        tokens, masked = tokens.to(device), masked.to(device)
+        self.batch = masked_batch(tokens, masked, batch_size * (shape.length // 2), MASK)
+
+    def new_model(self, recompute: Recompute) -> MaskedDiffusionModel:
+        """Return the network with gradients, which are there before a step."""
+        vocabulary = Vocabulary(self.shape.vocabulary, self.shape.vocabulary, MASK)
+        with self.device:
+            model = MaskedDiffusionModel(self.shape.model(), vocabulary, recompute).to(self.dtype)
+        return with_gradients(model)
+
+    def step(self, model: MaskedDiffusionModel) -> Option:
+        """Return forward and backward of all."""
+        return Option(
+            lambda: model(self.batch).loss.backward(),
+            lambda: peak_of(lambda: model(self.batch).loss, model, self.batch),
+        )
+
+    def head(self, chunk: int | None = None, order: Tensor | None = None) -> Option:
+        """Return those of the head, a chunk of so many rows at a time; `order` [R] permutes the rows."""
+        rows, hidden_size = len(self.batch.rows), self.shape.hidden_size
+        hidden = torch.randn(rows, hidden_size, device=self.device, dtype=self.dtype, requires_grad=True)
+        hidden.grad = torch.zeros_like(hidden)
+        batch = self.batch if order is None else self.batch._replace(targets=self.batch.targets[order])
+
+        def loss() -> Tensor:
+            with chunks_of(chunk, self.shape.vocabulary):
+                return self.model.lm_head(hidden, batch.targets, batch.weights).loss
+
+        return Option(lambda: loss().backward(), lambda: peak_of(loss, self.model.lm_head, batch))
+
+    def attention(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Option:
+        """Return those of one layer's attention, over [xt ; x0] of 2 L positions."""
+        shape = self.shape
+        size = (self.batch_size, shape.heads, 2 * shape.length, shape.hidden_size // shape.heads)
+        q, k, v = (
+            torch.randn(size, device=self.device, dtype=self.dtype, requires_grad=True) for _ in range(3)
+        )
+        return Option(lambda: attend(q, k, v).sum().backward())
+
+
+def with_gradients(model: MaskedDiffusionModel) -> MaskedDiffusionModel:
+    """Return the model with gradients of zero, and one for the head's weight, tied or not."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+@contextlib.contextmanager
+def chunks_of(rows: int | None, vocabulary: int) -> Iterator[None]:
+    """Let the head compute so many rows at a time; None: as many as it does by default."""
+    default = masked_head.CHUNK_LOGITS
+    if rows is not None:
+        masked_head.CHUNK_LOGITS = rows * vocabulary
+    yield
+    masked_head.CHUNK_LOGITS = default
+
+
+def head_options(work: Work) -> dict[str, Option]:
+    """Return the sizes of a chunk, and rows in the order of their targets."""
+    rows, default = len(work.batch.rows), masked_head.CHUNK_LOGITS // work.shape.vocabulary
+    options = {f"chunks of {min(default, rows):,} rows (default)": work.head()}
+    options |= {f"chunks of {chunk:,} rows": work.head(chunk) for chunk in CHUNKS if chunk <= rows}
+    return options | {"rows sorted by target": work.head(order=work.batch.targets.argsort())}
+
+
+def checkpointing_options(work: Work) -> dict[str, Option]:
+    """Return what is computed again in the backward."""
+    options = {"swiglu (default)": work.step(work.model)}
+    return options | {kind: work.step(work.new_model(kind)) for kind in ("none", "blocks")}
+
+
+def compile_options(work: Work) -> dict[str, Option]:
+    """Return blocks as they are and compiled (engine.compile); the first turn compiles."""
+    model = work.new_model(EngineConfig.activation_checkpointing)
+    for block in model.model.layers:
+        block.compile()
+    compiled = Option(work.step(model).run)  # compiled blocks do not show what they hold
+    return {"not compiled (default)": work.step(work.model), "blocks compiled": compiled}
+
+
+def precision_options(work: Work) -> dict[str, Option]:
+    """Return fp32 and bf16 weights."""
+    names = {torch.float32: "fp32 weights", torch.bfloat16: "bf16 weights"}
+    other = torch.float32 if work.dtype == torch.bfloat16 else torch.bfloat16
+    model = with_gradients(work.new_model(EngineConfig.activation_checkpointing).to(other))
+    return {f"{names[work.dtype]} (default)": work.step(work.model), names[other]: work.step(model)}
+
+
+def attention_options(work: Work) -> dict[str, Option]:
+    """Return the kernels, with all positions seen and under the mask of block diffusion."""
+    length = work.shape.length
+    blocks = torch.arange(2 * length, device=work.device)[None] % length // BLOCK_SIZE  # [1, 2 L]
+    noisy = torch.arange(2 * length, device=work.device) < length  # [2 L]
+    dense = sees(blocks[:, :, None], blocks[:, None, :], noisy[:, None], noisy)[:, None]  # [1, 1, 2 L, 2 L]
+    sparse = block_mask(blocks, noisy, None)
+
+    def kernel(backend: SDPBackend, mask: Tensor | None) -> Option:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        return work.attention(attend)
+
+    masked = "dense mask" if work.device.type == "cpu" else "flex_attention, compiled"
+    ours = dense if work.device.type == "cpu" else sparse
+    options = {
+        "all seen (default)": work.attention(lambda q, k, v: WHOLE.attend(q, k, v, None)),
+        f"block mask, {masked} (default)": work.attention(lambda q, k, v: WHOLE.attend(q, k, v, ours)),
+        "block mask, flex_attention, not compiled": work.attention(
+            lambda q, k, v: flex_attention(q, k, v, block_mask=sparse)
+        ),
+    }
+    for name in ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"):
+        backend = SDPBackend.__members__[name]
+        for seen, mask in (("all seen", None), ("block mask", dense)):
+            options[f"{seen}, sdpa {name.lower()}"] = kernel(backend, mask)
+    return options
+
+
+GROUPS = {
+    "head": head_options,
+    "checkpointing": checkpointing_options,
+    "compile": compile_options,
+    "precision": precision_options,
+    "attention": attention_options,
+}
+
+
+def measure(options: dict[str, Option], work: Work, repetitions: int, wall_clock: bool) -> dict[str, Any]:
+    """Return median seconds, ratios to the first option of the same turn, and bytes.
+
+    The first turn is not counted, and an option that the device does not have is left out.
+    """
+    left = {}
+    for name, option in options.items():
+        try:
+            option.run()
+        except RuntimeError as error:
+            print(f"  {name:44} not here: {str(error).split('.')[0]}")
+        else:
+            left[name] = option
+    turns = [
+        {name: seconds(option.run, work.device, wall_clock) for name, option in left.items()}
+        for _ in range(repetitions)
+    ]
+    first = next(iter(left))
+    results = {}
+    for name, option in left.items():
+        ratio = statistics.median(turn[name] / turn[first] for turn in turns)
+        results[name] = {"seconds": statistics.median(turn[name] for turn in turns), "ratio": ratio}
+        if option.peak is not None:
+            results[name]["peak_bytes"] = option.peak()
+        peak = f"{results[name]['peak_bytes'] / 1e6:10,.0f} MB" if option.peak is not None else ""
+        print(f"  {name:44} {results[name]['seconds']:9.4f} s {ratio:7.3f} {peak}", flush=True)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line names, print a table and write the figures."""
+    parser = cli.ToolParser(description="What single choices inside a training step cost, in turns.")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="network and sequences")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences of the micro-batch")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of the options")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups")
+    parser.add_argument(
+        "--wall-clock",
+        action="store_true",
+        help="on an idle CPU: time by the clock, on all cores",
+    )
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="JSON file for the figures")
+    options = parser.parse_args(arguments)
+    if "output" in options:  # not after an hour of measuring
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.wall_clock:
+        torch.set_num_threads(1)
+    shape = SHAPES[options.shape]
+    work = Work(shape, options.batch_size, device)
+    results = {}
+    for group in options.only:
+        print(group)
+        results[group] = measure(GROUPS[group](work), work, options.repetitions, options.wall_clock)
+    if "output" in options:
+        content = {"shape": asdict(shape), "batch_size": options.batch_size, "machine": machine(device)}
+        options.output.write_text(json.dumps(content | results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

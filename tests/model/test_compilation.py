@@ -1,0 +1,104 @@
+"""Compiled blocks compute what the others do, and are compiled a few times, not at every step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from pipeline.cli import UserError
+from pipeline.config import Config, EngineConfig, ModelConfig
+from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_batch
+from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.runtime import compile_blocks, make_model
+
+VOCABULARY = Vocabulary(48, 48, 3)
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Forget what other tests have compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def configuration(compiled: bool) -> Config:
+    """Return the settings of a small model, whose SwiGLU is recomputed."""
+    model = ModelConfig(layers=3, hidden_size=32, heads=4, kv_heads=2, intermediate_size=48)
+    engine = EngineConfig(kind="plain", compile=compiled)
+    return Config("unused", model=model, engine=engine)
+
+
+def models() -> tuple[MaskedDiffusionModel, MaskedDiffusionModel]:
+    """Return a model that is not compiled, and one of the same weights that is."""
+    made = []
+    for compiled in (False, True):
+        config = configuration(compiled)
+        made.append(make_model(config, VOCABULARY))
+        compile_blocks(config, made[-1], CPU)
+    return made[0], made[1]
+
+
+def batch_of(sequences: int, length: int, in_blocks: bool) -> MaskedBatch:
+    """Return random sequences, half of them masked; in blocks of 4 with their clean copies, or not."""
+    generator = torch.Generator().manual_seed(sequences)
+    tokens = torch.randint(4, 48, (sequences, length), generator=generator)
+    masked = torch.rand(sequences, length, generator=generator) < 0.5
+    batch = masked_batch(tokens, masked, int(masked.sum()), 3)
+    if not in_blocks:
+        return batch
+    return batch._replace(visibility=Visibility(torch.arange(length)[None] // 4, tokens))
+
+
+def results(model: MaskedDiffusionModel, batch: MaskedBatch) -> list[torch.Tensor]:
+    """Return loss, confidences and gradients."""
+    model.zero_grad()
+    output = model(batch)
+    output.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [output.loss.detach(), output.confidence, *(gradient.clone() for gradient in gradients)]
+
+
+@needs_compiler
+def test_compiled_blocks_compute_the_same() -> None:
+    """Loss, confidences and gradients at several sizes, under a mask, recomputed; three programs."""
+    plain, compiled = models()
+    assert list(compiled.state_dict()) == list(plain.state_dict()), "checkpoints know the same names"
+
+    def compare(sequences: int, length: int, in_blocks: bool = False) -> None:
+        batch = batch_of(sequences, length, in_blocks)
+        for expected, got in zip(results(plain, batch), results(compiled, batch), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+    compare(4, 16)
+    assert counters["stats"]["unique_graphs"] == 1, "three blocks share their program"
+    for sequences, length in ((2, 24), (3, 12), (5, 20)):
+        compare(sequences, length)
+    assert counters["stats"]["unique_graphs"] == 2, "the second shape brings a program for all others"
+    compare(2, 24, in_blocks=True)
+    assert counters["stats"]["unique_graphs"] == 3, "a dense mask brings another"
+    plain.model.recompute = compiled.model.recompute = True
+    compare(4, 16)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = configuration(compiled=True)
+    model = MaskedDiffusionModel(config.model, VOCABULARY)
+    with pytest.raises(
+        UserError, match=r"engine\.compile is true, but there is no no-such-compiler"
+    ) as error:
+        compile_blocks(config, model, CPU)
+    assert "\n" not in str(error.value)
