@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ FORMAT = 1
 PLAN_FILE = "plan.json"
 MANY_UNITS = 4096
 SMALLEST, LARGEST = 2**23, 2**30  # bytes of a unit, where none are asked for
+TAIL, SMALLEST_OF_TAIL = 8, 2**20  # the last units are an 8th of what is left: workers end together
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def make_plan(
         hub: a dataset that `datasets` streams, after the inputs.
         tokenizer: its folder.
         options: what is asked for.
-        unit_bytes: size of a unit; None for about 4,096 units of 8 MiB to 1 GiB.
+        unit_bytes: size of a unit; None for about 4,096 units of 8 MiB to 1 GiB, and smaller ones at the end.
 
     Raises:
         UserError: for an input that is missing, unreadable or cannot hold such records.
@@ -123,27 +124,34 @@ def make_plan(
     sources = [Source.of_file(path) for path in find(inputs)] + ([hub_source(hub)] if hub else [])
     check_kinds(sources, options.keys)
     total = sum(source.size for source in sources)
-    target = unit_bytes or min(max(total // MANY_UNITS, SMALLEST), LARGEST)
+    most = unit_bytes or min(max(total // MANY_UNITS, SMALLEST), LARGEST)
+    least = most if unit_bytes or hub else SMALLEST_OF_TAIL
     by_line = options.keys.reading().by_line
     units: list[tuple[Span, ...]] = []
     held: list[Span] = []
     size = 0  # of the spans in `held`, of which there may be very many
+    left = total
+
+    def target() -> int:
+        return max(least, min(most, left // TAIL))
+
     for number, source in enumerate(sources):
         for span in cut(number, source, target, by_line):
             held.append(span)
             size += span.size
-            if size >= target:
+            if size >= target():
                 units.append(tuple(held))
+                left -= size
                 held, size = [], 0
     units += [tuple(held)] if held else []
     sha256 = Tokenizer.load(tokenizer).sha256
     return Plan(tuple(sources), options, str(tokenizer), sha256, tuple(units))
 
 
-def cut(number: int, source: Source, target: int, by_line: bool) -> Iterator[Span]:
-    """Yield the spans of a source, of about `target` bytes where it can be cut, in order."""
+def cut(number: int, source: Source, target: Callable[[], int], by_line: bool) -> Iterator[Span]:
+    """Yield the spans of a source, each of about as many bytes as `target` then says, in order."""
     if source.format == "hub":
-        yield from (Span(number, shard, shard + 1, target) for shard in range(source.size))
+        yield from (Span(number, shard, shard + 1, target()) for shard in range(source.size))
     elif source.format == "parquet":
         yield from _cut_parquet(number, source, target)
     elif not source.is_cut_in_bytes:
@@ -152,12 +160,12 @@ def cut(number: int, source: Source, target: int, by_line: bool) -> Iterator[Spa
         start, paragraphs = 0, source.format == "text" and not by_line
         with Path(source.path).open("rb") as file:
             while start < source.size:
-                end = _end_of_record(file, min(source.size, start + target), source.size, paragraphs)
+                end = _end_of_record(file, min(source.size, start + target()), source.size, paragraphs)
                 yield Span(number, start, end, end - start)
                 start = end
 
 
-def _cut_parquet(number: int, source: Source, target: int) -> Iterator[Span]:
+def _cut_parquet(number: int, source: Source, target: Callable[[], int]) -> Iterator[Span]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -178,7 +186,7 @@ def _cut_parquet(number: int, source: Source, target: int) -> Iterator[Span]:
     first, size = 0, 0
     for group, of_group in enumerate(sizes, start=1):
         size += of_group
-        if size >= target or group == groups:
+        if size >= target() or group == groups:
             yield Span(number, first, group, size)
             first, size = group, 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import AS_PAIRS, PAIRS, TEXT, command, digests, make_dataset
+from corpora import AS_PAIRS, PAIRS, TEXT, command, digests, make_dataset, make_plan_of
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from programs import run_here
 from test_indexed import build_with_megatron
@@ -264,3 +264,23 @@ def test_the_entropy_is_that_of_the_answers(corpus: Path, tmp_path: Path) -> Non
     ids = np.concatenate([dataset[i][0] for i in range(1, len(dataset), 2)])
     shares = np.unique(ids, return_counts=True)[1] / len(ids)
     assert facts.entropy == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_the_last_units_are_small(corpus: Path, tmp_path: Path) -> None:
+    """Else most workers would wait for the last: a piece has an 8th of what is left, or 1 MiB."""
+    sizes = [5 * 2**20, 200, 7 * 2**20]
+    paths = [tmp_path / f"{number}.jsonl" for number in range(3)]
+    for path, size in zip(paths, sizes, strict=True):
+        path.write_text(("x" * 99 + "\n") * (size // 100), encoding="utf-8")
+    plan = make_plan_of(paths, corpus / "tokenizer")
+    spans = [span for unit in plan.units for span in unit]
+    for number, path in enumerate(paths):  # every byte once, in order
+        ends = [(span.start, span.end) for span in spans if span.source == number]
+        assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
+        assert ends[-1][1] == path.stat().st_size
+    left = sum(path.stat().st_size for path in paths)
+    for unit in plan.units:
+        size = sum(span.size for span in unit)
+        assert size <= 2 * max(left / 8, 2**20) + 100  # the end of a file, a piece of the next, a line
+        left -= size
+    assert left == 0
