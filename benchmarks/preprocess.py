@@ -1,10 +1,11 @@
 """How near the preprocessor comes to the tokenizer's own speed, and how it compares with Megatron-LM's tool.
 
-Three things are timed on one corpus with the same number of processes, in turn; the best of each counts: the
-ceiling, which is SentencePiece alone on texts that are in memory already; tools/preprocess_data.py, the whole
-command from start to the joined and hashed dataset; and Megatron-LM's tools/preprocess_data.py where
---megatron names a checkout (with a PYTHONPATH that lets it start). The CPU time of all processes is measured
-too: on a machine that others use, its ratios are the ones to look at.
+Three things are timed on one corpus with the same number of processes, in turn, and the median of each
+counts: the ceiling, which is SentencePiece alone on texts that are in memory already;
+tools/preprocess_data.py, the whole command from start to the joined and hashed dataset, where none was
+before; and Megatron-LM's tools/preprocess_data.py where --megatron names a checkout (with a PYTHONPATH that
+lets it start). The CPU time of all processes is measured too: on a machine that others use, its ratios are
+the ones to look at.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -134,8 +136,8 @@ def measure_command(command: Sequence[str], environment: dict[str, str]) -> Meas
     return Measured(seconds, cpu, memory / 1e6)
 
 
-def best_of(runs: int, measures: dict[str, Callable[[], Measured]]) -> dict[str, Measured]:
-    """Return the least of each figure, measured in turn, and the most memory."""
+def medians(runs: int, measures: dict[str, Callable[[], Measured]]) -> dict[str, Measured]:
+    """Return the median of each figure, measured in turn, and the most memory."""
     found: dict[str, list[Measured]] = {name: [] for name in measures}
     for _ in range(runs):
         for name, measure in measures.items():
@@ -143,7 +145,7 @@ def best_of(runs: int, measures: dict[str, Callable[[], Measured]]) -> dict[str,
             found[name].append(one)
             print(f"  {name}: {one.seconds:.2f} s, {one.cpu:.2f} s of CPU", flush=True)
     return {
-        name: Measured(min(m.seconds for m in ms), min(m.cpu for m in ms), max(m.memory for m in ms))
+        name: Measured(median(m.seconds for m in ms), median(m.cpu for m in ms), max(m.memory for m in ms))
         for name, ms in found.items()
     }
 
@@ -175,11 +177,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours = [
         sys.executable, "tools/preprocess_data.py", "--input", str(corpus), "--tokenizer", str(tokenizer),
         "--output-prefix", str(folder / "ours"), "--workers", str(options.workers), "--append-eos",
-        "--restart", "--overwrite",
     ]  # fmt: skip
+
+    def measure_ours() -> Measured:
+        for earlier in folder.glob("ours*"):
+            earlier.unlink()
+        return measure_command(ours, {"PYTHONPATH": str(ROOT)})
+
     measures: dict[str, Callable[[], Measured]] = {
         "SentencePiece alone": lambda: measure_ceiling(corpus, tokenizer, options.workers),
-        "tools/preprocess_data.py": lambda: measure_command(ours, {"PYTHONPATH": str(ROOT)}),
+        "tools/preprocess_data.py": measure_ours,
     }
     if options.megatron is not None:
         tool = options.megatron.absolute() / "tools/preprocess_data.py"
@@ -189,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "--workers", str(options.workers), "--append-eod",
         ]  # fmt: skip
         measures["Megatron-LM's tool"] = lambda: measure_command(theirs, {})
-    found = best_of(options.runs, measures)
+    found = medians(options.runs, measures)
     tokens = read_facts(folder / "ours").tokens
     size, ceiling = corpus.stat().st_size / 1e6, found["SentencePiece alone"]
     print(
