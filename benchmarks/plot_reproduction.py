@@ -19,6 +19,7 @@ from statistics import mean, stdev
 from pipeline.cli import ToolParser, UserError, run
 
 Run = list[dict[str, float]]  # the points of one run's curve, by step
+Runs = dict[str, dict[str, Run]]  # by variant and seed
 TARGETS = (0.5, 0.7, 0.9)
 COSTS = {
     "tokens": ("M tokens", 1e6),
@@ -28,8 +29,8 @@ COSTS = {
 }
 
 
-def read_scores(path: Path) -> tuple[list[str], dict[str, list[Run]]]:
-    """Return the names of the scores, and the runs of each variant.
+def read_scores(path: Path) -> tuple[list[str], Runs]:
+    """Return the names of the scores, and the runs of each variant and seed.
 
     Raises:
         UserError: for a file without scores.
@@ -45,7 +46,7 @@ def read_scores(path: Path) -> tuple[list[str], dict[str, list[Run]]]:
         raise UserError(f"{path} holds no scores: benchmarks/reproduce_sudoku.py and its like write them.")
     scores = [name for name in columns[columns.index("items") + 1 :] if not name.endswith("_error")]
     return scores, {
-        variant: [sorted(points, key=lambda p: p["step"]) for points in seeds.values()]
+        variant: {seed: sorted(points, key=lambda p: p["step"]) for seed, points in seeds.items()}
         for variant, seeds in runs.items()
     }
 
@@ -74,35 +75,39 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}{deviation}"
 
 
-def last_points(scores: Sequence[str], runs: dict[str, list[Run]]) -> list[list[str]]:
+def last_points(scores: Sequence[str], runs: Runs) -> list[list[str]]:
     """Return the table of the last scores of each variant."""
     rows = [["objective", "runs", "steps", *(name.replace("_", " ") for name in scores)]]
     for variant, each in runs.items():
-        ends = [points[-1] for points in each]
+        ends = [points[-1] for points in each.values()]
         cells = [spread([end[key] for end in ends], 2) for key in scores]
         rows.append([variant, str(len(each)), f"{mean(end['step'] for end in ends):.0f}", *cells])
     return rows
 
 
-def ways(score: str, runs: dict[str, list[Run]], baseline: str) -> list[list[str]]:
+def ways(score: str, runs: Runs, baseline: str) -> list[list[str]]:
     """Return the table of the steps to each target, and of the other costs of the middle one.
 
-    A mean is given where every run has come there; otherwise how many have.
+    A mean is given where every run has come there, otherwise how many have; and its share of the mean of the
+    baseline's runs with the same seeds, where all of those have come there, too.
     """
     middle = TARGETS[1]
-    head = ["objective", *(f"steps to {target:.0%}" for target in TARGETS), f"of {baseline}'s"]
+    head = ["objective", *(f"steps to {target:.0%} (of {baseline}'s)" for target in TARGETS)]
     rows = [[*head, *(f"{name} to {middle:.0%}" for name, _ in COSTS.values())]]
-    base = [reach(points, middle, score) for points in runs.get(baseline, [])]
     for variant, each in runs.items():
-        cells = [_mean_or_count([reach(points, target, score) for points in each]) for target in TARGETS]
-        steps = [reach(points, middle, score) for points in each]
-        whole = steps and base and None not in steps and None not in base
-        ratio = f"{mean(filter(None, steps)) / mean(filter(None, base)):.2f}" if whole else "-"
+        cells = []
+        for target in TARGETS:
+            steps = [reach(points, target, score) for points in each.values()]
+            others = [runs.get(baseline, {}).get(seed, []) for seed in each]
+            base = [reach(points, target, score) for points in others]
+            whole = None not in (*steps, *base)
+            ratio = f" ({mean(filter(None, steps)) / mean(filter(None, base)):.2f})" if whole else ""
+            cells.append(_mean_or_count(steps) + ratio)
         costs = [
-            _mean_or_count([reach(points, middle, score, key) for points in each], unit)
+            _mean_or_count([reach(points, middle, score, key) for points in each.values()], unit)
             for key, (_, unit) in COSTS.items()
         ]
-        rows.append([variant, *cells, ratio, *costs])
+        rows.append([variant, *cells, *costs])
     return rows
 
 
@@ -119,7 +124,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def draw(score: str, runs: dict[str, list[Run]], path: Path) -> None:
+def draw(score: str, runs: Runs, path: Path) -> None:
     """Draw score and bound against steps, and the score against unique samples: a line a variant."""
     import matplotlib
 
@@ -131,10 +136,10 @@ def draw(score: str, runs: dict[str, list[Run]], path: Path) -> None:
     for panel, (across, up) in zip(axes, panels, strict=True):
         for number, (variant, each) in enumerate(runs.items()):
             colour = f"C{number}"
-            for points in each:
+            for points in each.values():
                 panel.plot([p[across] for p in points], [p[up] for p in points], colour, alpha=0.25, lw=0.8)
-            common = set.intersection(*({p["step"] for p in points} for points in each))
-            met = [[p for p in points if p["step"] in common] for points in each]
+            common = set.intersection(*({p["step"] for p in points} for points in each.values()))
+            met = [[p for p in points if p["step"] in common] for points in each.values()]
             middle = [[mean(p[key] for p in at) for at in zip(*met, strict=True)] for key in (across, up)]
             panel.plot(*middle, colour, label=variant)
         panel.set_xlabel({"step": "optimizer steps"}.get(across, across.replace("_", " ")))
