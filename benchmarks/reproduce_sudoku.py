@@ -33,10 +33,10 @@ VARIANTS = {
     "chain_random_order": "--objective.stages 6 --objective.policy random",
     "chain_left_to_right": "--objective.stages 6 --objective.policy left_to_right",
     "random": "--objective.kind random_masking",
-    "random_twice": "--objective.kind random_masking",
     "random_stratified": "--objective.kind random_masking --objective.mask_count bernoulli"
     " --objective.stratified true",
 }
+TWICE = {f"{name}_twice": VARIANTS[name] for name in ("random", "puma_turns_mixed")}  # of the steps
 DECODINGS = {
     "solved_1": SamplingSettings(tokens_per_step=1),
     "solved_2": SamplingSettings(tokens_per_step=2),
@@ -59,7 +59,7 @@ def score(loaded: Loaded, pairs: Sequence[Pair], last: bool) -> Scores:
     return figures | comparison.bound(loaded, tokens)
 
 
-SUDOKU = Comparison(VARIANTS, frozenset({"random_twice"}), score, tuple(DECODINGS), ("prompt", "answer"))
+SUDOKU = Comparison(VARIANTS | TWICE, frozenset(TWICE), score, tuple(DECODINGS), ("prompt", "answer"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
