@@ -166,7 +166,7 @@ def test_a_resume_that_changes_the_run_is_refused(train: Train, tmp_path: Path) 
     for change, named in [
         (["--model.layers", "3"], "model"),
         (["--train.global_batch_size", "8"], "train.global_batch_size"),
-        (["--data.split", "70,30,0"], "the data"),
+        (["--data.split", "70,30,0"], "data.split"),
         (["--objective.kind", "random_masking"], "objective"),
     ]:
         complaint = train(run_dir, *change).complaint()
