@@ -33,6 +33,7 @@ from pipeline.sampling import Loaded, SamplingSettings, complete
 VARIANTS = {
     "puma": "--objective.stages 12",
     "puma_turns": "--objective.stages 12 --objective.turns 32",
+    "puma_turns_mixed": "--objective.stages 12 --objective.turns 32 --objective.random_share 0.25",
     "random": "--objective.kind random_masking",
 }
 DECODINGS = {
