@@ -34,7 +34,9 @@ def build_parser() -> ToolParser:
     types = ["float32", "bfloat16"]
     parser.add_argument("--dtype", choices=types, default=types[0], help="of the weights; logits are fp32")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", nargs="+", help=f"texts to continue, '' for none; {SPAN_HELP}")
+    prompts.add_argument(
+        "--prompt", nargs="+", action="extend", help=f"texts to continue, '' for none; {SPAN_HELP}"
+    )
     prompts.add_argument("--prompt-file", type=Path, help="txt with a prompt a line, or jsonl, parquet")
     parser.add_argument("--prompt-key", default="prompt", help="key of the prompt in jsonl or parquet")
     parser.add_argument("--length", type=int, help="tokens to add (default: all that fit)")

@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument(
         "--parts", type=Path, help="PREFIX.parts of tools/preprocess_data.py; it is left in place"
     )
-    what.add_argument("--datasets", nargs="+", type=Path, help="prefixes of whole datasets, in order")
+    what.add_argument(
+        "--datasets", nargs="+", action="extend", type=Path, help="prefixes of whole datasets, in order"
+    )
     parser.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, no suffix")
     parser.add_argument(
         "--shards", type=int, default=1, help="with --parts: make a blend of so many datasets instead of one"

@@ -26,12 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write train.jsonl, held_out.jsonl and counts.json, whole or not at all."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument(
-        "--input", nargs="+", required=True, type=Path, help="jsonl or parquet, compressed or not"
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        type=Path,
+        help="jsonl or parquet, compressed or not",
     )
     parser.add_argument("--question-key", default="question", help="key of the word problem")
     parser.add_argument("--code-key", default="code", help="key of the program")
     parser.add_argument(
-        "--benchmark", nargs="*", type=Path, default=[], help="files with a question key each"
+        "--benchmark",
+        nargs="*",
+        action="extend",
+        type=Path,
+        default=[],
+        help="files with a question key each",
     )
     parser.add_argument("--held-out-share", type=float, default=0.001, help="share of the questions held out")
     parser.add_argument("--output", required=True, type=Path, help="folder for the files")

@@ -13,6 +13,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True)
     parser.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         default=[],
         required=required,
         help="jsonl, txt (both also .gz, .zst, .bz2, .xz), parquet or arrow files; globs in quotes; folders; "

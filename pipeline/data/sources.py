@@ -13,7 +13,10 @@ import gzip
 import hashlib
 import json
 import lzma
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -39,6 +42,7 @@ COMPRESSIONS: dict[str, Callable[..., Any]] = {
 }
 KNOWN = f"{', '.join(FORMATS)}; the first four also with {', '.join(COMPRESSIONS)}"
 _ENDS = 2**16  # bytes hashed at the head and at the tail
+_KINDS = 5  # suffixes named of files that are left out
 
 
 @dataclass(frozen=True)
@@ -142,31 +146,45 @@ def _hash_ends(path: Path, size: int) -> str:
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
-    """Return the files meant by the inputs, in their order.
+    """Return the files meant by the inputs, in their order; say on stderr what a folder holds besides.
 
     An input is a file, a glob (``data/**/*.jsonl.zst``), a folder (every file of a known kind below it, by
     name; the data files of a dataset saved by `datasets`, in its order) or ``@LIST``, a file of inputs, one a
     line.
 
     Raises:
-        UserError: for an input without a file.
+        UserError: for an input without a file, or a file that is meant twice.
     """
-    files: list[Path] = []
+    left_out: list[Path] = []
+    files: dict[str, tuple[Path, str]] = {}  # by real path: the file, and the input that means it
+    for given, path in _expanded(inputs, left_out):
+        file, before = files.setdefault(os.path.realpath(path), (path, given))
+        if file is not path:
+            raise UserError(
+                f"--input: {path} is meant twice, by {before} and by {given}, and its documents would come "
+                "twice: leave one out."
+            )
+    if left_out:
+        print(f"left out, of unknown kinds: {_kinds(left_out)}. What is read: {KNOWN}.", file=sys.stderr)
+    return [path for path, _ in files.values()]
+
+
+def _expanded(inputs: Sequence[str], left_out: list[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield each input with each file that it means; what folders hold besides goes to `left_out`."""
     for given in inputs:
         path = Path(given)
         if given.startswith("@"):
-            files += find(_read_list(Path(given[1:])))
+            yield from _expanded(_read_list(Path(given[1:])), left_out)
         elif path.is_dir():
-            files += _files_of_folder(path)
+            yield from ((given, file) for file in _files_of_folder(path, left_out))
         elif not path.exists() and glob.has_magic(given):
             matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
             found = [match for match in matches if match.is_file()]
             if not found:
                 raise UserError(f"--input {given}: no file matches.")
-            files += found
+            yield from ((given, file) for file in found)
         else:
-            files.append(path)
-    return files
+            yield given, path
 
 
 def _read_list(path: Path) -> list[str]:
@@ -175,7 +193,7 @@ def _read_list(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _files_of_folder(folder: Path) -> list[Path]:
+def _files_of_folder(folder: Path, left_out: list[Path]) -> list[Path]:
     state = folder / "state.json"
     if state.is_file() and (folder / "dataset_info.json").is_file():
         try:
@@ -184,11 +202,27 @@ def _files_of_folder(folder: Path) -> list[Path]:
             raise UserError(f"{state} is damaged ({error}): save the dataset again.") from None
     if (folder / "dataset_dict.json").is_file():
         raise UserError(f"--input {folder} holds several splits: name the folder of one, {folder}/train.")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    below = glob.iglob("**", root_dir=folder, recursive=True)  # follows links, passes over what is hidden
+    files = sorted(path for name in below if (path := folder / name).is_file())
     known = [path for path in files if format_of(path) is not None]
+    unknown = [path for path in files if format_of(path) is None]
     if not known:
-        raise UserError(f"--input {folder}: no file of a known kind in it; use {KNOWN}.")
+        there = f" ({_kinds(unknown)})" if unknown else ""
+        raise UserError(f"--input {folder}: no file of a known kind in it{there}; use {KNOWN}.")
+    left_out += unknown
     return known
+
+
+def _kinds(files: Sequence[Path]) -> str:
+    """Return how many files there are of each suffix: ``3 .json.lz4, 1 .md``; the rarest are not named."""
+    counts: Counter[str] = Counter()
+    for path in files:
+        inner = Path(path.stem).suffix
+        named = inner if inner in FORMATS or path.suffix in COMPRESSIONS else ""
+        counts[f"{named}{path.suffix}" or "without a suffix"] += 1
+    first = [f"{count} {kind}" for kind, count in counts.most_common(_KINDS)]
+    others = len(files) - sum(count for _, count in counts.most_common(_KINDS))
+    return ", ".join(first + ([f"{others} others"] if others else []))
 
 
 def open_file(source: Source) -> tuple[BinaryIO, BinaryIO]:

@@ -62,7 +62,8 @@ def test_workers_and_shards_write_the_same_bytes(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1, 2 and 4 workers, 1 and 3 shards, any size of units, and SLURM's array tasks."""
-    inputs = [corpus / "x.jsonl", corpus / "y.txt", corpus / "x.jsonl"]
+    inputs = [corpus / "x.jsonl", corpus / "y.txt", tmp_path / "again.jsonl"]
+    shutil.copy(corpus / "x.jsonl", inputs[2])
     expected = None
     for workers, shards in ((1, 1), (2, 1), (4, 1), (1, 3), (2, 3)):
         prefix = tmp_path / f"w{workers}s{shards}"
@@ -118,13 +119,11 @@ def test_duplicates_are_found_in_partitions(
 ) -> None:
     from pipeline.data import merge
 
-    make_dataset(
-        [corpus / "x.jsonl"] * 2, corpus / "tokenizer", tmp_path / "one", PAIRS, 999, deduplicate=True
-    )
+    twice = tmp_path / "twice.jsonl"
+    twice.write_bytes((corpus / "x.jsonl").read_bytes() * 2)
+    make_dataset([twice], corpus / "tokenizer", tmp_path / "one", PAIRS, 999, deduplicate=True)
     monkeypatch.setattr(merge, "HASHES_AT_ONCE", 20)
-    make_dataset(
-        [corpus / "x.jsonl"] * 2, corpus / "tokenizer", tmp_path / "two", PAIRS, 500, deduplicate=True
-    )
+    make_dataset([twice], corpus / "tokenizer", tmp_path / "two", PAIRS, 500, deduplicate=True)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert read_facts(tmp_path / "one").counts.duplicates >= 97
 

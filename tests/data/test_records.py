@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,59 @@ def test_a_glob_that_matches_folders_alone_matches_no_file(tmp_path: Path) -> No
         find([f"{tmp_path}/*"])
     (tmp_path / "x.txt").touch()
     assert find([f"{tmp_path}/*"]) == [tmp_path / "x.txt"]
+
+
+def test_what_a_folder_holds_besides_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By number and suffix, in one line for all folders; what is hidden does not count."""
+    for name in (
+        "a/x.jsonl", "a/y.json.lz4", "a/z.json.lz4", "a/README.md", "a/_SUCCESS", "b/t.tsv.gz", "b/x.txt",
+        "a/.x.jsonl", "a/.cache/y.jsonl", "c/x.lz4",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a/.cache/more.lock").touch()
+    assert find([f"{tmp_path}/a", f"{tmp_path}/b"]) == [tmp_path / "a/x.jsonl", tmp_path / "b/x.txt"]
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    start = (
+        "left out, of unknown kinds: 2 .json.lz4, 1 .md, 1 without a suffix, 1 .tsv.gz. What is read: .jsonl"
+    )
+    assert line.startswith(start)
+    with pytest.raises(UserError, match=r"c: no file of a known kind in it \(1 \.lz4\); use .jsonl"):
+        find([f"{tmp_path}/c"])
+    for number in range(9):
+        (tmp_path / f"b/part.{number}").touch()
+    find([f"{tmp_path}/b"])
+    assert "1 .4, 5 others. What" in capsys.readouterr().err
+    find([f"{tmp_path}/a/x.jsonl"])
+    assert capsys.readouterr().err == ""
+
+
+def test_linked_folders_are_read(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x.jsonl").touch()
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
+    assert find([f"{tmp_path}/corpus"]) == [tmp_path / "corpus/linked/x.jsonl"]
+
+
+def test_a_file_that_is_meant_twice_is_refused(tmp_path: Path) -> None:
+    """By name, glob, folder, list or link: with its name and both inputs."""
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d/x.jsonl"
+    path.touch()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    (tmp_path / "list").write_text(f"{path}\n")
+    inputs = [
+        path,
+        f"{tmp_path}/d/*.jsonl",
+        tmp_path / "d",
+        f"{tmp_path}/d/../d/x.jsonl",
+        tmp_path / "link.jsonl",
+    ]
+    for other in inputs:
+        with pytest.raises(UserError, match=f"is meant twice, by {path} and by {re.escape(str(other))},"):
+            find([str(path), str(other)])
+    with pytest.raises(UserError, match=r"link.jsonl is meant twice"):
+        find([f"@{tmp_path}/list", f"{tmp_path}/link.jsonl"])

@@ -128,7 +128,9 @@ def test_what_has_changed_is_refused_by_name(
     assert "--append-eos = False, now it is True" in complaint("--append-eos")
     assert "the keys = ['text'], now it is ['a.b']" in complaint("--text-key", "a.b")
     assert "--split-documents = None, now it is line" in complaint("--split-documents", "line")
-    assert "the list of inputs" in complaint("--input", str(source), str(source))
+    (tmp_path / "more.txt").write_text("more")
+    more = str(tmp_path / "more.txt")
+    assert f"the list of inputs = 1 files, now it is ['{more}']" in complaint("--input", more)  # one more
     changes: list[tuple[Callable[[], object], str]] = [
         (
             lambda: source.write_bytes(content + b"\n"),
