@@ -15,12 +15,13 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from pipeline.cli import UserError
@@ -42,6 +43,7 @@ from pipeline.monitor.progress import Progress
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 10
 SILENT_SECONDS = 60  # a worker that has not been heard of for so long is named
+REMOVALS = 8  # of parts, at a time
 FEW_RECORDS = 1000  # before so many, a run is not stopped for the share of bad ones
 
 
@@ -112,7 +114,7 @@ def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
     folder = parts_folder(prefix)
     with _locked(prefix, work):
         if not work.restart and is_whole(prefix, plan):  # also after a kill between its last file and here
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder, work)
             return _summarise(prefix, read_facts(prefix).counts, plan, work, started, [], 0)
         plan = _continued(plan, prefix, work)
         mine = list(range(work.shard_index, len(plan.units), work.num_shards))
@@ -138,7 +140,7 @@ def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
             made = counts_of(todo)
         summary = _summarise(prefix, counts, plan, work, started, todo, made.tokens)
         if work.num_shards == 1:
-            shutil.rmtree(folder)
+            _clear(folder, work)
         return summary
 
 
@@ -178,7 +180,7 @@ def _locked(prefix: Path, work: Work) -> Iterator[None]:
     """Refuse a second process at the same shard, as far as the file system has locks."""
     folder = parts_folder(prefix)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".lock-{work.shard_index:05d}-of-{work.num_shards:05d}"
+    path = _lock_path(folder, work)
     try:
         with path.open("w") as file:
             try:
@@ -192,7 +194,27 @@ def _locked(prefix: Path, work: Work) -> Iterator[None]:
             yield
     finally:
         if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {path.name}:
-            shutil.rmtree(folder)  # nothing was begun
+            shutil.rmtree(folder)  # nothing was begun, or all is done
+
+
+def _lock_path(folder: Path, work: Work) -> Path:
+    return folder / f".lock-{work.shard_index:05d}-of-{work.num_shards:05d}"
+
+
+def _clear(folder: Path, work: Work) -> None:
+    """Remove all from the folder of the parts but the lock, which NFS cannot remove while it is open.
+
+    The parts go side by side: one at a time, thousands of them take minutes, for each waits for the disk.
+    """
+    lock = _lock_path(folder, work)
+
+    def remove(entry: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another shard that finds the dataset whole does the same
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    with ThreadPoolExecutor(REMOVALS) as pool:
+        for _ in pool.map(remove, [entry for entry in folder.iterdir() if entry != lock]):
+            pass
 
 
 def _continued(plan: Plan, prefix: Path, work: Work) -> Plan:
@@ -207,8 +229,7 @@ def _continued(plan: Plan, prefix: Path, work: Work) -> Plan:
             raise UserError(
                 f"--restart would throw away what other shards do: remove {folder} yourself, once."
             )
-        for entry in [entry for entry in folder.iterdir() if not entry.name.startswith(".lock-")]:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _clear(folder, work)
     begun = read_plan(folder)
     if begun is None:
         found = existing(prefix)
@@ -266,19 +287,22 @@ def _workers(
     arguments = (job, memory, workers, context.Value("i", 0))
     counts = Counts()
     with ProcessPoolExecutor(workers, context, worker.start, arguments) as pool:
-        futures = {unit: pool.submit(worker.work, unit) for unit in todo}  # forks, before threads are begun
-        waiting = set(futures.values())
+        futures = {pool.submit(worker.work, unit): unit for unit in todo}  # forks, before threads are begun
+        ended: SimpleQueue[Future[Counts]] = SimpleQueue()
+        for future in futures:
+            future.add_done_callback(ended.put)
+        missing = set(todo)
 
         def wait_for(unit: int) -> None:
-            nonlocal counts, waiting
-            there = unit not in futures
+            nonlocal counts
             while True:
-                there = there or futures[unit].done()
-                ended, waiting = wait(waiting, 0 if there else POLL_SECONDS, FIRST_COMPLETED)
-                counts = Counts.total([counts, *(future.result() for future in ended)])
+                with contextlib.suppress(Empty):
+                    future = ended.get(unit in missing, POLL_SECONDS)
+                    missing.remove(futures.pop(future))
+                    counts = Counts.total([counts, future.result()])
                 watch.show()
                 _check_bad(counts, job.folder, mine, work, final=False)
-                if there:
+                if unit not in missing:
                     return
 
         try:

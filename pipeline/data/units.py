@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,10 +94,10 @@ class Plan:
             "units": [[dataclasses.astuple(span) for span in unit] for unit in self.units],
         }
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Identity of the inputs and options; how they are cut into units does not change the dataset."""
-        values = self.to_json()
+        values = dataclasses.replace(self, units=()).to_json()
         del values["units"], values["tokenizer"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -293,3 +293,45 @@ def test_parts_are_joined_as_they_come(corpus: Path, tmp_path: Path) -> None:
         merge_parts(folder, tmp_path / "d", wait_for=fail)
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
     assert not list(tmp_path.glob(".d.*"))
+
+
+def test_many_units_do_not_make_the_plan_be_described_more_often(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus has thousands of units and files: what is done with all of them for each one never ends."""
+    described: list[str] = []
+    monkeypatch.setattr(Source, "to_json", counting(described, Source.to_json))
+    found = []
+    for name, size in (("few", "1000000"), ("many", "30000")):
+        preprocess_data.main([*command(corpus, tmp_path / name)[:-1], size])
+        found.append(len(described))
+        described.clear()
+    assert found[0] == found[1] > 0
+
+
+def counting(calls: list[str], function: Callable[[Source], dict[str, object]]) -> Callable[..., object]:
+    """Return a function that notes each call."""
+
+    def called(source: Source) -> dict[str, object]:
+        calls.append(source.path)
+        return function(source)
+
+    return called
+
+
+def test_the_lock_is_closed_before_it_is_removed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps the name of an open file, in another form, so that its folder could not be removed."""
+    removed, remove = [], shutil.rmtree
+
+    def watched(path: Path, **options: bool) -> None:
+        removed.append(Path(path))
+        opened = [os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()]
+        assert not [name for name in opened if name.startswith(f"{path}/")]
+        remove(path, **options)
+
+    monkeypatch.setattr("pipeline.data.preprocess.shutil.rmtree", watched)
+    preprocess_data.main(command(corpus, tmp_path / "d"))
+    assert parts_folder(tmp_path / "d") in removed
+    assert not parts_folder(tmp_path / "d").exists()
