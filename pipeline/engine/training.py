@@ -107,8 +107,8 @@ class DeepSpeedEngine:
 
     def _accept(self, norm: Tensor) -> bool:
         """Pass on DeepSpeed's question whether to update the weights."""
-        self.norm = norm
-        return self.accept is None or self.accept(norm)
+        self.norm = norm.to(self.launch.device)  # that of offloaded gradients is on the CPU
+        return self.accept is None or self.accept(self.norm)
 
     @torch.no_grad()
     def evaluate(self, batch: MaskedBatch) -> HeadOutput:

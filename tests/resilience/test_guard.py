@@ -7,8 +7,12 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config import GuardConfig
+from pipeline.engine import DeepSpeedEngine
+from pipeline.launch import Launch
 from pipeline.resilience.guard import FEWEST, WINDOW, Guard
 
 
@@ -100,3 +104,13 @@ def test_no_spikes_without_a_history_or_a_limit() -> None:
     assert guard.judge(1e6, 1e6)
     guard, _, _ = seasoned(limit=0)
     assert guard.judge(1e6, 1e6)
+
+
+def test_the_norm_of_offloaded_gradients_meets_the_losses_on_the_gpu() -> None:
+    """DeepSpeed gives it on the CPU, and torch joins no tensors of two devices; here both hold no numbers."""
+    with FakeTensorMode():
+        engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+        engine.launch = Launch(0, 1, 0, torch.device("cuda", 0), "bf16")
+        agreed = torch.zeros(2, dtype=torch.float64, device=engine.launch.device)
+        engine.accept = lambda norm: len(torch.cat([agreed, norm.double().reshape(1)])) == 3
+        assert engine._accept(torch.ones(()))
