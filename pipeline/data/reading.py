@@ -1,4 +1,4 @@
-"""The raw records of a span: lines, paragraphs or rows, each with its position; nothing is left out.
+"""Sources cut into spans, and the raw records of a span: lines, paragraphs or rows, each with its position.
 
 A jsonl line is a record. A text file is cut into records at blank lines, or at every line. A table's rows
 are records.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from backports import zstd
@@ -70,6 +71,69 @@ class Reading:
     by_line: bool
     limit: int
     columns: tuple[str, ...]
+
+
+def cut(number: int, source: Source, target: Callable[[], int], by_line: bool) -> Iterator[Span]:
+    """Yield the spans of a source, each of about as many bytes as `target` then says, in order."""
+    if source.format == "hub":
+        yield from (Span(number, shard, shard + 1, target()) for shard in range(source.size))
+    elif source.format == "parquet":
+        yield from _cut_parquet(number, source, target)
+    elif not source.is_cut_in_bytes:
+        yield Span(number, 0, source.size, source.size)
+    else:
+        start, paragraphs = 0, source.format == "text" and not by_line
+        with Path(source.path).open("rb") as file:
+            while start < source.size:
+                end = _end_of_record(file, min(source.size, start + target()), source.size, paragraphs)
+                yield Span(number, start, end, end - start)
+                start = end
+
+
+def _cut_parquet(number: int, source: Source, target: Callable[[], int]) -> Iterator[Span]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(source.path) as file:
+            groups = file.metadata.num_row_groups
+            sizes = [
+                sum(
+                    file.metadata.row_group(g).column(c).total_compressed_size
+                    for c in range(file.metadata.num_columns)
+                )
+                for g in range(groups)
+            ]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"--input {source.path} is no whole parquet file ({error}): bring it again."
+        ) from None
+    first, size = 0, 0
+    for group, of_group in enumerate(sizes, start=1):
+        size += of_group
+        if size >= target() or group == groups:
+            yield Span(number, first, group, size)
+            first, size = group, 0
+
+
+def _end_of_record(file: BinaryIO, position: int, size: int, paragraphs: bool) -> int:
+    """Return the end of the record that holds the byte before `position`."""
+    if position >= size:
+        return size
+    file.seek(position - 1)
+    _skip_line(file)
+    while paragraphs and _skip_line(file).strip():
+        pass
+    return min(file.tell(), size)
+
+
+def _skip_line(file: BinaryIO) -> bytes:
+    """Read to the end of a line, however long; return a piece of it that is blank only if it all is."""
+    seen = piece = file.readline(PIECE)
+    while piece and not piece.endswith(b"\n"):
+        piece = file.readline(PIECE)
+        seen = seen if seen.strip() else piece
+    return seen
 
 
 class SpanReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import orjson
 
 from pipeline.cli import UserError, nearest
-from pipeline.data.reading import BadRecord, Content, Reading, Span, SpanReader
+from pipeline.data.reading import BadRecord, Content, Reading, SpanReader, cut
 from pipeline.data.sources import Source, open_file
 
 MESSAGE_FORMAT = "{role}: {content}\n"
@@ -202,19 +203,25 @@ def read_all(
         on_bad: called with each record that cannot be used; without it the first one is a `UserError`.
     """
     for source in check_inputs(paths, keys):
-        span = Span(0, 0, source.size, source.size)
-        for position, content in SpanReader(source, span, keys.reading()):
-            if isinstance(content, bytes) and not content.strip():
-                continue
-            try:
-                found = documents(content, keys, source.format == "text")
-            except BadRecord as bad:
-                if on_bad is None:
-                    raise UserError(complaint(source, position, bad)) from None
-                on_bad(bad)
-                continue
-            for texts in found:
-                yield Record(texts, source, position)
+        for span in cut(0, source, lambda: sys.maxsize, keys.reading().by_line):
+            yield from _records(SpanReader(source, span, keys.reading()), keys, on_bad)
+
+
+def _records(
+    reader: SpanReader, keys: Keys, on_bad: Callable[[BadRecord], None] | None = None
+) -> Iterator[Record]:
+    for position, content in reader:
+        if isinstance(content, bytes) and not content.strip():
+            continue
+        try:
+            found = documents(content, keys, reader.source.format == "text")
+        except BadRecord as bad:
+            if on_bad is None:
+                raise UserError(complaint(reader.source, position, bad)) from None
+            on_bad(bad)
+            continue
+        for texts in found:
+            yield Record(texts, reader.source, position)
 
 
 def complaint(source: Source, position: int, bad: BadRecord) -> str:

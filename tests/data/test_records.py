@@ -6,15 +6,16 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli import UserError
-from pipeline.data.reading import BadRecord, Span, SpanReader
+from pipeline.data.reading import BadRecord, Span, SpanReader, cut
 from pipeline.data.records import Keys, check_inputs, documents, read_all, sentences
 from pipeline.data.sources import Source, find
-from pipeline.data.units import cut
 
 TEXT = Keys(("text",))
 LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=12)
@@ -73,6 +74,21 @@ def test_pairs_are_read_in_order(tmp_path: Path) -> None:
     records = list(read_all([path], Keys(("q", "a"))))
     assert [record.texts for record in records] == [("1+1", "2"), ("2+2", "4")]
     assert records[1].place == f"{path}, line 3"
+
+
+def test_tables_are_read_whole(tmp_path: Path) -> None:
+    """Of any number of row groups; also by the tools that read no plan."""
+    texts = [str(number) for number in range(95)]
+    for rows in (10, 1000):
+        path = tmp_path / f"{rows}.parquet"
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=rows)
+        assert [record.texts for record in read_all([path], TEXT)] == [(text,) for text in texts]
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"text": [*texts, ""]}), bad, row_group_size=10)
+    with pytest.raises(UserError, match=r"bad.parquet, row 96: a text of length 0"):
+        list(read_all([bad], TEXT))
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), bad)
+    assert list(read_all([bad], TEXT)) == []
 
 
 @pytest.mark.parametrize(
