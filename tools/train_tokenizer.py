@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pipeline.cli import ToolParser, UserError, run
 from pipeline.data.arguments import add_corpus_arguments, corpus_keys
-from pipeline.data.records import check_inputs, read_all
-from pipeline.data.sources import find
+from pipeline.data.merge import MEGABYTE
+from pipeline.data.preprocess import REPORT_SECONDS
+from pipeline.data.records import Keys, check_inputs, read_excerpt
+from pipeline.data.sources import Source, find
 from pipeline.data.tokenizer import MODEL_TYPES, import_tokenizer, train_tokenizer
+from pipeline.monitor.progress import Progress
+
+
+def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float) -> Iterator[str]:
+    """Yield texts of a corpus, as many as the trainer is to see, and show how far the reading is."""
+    total = round(sum(source.size for source in sources) / MEGABYTE, 1)
+    read, reported = 0.0, time.monotonic()
+
+    def show(behind: float, text: float) -> None:
+        nonlocal read, reported
+        read = text / MEGABYTE
+        progress.advance(min(round(behind / MEGABYTE, 1), total))
+        if time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
+            progress.report(f"{read:,.0f} MB of text taken")
+
+    with closing(Progress(total, 0, "MB")) as progress:
+        for record in read_excerpt(sources, keys, megabytes * MEGABYTE, show):
+            yield from record.texts
+        progress.say(f"training on {read:,.1f} MB of text, from {total:,} MB of files")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,6 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_corpus_arguments(parser, required=False)
     parser.add_argument("--vocab-size", type=int, help="tokens; an upper bound for char and word")
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="kind of pieces")
+    parser.add_argument(
+        "--sample-megabytes",
+        type=float,
+        default=300,
+        help="text to train on, spread over a corpus that has more; unigram needs 20 times as much memory",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--import-json", type=Path, help="a Hugging Face tokenizer.json, instead of training")
     for use in ("mask", "pad", "eos"):
@@ -35,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError("no corpus: give --input to train, or --import-json.")
         if options.vocab_size is None or options.vocab_size < 1:
             raise UserError(f"--vocab-size is {options.vocab_size}: it must be 1 or more.")
+        if not options.sample_megabytes > 0:
+            raise UserError(f"--sample-megabytes is {options.sample_megabytes}: it must be above 0.")
         keys = corpus_keys(options)
-        paths = find(options.input)
-        check_inputs(paths, keys)
-        texts = (text for record in read_all(paths, keys) for text in record.texts)
+        texts = read_shown(check_inputs(find(options.input), keys), keys, options.sample_megabytes)
         tokenizer = train_tokenizer(texts, options.vocab_size, options.model_type, options.output)
     print(
         f"wrote {options.output}: {tokenizer.vocab_size} tokens, mask {tokenizer.mask}, eos {tokenizer.eos}"

@@ -16,6 +16,7 @@ from pipeline.data.reading import BadRecord, Content, Reading, SpanReader, cut
 from pipeline.data.sources import Source, open_file
 
 MESSAGE_FORMAT = "{role}: {content}\n"
+EXCERPTS, SMALLEST_EXCERPT = 4096, 2**20  # spans that an excerpt is taken from, and bytes of the smallest
 LONGEST_RECORD = 2**23  # bytes: SentencePiece takes about 30 of memory for each
 TEXT, PAIR = ("text",), ("prompt", "answer")
 
@@ -205,6 +206,40 @@ def read_all(
     for source in check_inputs(paths, keys):
         for span in cut(0, source, lambda: sys.maxsize, keys.reading().by_line):
             yield from _records(SpanReader(source, span, keys.reading()), keys, on_bad)
+
+
+def read_excerpt(
+    sources: Sequence[Source], keys: Keys, limit: float, on_read: Callable[[float, float], None]
+) -> Iterator[Record]:
+    """Yield documents spread evenly over a corpus, with about so much text; every one where there is no more.
+
+    The corpus is cut into many spans, of which the first documents are read, until there is as much text as
+    the corpus up to the end of the span has earned. Of a compressed file that is the beginning. The same
+    corpus gives the same documents.
+
+    Args:
+        sources: of `check_inputs`.
+        keys: what is read.
+        limit: bytes of text.
+        on_read: called after each document with the bytes of the files that are behind, and those of text.
+
+    Raises:
+        UserError: for a record that cannot be used.
+    """
+    total = sum(source.size for source in sources)
+    size = max(total // EXCERPTS, SMALLEST_EXCERPT)
+    behind = text = 0  # bytes
+    for source in sources:
+        for span in cut(0, source, lambda: size, keys.reading().by_line):
+            earned = limit * (behind + span.size) / total
+            reader = SpanReader(source, span, keys.reading())
+            for record in _records(reader, keys) if text < earned else ():
+                text += sum(len(part.encode()) for part in record.texts)
+                on_read(behind + reader.done, text)
+                yield record
+                if text >= earned:
+                    break
+            behind += span.size
 
 
 def _records(

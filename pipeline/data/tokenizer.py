@@ -19,6 +19,7 @@ import tokenizers
 
 from pipeline.cli import UserError
 from pipeline.data.arrays import Array
+from pipeline.data.records import LONGEST_RECORD
 from pipeline.files import creating_folder
 
 MODEL_TYPES = ("unigram", "bpe", "char", "word")
@@ -310,6 +311,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
             eos_id=2,
             bos_id=-1,
             control_symbols=[MASK],
+            max_sentence_length=LONGEST_RECORD,  # a longer line is passed over in silence: 4,192 by default
             # The trainer sees single lines, so a line end would otherwise be unknown to it.
             user_defined_symbols=["\n"],
             num_threads=1,  # the order of its floating-point sums, and so the model, depends on the threads

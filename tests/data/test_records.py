@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.cli import UserError
+from pipeline.data import records
 from pipeline.data.reading import BadRecord, Span, SpanReader, cut
 from pipeline.data.records import Keys, check_inputs, documents, read_all, sentences
 from pipeline.data.sources import Source, find
@@ -71,9 +73,9 @@ def test_txt_is_cut_at_blank_lines(
 def test_pairs_are_read_in_order(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"q": "1+1", "a": "2"}\n\n{"a": "4", "q": "2+2"}\n')
-    records = list(read_all([path], Keys(("q", "a"))))
-    assert [record.texts for record in records] == [("1+1", "2"), ("2+2", "4")]
-    assert records[1].place == f"{path}, line 3"
+    found = list(read_all([path], Keys(("q", "a"))))
+    assert [record.texts for record in found] == [("1+1", "2"), ("2+2", "4")]
+    assert found[1].place == f"{path}, line 3"
 
 
 def test_tables_are_read_whole(tmp_path: Path) -> None:
@@ -89,6 +91,36 @@ def test_tables_are_read_whole(tmp_path: Path) -> None:
         list(read_all([bad], TEXT))
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), bad)
     assert list(read_all([bad], TEXT)) == []
+
+
+def test_an_excerpt_is_spread_over_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much text as asked for, of every file its share, and of every part of a plain file; or all of it."""
+    monkeypatch.setattr(records, "SMALLEST_EXCERPT", 500)
+    numbers = range(4000)
+    lines = [json.dumps({"text": f"{number:05d}"}) + "\n" for number in numbers]
+    (tmp_path / "a.jsonl").write_text("".join(lines[:2000]))
+    for number in numbers[2000:3000]:
+        (tmp_path / f"b{number}.jsonl").write_text(lines[number])
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(lines[3000:]).encode(), compresslevel=0))
+    sources = check_inputs(sorted(tmp_path.iterdir()), TEXT)
+    places: list[float] = []
+
+    def excerpt(limit: float) -> list[int]:
+        places.clear()
+        found = records.read_excerpt(sources, TEXT, limit, lambda behind, text: places.append(behind))
+        return [int(record.texts[0]) for record in found]
+
+    assert excerpt(5 * 4000) == list(numbers)
+    found = excerpt(5 * 400)
+    assert abs(len(found) - 400) <= 1
+    assert found == excerpt(5 * 400)
+    assert sorted(set(found)) == found
+    total = sum(source.size for source in sources)
+    assert places == sorted(places)
+    assert 0.75 * total < places[-1] <= total
+    for first in range(0, 3000, 250):  # a tenth of each part
+        assert abs(sum(first <= number < first + 250 for number in found) - 25) <= 3
+    assert abs(sum(number >= 3000 for number in found) - 100) <= 3
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,16 @@ def test_training_is_deterministic_and_ids_are_distinct(tmp_path: Path, model_ty
     assert (loaded.vocab_size, loaded.eod) == (one.vocab_size, one.eos)
 
 
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_long_lines_are_trained_on(tmp_path: Path, model_type: str) -> None:
+    """SentencePiece leaves out lines of more than 4,192 bytes unless it is told otherwise."""
+    line = " ".join(CORPUS).replace("\n", " ")
+    assert len(line) > 4192
+    trained = train_tokenizer(["a short line", line], 300, model_type, tmp_path / "t")
+    pieces = [trained.model.token(token) for token in trained.encode("quick").tolist()]
+    assert not any(piece.startswith("<0x") for piece in pieces)  # bytes, of letters that were not seen
+
+
 def test_char_pieces_are_characters(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["0123", "3210"], 64, "char", tmp_path / "t")
     assert len(tokenizer.encode("0123")) == 4
@@ -92,6 +102,17 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run_here(tool.main, [*base, "300", *keys], capsys)
     assert outcome.code == 0
     assert "300 tokens" in outcome.output
+    size = sum(len(text.encode()) + 3 for text in CORPUS)
+    assert f"training on {size / 1e6:.1f} MB of text, from" in outcome.output
+    texts = [part for text in CORPUS for part in (text, "yes")]
+    whole = train_tokenizer(texts, 300, "unigram", tmp_path / "whole")
+    assert Tokenizer.load(tmp_path / "t").sha256 == whole.sha256
+    less = [*base[:3], str(tmp_path / "less"), "--vocab-size", "300", *keys, "--sample-megabytes"]
+    assert "--sample-megabytes is 0.0" in run_here(tool.main, [*less, "0"], capsys).complaint()
+    assert run_here(tool.main, [*less, "0.002"], capsys).code == 0
+    part = texts[: next(n for n in range(2, 999, 2) if len("".join(texts[:n]).encode()) >= 2000)]
+    sampled = train_tokenizer(part, 300, "unigram", tmp_path / "sampled")
+    assert Tokenizer.load(tmp_path / "less").sha256 == sampled.sha256 != whole.sha256
     assert "exists" in run_here(tool.main, [*base, "300", *keys], capsys).complaint()
     empty = tmp_path / "empty.txt"
     empty.write_text("")
