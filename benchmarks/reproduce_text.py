@@ -30,10 +30,14 @@ from pipeline.evaluation.tasks.gsm8k import final_number
 from pipeline.files import replacing
 from pipeline.sampling import Loaded, SamplingSettings, complete
 
+PUMA = "--objective.stages 12"
+TURNS_MIXED = f"{PUMA} --objective.turns 32 --objective.random_share 0.25"
 VARIANTS = {
-    "puma": "--objective.stages 12",
-    "puma_turns": "--objective.stages 12 --objective.turns 32",
-    "puma_turns_mixed": "--objective.stages 12 --objective.turns 32 --objective.random_share 0.25",
+    "puma": PUMA,
+    "puma_threshold": f"{PUMA} --objective.threshold 0.9",  # as the paper's run on TinyGSM
+    "puma_turns": f"{PUMA} --objective.turns 32",
+    "puma_turns_mixed": TURNS_MIXED,
+    "puma_turns_mixed_threshold": f"{TURNS_MIXED} --objective.threshold 0.9",
     "random": "--objective.kind random_masking",
 }
 DECODINGS = {
