@@ -265,7 +265,9 @@ class Run:
                 figures = task.measure(self.engine, step, self.stopped)
             if figures is not None:
                 self.recorder.write(step, figures)
-                self.progress.say(f"step {step}: {name} {figures[name]:.4f} of {len(task.items)} items")
+                without = task.total - len(task.items)
+                note = f", {without} without room for an answer" if without else ""
+                self.progress.say(f"step {step}: {name} {figures[name]:.4f} of {task.total} items{note}")
 
     def held_out(self, valid: SampleDataset, prefix: str = "") -> dict[str, float | None]:
         """Return loss and bound on the validation samples by the present weights; nothing after a stop."""

@@ -91,7 +91,8 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) ->
     if options.task == LIKELIHOOD:
         keys: tuple[str, ...] = (options.prompt_key or "prompt", options.answer_key or "answer")
         keys = (options.text_key,) if options.text_key else keys
-        return Likelihoods(read_pairs(options.data, keys, loaded, options.limit), options.draws, options.seed)
+        pairs, too_long = read_pairs(options.data, keys, loaded, options.limit)
+        return Likelihoods(pairs, too_long, options.draws, options.seed)
     task = stack.enter_context(closing(TASKS[options.task]()))
     names = (options.prompt_key or task.keys[0], options.answer_key or task.keys[1])
     items = task.read(options.data, names)[: options.limit]

@@ -15,11 +15,11 @@ from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Results, Row
-from pipeline.evaluation.tasks import Item, Task
+from pipeline.evaluation.tasks import Item, Task, Verdict
 from pipeline.monitor.progress import Progress
 from pipeline.runtime import agree
-from pipeline.sampling import Loaded, SamplingSettings, complete
-from pipeline.sampling.batching import behind_prompts
+from pipeline.sampling import Completion, Loaded, SamplingSettings, complete
+from pipeline.sampling.batching import behind_prompts, that_fit
 
 _REPORT_EVERY = 10  # seconds, in a log file
 
@@ -42,7 +42,7 @@ class Measure(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Answers(Measure):
-    """The verdicts of a task on decoded answers.
+    """The verdicts of a task on decoded answers; where a prompt leaves no room for one, that is wrong.
 
     Attributes:
         task: judges them.
@@ -67,17 +67,30 @@ class Answers(Measure):
         return [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
 
     def check(self, loaded: Loaded) -> None:
-        """Raise a `UserError` for an item that the model cannot answer, before any is answered."""
-        length = self.length or self.task.answer_length(self.items)
-        behind_prompts(self.prompts(self.items), length, loaded.tokenizer, loaded.config)
+        """Raise a `UserError` for what the model cannot answer, before anything is answered."""
+        prompts = self.prompts(self.items)
+        fit = self._that_fit(prompts, loaded)
+        fitting = [prompt for prompt, fits in zip(prompts, fit, strict=True) if fits]
+        behind_prompts(fitting or prompts, self._length, loaded.tokenizer, loaded.config)
+
+    @property
+    def _length(self) -> int | None:
+        return self.length or self.task.answer_length(self.items)
+
+    def _that_fit(self, prompts: Sequence[str], loaded: Loaded) -> list[bool]:
+        return that_fit(prompts, self._length, loaded.tokenizer, loaded.config)
 
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
         """See `Measure`."""
         items = [self.items[number] for number in numbers]
         prompts = self.prompts(items)
-        length = self.length or self.task.answer_length(self.items)
-        found = complete(loaded, prompts, self.settings, length, batch_size, numbers=numbers)
-        verdicts = self.task.score_all(items, [completion.text for completion in found])
+        fit = self._that_fit(prompts, loaded)
+        fitting = [i for i, fits in enumerate(fit) if fits]
+        asked, chosen = [prompts[i] for i in fitting], [numbers[i] for i in fitting]
+        found = complete(loaded, asked, self.settings, self._length, batch_size, numbers=chosen)
+        verdicts = self.task.score_all([items[i] for i in fitting], [one.text for one in found])
+        answered = zip(found, verdicts, strict=True)
+        nothing = Completion("", [], [], 0), Verdict(False, "not answered: the prompt leaves no room")
         return [
             {
                 "item": number,
@@ -90,9 +103,8 @@ class Answers(Measure):
                 "order": completion.order,
                 "steps": completion.steps,
             }
-            for number, prompt, item, completion, verdict in zip(
-                numbers, prompts, items, found, verdicts, strict=True
-            )
+            for number, prompt, item, fits in zip(numbers, prompts, items, fit, strict=True)
+            for completion, verdict in [next(answered) if fits else nothing]
         ]
 
     def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -103,13 +115,19 @@ class Answers(Measure):
             "total": len(rows),
             "accuracy": right / len(rows),
             "interval": wilson_interval(right, len(rows)),
+            "not_answered": sum(row["steps"] == 0 for row in rows),
             "tokens_per_forward": sum(len(row["tokens"]) for row in rows) / sum(row["steps"] for row in rows),
         }
 
     def summary(self, figures: dict[str, Any]) -> str:
         """See `Measure`."""
         low, high = figures["interval"]
+        missing = (
+            f"{figures['not_answered']} of {figures['total']} items have a prompt that leaves no room for an "
+            "answer: they are not answered and count as wrong\n"
+        )
         return (
+            f"{missing if figures['not_answered'] else ''}"
             f"accuracy {figures['accuracy']:.4f}, 95% interval {low:.4f} to {high:.4f} (Wilson), "
             f"{figures['tokens_per_forward']:.2f} tokens a forward\n"
             + self.task.summary(figures["right"], figures["total"])
@@ -122,11 +140,13 @@ class Likelihoods(Measure):
 
     Attributes:
         pairs: token ids of prompts, which may be empty, and of what is scored.
+        too_long: pairs that were left out, because they exceed the sequence length of the training.
         draws: masks of a sequence.
         seed: of the masks.
     """
 
     pairs: Sequence[tuple[list[int], list[int]]]
+    too_long: int = 0
     draws: int = DRAWS
     seed: int = 0
 
@@ -151,14 +171,19 @@ class Likelihoods(Measure):
         ]
         found = dataclasses.asdict(likelihood_of(likelihood_totals(*columns)))
         noise = math.sqrt(sum(row["standard_error"] ** 2 for row in rows)) / len(rows)
-        figures = found | {"standard_error_of_masks": noise}
+        figures = found | {"standard_error_of_masks": noise, "too_long": self.too_long}
         return {name: None if figure != figure else figure for name, figure in figures.items()}  # no NaN
 
     def summary(self, figures: dict[str, Any]) -> str:
         """See `Measure`."""
         numbers = {name: "?" if f is None else f"{f:.4f}" for name, f in figures.items()}
+        missing = (
+            f"{self.too_long} pairs are longer than the sequence length of the training and left out\n"
+            if self.too_long
+            else ""
+        )
         return (
-            f"bound {numbers['nll']} nats a sequence, standard error {numbers['standard_error']} "
+            f"{missing}bound {numbers['nll']} nats a sequence, standard error {numbers['standard_error']} "
             f"({numbers['standard_error_of_masks']} from the masks)\n"
             f"perplexity {numbers['perplexity']}, {numbers['bits_per_byte']} bits a byte of "
             f"{figures['sequences']} sequences"

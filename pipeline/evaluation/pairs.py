@@ -14,10 +14,11 @@ from pipeline.sampling import Loaded
 
 def read_pairs(
     path: Path, keys: tuple[str, ...], loaded: Loaded, limit: int | None
-) -> list[tuple[list[int], list[int]]]:
+) -> tuple[list[tuple[list[int], list[int]]], int]:
     """Return the token ids of prompts and of what is scored, of an indexed dataset or a file of records.
 
-    Texts longer than the sequence length of the training are cut into pieces, each scored by itself.
+    Texts longer than the sequence length of the training are cut into pieces, each scored by itself. Longer
+    pairs are left out; their number is returned too.
 
     Args:
         path: PREFIX of an indexed dataset, or a file of records.
@@ -45,9 +46,13 @@ def read_pairs(
             pairs += [([], ids[0][start : start + length]) for start in range(0, len(ids[0]), length)]
     # A model with shifted prediction has nothing to score in a piece of one token.
     pairs = [pair for pair in pairs if len(pair[1]) > (loaded.model.shifted and not pair[0])]
-    if not pairs:
-        raise UserError(f"{path} holds nothing to score: give --data a dataset or file with text.")
-    return pairs
+    fitting = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= length]
+    if not fitting:
+        raise UserError(
+            f"{path} holds nothing to score ({len(pairs)} pairs longer than {length}, the sequence length of "
+            "the training): give --data a dataset or file with text."
+        )
+    return fitting, len(pairs) - len(fitting)
 
 
 def _read_dataset(prefix: Path, tokenizer: Tokenizer, limit: int | None) -> list[list[list[int]]]:

@@ -41,11 +41,14 @@ class Results:
             self.remove_items()
             self.path.unlink(missing_ok=True)
         done: dict[int, Row] = {}
-        try:
-            for part in self.item_files():
-                keep_lines(part, lambda line: True)
-                first, *rows = (orjson.loads(line) for line in part.read_bytes().splitlines() or [b"{}"])
+        for part in self.item_files():
+            keep_lines(part, lambda line: bool(orjson.loads(line)))
+            first, *rows = (orjson.loads(line) for line in part.read_bytes().splitlines() or [b"{}"])
+            try:
                 done |= self.checked(first, rows, part)
+            except (KeyError, TypeError, AttributeError):
+                raise UserError(f"{part} is damaged: remove it, and its items are measured again.") from None
+        try:
             if self.path.exists():
                 tree = orjson.loads(self.path.read_bytes())
                 done |= self.checked(tree, tree["items"], self.path)

@@ -16,7 +16,7 @@ from pipeline.evaluation.filling import fill
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
 from pipeline.runtime import Engine, agree
-from pipeline.sampling.batching import behind_prompts, stack_sequences, up_to_end
+from pipeline.sampling.batching import behind_prompts, stack_sequences, that_fit, up_to_end
 
 
 class ScheduledTask:
@@ -24,20 +24,24 @@ class ScheduledTask:
 
     Attributes:
         settings: what is measured, and when.
+        total: items; those whose prompt leaves no room for an answer count as wrong.
     """
 
     def __init__(self, settings: TaskConfig, config: Config, tokenizer: Tokenizer) -> None:
         """Read the items, and check that they can be measured.
 
         Raises:
-            UserError: for an unusable file, a prompt that is too long, or a task that cannot run here.
+            UserError: for an unusable file, prompts that are all too long, or a task that cannot run here.
         """
         self.settings, self.config, self.tokenizer = settings, config, tokenizer
         with closing(TASKS[settings.task]()) as task:
-            self.items = task.read(Path(settings.data))[: settings.samples]
-            length = settings.length or task.answer_length(self.items)
+            items = task.read(Path(settings.data))[: settings.samples]
+            length = settings.length or task.answer_length(items)
+        fit = that_fit([item.prompt for item in items], length, tokenizer, config)
+        self.total = len(items)
+        self.items = [item for item, fits in zip(items, fit, strict=True) if fits]
         try:
-            prompts = [item.prompt for item in self.items]
+            prompts = [item.prompt for item in self.items or items]
             self.sequences = behind_prompts(prompts, length, tokenizer, config)
         except UserError as error:
             raise UserError(f"evaluation.tasks, {settings.data}: {error}") from None
@@ -75,10 +79,10 @@ class ScheduledTask:
                 ]
                 items = self.items[first : first + batch_size]
                 right += sum(verdict.right for verdict in task.score_all(items, answers[: len(items)]))
-        total = round(float(engine.sum_over_ranks(right)) / launch.sequence_size)
-        low, high = wilson_interval(total, count)
+        count = round(float(engine.sum_over_ranks(right)) / launch.sequence_size)
+        low, high = wilson_interval(count, self.total)
         curve = self.settings.curve
-        return {f"{curve}/accuracy": total / count, f"{curve}/low": low, f"{curve}/high": high}
+        return {f"{curve}/accuracy": count / self.total, f"{curve}/low": low, f"{curve}/high": high}
 
 
 def schedule_tasks(config: Config, tokenizer: Tokenizer, engine: Engine) -> list[ScheduledTask]:

@@ -68,6 +68,12 @@ def stack_sequences(
     return Samples(tokens, roles, torch.tensor(numbers)), masked
 
 
+def that_fit(prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config) -> list[bool]:
+    """Return which prompts leave room for an answer; the arguments are those of `behind_prompts`."""
+    limit = config.data.sequence_length
+    return [len(ids) + (length or 1) <= limit for ids in tokenizer.encode_batch(prompts)]
+
+
 def behind_prompts(
     prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config
 ) -> list[MaskedSequence]:

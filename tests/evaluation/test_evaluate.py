@@ -56,6 +56,7 @@ def test_figures_are_those_of_the_answers(run: Evaluate, data: Path, run_dir: Pa
         "total": 60,
         "accuracy": right / 60,
         "interval": [low, high],
+        "not_answered": 0,
         "tokens_per_forward": pytest.approx(1 / forwards),
     }
     assert outcome.output.splitlines()[-2:] == [
@@ -107,6 +108,55 @@ def test_an_interrupted_evaluation_goes_on(
         assert "now it is 1" in run("--output", str(output), "--seed", "1").complaint()
     assert run("--output", str(output), "--seed", "1", "--restart").code == 0
     assert read(output)["settings"]["--seed"] == 1
+
+
+def test_prompts_without_room_are_wrong_and_counted(run: Evaluate, data: Path, tmp_path: Path) -> None:
+    """The other items are answered as if these were not there, in whatever batches."""
+    lines = (data / "corpus.jsonl").read_text().splitlines(keepends=True)[:9]
+    long = json.dumps({"prompt": "abcdef", "answer": "abc"}) + "\n"  # 6 + 7 tokens, of 12
+    mixed, output = tmp_path / "mixed.jsonl", tmp_path / "r.json"
+    mixed.write_text("".join([*lines[:4], long, *lines[4:], long]))
+    without = [n for n in range(11) if n not in (4, 10)]
+    assert run("--output", str(tmp_path / "plain.json"), "--temperature", "0").code == 0
+    plain = read(tmp_path / "plain.json")["items"]
+    expected = {n: plain[n - (n > 4)] for n in without}
+    for size in ("1", "4", "20"):
+        more = ["--data", str(mixed), "--batch-size", size, "--temperature", "0", "--restart"]
+        outcome = run("--output", str(output), *more)
+        assert outcome.code == 0, outcome.error
+        tree = read(output)
+        for n in without:
+            assert tree["items"][n] == expected[n] | {"item": n}
+        for n in (4, 10):
+            item = tree["items"][n]
+            assert (item["right"], item["answer"], item["steps"]) == (False, "", 0)
+            assert item["found"] == "not answered: the prompt leaves no room"
+        right = sum(item["right"] for item in expected.values())
+        figures = tree["figures"]
+        assert (figures["total"], figures["not_answered"], figures["accuracy"]) == (11, 2, right / 11)
+        assert "2 of 11 items have a prompt that leaves no room for an answer" in outcome.output
+    mixed.write_text(long * 2)
+    assert "prompt 1 of 2, 'abcdef', of 6 tokens" in run("--data", str(mixed)).complaint()
+
+
+def test_damaged_items_of_an_interrupted_evaluation(run: Evaluate, tmp_path: Path) -> None:
+    """A line that is none is measured again; where the settings are missing, the file is named."""
+    whole, output = tmp_path / "whole.json", tmp_path / "results.json"
+    assert run("--output", str(whole), "--limit", "5").code == 0
+    tree = read(whole)
+    part = tmp_path / "results.items.0.jsonl"
+    lines = [json.dumps(line) for line in ({"settings": tree["settings"]}, *tree["items"][:3])]
+    lines[2] = "\0" * 20
+    part.write_text("\n".join(lines) + "\n")
+    outcome = run("--output", str(output), "--limit", "5")
+    assert (outcome.code, outcome.error) == (0, "")
+    assert f"{part}, line 3 is damaged" in outcome.output
+    assert output.read_bytes() == whole.read_bytes()
+    output.unlink()
+    for bad in (lines[1:2] * 2, ["3", "4"], [lines[0], "[1]"]):
+        part.write_text("\n".join(bad) + "\n")
+        complaint = run("--output", str(output), "--limit", "5").complaint()
+        assert f"{part} is damaged: remove it, and its items are measured again" in complaint
 
 
 def test_another_step_is_another_evaluation(run: Evaluate, run_dir: Path, tmp_path: Path) -> None:
@@ -186,6 +236,26 @@ def test_long_texts_are_scored_in_pieces(run: Evaluate, tmp_path: Path) -> None:
     texts = ["--data", str(tmp_path / "texts.jsonl"), "--text-key", "text", "--draws", "4"]
     assert run("--task", "likelihood", "--output", str(output), *texts).code == 0
     assert [item["tokens"] for item in read(output)["items"]] == [12, 12, 6, 3]
+
+
+def test_pairs_that_are_too_long_are_left_out(run: Evaluate, data: Path, tmp_path: Path) -> None:
+    """And counted; the figures are those of the others alone."""
+    lines = (data / "corpus.jsonl").read_text().splitlines(keepends=True)[:5]
+    long = json.dumps({"prompt": "abcdef", "answer": "abcdefa"}) + "\n"  # 13 tokens, of 12
+    likelihood = ["--task", "likelihood", "--draws", "4", "--output", str(tmp_path / "r.json"), "--restart"]
+    figures = []
+    for content in ([*lines, long, long], lines):
+        (tmp_path / "x.jsonl").write_text("".join(content))
+        outcome = run(*likelihood, "--data", str(tmp_path / "x.jsonl"))
+        assert outcome.code == 0, outcome.error
+        figures.append(read(tmp_path / "r.json")["figures"])
+        many = len(content) - 5
+        assert ("2 pairs are longer than the sequence length" in outcome.output) == (many == 2)
+        assert figures[-1].pop("too_long") == many
+    assert figures[0] == figures[1]
+    (tmp_path / "x.jsonl").write_text(long)
+    complaint = run(*likelihood, "--data", str(tmp_path / "x.jsonl")).complaint()
+    assert "x.jsonl holds nothing to score (1 pairs longer than 12" in complaint
 
 
 def test_a_dataset_of_another_tokenizer(run: Evaluate, data: Path, tmp_path: Path) -> None:

@@ -78,6 +78,21 @@ def test_answers_of_any_length(
     assert f"right {accuracies[-1]:.4f} of 60 items" in outcome.output
 
 
+def test_prompts_without_room_count_as_wrong(
+    train: Callable[..., Outcome], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in tools/evaluate.py; here those of more than 9 tokens, of 12."""
+    rows = [{"prompt": "abcdef"[:n] * (1 + n // 4), "answer": "bcd"} for n in range(1, 7)] * 5
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = train(tmp_path / "run", *schedule(items, length=3))
+    assert outcome.code == 0, outcome.error
+    accuracies = curve(tmp_path / "run", "evaluation/exact/accuracy")
+    assert "of 30 items, 10 without room for an answer" in outcome.output
+    found = found_in(str(tmp_path / "run"), items, capsys, "--length", "3")
+    assert found == pytest.approx(accuracies[-1][1], abs=5e-5)
+
+
 def test_what_a_stop_cut_short_is_made_up_for(
     train: Callable[..., Outcome], items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
