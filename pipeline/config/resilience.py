@@ -41,6 +41,7 @@ class WatchdogConfig:
             so far in this process; 0 = no watchdog.
         minimum: The limit is never below this, in seconds.
         first: Limit where nothing has been measured yet, in seconds; the first step compiles and reads most.
+            Never less for a save, the last of which waits until all is written.
     """
 
     factor: float = 20.0

@@ -24,6 +24,7 @@ from pipeline.config import WatchdogConfig
 FOLDER = "watchdog"
 _REPORT_WITHIN = 60  # seconds; a report that hangs itself is cut off
 _REMEMBERED = 100  # durations of each phase
+_WAITING = ("save", "rollback")  # mostly short, but the last ones wait for all that is still to be written
 
 
 class Watchdog:
@@ -61,9 +62,8 @@ class Watchdog:
     def limit(self, phase: str) -> float:
         """Return how many seconds a phase may take."""
         known = self.durations[phase]
-        if not known:
-            return self.config.first
-        return max(self.config.minimum, self.config.factor * median(known))
+        least = self.config.first if phase in _WAITING or not known else self.config.minimum
+        return max(least, self.config.factor * median(known)) if known else least
 
     def close(self) -> None:
         """Stop watching."""
