@@ -200,11 +200,11 @@ class Saver:
             _write_json(report, {"files": files})
         except Exception as error:
             work.problem = _describe(error)
-            for name in work.files:  # what is left would keep a full disk full
-                (work.folder / name).unlink(missing_ok=True)
             try:
+                for name in work.files:  # what is left would keep a full disk full
+                    (work.folder / name).unlink(missing_ok=True)
                 _write_json(report, {"problem": work.problem})
-            except OSError:
+            except OSError:  # the whole file system may have failed
                 work.given_up.set()
         work.written.set()
         if not self.first:

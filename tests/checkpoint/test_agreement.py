@@ -66,33 +66,36 @@ def save(savers: list[Saver], step: int) -> list[BaseException | None]:
         return [work.exception(timeout=120) for work in [pool.submit(one, saver) for saver in savers]]
 
 
-def fail_on(monkeypatch: pytest.MonkeyPatch, name: str, part: str) -> None:
-    """Let a function of the saving module fail for paths with `part` in them."""
-    original: Callable[..., object] = getattr(saving, name)
+def fail_on(monkeypatch: pytest.MonkeyPatch, name: str, part: str, where: Any = saving) -> None:
+    """Let a function of the saving module, or of `where`, fail for paths with `part` in them."""
+    original: Callable[..., object] = getattr(where, name)
 
-    def failing(path: Path, *rest: object) -> object:
+    def failing(path: Path, *rest: object, **options: object) -> object:
         if part in path.name:
             raise OSError(28, "No space left on device", str(path))
-        return original(path, *rest)
+        return original(path, *rest, **options)
 
-    monkeypatch.setattr(saving, name, failing)
+    monkeypatch.setattr(where, name, failing)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("silent", [False, True], ids=["reported", "report-fails-too"])
+@pytest.mark.parametrize("also", ["", "report", "removal"])
 def test_one_ranks_failure_is_everybodys(
     savers: tuple[list[Saver], list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     rank: int,
-    silent: bool,
+    also: str,
 ) -> None:
+    """A file cannot be written, and then neither can the report of it, or what there is of it be removed."""
     both, said = savers
     assert save(both, 1) == [None, None]
     with monkeypatch.context() as patch:
         fail_on(patch, "write_hashed", f"part_{rank}")
-        if silent:
+        if also == "report":
             fail_on(patch, "_write_json", f"report_{rank:05d}")
+        if also == "removal":
+            fail_on(patch, "unlink", f"part_{rank}", Path)
         assert save(both, 2) == [None, None]
         assert [saver.failures for saver in both] == [1, 1]
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
