@@ -60,6 +60,8 @@ def train(run: Run) -> bool:
     while run.manifest.step < config.train.steps and not run.guard.stop:
         step = run.manifest.step + 1
         run.watchdog.enter("step")
+        if step == config.objective.switch_step:
+            run.guard.forget()  # another objective has another loss
         if run.sample_log is not None:
             run.sample_log.write(step, run.groups_of(step))
         rate = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import time
@@ -90,7 +91,8 @@ def describe_training(run_dir: Path) -> str:
         return "no step yet"
     step, steps = int(losses[-1]["step"]), config.train.steps
     a_step = config.train.global_batch_size * config.data.sequence_length
-    facts = f"step {step:,}/{steps:,}  {step * a_step:,} tokens  loss {losses[-1]['loss']:.4f}"
+    loss = losses[-1]["loss"]  # JSON has null for what is not finite
+    facts = f"step {step:,}/{steps:,}  {step * a_step:,} tokens  loss {math.nan if loss is None else loss:.4f}"
     rates = [point["tokens_per_second"] for point in losses if "tokens_per_second" in point]
     if rates and step < steps:
         facts += f"  {tqdm.format_interval((steps - step) * a_step / rates[-1])} left"

@@ -54,6 +54,11 @@ class Guard:
         self.problem: str | None = None
         self.stop = False
 
+    def forget(self) -> None:
+        """Begin without a history: the steps to come are not of the same kind as those before."""
+        self.losses.clear()
+        self.norms.clear()
+
     def watch(self, engine: Engine, losses: Tensor) -> Callable[[Tensor], bool]:
         """Begin to judge a step; every rank calls this after its last backward.
 

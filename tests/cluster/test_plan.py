@@ -172,6 +172,9 @@ def test_status_of_a_run_that_slurm_has_forgotten(
     # 16 sequences of 32 tokens a step, 512 tokens a second: a second for each of the 993 steps left.
     assert "step 7/1,000  3,584 tokens  loss 2.0000  16:33 left" in pretrain
     assert evaluate.split()[:3] == ["evaluate", "12", "UNKNOWN"]
+    with (run / "metrics.jsonl").open("a") as file:  # what the writer makes of NaN
+        file.write('{"step":8,"loss":null,"tokens_per_second":512.0}\n')
+    assert "loss nan" in run_here(submit.main, ["status", str(run)], capsys).output
     nowhere = run_here(submit.main, ["status", str(tmp_path / "nowhere")], capsys)
     assert "nowhere does not exist" in nowhere.complaint()
     not_ours = run_here(submit.main, ["cancel", str(tmp_path)], capsys)

@@ -10,6 +10,7 @@ import pytest
 from programs import Outcome, run_here
 from runs import curve
 
+from pipeline.checkpoint import find
 from tools import generate
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -42,6 +43,17 @@ def test_trains_resumes_and_decodes(
     said = run_here(generate.main, ["--checkpoint", str(whole), "--prompt", "ab", "--length", "4"], capsys)
     assert said.code == 0
     assert said.output.startswith("ab")
+
+
+def test_a_new_objective_is_not_judged_by_the_losses_of_the_one_before(
+    train: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Its higher level would be refused as a spike, and the run go back again and again."""
+    settings = RUNS["autoregressive, then annealed"].split()
+    assert train(tmp_path, *settings, "--train.steps", "8").code == 0
+    for step, compared in ((4, 4), (8, 3)):
+        guard = find(tmp_path / f"checkpoints/step_{step:08d}")[1].guard
+        assert (len(guard["losses"]), len(guard["norms"])) == (compared, compared)
 
 
 def test_a_shifted_model_asks_for_a_prompt(
