@@ -13,7 +13,7 @@ from pipeline.checkpoint import FORMAT, Manifest
 from pipeline.config import Config
 from pipeline.data.batch import SampleDataset
 from pipeline.data.blend import describe_order, write_order
-from pipeline.data.samples import Datasets, build_datasets
+from pipeline.data.samples import build_datasets, data_fingerprint
 from pipeline.data.streams import SlotStream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.evaluation.held_out import held_out_bound, held_out_loss
@@ -29,7 +29,7 @@ from pipeline.monitor.sample_log import SampleLog
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import require_wandb
-from pipeline.planning.preflight import check_run
+from pipeline.planning.preflight import check_run, check_validation
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
@@ -55,10 +55,16 @@ class Run:
         self.engine = build_engine(config, launch, vocabulary)
         stack.callback(self.engine.close)
         self.take_folder(stack)
+        self.manifest = Manifest(
+            FORMAT, 0, 0, launch.world_size, self.engine.sharding, config.train.global_batch_size,
+            vocabulary._asdict(), data_fingerprint(config.data, tokenizer, config.train.seed),
+        )  # fmt: skip
+        newest = self.find_start()
+        self.tasks = schedule_tasks(config, tokenizer, self.engine)
+        # What can be refused has been by now: to build the samples of a large corpus takes long.
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
-        check_validation(config, self.data)
-        self.tasks = schedule_tasks(config, tokenizer, self.engine)
+        check_validation(config, self.data.valid is not None)
         self.stream = SlotStream(self.data.train, config.slots, config.train.seed, config.data.workers)
         stack.callback(self.stream.close)
         self.skip_log = SkipLog(self.folder, self.engine)
@@ -66,13 +72,10 @@ class Run:
         self.objectives = objectives.build(config, tokenizer.mask, self.data.has_padding)
         self.turns = make_groups(config, launch, self.stream, self.objectives)
         self.groups = [group for turn in self.turns for group in turn]
-        self.manifest = Manifest(
-            FORMAT, 0, 0, launch.world_size, self.engine.sharding, config.train.global_batch_size,
-            vocabulary._asdict(), self.data.fingerprint,
-        )  # fmt: skip
         self.signals = signals
         self.guard = Guard(config.guard, config.optimizer.gradient_clip, lambda: signals.received)
-        self.resume()
+        if newest is not None:
+            self.load(*newest)
         self.report_order()
         self.progress = Progress(config.train.steps, self.manifest.step, "step", enabled=launch.rank == 0)
         stack.callback(self.progress.close)
@@ -117,20 +120,17 @@ class Run:
                 problem = str(error)
         agree(self.engine, problem)
 
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
+    def find_start(self) -> tuple[Path, Manifest] | None:
+        """Return the newest whole checkpoint, if the run may go on from it; where there is none, begin."""
         found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
-        if found is None:
-            self.start()
-        else:
+        if found is not None:
             checkpoint.check_continues(*found, self.manifest, self.config)
-            self.load(*found)
+        elif self.config.train.initial_weights is not None:
+            self.start_from(Path(self.config.train.initial_weights))
+        return found
 
-    def start(self) -> None:
-        """Begin at given weights, where there are any."""
-        if self.config.train.initial_weights is None:
-            return
-        folder = Path(self.config.train.initial_weights)
+    def start_from(self, folder: Path) -> None:
+        """Begin at given weights."""
         vocabulary, tokenizer = Vocabulary(**self.manifest.vocabulary), Path(self.config.data.tokenizer)
         self.engine.start_from(open_initial_weights(folder, self.config.model, vocabulary, tokenizer))
         if self.engine.launch.rank == 0:
@@ -320,12 +320,3 @@ def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
             f"{tokens} or more, or leave it out."
         )
     return Vocabulary(rows, tokens, tokenizer.mask)
-
-
-def check_validation(config: Config, data: Datasets) -> None:
-    """Raise a `UserError` when evaluation is asked for and there is nothing to evaluate on."""
-    if config.evaluation.interval and data.valid is None:
-        raise cli.UserError(
-            f"data.split = {config.data.split!r} gives no validation sample: give validation a larger share, "
-            "or set evaluation.interval to 0."
-        )

@@ -228,4 +228,10 @@ def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
             )
         if fact.documents == 0 or fact.tokens == 0:
             raise UserError(f"{prefix} is empty: preprocess a corpus that has text in it.")
+        refuses = config.kind == "pairs" and config.too_long == "error"
+        if refuses and fact.longest_document > config.sequence_length:
+            raise UserError(
+                f"{prefix}: its longest document has {fact.longest_document} tokens, more than "
+                f"data.sequence_length = {config.sequence_length}: raise it, or set data.too_long: drop."
+            )
     return facts

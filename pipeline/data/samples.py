@@ -75,24 +75,15 @@ class PairDataset(MegatronDataset):
         """Return the first sequence of each document that is used, and whether any is shorter than L."""
         first = self.dataset.document_indices[self.indices]
         prompt, answer = self.dataset.sequence_lengths[first], self.dataset.sequence_lengths[first + 1]
-        self._refuse(answer == 0, "has an answer of length 0", "preprocess the corpus again without it")
-        lengths, limit = prompt.astype(np.int64) + answer, self.config.sequence_length
-        if self.config.too_long == "error":
-            self._refuse(
-                lengths > limit,
-                f"is longer than data.sequence_length = {limit}",
-                f"raise data.sequence_length to {int(lengths.max(initial=0))}, or set data.too_long: drop",
+        if (answer == 0).any():
+            document = int(self.indices[int(np.argmax(answer == 0))])
+            raise UserError(
+                f"{self.dataset_path}: document {document} has an answer of length 0 "
+                f"({int((answer == 0).sum())} such documents): preprocess the corpus again without it."
             )
+        lengths, limit = prompt.astype(np.int64) + answer, self.config.sequence_length
         fits = lengths <= limit
         return np.append(first[fits], int(lengths[fits].min(initial=limit) < limit))
-
-    def _refuse(self, bad: Array, what: str, remedy: str) -> None:
-        if bad.any():
-            document = int(self.indices[int(np.argmax(bad))])
-            raise UserError(
-                f"{self.dataset_path}: document {document} {what} ({int(bad.sum())} such documents): "
-                f"{remedy}."
-            )
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -133,7 +124,7 @@ class Datasets:
         train: one epoch of training samples.
         valid: the validation samples; none where data.split leaves no share to them.
         has_padding: whether a sample may hold positions that the model must not attend to.
-        fingerprint: changes whenever the samples or their order do.
+        fingerprint: see `data_fingerprint`.
         shares: what each dataset gives to an epoch.
     """
 
@@ -144,17 +135,26 @@ class Datasets:
     shares: list[Share]
 
 
+def data_fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> str:
+    """Return what changes whenever the samples or their order do; nothing is built.
+
+    Raises:
+        UserError: for data that does not fit the tokenizer or the run.
+    """
+    facts = check_data(config, tokenizer)
+    identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
+                     config.weights, config.temperature, config.max_epochs, config.split, config.padding,
+                     config.too_long, seed])  # fmt: skip
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
 def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Datasets:
     """Build the samples of a run, or load their indices from `cache`; every rank calls this.
 
     Raises:
         UserError: for data that does not fit the tokenizer or the run, or too little of it.
     """
-    facts = check_data(config, tokenizer)
-    identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
-                     config.weights, config.temperature, config.max_epochs, config.split, config.padding,
-                     config.too_long, seed])  # fmt: skip
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    facts, fingerprint = check_data(config, tokenizer), data_fingerprint(config, tokenizer, seed)
     folder = cache / fingerprint[:16]
     build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing))
     with as_if_alone():

@@ -16,6 +16,7 @@ from typing import Any
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline.cli import UserError
 from pipeline.files import sync_tree
@@ -102,8 +103,8 @@ def _convert(folder: Path, final: Path) -> str | None:
     if free < 3 * size:  # fragments, their merged form, and this snapshot's small files again
         return (
             f"{folder.parent} was written by another number of ranks, and converting it needs "
-            f"{3 * size / 1e9:.1f} GB, but {final.parent} has {free / 1e9:.1f} GB free: make room, or start "
-            "as many ranks as wrote it."
+            f"{tqdm.format_sizeof(3 * size, 'B')}, but {final.parent} has {tqdm.format_sizeof(free, 'B')} "
+            "free: make room, or start as many ranks as wrote it."
         )
     print(f"converting {folder.parent} for another number of ranks", flush=True)
     writing = final.with_name(f".writing_{final.name}")

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from pipeline.checkpoint.manifest import checkpoints
 from pipeline.cli import UserError
 from pipeline.config import Config
@@ -14,8 +16,6 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.planning.memory import FULL, HALF, Zero, count_parameters
 from pipeline.planning.run_plan import checkpoint_bytes, kept_checkpoints
 from pipeline.runtime import engine_settings
-
-GIGA = 1e9
 
 
 def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True) -> None:
@@ -47,8 +47,9 @@ def check_engine(
 
 
 def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
-    """Raise a `UserError` when all datasets have fewer training samples than there are slots for them."""
+    """Raise a `UserError` for too few training samples for the slots, or none for an evaluation."""
     train, valid, test = (float(share) for share in config.data.split.split(","))
+    check_validation(config, valid > 0)
     share, length = train / (train + valid + test), config.data.sequence_length
     if config.data.kind == "pairs":
         samples = sum(int(fact.documents * share) for fact in facts)
@@ -59,6 +60,16 @@ def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
             f"data.prefixes = {', '.join(config.data.prefixes)} give about {samples} training samples of "
             f"data.sequence_length = {length}, fewer than train.global_batch_size x objective.turns = "
             f"{config.slots}: bring more text, or lower the batch."
+        )
+
+
+def check_validation(config: Config, exists: bool) -> None:
+    """Raise a `UserError` when evaluation is asked for and no validation sample `exists`."""
+    if config.evaluation.interval and not exists:
+        raise UserError(
+            f"data.split = {config.data.split!r} gives no validation sample of "
+            f"{', '.join(config.data.prefixes)}: give validation a larger share, or set evaluation.interval "
+            "to 0."
         )
 
 
@@ -77,7 +88,8 @@ def check_disk(config: Config, zero: Zero, vocabulary_rows: int) -> None:
     free, needed = shutil.disk_usage(existing).free, number * each
     if needed > free:
         raise UserError(
-            f"run_dir = {config.run_dir}: up to {number} checkpoints of {each / GIGA:.1f} GB are kept at "
-            f"once, {needed / GIGA:.1f} GB, and {existing} has {free / GIGA:.1f} GB free: name "
+            f"run_dir = {config.run_dir}: up to {number} checkpoints of {tqdm.format_sizeof(each, 'B')} are "
+            f"kept at once, {tqdm.format_sizeof(needed, 'B')}, and {existing} has "
+            f"{tqdm.format_sizeof(free, 'B')} free: name "
             "another run_dir, or keep fewer by checkpoint.keep, keep_best, keep_every."
         )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tqdm import tqdm
+
 from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.planning.gpus import GIB
@@ -123,8 +125,9 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
         "collectives of a step in GB",
         *_rows({n: b / GIGA for n, b in dataclasses.asdict(plan.communication).items() if b}, "8.2f"),
         "",
-        f"a checkpoint: {plan.checkpoint / GIGA:,.1f} GB, {plan.checkpoint_seconds:,.1f} s to write; up to "
-        f"{plan.kept_checkpoints} at once, {plan.kept_checkpoints * plan.checkpoint / GIGA:,.0f} GB",
+        f"a checkpoint: {tqdm.format_sizeof(plan.checkpoint, 'B')}, {plan.checkpoint_seconds:,.1f} s to "
+        f"write; up to {plan.kept_checkpoints} at once, "
+        f"{tqdm.format_sizeof(plan.kept_checkpoints * plan.checkpoint, 'B')}",
         f"the run: {duration(plan.days * SECONDS_A_DAY)}, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
         + ("" if plan.cost is None else f", cost {plan.cost:,.0f}"),
         "",

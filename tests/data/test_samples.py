@@ -162,7 +162,7 @@ def test_the_fingerprint_follows_the_data(corpus: Corpus) -> None:
         (
             "p",
             {"kind": "pairs", "sequence_length": 4},
-            r"document \d+ is longer than data.sequence_length = 4",
+            r"its longest document has \d+ tokens, more than data.sequence_length = 4",
         ),
         ("p", {"kind": "pairs", "sequence_length": 1, "too_long": "drop"}, r"no training sample"),
     ],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ROOT
+from programs import ROOT, Outcome
 
 from pipeline import config as configuration
 from pipeline.checkpoint.manifest import MANIFEST
@@ -91,8 +92,12 @@ WRONG = [
     # the data
     Wrong("data.kind", "'packed'", "'pairs'", {"data": {"kind": "packed"}}),
     Wrong("train.global_batch_size", "64", "lower the batch", {"train": {"global_batch_size": 64}}),
+    Wrong("data.sequence_length", "12 tokens", "raise it", {"data": {"sequence_length": 4}}),
+    Wrong("data.split", "'99,0,1'", "larger share", {"data": {"split": "99,0,1"}}),
     # the disk
-    Wrong("run_dir", "of 0.0 GB", "checkpoint.keep", {"checkpoint": {"keep": 7, "interval": 10}}, ranks=0),
+    Wrong(
+        "run_dir", "has 9.00B free", "checkpoint.keep", {"checkpoint": {"keep": 7, "interval": 10}}, ranks=0
+    ),
     # DeepSpeed's JSON: unknown keys, at any depth
     Wrong("gradient_cliping", "gradient_cliping", "ignore", top={"gradient_cliping": 1}),
     Wrong("zero_optimisation", "zero_optimisation", "'zero_optimization'", top={"zero_optimisation": {}}),
@@ -216,7 +221,7 @@ def test_a_wrong_run_is_refused(
     message = str(caught.value)
     assert "\n" not in message
     file = str(tmp_path / ("ds.json" if wrong.zero or wrong.top else "run"))
-    if wrong.key in ("data.kind", "train.global_batch_size"):
+    if wrong.key in ("data.kind", "data.sequence_length", "data.split", "train.global_batch_size"):
         file = str(data / "pairs")
     if wrong.key == "evaluation.tasks[0].data":
         file = wrong.value
@@ -244,3 +249,26 @@ def test_the_keys_of_the_json_are_deepspeeds() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_the_shipped_settings_are_accepted(path: Path) -> None:
     assert deepspeed_settings.read_deepspeed_json(path)["zero_optimization"]["stage"] in (1, 2, 3)
+
+
+def test_what_is_refused_is_refused_before_samples_are_built(
+    data: Path, train: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Building the indices of a large corpus takes long; those of a run that goes on may be new ones."""
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"prompt": "abc"}\n')
+    tasks = json.dumps([{"task": "exact", "data": str(items)}])
+    folder = tmp_path / "run"
+    wrong = {
+        "items.jsonl, line 1: no key 'answer'": ("--evaluation.tasks", tasks),
+        "config.json is missing": ("--train.initial_weights", str(tmp_path / "nowhere")),
+        "gives no validation sample": ("--data.split", "1,0,0"),
+        "data.sequence_length = 8": ("--data.sequence_length", "8"),
+    }
+    for message, change in wrong.items():
+        assert message in train(folder, *change).complaint()
+        assert not (folder / "dataset_cache").exists()
+    assert train(folder, "--train.steps", "4").code == 0
+    built = sorted((folder / "dataset_cache").iterdir())
+    assert "data.split = 80,20,0, the run has 70,30,0" in train(folder, "--data.split", "70,30,0").complaint()
+    assert sorted((folder / "dataset_cache").iterdir()) == built
