@@ -92,7 +92,9 @@ def describe_training(run_dir: Path) -> str:
     step, steps = int(losses[-1]["step"]), config.train.steps
     a_step = config.train.global_batch_size * config.data.sequence_length
     loss = losses[-1]["loss"]  # JSON has null for what is not finite
-    facts = f"step {step:,}/{steps:,}  {step * a_step:,} tokens  loss {math.nan if loss is None else loss:.4f}"
+    facts = (
+        f"step {step:,}/{steps:,}  {step * a_step:,} tokens  loss {math.nan if loss is None else loss:.4f}"
+    )
     rates = [point["tokens_per_second"] for point in losses if "tokens_per_second" in point]
     if rates and step < steps:
         facts += f"  {tqdm.format_interval((steps - step) * a_step / rates[-1])} left"

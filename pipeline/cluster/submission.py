@@ -177,8 +177,11 @@ def submit_successor(run_dir: Path, exclude: str | None) -> int:
         raise UserError(f"{submission_path(run_dir)} has no pretraining job.")
     # The variables of the running job would become those of the new one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    if exclude:
-        job.options = [*job.options, f"--exclude={exclude}"]
+    if exclude:  # sbatch listens to the last --exclude alone
+        name = "--exclude="
+        before = [option for option in job.options if option.startswith(name)]
+        nodes = ",".join([*(option.removeprefix(name) for option in before), exclude])
+        job.options = [*(option for option in job.options if option not in before), name + nodes]
     code = Path(os.environ["PUMA_CODE"])
     running = os.environ.get("SLURM_JOB_ID", str(job.id))
     new = call(job.command(code, f"afterany:{running}"), submission.directory, environment)

@@ -144,6 +144,27 @@ def test_a_refused_job_takes_back_those_before_it(
     assert not (tmp_path / "run/slurm/submission.json").exists()
 
 
+def test_successors_keep_away_from_all_nodes_that_were_ill(
+    call: Submit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One option holds them all: of several sbatch listens to the last."""
+    (tmp_path / "sbatch").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/calls\necho 7\n')
+    (tmp_path / "scontrol").write_text("#!/bin/bash\n")
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PUMA_CODE", str(ROOT))
+    run = str(tmp_path / "run")
+    assert call("--stages", "pretrain", "--set", f"run_dir={run}").code == 0
+    for nodes in ("n1", "n3,n4"):
+        assert run_here(submit.main, ["successor", run, "--exclude", nodes], capsys).code == 0
+    assert run_here(submit.main, ["successor", run], capsys).code == 0
+    excluded = [
+        re.findall(r"--exclude=(\S+)", line) for line in (tmp_path / "calls").read_text().splitlines()
+    ]
+    assert excluded == [[], ["n1"], ["n1,n3,n4"], ["n1,n3,n4"]]
+
+
 def test_status_of_a_run_that_slurm_has_forgotten(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -47,3 +49,57 @@ def test_an_evaluation_of_nothing_is_no_success(tmp_path: Path) -> None:
     result = run_template("evaluate", ROOT, str(tmp_path))
     assert result.returncode == 2
     assert f"{tmp_path}/checkpoints holds no checkpoint" in result.stderr
+
+
+PROGRAMS = {
+    "scontrol": 'case "$*" in *hostnames*) printf "n1\\nn2\\n";; *requeue*) echo requeue >> "$CALLS";; esac',
+    "srun": 'echo "srun $*" >> "$CALLS"; case "$*" in *pipeline.train*) exit 1;; esac',
+    "python": 'case "$*" in *--summary*) printf "%s" "$ILL";; *successor*) echo "$*" >> "$CALLS";; esac',
+}
+
+
+def pretrain(folder: Path, ill: str, **settings: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run the template on two nodes where `ill` fail the health check; return it and what it called."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, body in PROGRAMS.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
+    (folder / "slurm" / "site.env").unlink(missing_ok=True)
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "ILL": ill}
+    environment = {
+        "PATH": f"{folder}/bin:{os.environ['PATH']}", "PUMA_CODE": str(folder), "CALLS": f"{folder}/calls",
+        "LOCAL_DISK": str(folder), **job, **settings,
+    }  # fmt: skip
+    arguments = [str(folder / "run"), str(ROOT / "configs/tiny_text.yaml")]
+    result = subprocess.run(
+        ["bash", ROOT / "slurm/pretrain.sbatch", *arguments], env=environment, capture_output=True, text=True
+    )
+    calls = (folder / "calls").read_text()
+    (folder / "calls").unlink()
+    return result, calls
+
+
+def test_an_ill_node_is_left_out(tmp_path: Path) -> None:
+    """A successor runs without it, and that is no start in vain; but there is an end to it."""
+    for _ in range(3):
+        result, calls = pretrain(tmp_path, "n2", MAX_RESTARTS="3")
+        assert result.returncode == 75
+        assert calls.splitlines()[1:] == [f"{tmp_path}/tools/submit.py successor {tmp_path}/run --exclude n2"]
+        assert "--time=10 " in calls.splitlines()[0], "a node whose check hangs must not hold the others"
+    result, calls = pretrain(tmp_path, "n2", MAX_RESTARTS="3")
+    assert result.returncode == 75
+    assert "more than MAX_RESTARTS = 3" in result.stderr
+    assert "successor" not in calls
+    result, calls = pretrain(tmp_path, "", MAX_RESTARTS="100")
+    assert "pipeline.train" in calls
+    assert calls.splitlines()[-1] == "requeue"
+
+
+def test_what_all_nodes_have_is_no_nodes_fault(tmp_path: Path) -> None:
+    """A full or lost run folder would drive the job over the whole cluster."""
+    result, calls = pretrain(tmp_path, "n1,n2")
+    assert result.returncode == 1
+    assert "all of n1,n2 failed the health check" in result.stderr
+    assert "successor" not in calls
+    assert "pipeline.train" not in calls

@@ -28,7 +28,9 @@ def test_limits_follow_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         clock[0] += seconds
     dog.enter("evaluation")
     assert dog.limit("evaluation") == 1000
-    assert dog.limit("save") == 1000  # however short: what is written behind the training ends at the last one
+    assert (
+        dog.limit("save") == 1000
+    )  # however short: what is written behind the training ends at the last one
     assert dog.limit("step") == 50  # the median of 50, 2, 4, 5, 100: one slow step does not count
     clock[0] += 1
     dog.enter("step")
