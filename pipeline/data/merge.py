@@ -186,8 +186,10 @@ def _write_shard(
                 )
         counts = Counts.total(found)
         if counts.documents + counts.duplicates == 0:
-            names = ", ".join(source.path for source in plan.sources[:3])
-            raise UserError(f"--input {names}: no document in it ({counts.describe()}).")
+            numbers = sorted({span.source for unit in units for span in plan.units[unit]})
+            names = ", ".join(plan.sources[number].path for number in numbers[:3])
+            remedy = "" if len(units) == len(plan.units) else f" for {prefix.name}: give fewer --shards"
+            raise UserError(f"--input {names}: no document in it ({counts.describe()}){remedy}.")
         _join_quarantine(folder, units, prefix)
 
     def facts_with(sha256: dict[str, str]) -> DatasetFacts:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.context
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpora import AS_PAIRS, PAIRS, TEXT, command, digests, make_dataset, make_plan_of
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -15,10 +19,13 @@ from programs import run_here
 from test_indexed import build_with_megatron
 
 from pipeline.cli import UserError
+from pipeline.data import preprocess
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import read_index, read_sequence, token_dtype
 from pipeline.data.records import Keys
 from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+from pipeline.data.units import write_plan
+from pipeline.data.worker import Job, make_part
 from tools import inspect_data, merge_datasets, preprocess_data
 
 
@@ -126,6 +133,56 @@ def test_duplicates_are_found_in_partitions(
     make_dataset([twice], corpus / "tokenizer", tmp_path / "two", PAIRS, 500, deduplicate=True)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert read_facts(tmp_path / "one").counts.duplicates >= 97
+
+
+def test_a_shard_without_a_document_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what it was to be made from; training would fail on it much later."""
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text("\n" * 1700)
+    plan = make_plan_of([corpus / "x.jsonl", blank], corpus / "tokenizer", PAIRS, 900)
+    folder = tmp_path / "d.parts"
+    write_plan(plan, folder)
+    for unit in range(len(plan.units)):
+        make_part(
+            Job(plan, folder, "quarantine"),
+            Tokenizer.load(corpus / "tokenizer"),
+            unit,
+            lambda done, tokens: None,
+        )
+    count = len(plan.units)
+    arguments = ["--parts", str(folder), "--output-prefix", str(tmp_path / "d"), "--shards"]
+    complaint = run_here(merge_datasets.main, [*arguments, str(count)], capsys).complaint()
+    assert f"--input {blank}: no document in it" in complaint
+    assert f"for d-{count - 1:05d}-of-{count:05d}: give fewer --shards" in complaint
+    assert not list(tmp_path.glob(f"*d-{count - 1:05d}*"))
+    assert run_here(merge_datasets.main, [*arguments, str(count // 2)], capsys).code == 0
+
+
+def test_workers_of_tables_are_spawned(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork would meet the threads that pyarrow has in the parent; forks start at once."""
+    table = pa.Table.from_pylist([json.loads(line) for line in (corpus / "x.jsonl").open()])
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=30)
+    with pa.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    methods: list[str] = []
+    get_context = multiprocessing.get_context
+
+    def recorded(method: str) -> multiprocessing.context.BaseContext:
+        methods.append(method)
+        return get_context(method)
+
+    monkeypatch.setattr(preprocess.multiprocessing, "get_context", recorded)
+    for name, method in (("x.parquet", "spawn"), ("x.arrow", "spawn"), ("x.jsonl", "fork")):
+        inputs = [corpus / "x.jsonl"] if name == "x.jsonl" else [corpus / "y.txt", tmp_path / name]
+        arguments = command(corpus, tmp_path / f"d_{name}", "--workers", "2", inputs=inputs)
+        outcome = run_here(preprocess_data.main, [*arguments, "--unit-bytes", "900"], capsys)
+        assert outcome.code == 0, outcome.error
+        assert methods.pop() == method
+        assert read_facts(tmp_path / f"d_{name}").documents == 97 + (2 if method == "spawn" else 0)
 
 
 def test_shuffling_is_a_permutation_that_the_cut_does_not_change(corpus: Path, tmp_path: Path) -> None:
