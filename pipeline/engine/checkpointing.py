@@ -113,7 +113,8 @@ def _convert(folder: Path, final: Path) -> str | None:
     command += ["--input_folder", str(folder / TAG), "--output_folder", str(writing / TAG)]
     command += ["--num_extract_workers", str(_WORKERS), "--num_merge_workers", str(_WORKERS)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # In a session of its own: a signal that asks the ranks to stop would end it, and look like its failure.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
     if done.returncode != 0:
         shutil.rmtree(writing, ignore_errors=True)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 from programs import Outcome
 from runs import curve, train_on
+
+from pipeline.engine import checkpointing
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("elastic")]
 
@@ -80,3 +84,24 @@ def test_zero_2_saves_and_loads(data: Path, train: Train, tmp_path: Path) -> Non
     for key in ("loss", "held_out/ema_loss"):
         expected = {step: value for step, value in curve(whole, key) if step <= 12}
         assert dict(curve(parts, key)) == pytest.approx(expected, abs=1e-5), key
+
+
+CONVERTER = """#!{python}
+import os, pathlib, sys
+output = pathlib.Path(sys.argv[sys.argv.index("--output_folder") + 1])
+output.mkdir(parents=True)
+(output / "group").write_text(str(os.getpgrp()))
+"""
+
+
+def test_a_signal_to_the_ranks_leaves_the_conversion_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch systems and terminals signal a whole process group: the converter is in none of the ranks'."""
+    program, folder = tmp_path / "converter", tmp_path / "step_00000004" / "model"
+    program.write_text(CONVERTER.format(python=sys.executable))
+    program.chmod(0o755)
+    (folder / checkpointing.TAG).mkdir(parents=True)
+    monkeypatch.setattr(checkpointing.sys, "executable", str(program))
+    converted = checkpointing.make_universal(folder, rank=0, all_gather=lambda value: [value])
+    assert int((converted / checkpointing.TAG / "group").read_text()) != os.getpgrp()
