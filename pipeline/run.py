@@ -168,7 +168,8 @@ class Run:
         ids = torch.full((self.stream.slots,), -1, device=self.engine.launch.device)
         for group in self.groups_of(step):
             ids[group.numbers] = group.trained_ids
-        samples = [self.stream.index(position) for position in self.engine.max_over_ranks(ids).tolist()]
+        positions = self.engine.max_over_ranks(ids).tolist()
+        samples = [self.stream.index(position) for position in positions if position >= 0]  # it was their turn
         in_a_row = self.guard.in_a_row
         self.skip_log.skip(step, problem, samples)
         self.progress.say(f"step {step} skipped: {problem} ({in_a_row} in a row, see {self.skip_log.path})")

@@ -171,27 +171,36 @@ def test_no_checkpoint_to_go_back_to(train: Train, tmp_path: Path, monkeypatch: 
     assert "no checkpoint exists" in outcome.error
 
 
+@pytest.mark.parametrize("turns", ["1", "3"])
 def test_a_row_of_refused_steps_goes_on_after_a_restart(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: str
 ) -> None:
-    """Two unsound steps before a stop and one after it are three in a row; all their samples are left out."""
+    """Two unsound steps before a stop and one after it are three in a row; all their samples are left out.
+
+    With turns these are the samples of the chains whose turn the step was.
+    """
     forward, steps = PlainEngine.forward, iter(range(1, 100))  # a forward a step
+    trained: dict[int, list[int]] = {}
 
     def broken(engine: PlainEngine, batch: object) -> object:
         step, output = next(steps), forward(engine, batch)
+        entry = json.loads((tmp_path / "samples/rank_00000.jsonl").read_text().splitlines()[-1])
+        trained.setdefault(entry["step"], sorted(sample for _, sample in entry["samples"]))
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return output._replace(loss=output.loss * (float("nan") if step in (6, 7, 8) else 1.0))
 
     monkeypatch.setattr(PlainEngine, "forward", broken)
     small = "--train.global_batch_size 4 --train.micro_batch_size 4 --evaluation.interval 0".split()
-    small += ["--guard.skips_before_rollback", "3"]
+    small += ["--guard.skips_before_rollback", "3", "--objective.turns", turns]
+    small += ["--train.log_samples", "true", "--train.steps", "8"]
     assert "stopped after step 7 and saved" in train(tmp_path, *small).output
     outcome = train(tmp_path, *small)
     assert outcome.code == cli.EXIT_DONE, outcome.error
     assert "(3 in a row" in outcome.output
     *skips, back = [json.loads(each) for each in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in skips] == [6, 7, 8]
+    assert [entry["samples"] for entry in skips] == [trained[step] for step in (6, 7, 8)]
     assert back["excluded"] == sorted({sample for entry in skips for sample in entry["samples"]})
 
 
