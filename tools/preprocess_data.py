@@ -88,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
+    for name, least in (("min_tokens", 0), ("max_tokens", max(1, options.min_tokens)), ("shuffle_seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"{option(name)} is {value}: it must be {least} or more.")
     if not 0 <= options.shard_index < options.num_shards:
         raise UserError(
             f"--shard-index is {options.shard_index}: it must be at least 0 and below --num-shards = "
@@ -97,6 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--max-bad-fraction is {options.max_bad_fraction}: it is a share, from 0 to 1.")
     if not options.input and options.hub_dataset is None:
         raise UserError("no corpus: give --input, or --hub-dataset.")
+    prefix = options.output_prefix
+    for given in options.input:
+        if Path(given).is_dir() and prefix.resolve().is_relative_to(Path(given).resolve()):
+            raise UserError(
+                f"--output-prefix {prefix} is in the folder --input {given}, which would be read with the "
+                "dataset's own files when the same command goes on: name a prefix elsewhere."
+            )
     hub = None
     if options.hub_dataset is not None:
         hub = Hub(options.hub_dataset, options.hub_config, options.hub_split, options.hub_revision)
@@ -110,7 +121,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shuffle_seed=options.shuffle_seed,
     )
     plan = make_plan(options.input, hub, options.tokenizer, asked, options.unit_bytes)
-    prefix = options.output_prefix
     work = Work(
         options.workers,
         options.shard_index,

@@ -62,4 +62,4 @@ def corpus_keys(options: argparse.Namespace) -> Keys:
         return Keys((options.messages_key,), messages=True, message_format=options.message_format)
     if pair[0] is not None:
         return Keys(pair)
-    return Keys((options.text_key or "text",), split=options.split_documents)
+    return Keys(("text" if options.text_key is None else options.text_key,), split=options.split_documents)

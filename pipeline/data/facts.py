@@ -165,6 +165,12 @@ def write_facts(facts: DatasetFacts, prefix: Path) -> None:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
+def is_facts(path: Path) -> bool:
+    """Say whether a file begins as `write_facts` writes it; it may be a corpus of any size."""
+    with path.open("rb") as file:
+        return file.read(11) == b'{\n  "format'
+
+
 def read_facts(prefix: str | Path) -> DatasetFacts:
     """Return the facts of a dataset; raise a `UserError` when it is missing or damaged."""
     prefix = Path(prefix)

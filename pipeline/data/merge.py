@@ -19,6 +19,7 @@ from pipeline.data.facts import (
     Counts,
     DatasetFacts,
     check_same,
+    is_facts,
     length_histogram,
     named_lengths,
     read_facts,
@@ -67,8 +68,14 @@ def quarantine_path(prefix: Path) -> Path:
 
 
 def existing(prefix: Path) -> Path | None:
-    """Return the index of the dataset at `prefix` where there is one; without it there is no dataset."""
-    return idx_path(prefix) if idx_path(prefix).exists() else None
+    """Return what a dataset at `prefix` would replace: an older one's index, or somebody's PREFIX.json.
+
+    A dataset without an index is none.
+    """
+    if idx_path(prefix).exists():
+        return idx_path(prefix)
+    path = facts_path(prefix)
+    return path if path.exists() and not is_facts(path) else None
 
 
 def missing_units(plan: Plan, folder: Path) -> list[int]:
@@ -187,7 +194,7 @@ def _write_shard(
         counts = Counts.total(found)
         if counts.documents + counts.duplicates == 0:
             numbers = sorted({span.source for unit in units for span in plan.units[unit]})
-            names = ", ".join(plan.sources[number].path for number in numbers[:3])
+            names = ", ".join(plan.sources[number].path for number in numbers[:3] or range(len(plan.sources)))
             remedy = "" if len(units) == len(plan.units) else f" for {prefix.name}: give fewer --shards"
             raise UserError(f"--input {names}: no document in it ({counts.describe()}){remedy}.")
         _join_quarantine(folder, units, prefix)

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from pipeline.cli import UserError
 from pipeline.data import worker
 from pipeline.data.facts import Counts, read_facts
+from pipeline.data.indexed import facts_path
 from pipeline.data.merge import (
     MEGABYTE,
     existing,
@@ -34,6 +35,7 @@ from pipeline.data.merge import (
     merge_parts,
     missing_units,
     parts_folder,
+    quarantine_path,
 )
 from pipeline.data.units import Plan, differences, read_plan, write_plan
 from pipeline.data.worker import QUARANTINE, Board, Job, part_folder, read_part
@@ -112,6 +114,7 @@ def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
     """
     started = time.monotonic()
     folder = parts_folder(prefix)
+    check_not_own(plan, prefix, work)
     with _locked(prefix, work):
         if not work.restart and is_whole(prefix, plan):  # also after a kill between its last file and here
             _clear(folder, work)
@@ -142,6 +145,19 @@ def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
         if work.num_shards == 1:
             _clear(folder, work)
         return summary
+
+
+def check_not_own(plan: Plan, prefix: Path, work: Work) -> None:
+    """Raise a `UserError` for an input that the dataset would replace, or that an earlier run has written."""
+    own = [facts_path(prefix), quarantine_path(prefix), summary_path(prefix, work), parts_folder(prefix)]
+    real = {path.resolve() for path in own}
+    for source in plan.sources:
+        path = Path(source.path).resolve()
+        if source.hub is None and not real.isdisjoint((path, *path.parents)):
+            raise UserError(
+                f"--input {source.path} is a file of the dataset at --output-prefix {prefix} itself: name a "
+                "prefix elsewhere."
+            )
 
 
 def summary_path(prefix: Path, work: Work) -> Path:

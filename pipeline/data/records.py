@@ -18,6 +18,7 @@ from pipeline.data.sources import Source, open_file
 MESSAGE_FORMAT = "{role}: {content}\n"
 EXCERPTS, SMALLEST_EXCERPT = 4096, 2**20  # spans that an excerpt is taken from, and bytes of the smallest
 LONGEST_RECORD = 2**23  # bytes: SentencePiece takes about 30 of memory for each
+ONE_A_LINE = "each line must hold an object, which jq -c '.[]' makes of an array"
 TEXT, PAIR = ("text",), ("prompt", "answer")
 
 # After full stops and their like with closing quotes, before white space; after full-width ones anywhere.
@@ -103,9 +104,11 @@ def _parsed(line: bytes) -> dict[str, Any]:
         tree = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         _decoded(line)
-        raise BadRecord("invalid_json", f"not valid JSON ({error.msg})") from None
+        lines = f", or one of several lines: {ONE_A_LINE}" if line.strip() in (b"{", b"[") else ""
+        raise BadRecord("invalid_json", f"not valid JSON ({error.msg}){lines}") from None
     if not isinstance(tree, dict):
-        raise BadRecord("wrong_type", "no JSON object, such as {...}")
+        lines = f"an array, but {ONE_A_LINE}" if isinstance(tree, list) else "no JSON object, such as {...}"
+        raise BadRecord("wrong_type", lines)
     return tree
 
 

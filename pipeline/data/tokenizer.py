@@ -196,6 +196,11 @@ class Tokenizer:
 
 
 def _require(folder: Path, path: Path) -> None:
+    if folder.is_file():
+        raise UserError(
+            f"tokenizer {folder} is a file: name the folder that tools/train_tokenizer.py makes, of a "
+            "tokenizer.json of Hugging Face with --import-json."
+        )
     if not path.is_file():
         raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
 

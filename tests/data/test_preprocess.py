@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import AS_PAIRS, PAIRS, TEXT, command, digests, make_dataset, make_plan_of
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from programs import run_here
+from programs import Outcome, run_here
 from test_indexed import build_with_megatron
 
 from pipeline.cli import UserError
@@ -242,6 +242,9 @@ def test_what_cannot_work_is_refused(
 
     assert "empty.jsonl: no document in it" in complaint(inputs=[empty])
     shutil.rmtree(tmp_path / "d.parts")
+    empty.write_bytes(b"")
+    assert "empty.jsonl: no document in it" in complaint(inputs=[empty])
+    shutil.rmtree(tmp_path / "d.parts")
     assert "broken.parquet is no whole parquet file" in complaint(inputs=[tmp_path / "broken.parquet"])
     assert "nothing: no file of a known kind" in complaint(inputs=[tmp_path / "nothing"])
     assert "no file matches" in complaint(inputs=[f"{tmp_path}/*.nothing"])
@@ -251,6 +254,10 @@ def test_what_cannot_work_is_refused(
         (("--unit-bytes", "0"), "--unit-bytes is 0"),
         (("--num-shards", "2", "--shard-index", "2"), "--shard-index is 2"),
         (("--max-bad-fraction", "2"), "--max-bad-fraction is 2.0"),
+        (("--min-tokens", "-1"), "--min-tokens is -1: it must be 0 or more"),
+        (("--max-tokens", "0"), "--max-tokens is 0: it must be 1 or more"),
+        (("--min-tokens", "9", "--max-tokens", "8"), "--max-tokens is 8: it must be 9 or more"),
+        (("--shuffle-seed", "-1"), "--shuffle-seed is -1: it must be 0 or more"),
         (("--messages-key", "m", "--text-key", "t"), "--text-key excludes --messages-key"),
         (("--messages-key", "m", "--message-format", "x"), "it must hold {content}"),
         (("--split-documents", "line", *AS_PAIRS), "--split-documents cuts texts"),
@@ -260,6 +267,33 @@ def test_what_cannot_work_is_refused(
         "no corpus" in run_here(preprocess_data.main, command(corpus, tmp_path / "d")[2:], capsys).complaint()
     )
     assert not (tmp_path / "d.parts").exists()
+
+
+def test_a_dataset_does_not_replace_or_read_what_it_is_made_from(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PREFIX.json may be the corpus itself, or of anybody; PREFIX.quarantine.jsonl may match the inputs."""
+    content = (corpus / "x.jsonl").read_bytes() + b"bad\n"
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+
+    def run(prefix: str, *more: str, inputs: Sequence[Path | str]) -> Outcome:
+        arguments = command(corpus, tmp_path / prefix, "--max-bad-fraction", "0.1", *more, inputs=inputs)
+        return run_here(preprocess_data.main, arguments, capsys)
+
+    assert f"{path} is a file of the dataset at" in run("x", "--overwrite", inputs=[path]).complaint()
+    assert f"{path} exists: give --overwrite" in run("x", inputs=[corpus / "x.jsonl"]).complaint()
+    assert f"x is in the folder --input {tmp_path}" in run("y/x", inputs=[tmp_path]).complaint()
+    assert path.read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json"]
+    assert run("x2", inputs=[path]).code == 0
+    own = f"{tmp_path}/x2.quarantine.jsonl is a file of the dataset at"
+    assert own in run("x2", "--overwrite", inputs=[path, f"{tmp_path}/x2.*.jsonl"]).complaint()
+    (tmp_path / "x3.json").write_text("precious")
+    merge = ["--datasets", str(tmp_path / "x2"), "--output-prefix", str(tmp_path / "x3")]
+    assert "x3.json exists: give --overwrite" in run_here(merge_datasets.main, merge, capsys).complaint()
+    (tmp_path / "x2.idx").unlink()  # as a kill leaves it between PREFIX.json and the index
+    assert run("x2", inputs=[path]).code == 0
 
 
 def test_damaged_datasets_are_named(corpus: Path, tmp_path: Path) -> None:

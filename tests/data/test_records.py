@@ -137,7 +137,9 @@ def test_an_excerpt_is_spread_over_the_corpus(tmp_path: Path, monkeypatch: pytes
         (b'{"text": 7}\n', "wrong_type", ["line 1", "'text' is of type int"]),
         (b'{"text": null}\n', "wrong_type", ["line 1", "'text' is of type NoneType"]),
         (b'{"text": ""}\n', "empty_text", ["line 1", "a text of length 0"]),
-        (b'["text"]\n', "wrong_type", ["line 1", "no JSON object"]),
+        (b'"text"\n', "wrong_type", ["line 1", "no JSON object"]),
+        (b'[{"text": "a"}]\n', "wrong_type", ["line 1", "an array, but each line must hold an object", "jq"]),
+        (b"[\n", "invalid_json", ["line 1", "not valid JSON", "one of several lines", "jq"]),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "invalid_utf8", ["line 2", "not valid UTF-8"]),
     ],
 )
