@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -85,6 +85,22 @@ def remove_left_overs(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Write at the end of a file: all of `content` or, after an error, nothing.
+
+    Raises:
+        OSError: when it cannot be written, with its path.
+    """
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            _write_all(file, content)
+        except OSError as error:
+            with suppress(OSError):
+                file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
     """Drop the lines of a file that are not `wanted`, and half a line that a killed process left.
 
@@ -131,6 +147,12 @@ class FileFacts:
     sha256: str
 
 
+def _write_all(file: FileIO, content: bytes) -> None:
+    left = memoryview(content)
+    while left:  # one call writes at most 2 GB, and what a disk has room for
+        left = left[file.write(left) :]
+
+
 class _Hashing:
     """A writable file that hashes what passes through it."""
 
@@ -143,10 +165,8 @@ class _Hashing:
     def write(self, content: bytes) -> int:
         """Write and hash; other threads run meanwhile."""
         self.digest.update(content)
-        left = memoryview(content)
         try:
-            while left:  # one call writes at most 2 GB
-                left = left[self.file.write(left) :]
+            _write_all(self.file, content)
         except OSError as error:
             self.error = error
             raise

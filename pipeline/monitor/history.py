@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import psutil
 
-from pipeline.files import keep_lines, read_lines
+from pipeline.files import append, keep_lines, read_lines
 
 HISTORY_FILE = "history.jsonl"
 KILLED = "killed (no end was noted)"
@@ -69,14 +69,14 @@ def noted(
     try:
         yield
     except BaseException as error:
-        _append(path, {"ended": time.time(), "outcome": f"{type(error).__name__}: {error}"})
+        with suppress(OSError):  # of a full disk, which the error is about
+            _append(path, {"ended": time.time(), "outcome": f"{type(error).__name__}: {error}"})
         raise
     _append(path, {"ended": time.time(), "outcome": outcome()})
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(orjson.dumps(entry) + b"\n")
+    append(path, orjson.dumps(entry) + b"\n")
 
 
 def read_history(run_dir: Path) -> list[Start]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +57,7 @@ class Recorder:
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
         self.since = time.monotonic()
         self.writers: list[Writer] = []
+        self.failing: set[Writer] = set()
         self.lost_steps, self.last_sign = 0, 0.0  # of an earlier process, see `JsonLines`
         device = engine.launch.device
         self.gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -181,13 +182,24 @@ class Recorder:
         return self.written if step == self.last_step else frozenset()
 
     def _write(self, point: Point) -> None:
-        for writer in self.writers:
-            writer.write(point)
+        self._by_each(lambda writer: writer.write(point))
 
     def write_texts(self, texts: Sequence[ShownText]) -> None:
         """Write what the model wrote at one step; only the first rank does."""
-        for writer in self.writers if texts else []:
-            writer.write_texts(texts)
+        if texts:
+            self._by_each(lambda writer: writer.write_texts(texts))
+
+    def _by_each(self, act: Callable[[Writer], None]) -> None:
+        """Call each writer; what a full disk does not take is lost, and the run goes on, as for its saves."""
+        for writer in self.writers:
+            try:
+                act(writer)
+                self.failing.discard(writer)
+            except OSError as error:
+                if writer not in self.failing:
+                    what = error.filename or type(writer).__name__
+                    print(f"{what} takes no more curves: {error.strerror}. The run goes on.", flush=True)
+                self.failing.add(writer)
 
     @contextmanager
     def apart(self, step: int, what: str) -> Iterator[None]:
@@ -200,10 +212,8 @@ class Recorder:
 
     def sync(self) -> None:
         """See to it that all that was flushed is in the files, before a checkpoint says that it is."""
-        for writer in self.writers:
-            writer.sync()
+        self._by_each(lambda writer: writer.sync())
 
     def close(self) -> None:
         """Write what is buffered."""
-        for writer in self.writers:
-            writer.close()
+        self._by_each(lambda writer: writer.close())

@@ -22,7 +22,7 @@ from pipeline.chain_statistics import Histogram
 from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.config.loading import flatten
-from pipeline.files import keep_lines
+from pipeline.files import append, keep_lines
 from pipeline.monitor.layout import LAYOUT
 from pipeline.monitor.texts import TEXTS_FILE, ShownText, as_html, as_picture, as_plain
 
@@ -64,7 +64,7 @@ class Point:
 
 
 class Writer(Protocol):
-    """Something that keeps points."""
+    """Something that keeps points; what it cannot keep, for a full disk, it says by an OSError."""
 
     def write(self, point: Point) -> None:
         """Keep a point; steps may come again, with other figures."""
@@ -110,13 +110,11 @@ class JsonLines:
     def write(self, point: Point) -> None:
         """See `Writer`; "unix_time" is when the line was written."""
         line = {"step": point.step, **point.scalars, **point.bins, "unix_time": round(time.time(), 2)}
-        with self.path.open("ab") as file:
-            file.write(orjson.dumps(line) + b"\n")
+        append(self.path, orjson.dumps(line) + b"\n")
 
     def write_texts(self, texts: Sequence[ShownText]) -> None:
         """See `Writer`."""
-        with self.texts.open("ab") as file:
-            file.writelines(text.to_json() for text in texts)
+        append(self.texts, b"".join(text.to_json() for text in texts))
 
     def sync(self) -> None:
         """See `Writer`: nothing is held back."""
@@ -130,7 +128,8 @@ class TensorBoard:
 
     def __init__(self, run_dir: Path, first_step: int, config: Config) -> None:
         """Open a file of events, before which TensorBoard forgets steps from `first_step` on."""
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.folder = str(run_dir / "tensorboard")
+        self.writer = SummaryWriter(self.folder, purge_step=first_step)
         self.writer.add_custom_scalars(LAYOUT)
         self.writer.add_text("config", _as_code(configuration.to_yaml(config)), first_step - 1)
         # add_hparams itself would write to a run of its own.
@@ -171,8 +170,11 @@ class TensorBoard:
             self.writer.add_text(tag, _as_code(as_plain(text)), text.step)
 
     def sync(self) -> None:
-        """See `Writer`."""
-        self.writer.flush()
+        """See `Writer`; where a point could not be written, a new file is begun: the old one takes no more."""
+        try:
+            self.writer.flush()
+        except OSError:
+            self.writer = SummaryWriter(self.folder)
 
     def close(self) -> None:
         """See `Writer`."""

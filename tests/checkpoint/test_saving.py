@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from programs import Outcome
 from runs import curve
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import cli
 from pipeline.checkpoint import Manifest, saving
@@ -185,6 +187,38 @@ def test_full_disk(
     assert outcome.output.count(wanted) == 2
     assert wanted in outcome.error
     assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+def test_a_disk_that_is_full_for_a_while(
+    train: Train, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is free from step 4 to step 12: that costs two checkpoints and these curves, and not the run."""
+    run_dir, filling = small_disk / "run", small_disk / "filling"
+
+    class Watched(saving.Saver):
+        def save(self, manifest: Manifest) -> None:
+            super().save(manifest)
+            self.wait()
+            if manifest.step == 4:
+                with filling.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                    while True:
+                        file.write(b"x" * 512)
+            if manifest.step == 12:
+                filling.unlink()
+
+    monkeypatch.setattr("pipeline.checkpoint.Saver", Watched)
+    more = ["--data.cache", str(tmp_path / "cache"), "--checkpoint.keep", "1", "--train.steps", "20"]
+    outcome = train(run_dir, *SHORT, *more)
+    assert outcome.code == 0, outcome.error
+    assert outcome.output.count("FAILED") == 2
+    assert outcome.output.count("metrics.jsonl takes no more curves: No space left on device") == 1
+    assert steps(run_dir) == [20]
+    written = {step for step, _ in curve(run_dir, "loss")}  # and no line in parts
+    assert written >= {1, 2, 3, 4, *range(13, 21)}
+    assert 12 not in written
+    shown = EventAccumulator(str(run_dir / "tensorboard")).Reload().Scalars("train/loss")
+    assert {point.step for point in shown} >= {1, 2, 3, 4, 17, 18, 19, 20}
 
 
 def test_read_only_folder(train: Train, small_disk: Path) -> None:
