@@ -18,7 +18,7 @@ from pipeline.runtime import Engine
 
 
 def test_limits_follow_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each phase has its own: the first allowance, which a save keeps, then factor x median, or the minimum."""
+    """Each phase has its own: first the allowance, which a save keeps; then factor x median, or minimum."""
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     dog = Watchdog(WatchdogConfig(factor=10, minimum=30, first=1000), tmp_path, 0)
