@@ -169,7 +169,8 @@ class Run:
         for group in self.groups_of(step):
             ids[group.numbers] = group.trained_ids
         positions = self.engine.max_over_ranks(ids).tolist()
-        samples = [self.stream.index(position) for position in positions if position >= 0]  # it was their turn
+        turn = [position for position in positions if position >= 0]
+        samples = [self.stream.index(position) for position in turn]
         in_a_row = self.guard.in_a_row
         self.skip_log.skip(step, problem, samples)
         self.progress.say(f"step {step} skipped: {problem} ({in_a_row} in a row, see {self.skip_log.path})")

@@ -170,7 +170,7 @@ class TensorBoard:
             self.writer.add_text(tag, _as_code(as_plain(text)), text.step)
 
     def sync(self) -> None:
-        """See `Writer`; where a point could not be written, a new file is begun: the old one takes no more."""
+        """See `Writer`; where a point could not be written, a new file begins: the old one takes no more."""
         try:
             self.writer.flush()
         except OSError:

@@ -193,7 +193,7 @@ def test_full_disk(
 def test_a_disk_that_is_full_for_a_while(
     train: Train, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is free from step 4 to step 12: that costs two checkpoints and these curves, and not the run."""
+    """Nothing is free from step 4 to step 12: that costs two checkpoints and these curves, not the run."""
     run_dir, filling = small_disk / "run", small_disk / "filling"
 
     class Watched(saving.Saver):
