@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         replacing(paths["train"]) as train,
         replacing(paths["held_out"]) as held_out,
     ):
-        records = read_all(options.input, keys, lambda record: bad.update([record.reason]))
+        records = read_all(options.input, keys, lambda source, position, record: bad.update([record.reason]))
         for done, record in enumerate(records, start=1):
             part = selection.part(*record.texts)
             if part is not None:

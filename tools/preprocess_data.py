@@ -14,7 +14,7 @@ from pipeline.cli import ToolParser, UserError, option, run
 from pipeline.data.arguments import add_corpus_arguments, corpus_keys
 from pipeline.data.merge import parts_folder, quarantine_path
 from pipeline.data.preprocess import Work, preprocess
-from pipeline.data.records import LONGEST_RECORD
+from pipeline.data.records import LONGEST_RECORD, MAX_BAD_FRACTION
 from pipeline.data.sources import Hub
 from pipeline.data.units import Options, make_plan
 
@@ -48,7 +48,10 @@ def build_parser() -> ToolParser:
         help="put them into PREFIX.quarantine.jsonl, or stop at the first",
     )
     bad.add_argument(
-        "--max-bad-fraction", type=float, default=0.01, help="stop when more of the records are bad"
+        "--max-bad-fraction",
+        type=float,
+        default=MAX_BAD_FRACTION,
+        help="stop when more of the records are bad",
     )
     bad.add_argument(
         "--max-document-bytes",

@@ -11,7 +11,7 @@ from pipeline.cli import ToolParser, UserError, run
 from pipeline.data.arguments import add_corpus_arguments, corpus_keys
 from pipeline.data.merge import MEGABYTE
 from pipeline.data.preprocess import REPORT_SECONDS
-from pipeline.data.records import Keys, check_inputs, read_excerpt
+from pipeline.data.records import BadRecords, Keys, check_inputs, read_excerpt
 from pipeline.data.sources import Source, find
 from pipeline.data.tokenizer import MODEL_TYPES, import_tokenizer, train_tokenizer
 from pipeline.monitor.progress import Progress
@@ -31,9 +31,11 @@ def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float) -> Itera
             progress.report(f"{read:,.0f} MB of text taken")
 
     with closing(Progress(total, 0, "MB")) as progress:
-        for record in read_excerpt(sources, keys, megabytes * MEGABYTE, show):
+        bad = BadRecords()
+        for record in read_excerpt(sources, keys, megabytes * MEGABYTE, show, bad):
             yield from record.texts
-        progress.say(f"training on {read:,.1f} MB of text, from {total:,} MB of files")
+        left_out = f"; {bad.count:,} bad records are left out" if bad.count else ""
+        progress.say(f"training on {read:,.1f} MB of text, from {total:,} MB of files{left_out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

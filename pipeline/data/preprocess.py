@@ -37,6 +37,7 @@ from pipeline.data.merge import (
     parts_folder,
     quarantine_path,
 )
+from pipeline.data.records import FEW_RECORDS, MAX_BAD_FRACTION
 from pipeline.data.units import Plan, differences, read_plan, write_plan
 from pipeline.data.worker import QUARANTINE, Board, Job, part_folder, read_part
 from pipeline.files import remove_left_overs, replacing
@@ -46,7 +47,6 @@ POLL_SECONDS = 0.5
 REPORT_SECONDS = 10
 SILENT_SECONDS = 60  # a worker that has not been heard of for so long is named
 REMOVALS = 8  # of parts, at a time
-FEW_RECORDS = 1000  # before so many, a run is not stopped for the share of bad ones
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Work:
     shard_index: int = 0
     num_shards: int = 1
     on_error: Literal["quarantine", "fail"] = "quarantine"
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = MAX_BAD_FRACTION
     overwrite: bool = False
     restart: bool = False
 

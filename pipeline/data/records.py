@@ -17,6 +17,7 @@ from pipeline.data.sources import Source, open_file
 
 MESSAGE_FORMAT = "{role}: {content}\n"
 EXCERPTS, SMALLEST_EXCERPT = 4096, 2**20  # spans that an excerpt is taken from, and bytes of the smallest
+MAX_BAD_FRACTION, FEW_RECORDS = 0.01, 1000  # of bad records; before so many, a reader does not give up
 LONGEST_RECORD = 2**23  # bytes: SentencePiece takes about 30 of memory for each
 ONE_A_LINE = "each line must hold an object, which jq -c '.[]' makes of an array"
 TEXT, PAIR = ("text",), ("prompt", "answer")
@@ -191,14 +192,38 @@ def check_kinds(sources: Sequence[Source], keys: Keys) -> None:
     """Raise a `UserError` for a source that cannot hold such records."""
     for source in sources:
         if source.format == "text" and keys.is_pair:
-            raise UserError(
-                f"--input {source.path} is text: prompt/answer pairs come from jsonl lines or tables."
-            )
+            raise UserError(f"{source.path} is text: prompt/answer pairs come from jsonl lines or tables.")
 
 
-def read_all(
-    paths: Iterable[Path], keys: Keys, on_bad: Callable[[BadRecord], None] | None = None
-) -> Iterator[Record]:
+OnBad = Callable[[Source, int, BadRecord], None]  # the arguments of `complaint`
+
+
+class BadRecords:
+    """Counts records that cannot be used, and gives up when they are too many.
+
+    Attributes:
+        count: how many.
+        good: how many can be used; whoever reads keeps this up.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.good = 0
+        self.first: tuple[Source, int, BadRecord] | None = None
+
+    def add(self, source: Source, position: int, bad: BadRecord) -> None:
+        """Count one; raise a `UserError` of the first when there are too many of the first FEW_RECORDS."""
+        self.count += 1
+        self.first = self.first or (source, position, bad)
+        if self.count + self.good >= FEW_RECORDS:
+            self.check()
+
+    def check(self) -> None:
+        """Raise a `UserError` of the first when more than MAX_BAD_FRACTION are bad."""
+        if self.first is not None and self.count > MAX_BAD_FRACTION * (self.count + self.good):
+            raise UserError(complaint(*self.first))
+
+
+def read_all(paths: Iterable[Path], keys: Keys, on_bad: OnBad | None = None) -> Iterator[Record]:
     """Yield every document of the files, in order.
 
     Args:
@@ -212,7 +237,11 @@ def read_all(
 
 
 def read_excerpt(
-    sources: Sequence[Source], keys: Keys, limit: float, on_read: Callable[[float, float], None]
+    sources: Sequence[Source],
+    keys: Keys,
+    limit: float,
+    on_read: Callable[[float, float], None],
+    bad: BadRecords,
 ) -> Iterator[Record]:
     """Yield documents spread evenly over a corpus, with about so much text; every one where there is no more.
 
@@ -224,10 +253,11 @@ def read_excerpt(
         sources: of `check_inputs`.
         keys: what is read.
         limit: bytes of text.
-        on_read: called after each document with the bytes of the files that are behind, and those of text.
+        on_read: called with each document, the bytes of the files that are behind, and those of text.
+        bad: counts the records that are passed over because they cannot be used.
 
     Raises:
-        UserError: for a record that cannot be used.
+        UserError: when these are too many.
     """
     total = sum(source.size for source in sources)
     size = max(total // EXCERPTS, SMALLEST_EXCERPT)
@@ -236,18 +266,18 @@ def read_excerpt(
         for span in cut(0, source, lambda: size, keys.reading().by_line):
             earned = limit * (behind + span.size) / total
             reader = SpanReader(source, span, keys.reading())
-            for record in _records(reader, keys) if text < earned else ():
+            for record in _records(reader, keys, bad.add) if text < earned else ():
+                bad.good += 1
                 text += sum(len(part.encode()) for part in record.texts)
                 on_read(behind + reader.done, text)
                 yield record
                 if text >= earned:
                     break
             behind += span.size
+    bad.check()
 
 
-def _records(
-    reader: SpanReader, keys: Keys, on_bad: Callable[[BadRecord], None] | None = None
-) -> Iterator[Record]:
+def _records(reader: SpanReader, keys: Keys, on_bad: OnBad | None = None) -> Iterator[Record]:
     for position, content in reader:
         if isinstance(content, bytes) and not content.strip():
             continue
@@ -256,7 +286,7 @@ def _records(
         except BadRecord as bad:
             if on_bad is None:
                 raise UserError(complaint(reader.source, position, bad)) from None
-            on_bad(bad)
+            on_bad(reader.source, position, bad)
             continue
         for texts in found:
             yield Record(texts, reader.source, position)

@@ -105,9 +105,11 @@ def test_an_excerpt_is_spread_over_the_corpus(tmp_path: Path, monkeypatch: pytes
     sources = check_inputs(sorted(tmp_path.iterdir()), TEXT)
     places: list[float] = []
 
+    bad = records.BadRecords()
+
     def excerpt(limit: float) -> list[int]:
         places.clear()
-        found = records.read_excerpt(sources, TEXT, limit, lambda behind, text: places.append(behind))
+        found = records.read_excerpt(sources, TEXT, limit, lambda behind, text: places.append(behind), bad)
         return [int(record.texts[0]) for record in found]
 
     assert excerpt(5 * 4000) == list(numbers)
@@ -121,6 +123,27 @@ def test_an_excerpt_is_spread_over_the_corpus(tmp_path: Path, monkeypatch: pytes
     for first in range(0, 3000, 250):  # a tenth of each part
         assert abs(sum(first <= number < first + 250 for number in found) - 25) <= 3
     assert abs(sum(number >= 3000 for number in found) - 100) <= 3
+
+
+def test_an_excerpt_leaves_out_few_bad_records(tmp_path: Path) -> None:
+    """Up to 1%: one bad line of a large corpus is no reason to have no tokenizer; a wrong key is."""
+    good, path = [f'{{"text": "{n}"}}\n' for n in range(2970)], tmp_path / "x.jsonl"
+
+    def excerpt(lines: list[str]) -> tuple[int, int]:
+        path.write_text("".join(lines))
+        bad = records.BadRecords()
+        found = records.read_excerpt(check_inputs([path], TEXT), TEXT, 1e6, lambda behind, text: None, bad)
+        return len(list(found)), bad.count
+
+    assert excerpt([*good, *["bad\n"] * 30]) == (2970, 30)
+    assert excerpt([*["bad\n"] * 9, *good, "bad\n"]) == (2970, 10)
+    for lines, first in (
+        ([*good, *["bad\n"] * 31], 2971),  # found at the end
+        ([*good[:5], *["bad\n"] * 11, *good[:989], '{"txt": 3}\n', *good], 6),  # after 1,000 records
+        (["bad\n"], 1),
+    ):
+        with pytest.raises(UserError, match=rf"x.jsonl, line {first}: not valid JSON"):
+            excerpt(lines)
 
 
 @pytest.mark.parametrize(
