@@ -64,6 +64,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws is {options.draws}: give an even number, 2 or more.")
+    likelihood = options.task == LIKELIHOOD
+    for name, used, default in (
+        ("prompt_format", not likelihood, "{prompt}"),
+        ("text_key", likelihood, None),
+    ):
+        if not used and getattr(options, name) != default:
+            raise UserError(f"{option(name)} has no effect with --task {options.task}: leave it out.")
+    if options.output is not None and options.output.resolve() == options.data.resolve():
+        raise UserError(f"--output {options.output} is the file of the items, --data: name another.")
     if "{prompt}" not in options.prompt_format:
         raise UserError(f"--prompt-format is {options.prompt_format!r}: it must contain {{prompt}}.")
     return options

@@ -29,6 +29,7 @@ class Results:
             restart: remove what an earlier start has left.
         """
         self.path, self.settings, self.restart = path, settings, restart
+        self.items = f"{path.name.removesuffix('.json')}.items"  # v1.2 is not v1.3
         self.file: BinaryIO | None = None
 
     def read(self) -> dict[int, Row]:
@@ -61,7 +62,7 @@ class Results:
 
     def item_files(self) -> list[Path]:
         """Return the files of single items."""
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.items.*.jsonl"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.items)}.*.jsonl"))
 
     def remove_items(self) -> None:
         """Remove the files of single items."""
@@ -83,7 +84,7 @@ class Results:
     def write(self, rank: int, rows: list[Row]) -> None:
         """Note items that a rank has done."""
         if self.file is None:
-            path = self.path.with_name(f"{self.path.stem}.items.{rank}.jsonl")
+            path = self.path.with_name(f"{self.items}.{rank}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("ab")
             if self.file.tell() == 0:

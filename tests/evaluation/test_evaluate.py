@@ -15,6 +15,7 @@ from programs import ROOT, Outcome, run_here, run_program
 
 from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import wilson_interval
+from pipeline.evaluation.results import Results
 from tools import evaluate
 
 Evaluate = Callable[..., Outcome]
@@ -182,6 +183,11 @@ def test_another_step_is_another_evaluation(run: Evaluate, run_dir: Path, tmp_pa
         (["--checkpoint", "nowhere:7"], "nowhere/checkpoints/step_00000007 holds no checkpoint"),
         (["--prompt-key", "question"], "no key 'question'"),
         (["--samples", "3"], "unknown option '--samples'"),
+        (["--text-key", "text"], "--text-key has no effect with --task exact"),
+        (
+            ["--task", "likelihood", "--prompt-format", "Q{prompt}"],
+            "--prompt-format has no effect with --task l",
+        ),
     ],
 )
 def test_bad_input_is_one_line(run: Evaluate, changes: list[str], message: str) -> None:
@@ -194,6 +200,30 @@ def test_a_file_that_holds_no_results_is_kept(run: Evaluate, tmp_path: Path) -> 
         output.write_text(content)
         assert "mine.json holds no results" in run("--output", str(output)).complaint()
         assert output.read_text() == content
+
+
+def test_the_items_are_not_replaced_by_the_results(run: Evaluate, data: Path, tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_bytes((data / "corpus.jsonl").read_bytes())
+    more = ["--data", str(items), "--output", f"{tmp_path}/../{tmp_path.name}/items.jsonl", "--restart"]
+    assert "items.jsonl is the file of the items, --data" in run(*more).complaint()
+    assert items.read_bytes() == (data / "corpus.jsonl").read_bytes()
+
+
+def test_outputs_that_differ_behind_a_full_stop(
+    run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation that was interrupted does not stand in the way of the next version's."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "finish", interrupt)
+        assert run("--output", str(tmp_path / "v1.2"), "--limit", "3").code == 130
+    assert run("--output", str(tmp_path / "v1.3"), "--limit", "4").code == 0
+    assert run("--output", str(tmp_path / "v1.2"), "--limit", "3").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v1.2", "v1.3"]
 
 
 def test_the_prompt_format(run: Evaluate, tmp_path: Path) -> None:
