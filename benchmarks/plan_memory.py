@@ -68,6 +68,7 @@ CASES = {
         zero={"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
     ),
     "hpz": Case(zero=SCARCE | {"zero_hpz_partition_size": 2}),
+    "ZeRO-1, two micro-batches": Case(["--train.global_batch_size", "16"], {"stage": 1}),
     "ZeRO-2": Case(zero={"stage": 2}),
     "bf16": Case(["--engine.precision", "bf16"]),
     "blocks recomputed, two micro-batches": Case(

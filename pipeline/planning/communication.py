@@ -40,8 +40,9 @@ def step_communication(zero: Zero, parameters: Parameters, accumulation: int, wi
         width: bytes of an element.
     """
     count = parameters.count
-    if zero.stage < 3:
-        return Communication(count * width if zero.stage else 0, 0, 2 * accumulation * count * width)
+    if zero.stage < 3:  # ZeRO-1 adds up whole gradients and reduces them once
+        reductions = accumulation if zero.stage == 2 else 1
+        return Communication(count * width if zero.stage else 0, 0, 2 * reductions * count * width)
     kept = sum(size for size in parameters.sizes.values() if size <= zero.persistence)
     live = zero.gathered(parameters)
     again = 0 if live >= count else count - live + (2 * parameters.embedding if parameters.tied else 0)
