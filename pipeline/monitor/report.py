@@ -74,8 +74,9 @@ class Record:
     def running_total(self, values: Mapping[float, float]) -> Callable[[float], float]:
         """Return the sum up to a step of `values` by step, drawn out evenly between them."""
         steps = sorted(values)
-        sums = np.cumsum([values[step] for step in steps])
-        return lambda step: float(np.interp(step, [0, *steps], [0, *sums]))
+        places = np.array([0.0, *steps])  # once: converted for each point, a long run would take hours
+        sums = np.cumsum([0.0, *(values[step] for step in steps)])
+        return lambda step: float(np.interp(step, places, sums))
 
     def axes(self) -> dict[str, Callable[[float], float]]:
         """Return what a curve can be drawn over: functions of the step."""
@@ -206,11 +207,12 @@ def _summary(records: Sequence[Record]) -> list[list[str]]:
 def _losses(records: Sequence[Record]) -> str:
     """Return the losses over steps; of several runs over tokens, FLOPs and hours too."""
     charts = []
+    axes = {record.name: record.axes() for record in records}
     for key in LOSSES:
         for axis in ("steps", "tokens", "FLOPs", "hours") if len(records) > 1 else ("steps",):
             curves: dict[str, Curve] = {}
             for record in records:
-                place = record.axes()[axis]
+                place = axes[record.name][axis]
                 curves[record.name] = [(place(step), value) for step, value in record.curve(key)]
             charts.append(line_chart(f"{key}, nats", axis, curves))
     return _grid(charts)
