@@ -53,7 +53,7 @@ def test_an_evaluation_of_nothing_is_no_success(tmp_path: Path) -> None:
 
 PROGRAMS = {
     "scontrol": 'case "$*" in *hostnames*) printf "n1\\nn2\\n";; *requeue*) echo requeue >> "$CALLS";; esac',
-    "srun": 'echo "srun $*" >> "$CALLS"; case "$*" in *pipeline.train*) exit 1;; esac',
+    "srun": 'echo "srun $* ($SRUN_CPUS_PER_TASK)" >> "$CALLS"; [[ "$*" != *pipeline.train* ]]',
     "python": 'case "$*" in *--summary*) printf "%s" "$ILL";; *successor*) echo "$*" >> "$CALLS";; esac',
 }
 
@@ -67,6 +67,7 @@ def pretrain(folder: Path, ill: str, **settings: str) -> tuple[subprocess.Comple
     shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
     (folder / "slurm" / "site.env").unlink(missing_ok=True)
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "ILL": ill}
+    job["SLURM_CPUS_PER_TASK"] = "12"
     environment = {
         "PATH": f"{folder}/bin:{os.environ['PATH']}", "PUMA_CODE": str(folder), "CALLS": f"{folder}/calls",
         "LOCAL_DISK": str(folder), **job, **settings,
@@ -92,8 +93,10 @@ def test_an_ill_node_is_left_out(tmp_path: Path) -> None:
     assert "more than MAX_RESTARTS = 3" in result.stderr
     assert "successor" not in calls
     result, calls = pretrain(tmp_path, "", MAX_RESTARTS="100")
-    assert "pipeline.train" in calls
-    assert calls.splitlines()[-1] == "requeue"
+    *steps, last = calls.splitlines()
+    assert "pipeline.train" in steps[-1]
+    assert all(step.endswith("(12)") for step in steps), "each task has its cores"
+    assert last == "requeue"
 
 
 def test_what_all_nodes_have_is_no_nodes_fault(tmp_path: Path) -> None:
