@@ -87,7 +87,10 @@ def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
     axes.hist(lengths, bins=np.unique(np.geomspace(1, top + 1, 80).astype(np.int64)).tolist())
     axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents")
     axes.set_title(f"{facts.documents:,} documents, {facts.tokens:,} tokens")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # its suffix
+        raise UserError(f"--histogram {path}: {error}.") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -326,12 +326,17 @@ def merge_datasets(prefixes: Sequence[Path], output: Path) -> DatasetFacts:
     """Write one dataset with the documents of several, in their order.
 
     Raises:
-        UserError: for a dataset that is missing or damaged, or of another tokenizer or kind than the first.
+        UserError: for a dataset that is missing or damaged, given twice, or of another tokenizer or kind than
+            the first.
     """
     facts = [read_facts(prefix) for prefix in prefixes]
     check_same(facts, [str(prefix) for prefix in prefixes], "datasets")
-    if output in prefixes:
+    real = [prefix.resolve() for prefix in prefixes]
+    if output.resolve() in real:
         raise UserError(f"--output-prefix {output} is one of the datasets to merge: name another.")
+    for number, prefix in enumerate(prefixes):
+        if real[number] in real[:number]:
+            raise UserError(f"--datasets: {prefix} is given twice: leave one out.")
     first, pairs = facts[0], facts[0].kind == "pairs"
     dtype = token_dtype(first.vocab_size)
     tally = _Tally(first.vocab_size, 2 if pairs else 1)

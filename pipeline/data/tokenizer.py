@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -299,9 +299,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
     first = next(texts, None)
     if first is None:
         raise UserError("there is no text in the corpus: look for another --input.")
+    raised: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in chain([first], texts):
+                yield from filter(None, text.split("\n"))
+        except BaseException as error:  # SentencePiece would make a RuntimeError of it
+            raised.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(part for text in chain([first], texts) for part in text.split("\n") if part),
+            sentence_iterator=lines(),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -323,6 +333,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
             minloglevel=2,
         )
     except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
         reason = str(error).rsplit("] ", 1)[-1].split(" Increase ")[0].strip(" .") or "no reason given"
         raise UserError(
             f"--vocab-size {vocab_size} cannot be had for --model-type {model_type} from this text: {reason}."

@@ -217,6 +217,11 @@ def test_merging_and_blends(corpus: Path, tmp_path: Path, capsys: pytest.Capture
     for name in ("counts", "token_histogram", "prompt_histogram", "length_histogram", "longest_document"):
         assert getattr(joined, name) == getattr(whole, name)
     assert "give --overwrite" in run_here(merge_datasets.main, arguments, capsys).complaint()
+    again = f"{tmp_path}/../{tmp_path.name}/s-00000-of-00003"
+    arguments = ["--datasets", *shards, "--output-prefix", again, "--overwrite"]
+    assert "is one of the datasets to merge" in run_here(merge_datasets.main, arguments, capsys).complaint()
+    arguments = ["--datasets", *shards, again, "--output-prefix", str(tmp_path / "twice")]
+    assert f"{again} is given twice" in run_here(merge_datasets.main, arguments, capsys).complaint()
     train_tokenizer(["other words"], 280, "bpe", tmp_path / "other")
     make_dataset([corpus / "x.jsonl"], tmp_path / "other", tmp_path / "o", PAIRS)
     make_dataset([corpus / "x.jsonl"], corpus / "tokenizer", tmp_path / "t", TEXT)
@@ -337,6 +342,8 @@ def test_inspect_shows_and_verifies(
         assert part in outcome.output
     assert "\033[" not in outcome.output
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+    more = ["--histogram", str(tmp_path / "h.pngs")]
+    assert "h.pngs: Format 'pngs'" in run_here(inspect_data.main, [str(prefix), *more], capsys).complaint()
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert "\033[32m" in run_here(inspect_data.main, [str(prefix)], capsys).output
     content = bytearray(Path(f"{prefix}.bin").read_bytes())

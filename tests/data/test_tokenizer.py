@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,22 @@ def test_long_lines_are_trained_on(tmp_path: Path, model_type: str) -> None:
     trained = train_tokenizer(["a short line", line], 300, model_type, tmp_path / "t")
     pieces = [trained.model.token(token) for token in trained.encode("quick").tolist()]
     assert not any(piece.startswith("<0x") for piece in pieces)  # bytes, of letters that were not seen
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("x.jsonl, line 3: no key"), KeyboardInterrupt(), OSError(5, "I/O")]
+)
+def test_what_ends_the_reading_is_raised(tmp_path: Path, error: BaseException) -> None:
+    """Not SentencePiece's words for it."""
+
+    def texts() -> Iterator[str]:
+        yield from CORPUS
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        train_tokenizer(texts(), 300, "bpe", tmp_path / "t")
+    assert caught.value is error
+    assert not (tmp_path / "t").exists()
 
 
 def test_char_pieces_are_characters(tmp_path: Path) -> None:
