@@ -22,6 +22,7 @@ def fill(
     step: int,
     at_once: int = 1,
     stopped: Callable[[], bool] = lambda: False,
+    stop: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Fill the positions `masked` [B, L] with the likeliest tokens, the most confident first.
 
@@ -36,30 +37,35 @@ def fill(
         step: the optimizer step that the model has come to.
         at_once: tokens filled in each sequence at a forward; from left to right always one.
         stopped: asked before every forward whether to give up; all ranks must answer alike.
+        stop: the end-of-sequence token; what is behind one that is filled in is left alone, as in
+            `decoding.decode`.
 
     Returns:
         Tokens [B, L] and the forward [B, L] at which each was filled, -1 where nothing was; nothing at all
         when it was given up.
     """
     chains, in_turn = layout.chains(samples), isinstance(layout, LeftToRight)
-    order = torch.full_like(samples.tokens, -1)
+    order, left = torch.full_like(samples.tokens, -1), masked
     count = torch.full_like(samples.ids, 1 if in_turn else at_once)
     number = 0
-    while int(engine.max_over_ranks(masked.sum())):
+    while int(engine.max_over_ranks(left.sum())):
         if stopped():
             return None
         rows = int(masked.sum())
         batch = layout.batch(samples, masked, torch.zeros(masked.shape, device=masked.device), rows, step)
         output = engine.evaluate(batch._replace(scores=("likeliest",)))
         assert output.likeliest is not None
-        index = chains.index.masked_fill(~masked, chains.count)
-        candidates = masked & (index == index.amin(dim=1, keepdim=True))  # of the first block that is left
+        index = chains.index.masked_fill(~left, chains.count)
+        candidates = left & (index == index.amin(dim=1, keepdim=True))  # of the first block that is left
         confidence = Scores.of(output, batch.rows, masked).confidence
         ranking = -positions_like(samples.tokens).double().expand(masked.shape) if in_turn else confidence
         revealed = take_highest(candidates, ranking, count)
         likeliest = samples.tokens.flatten().index_copy(0, batch.rows, output.likeliest).view_as(masked)
         samples = replace(samples, tokens=torch.where(revealed, likeliest, samples.tokens))
         order = order.masked_fill(revealed, number)
-        masked = masked & ~revealed
+        masked = left = masked & ~revealed
+        if stop is not None:
+            ends = (order >= 0) & (samples.tokens == stop)
+            left = masked & (ends.cumsum(dim=1) == 0)
         number += 1
     return samples.tokens, order

@@ -69,8 +69,8 @@ class ScheduledTask:
                     [self.sequences[i] for i in numbers], numbers, self.config.data.kind, self.tokenizer.pad
                 )
                 samples, masked = samples.to(launch.device), masked.to(launch.device)
-                at_once = self.settings.tokens_per_step
-                found = fill(engine, samples, masked, layout, step, at_once, stopped)
+                at_once, stop = self.settings.tokens_per_step, self.tokenizer.eos
+                found = fill(engine, samples, masked, layout, step, at_once, stopped, stop)
                 if found is None:
                     return None
                 answers = [

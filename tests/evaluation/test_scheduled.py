@@ -7,15 +7,21 @@ import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from programs import Outcome, run_here
 from runs import curve, metrics, train_on
 
 from pipeline.config import TaskConfig
+from pipeline.evaluation.filling import fill
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
+from pipeline.sampling import SamplingSettings, complete, load_model
+from pipeline.sampling.batching import behind_prompts, stack_sequences, up_to_end
 from tools import evaluate
 
 
@@ -76,6 +82,32 @@ def test_answers_of_any_length(
     steps, accuracies = zip(*curve(tmp_path / "measured", "evaluation/exact/accuracy"), strict=True)
     assert steps == (4, 8, 12, 16)
     assert f"right {accuracies[-1]:.4f} of 60 items" in outcome.output
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_answers_are_those_of_the_sampler(
+    train: Callable[..., Outcome], data: Path, tmp_path: Path, at_once: int
+) -> None:
+    """What is behind an end-of-sequence token is left alone: filled in first, it would change the rest.
+
+    The weights are so large that the model is certain of something everywhere, now and then of that token.
+    """
+    small = ["--train.steps", "2", "--model.init_std", "0.5", "--evaluation.interval", "0"]
+    assert train(tmp_path, *small).code == 0
+    loaded = load_model(tmp_path, torch.device("cpu"))
+    prompts = [json.loads(line)["prompt"] for line in (data / "corpus.jsonl").read_text().splitlines()]
+    sequences = behind_prompts(prompts, None, loaded.tokenizer, loaded.config)
+    samples, masked = stack_sequences(sequences, range(len(prompts)), "pairs", loaded.tokenizer.pad)
+    engine: Any = SimpleNamespace(evaluate=torch.no_grad()(loaded.model), max_over_ranks=lambda x: x)
+    end = loaded.tokenizer.eos
+    found = fill(engine, samples, masked, loaded.layout, loaded.step, at_once, stop=end)
+    assert found is not None
+    answers = [
+        up_to_end(loaded.tokenizer, row[where].tolist()) for row, where in zip(found[0], masked, strict=True)
+    ]
+    expected = complete(loaded, prompts, SamplingSettings(tokens_per_step=at_once))
+    assert answers == [completion.tokens for completion in expected]
+    assert 5 < sum(end in answer for answer in answers) < len(answers)
 
 
 def test_prompts_without_room_count_as_wrong(
