@@ -237,7 +237,8 @@ def _paragraphs(lines: Iterator[tuple[int, Content]], limit: int) -> Iterator[tu
                 held += line
                 size = len(held)
                 if size > limit + 2:
-                    bad = BadRecord("too_long", f"a paragraph of more than {limit} bytes")
+                    what = f"a paragraph, up to a blank line, of more than {limit} bytes"
+                    bad = BadRecord("too_long", f"{what} (--split-documents line takes every line)")
             if bad is not None:
                 held.clear()
         elif held or bad:

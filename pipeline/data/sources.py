@@ -16,7 +16,7 @@ import lzma
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -128,7 +128,8 @@ class Source:
 
 
 def format_of(path: Path) -> tuple[Format, str] | None:
-    """Return format and compression that a file's name tells; None for an unknown kind."""
+    """Return format and compression that a file's name tells, in any case; None for an unknown kind."""
+    path = Path(path.name.lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     found = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
     if found is None or (compression and found not in ("lines", "text")):
@@ -169,17 +170,20 @@ def find(inputs: Sequence[str]) -> list[Path]:
     return [path for path, _ in files.values()]
 
 
-def _expanded(inputs: Sequence[str], left_out: list[Path]) -> Iterator[tuple[str, Path]]:
-    """Yield each input with each file that it means; what folders hold besides goes to `left_out`."""
+def _expanded(
+    inputs: Sequence[str], left_out: list[Path], lists: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Path]]:
+    """Yield each input, in nested `lists`, with each of its files; add the rest of folders to `left_out`."""
     for given in inputs:
         path = Path(given)
+        if given in lists:
+            raise UserError(f"--input {given}: the list names itself: take that line out.")
         if given.startswith("@"):
-            yield from _expanded(_read_list(Path(given[1:])), left_out)
+            yield from _expanded(_read_list(Path(given[1:])), left_out, (*lists, given))
         elif path.is_dir():
             yield from ((given, file) for file in _files_of_folder(path, left_out))
         elif not path.exists() and glob.has_magic(given):
-            matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
-            found = [match for match in matches if match.is_file()]
+            found = _only_files(Path(match) for match in sorted(glob.glob(given, recursive=True)))
             if not found:
                 raise UserError(f"--input {given}: no file matches.")
             yield from ((given, file) for file in found)
@@ -203,7 +207,7 @@ def _files_of_folder(folder: Path, left_out: list[Path]) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         raise UserError(f"--input {folder} holds several splits: name the folder of one, {folder}/train.")
     below = glob.iglob("**", root_dir=folder, recursive=True)  # follows links, passes over what is hidden
-    files = sorted(path for name in below if (path := folder / name).is_file())
+    files = sorted(_only_files(folder / name for name in below))
     known = [path for path in files if format_of(path) is not None]
     unknown = [path for path in files if format_of(path) is None]
     if not known:
@@ -213,12 +217,23 @@ def _files_of_folder(folder: Path, left_out: list[Path]) -> list[Path]:
     return known
 
 
+def _only_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files among paths, without the folders; raise a `UserError` for a link to nowhere."""
+    files = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+        elif path.is_symlink() and not path.exists():
+            raise UserError(f"--input {path} is a link to nowhere: bring its file back, or remove it.")
+    return files
+
+
 def _kinds(files: Sequence[Path]) -> str:
     """Return how many files there are of each suffix: ``3 .json.lz4, 1 .md``; the rarest are not named."""
     counts: Counter[str] = Counter()
     for path in files:
         inner = Path(path.stem).suffix
-        named = inner if inner in FORMATS or path.suffix in COMPRESSIONS else ""
+        named = inner if inner.lower() in FORMATS or path.suffix.lower() in COMPRESSIONS else ""
         counts[f"{named}{path.suffix}" or "without a suffix"] += 1
     first = [f"{count} {kind}" for kind, count in counts.most_common(_KINDS)]
     others = len(files) - sum(count for _, count in counts.most_common(_KINDS))

@@ -286,6 +286,26 @@ def test_what_a_folder_holds_besides_is_said_once(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err == ""
 
 
+def test_kinds_are_told_in_any_case(tmp_path: Path) -> None:
+    (tmp_path / "X.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "y.Txt").write_text("b\n")
+    found = find([str(tmp_path)])
+    assert [record.texts for record in read_all(found, TEXT)] == [("a",), ("b",)]
+
+
+def test_broken_links_and_circular_lists_are_named(tmp_path: Path) -> None:
+    """A link whose file has gone would be left out unseen."""
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    for meant in (str(tmp_path), f"{tmp_path}/*.jsonl"):
+        with pytest.raises(UserError, match=r"b.jsonl is a link to nowhere"):
+            find([meant])
+    (tmp_path / "one").write_text(f"@{tmp_path}/two\n")
+    (tmp_path / "two").write_text(f"{tmp_path}/a.jsonl\n@{tmp_path}/one\n")
+    with pytest.raises(UserError, match=r"--input @.*/one: the list names itself"):
+        find([f"@{tmp_path}/one"])
+
+
 def test_linked_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/x.jsonl").touch()
