@@ -201,7 +201,7 @@ class AnswerScore:
         nll: see `Estimates`, nats.
         standard_error: see `Estimates`, nats.
         tokens: how many tokens were scored.
-        bytes: length of the text that the answer's tokens decode to, in UTF-8.
+        bytes: length of the text that those tokens decode to, in UTF-8.
     """
 
     nll: float
@@ -263,7 +263,8 @@ def score_answers(
         )
         facts = found.nll.tolist(), found.standard_error.tolist(), found.tokens.tolist()
         for i, nll, error, tokens in zip(part, *facts, strict=True):
-            text = loaded.tokenizer.decode(pairs[i][1])
+            answer = pairs[i][1]
+            text = loaded.tokenizer.decode(answer[len(answer) - tokens :])
             scores[i] = AnswerScore(nll, error, tokens, len(text.encode()))
         on_progress(len(scores))
     return [scores[i] for i in range(len(pairs))]

@@ -161,16 +161,23 @@ def test_nothing_depends_on_the_batch() -> None:
         estimate(Table(length), Whole(MASK, False), samples, 1, draws=3)
 
 
-def test_answers_of_a_trained_model(train: Callable[..., Outcome], tmp_path: Path) -> None:
-    """In the order of the pairs, the same in any company; short answers exactly; bytes of the text."""
-    assert train(tmp_path, "--train.steps", "4", "--schedule.warmup_steps", "1").code == 0
+@pytest.mark.parametrize(("prediction", "last"), [("same", 4), ("shifted", 3)])
+def test_answers_of_a_trained_model(
+    train: Callable[..., Outcome], tmp_path: Path, prediction: str, last: int
+) -> None:
+    """In the order of the pairs, the same in any company; short answers exactly; bytes of what is scored.
+
+    Shifted, the first token of an answer without a prompt is given: its bytes cost nothing and do not count.
+    """
+    settings = "--train.steps", "4", "--schedule.warmup_steps", "1", "--model.prediction", prediction
+    assert train(tmp_path, *settings).code == 0
     loaded = load_model(tmp_path, torch.device("cpu"))
     encode = loaded.tokenizer.encode_batch
     texts = [("abc", "cba"), ("f", "fgggffgg"), ("deba", "a"), ("", "abcd")]
     pairs = [(a.tolist(), b.tolist()) for a, b in zip(*map(encode, zip(*texts, strict=True)), strict=True)]
     scores = score_answers(loaded, pairs, draws=20, batch_size=16)
-    assert [score.tokens for score in scores] == [3, 8, 1, 4]
-    assert [score.bytes for score in scores] == [3, 8, 1, 4]
+    assert [score.tokens for score in scores] == [3, 8, 1, last]
+    assert [score.bytes for score in scores] == [3, 8, 1, last]
     assert [score.standard_error == 0 for score in scores] == [True, False, True, True]
     again = score_answers(loaded, pairs, draws=20, batch_size=3)
     for one, two in zip(scores, again, strict=True):
