@@ -171,7 +171,8 @@ def plan_memory(
         width = FULL  # autocast keeps fp32 weights
     states, host, nvme = _states(config, zero, parameters.count, ranks, width)
     share = config.engine.sequence_parallel_size
-    positions = -(-config.data.sequence_length * copies(config.objective, 1) // share)
+    inputs = max(copies(config.objective, step) for step in (1, config.train.steps))  # it may switch between
+    positions = -(-config.data.sequence_length * inputs // share)
     body = body_memory(
         config.model,
         config.engine.activation_checkpointing,

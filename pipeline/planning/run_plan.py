@@ -102,9 +102,11 @@ class Planner:
         self.usable = int(gpu.memory * (1 - assumptions.fragmentation) - assumptions.reserved_gib * GIB)
 
     def plan(self, gpus: int, price: float | None = None, largest: bool = False) -> RunPlan:
-        """Return the plan for `gpus` GPUs, with the objective of the first step.
+        """Return the plan for `gpus` GPUs.
 
-        The all-to-all of sequence parallelism is not in the communication.
+        Where the objective switches, FLOPs, MFU and seconds are those of the first step; memory is that of
+        the larger one, and the days are those of both. The all-to-all of sequence parallelism is not in the
+        communication.
 
         Args:
             gpus: world size.
@@ -122,12 +124,14 @@ class Planner:
         config, largest_fitting = self._with_micro_batch(gpus, largest)
         train, groups = config.train, gpus // config.engine.sequence_parallel_size
         accumulation = train.accumulation(groups)
-        share = 1.0 if is_autoregressive(config.objective, 1) else self.assumed.masked_share
-        rows = share * train.global_batch_size * config.data.sequence_length
-        flops = step_flops(config, self.vocabulary_rows, rows)
         communication = step_communication(self.zero, self.parameters, accumulation, self.width)
+        flops = self._flops(config, 1)
         seconds = self._seconds(gpus, accumulation, flops, communication)
         days = seconds["step"] * train.steps / SECONDS_A_DAY
+        switch = config.objective.switch_step
+        if switch is not None:
+            after = self._seconds(gpus, accumulation, self._flops(config, switch), communication)
+            days += (after["step"] - seconds["step"]) * (train.steps - switch + 1) / SECONDS_A_DAY
         checkpoint = checkpoint_bytes(config, self.zero, self.parameters.count, self.width)
         nodes = -(-gpus // self.gpu.node_size)
         return RunPlan(
@@ -168,6 +172,11 @@ class Planner:
         if largest and fitting:
             wanted = replace(wanted, train=replace(wanted.train, micro_batch_size=fitting))
         return wanted, fitting
+
+    def _flops(self, config: Config, step: int) -> Flops:
+        share = 1.0 if is_autoregressive(config.objective, step) else self.assumed.masked_share
+        rows = share * config.train.global_batch_size * config.data.sequence_length
+        return step_flops(config, self.vocabulary_rows, rows, step)
 
     def _memory(self, config: Config, gpus: int) -> Memory:
         rows = config.train.micro_batch_size * config.data.sequence_length  # all may be masked

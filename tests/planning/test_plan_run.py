@@ -116,6 +116,23 @@ def test_what_does_not_fit_is_followed_by_what_does(call: Any, config: str) -> N
     assert f"fits, up to a micro-batch of {number}" in fitting.output
 
 
+def test_both_objectives_of_a_switch_are_planned(call: Any) -> None:
+    """Blocks from step 2,001 of 10,000 on: the memory is theirs, and four fifths of the time."""
+
+    def plan(*settings: str) -> Any:
+        outcome = call("--gpus", "8", "--json", "--set", "model.prediction=shifted", *settings)
+        assert outcome.code == 0, outcome.error
+        return json.loads(outcome.output)["plan"]
+
+    causal, blocks = "objective.kind=autoregressive", "objective.block_size=32"
+    switch = "objective.switch_to=puma", "objective.switch_step=2001"
+    first, second, both = plan(causal), plan(blocks), plan(causal, blocks, *switch)
+    assert both["memory"] == second["memory"] != first["memory"]
+    assert both["seconds"] == first["seconds"]
+    assert both["days"] == pytest.approx(0.2 * first["days"] + 0.8 * second["days"])
+    assert second["days"] > 1.2 * first["days"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
