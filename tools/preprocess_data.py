@@ -64,8 +64,10 @@ def build_parser() -> ToolParser:
     work.add_argument(
         "--shard-index",
         type=int,
-        default=int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
-        - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")),
+        default=(
+            int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        )
+        // int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1")),
         help="which share of the work this task does, from 0; of SLURM_ARRAY_TASK_ID",
     )
     work.add_argument(
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0 <= options.shard_index < options.num_shards:
         raise UserError(
             f"--shard-index is {options.shard_index}: it must be at least 0 and below --num-shards = "
-            f"{options.num_shards}."
+            f"{options.num_shards}. Of an array with gaps, such as tasks that are started again, give both."
         )
     if not 0 <= options.max_bad_fraction <= 1:
         raise UserError(f"--max-bad-fraction is {options.max_bad_fraction}: it is a share, from 0 to 1.")

@@ -76,7 +76,8 @@ def test_workers_and_shards_write_the_same_bytes(
         prefix = tmp_path / f"w{workers}s{shards}"
         for shard in range(shards):
             if shards > 1 and workers == 2:
-                monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(shard + 5))
+                monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(5 + 2 * shard))  # --array=5-9:2
+                monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
                 monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "5")
                 monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
                 share: tuple[str, ...] = ()
