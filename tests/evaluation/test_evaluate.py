@@ -6,16 +6,22 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from programs import ROOT, Outcome, run_here, run_program
 
+from pipeline.data.batch import stack_samples
+from pipeline.data.samples import build_datasets
 from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import wilson_interval
+from pipeline.evaluation.likelihood import estimate
 from pipeline.evaluation.results import Results
+from pipeline.sampling import load_model
 from tools import evaluate
 
 Evaluate = Callable[..., Outcome]
@@ -258,6 +264,25 @@ def test_likelihood(run: Evaluate, data: Path, tmp_path: Path, source: str) -> N
     end = source == "dataset"  # whose answers end with the end-of-sequence token
     assert tokens.tolist() == [len(answer) + end for answer in answers]
     assert "bits a byte of 60 sequences" in outcome.output
+
+
+def test_ends_are_scored_where_they_are_trained(
+    train: Callable[..., Outcome], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The likelihoods are those of the training's own samples, filled up with end-of-sequence tokens."""
+    assert train(tmp_path / "run", "--data.padding", "eos_targets", "--evaluation.interval", "0").code == 0
+    loaded = load_model(tmp_path / "run", torch.device("cpu"))
+    settings = replace(loaded.config.data, split="100,0,0")
+    dataset = build_datasets(settings, loaded.tokenizer, 0, tmp_path / "cache").train
+    samples = stack_samples([dataset[i] for i in range(60)], range(60))
+    expected = estimate(loaded.model, loaded.layout, samples, loaded.step, draws=64)
+    for source in ("corpus.jsonl", "pairs"):
+        arguments = ["--checkpoint", str(tmp_path / "run"), "--task", "likelihood", "--draws", "64"]
+        arguments += ["--data", str(data / source), "--output", str(tmp_path / f"{source}.json")]
+        assert run_here(evaluate.main, arguments, capsys).code == 0
+        items = read(tmp_path / f"{source}.json")["items"]
+        assert [item["tokens"] for item in items] == expected.tokens.tolist()
+        assert [item["nll"] for item in items] == pytest.approx(expected.nll.tolist(), rel=1e-5)
 
 
 def test_long_texts_are_scored_in_pieces(run: Evaluate, tmp_path: Path) -> None:
