@@ -52,8 +52,10 @@ def test_an_evaluation_of_nothing_is_no_success(tmp_path: Path) -> None:
 
 
 PROGRAMS = {
-    "scontrol": 'case "$*" in *hostnames*) printf "n1\\nn2\\n";; *requeue*) echo requeue >> "$CALLS";; esac',
-    "srun": 'echo "srun $* ($SRUN_CPUS_PER_TASK)" >> "$CALLS"; [[ "$*" != *pipeline.train* ]]',
+    "scontrol": 'case "$*" in *hostnames*) printf "n1\\nn2\\n";; *requeue*) echo requeue >> "$CALLS";; '
+    '"show job"*) echo "Reason=$REASON";; esac',
+    "srun": 'echo "srun $* ($SRUN_CPUS_PER_TASK)" >> "$CALLS"; [[ "$*" != *pipeline.train* ]] && exit 0; '
+    'trap "" TERM; [ -z "$REASON" ] || kill -s TERM "$PPID"; sleep 0.2; exit 130',
     "python": 'case "$*" in *--summary*) printf "%s" "$ILL";; *successor*) echo "$*" >> "$CALLS";; esac',
 }
 
@@ -66,7 +68,7 @@ def pretrain(folder: Path, ill: str, **settings: str) -> tuple[subprocess.Comple
         (folder / "bin" / name).chmod(0o755)
     shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
     (folder / "slurm" / "site.env").unlink(missing_ok=True)
-    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "ILL": ill}
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "ILL": ill, "REASON": ""}
     job["SLURM_CPUS_PER_TASK"] = "12"
     environment = {
         "PATH": f"{folder}/bin:{os.environ['PATH']}", "PUMA_CODE": str(folder), "CALLS": f"{folder}/calls",
@@ -106,3 +108,13 @@ def test_what_all_nodes_have_is_no_nodes_fault(tmp_path: Path) -> None:
     assert "all of n1,n2 failed the health check" in result.stderr
     assert "successor" not in calls
     assert "pipeline.train" not in calls
+
+
+@pytest.mark.parametrize(("reason", "goes_on"), [("TimeLimit", True), ("None", False)])
+def test_a_time_limit_that_comes_before_the_save_is_no_cancelling(
+    tmp_path: Path, reason: str, goes_on: bool
+) -> None:
+    """The batch shell gets SIGTERM for both; SLURM requeues neither, and only one of them is wanted."""
+    result, calls = pretrain(tmp_path, "", REASON=reason)
+    assert result.returncode == 130
+    assert ("requeue" in calls.splitlines()) is goes_on
