@@ -98,7 +98,7 @@ class Run:
     def outcome(self) -> str:
         """Return how the process ended, if it was no error."""
         step, steps = self.manifest.step, self.config.train.steps
-        if step == steps:
+        if step == steps and not self.guard.stop:
             return "done"
         saved = "and saved" if self.saver.problem is None else "and NOT saved (the reason is above)"
         return f"stopped after step {step} {saved}"

@@ -47,7 +47,8 @@ def train_step(
 def train(run: Run) -> bool:
     """Train on, with logs, evaluations and checkpoints on the way; say whether the last step is done.
 
-    It is not when a rank was asked to stop; the run is saved then.
+    It is not when a rank was asked to stop; the run is saved then. That holds for the last step too, whose
+    evaluations a stop cuts short: they are made up for when the run goes on.
 
     Raises:
         Failure: when the last step could not be saved: its weights are gone, whatever was trained.
@@ -80,7 +81,7 @@ def train(run: Run) -> bool:
             run.save()
     run.watchdog.enter("save")
     run.saver.wait()
-    done = run.manifest.step == config.train.steps
+    done = run.manifest.step == config.train.steps and not run.guard.stop
     if done and run.saver.problem is not None:
         raise cli.Failure(
             f"the last step, {config.train.steps}, is trained but not saved: {run.saver.problem} Put it "

@@ -82,23 +82,29 @@ def test_a_stop_that_cannot_be_saved_says_so(
     assert "NOT saved" in (tmp_path / "history.jsonl").read_text()
 
 
-def test_a_signal_in_an_evaluation(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [0, 1], ids=["first", "last-step"])
+def test_a_signal_in_an_evaluation(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
     """The evaluation is cut short, and made up for when the run goes on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(whole).code == cli.EXIT_DONE
     evaluate, batches = PlainEngine.evaluate, []
+    strikes: list[int] = []
 
     def interrupted(engine: PlainEngine, batch: object) -> object:
-        if not batches:
+        if len(batches) in strikes:
             os.kill(os.getpid(), signal.SIGTERM)
         batches.append(batch)
         return evaluate(engine, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(PlainEngine, "evaluate", interrupted)
+        assert train(whole).code == cli.EXIT_DONE
+        strikes.append(before * len(batches) // 2)  # of two evaluations
+        batches.clear()
         assert train(parts).code == cli.EXIT_REQUEUE
-    assert len(batches) == 1
-    assert curve(parts, "held_out/loss") == []
+    assert len(batches) == strikes[0] + 1
+    assert curve(parts, "held_out/loss") == curve(whole, "held_out/loss")[:before]
     assert train(parts).code == cli.EXIT_DONE
     for key in ("loss", "held_out/loss"):
         assert curve(parts, key) == curve(whole, key), key
