@@ -82,6 +82,7 @@ CASES = {
         ["--objective.block_size", "16", "--model.tie_embeddings", "false", "--optimizer.ema_decay", "0.99"]
     ),
     "21 M parameters": Case([*LARGE]),
+    "21 M, optimizer offloaded": Case([*LARGE], {"offload_optimizer": {"device": "cpu"}}),
     "21 M, 128 tokens, nothing recomputed": Case(
         [*LARGE, "--data.sequence_length", "128", "--train.global_batch_size", "32",
          "--train.micro_batch_size", "16", "--engine.activation_checkpointing", "none"], SCARCE
@@ -156,7 +157,7 @@ def plan(case: Case, folder: Path, ranks: int, rows: int) -> dict[str, Any]:
     traffic = step_communication(zero, parameters, config.train.accumulation(ranks), width)
     return {
         "parameters": parameters.count,
-        "peak": memory.total,
+        "peak": memory.total + memory.host,  # both are the memory of the CPU here
         "parts": memory.parts,
         "phase": memory.phase,
         "all_gather": traffic.all_gather + traffic.group_all_gather,

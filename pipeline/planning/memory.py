@@ -208,16 +208,18 @@ def _states(
         "weights": (part if zero.stage == 3 else count) * width,
         "gradients": (part if zero.stage in (2, 3) else count) * width,
         "optimizer states": part * FULL * (2 if zero.stage == 0 else 3),  # AdamW's two, the fp32 weights
+        "fp32 gradients": 0 if zero.optimizer == "gpu" else part * FULL,  # kept for the optimizer elsewhere
     }
     if config.optimizer.ema_decay is not None:
         sizes["moving average"] = part * FULL
     places = {
         "weights": zero.weights,
-        "gradients": zero.optimizer,
+        "gradients": "gpu" if zero.optimizer == "gpu" else "cpu",  # those of the backward, also with NVMe
         "optimizer states": zero.optimizer,
+        "fp32 gradients": zero.optimizer,
         "moving average": zero.optimizer,
     }
-    on_gpu = {name: size for name, size in sizes.items() if places[name] == "gpu"}
+    on_gpu = {name: size for name, size in sizes.items() if size and places[name] == "gpu"}
     host = sum(size for name, size in sizes.items() if places[name] == "cpu")
     nvme = sum(size for name, size in sizes.items() if places[name] == "nvme")
     if zero.stage:

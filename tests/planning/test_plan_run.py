@@ -76,6 +76,21 @@ def test_the_figures_that_follow_from_the_shapes(call: Any) -> None:
     assert plan["communication"]["reduce_scatter"] == plan["accumulation"] * 2 * parameters
 
 
+@pytest.mark.parametrize(("device", "host", "nvme"), [("cpu", 2 + 4 + 12 + 4, 0), ("nvme", 2, 4 + 12)])
+def test_offloaded_parts(call: Any, tmp_path: Path, device: str, host: int, nvme: int) -> None:
+    """Bytes a parameter: bf16 gradients, those in fp32 for the optimizer, its states, the average."""
+    offload = {"device": device} | ({"nvme_path": str(tmp_path)} if device == "nvme" else {})
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": offload}}))
+    average = ["optimizer.ema_decay=null"] if device == "nvme" else []
+    outcome = call("--gpus", "8", "--json", "--set", f"engine.deepspeed_config={path}", *average)
+    assert outcome.code == 0, outcome.error
+    plan = json.loads(outcome.output)["plan"]
+    assert plan["memory"]["host"] == pytest.approx(host * plan["parameters"] / 8, rel=1e-6)
+    assert plan["memory"]["nvme"] == pytest.approx(nvme * plan["parameters"] / 8, rel=1e-6)
+    assert "gradients" not in plan["memory"]["parts"]
+
+
 def test_what_is_left_out_of_the_json_is_deepspeeds_default() -> None:
     ours, theirs = Zero(3), DeepSpeedZeroConfig(stage=3)
     assert ours == Zero(
