@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from pathlib import Path
 
@@ -19,12 +20,13 @@ def discard(folder: Path) -> None:
 
 
 def kept(manifests: list[Manifest], config: CheckpointConfig) -> set[int]:
-    """Return the steps that stay: the newest, every m-th, and those with the lowest held-out loss."""
+    """Return the steps that stay: the newest, every m-th, and those with the lowest finite held-out loss."""
     steps = sorted(manifest.step for manifest in manifests)
     stay = set(steps[-config.keep :])
     if config.keep_every:
         stay |= {step for step in steps if step % config.keep_every == 0}
-    scores = sorted((m.held_out_loss, m.step) for m in manifests if m.held_out_loss is not None)
+    measured = ((m.held_out_loss, m.step) for m in manifests if m.held_out_loss is not None)
+    scores = sorted(score for score in measured if math.isfinite(score[0]))  # NaN is neither less nor more
     return stay | {step for _, step in scores[: config.keep_best]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -234,7 +235,7 @@ def test_which_checkpoints_stay() -> None:
     def manifest(step: int, loss: float | None) -> Manifest:
         return Manifest(2, step, 0, 1, "none", 1, {}, "", loss)
 
-    losses = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 1.5, 60: None, 70: 2.5}
+    losses = {10: math.nan, 20: 1.0, 30: None, 40: 2.0, 50: 1.5, 60: None, 70: 2.5}
     manifests = [manifest(step, loss) for step, loss in losses.items()]
     for settings, stay in [
         ({"keep": 1}, {70}),
