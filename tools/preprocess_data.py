@@ -6,6 +6,7 @@ SLURM's job arrays without any option) and join their parts with tools/merge_dat
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,9 +87,8 @@ def build_parser() -> ToolParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Preprocess and print what was written."""
-    options = build_parser().parse_args(arguments)
+def check(options: argparse.Namespace) -> None:
+    """Raise a `UserError` for options that cannot be."""
     for name in ("workers", "unit_bytes", "max_document_bytes", "num_shards"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -106,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--max-bad-fraction is {options.max_bad_fraction}: it is a share, from 0 to 1.")
     if not options.input and options.hub_dataset is None:
         raise UserError("no corpus: give --input, or --hub-dataset.")
+    if options.hub_dataset is None and (options.hub_config or options.hub_revision):
+        raise UserError("--hub-config and --hub-revision belong to a --hub-dataset: name one.")
     prefix = options.output_prefix
     for given in options.input:
         if Path(given).is_dir() and prefix.resolve().is_relative_to(Path(given).resolve()):
@@ -113,6 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"--output-prefix {prefix} is in the folder --input {given}, which would be read with the "
                 "dataset's own files when the same command goes on: name a prefix elsewhere."
             )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Preprocess and print what was written."""
+    options = build_parser().parse_args(arguments)
+    check(options)
     hub = None
     if options.hub_dataset is not None:
         hub = Hub(options.hub_dataset, options.hub_config, options.hub_split, options.hub_revision)
@@ -135,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.overwrite,
         options.restart,
     )
+    prefix = options.output_prefix
     summary = preprocess(plan, prefix, work)
     if summary.counts.bad and summary.complete:
         print(f"the bad records are in {quarantine_path(prefix)}")

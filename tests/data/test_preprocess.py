@@ -246,6 +246,7 @@ def test_what_cannot_work_is_refused(
         arguments = command(corpus, tmp_path / "d", *more, inputs=inputs)
         return run_here(preprocess_data.main, arguments, capsys).complaint()
 
+    assert "belong to a --hub-dataset" in complaint("--hub-config", "en")
     assert "empty.jsonl: no document in it" in complaint(inputs=[empty])
     shutil.rmtree(tmp_path / "d.parts")
     empty.write_bytes(b"")
