@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,17 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 if TYPE_CHECKING:
     from programs import Outcome
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """Give this process its signals back: a run that ends early ignores them, and so would later children."""
+    from pipeline.resilience.signals import SIGNALS
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,9 @@ def main(folder: Path, own_disk: bool) -> None:
     cache = folder / (f"cache_of_{rank}" if own_disk else "shared_cache")
     data = samples.build_datasets(config, Tokenizer.load(folder / "tokenizer"), 1, cache)
     content = b"".join(data.train[i]["tokens"].tobytes() for i in range(len(data.train)))
-    print(f"rank {rank}: {len(builds)} builds, samples {hashlib.sha256(content).hexdigest()}", flush=True)
+    # One write for the line and its end: print makes two of them, and the other rank's line may come between.
+    sys.stdout.write(f"rank {rank}: {len(builds)} builds, samples {hashlib.sha256(content).hexdigest()}\n")
+    sys.stdout.flush()
     torch.distributed.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,21 +19,11 @@ from programs import ROOT, Outcome, run_program
 from runs import command, curve, metrics, train_on
 
 from pipeline import cli
-from pipeline.resilience import signals
 from pipeline.runtime import PlainEngine
 
 pytestmark = pytest.mark.xdist_group("train")
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 Train = Callable[..., Outcome]
-
-
-@pytest.fixture(autouse=True)
-def same_signals() -> Iterator[None]:
-    """Give this process its signals back: a run that was stopped ignores them while it ends."""
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
