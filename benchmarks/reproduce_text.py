@@ -26,6 +26,7 @@ from pipeline import config as configuration
 from pipeline.cli import ToolParser, UserError, overrides, run
 from pipeline.data.records import Keys, read_all
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.evaluation.pairs import as_trained
 from pipeline.evaluation.tasks.gsm8k import final_number
 from pipeline.files import replacing
 from pipeline.sampling import Loaded, SamplingSettings, complete
@@ -60,14 +61,8 @@ def score(loaded: Loaded, pairs: Sequence[Pair], last: bool) -> Scores:
         figures[name] = sum(FORMAT.fullmatch(text) is not None for text in texts) / len(texts)
         right = [final_number(t) == final_number(r) for t, (_, r) in zip(texts, pairs, strict=True)]
         figures["number"] = sum(right) / len(right)
-    return figures | comparison.bound(loaded, [padded(loaded, *pair) for pair in pairs])
-
-
-def padded(loaded: Loaded, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of a pair as in training, where end-of-sequence tokens fill up the answer."""
-    tokenizer, length = loaded.tokenizer, loaded.config.data.sequence_length
-    prompt, target = tokenizer.encode(question).tolist(), tokenizer.encode(answer).tolist()
-    return prompt, target + [tokenizer.eos] * (length - len(prompt) - len(target))
+    encoded = ([loaded.tokenizer.encode(text).tolist() for text in pair] for pair in pairs)
+    return figures | comparison.bound(loaded, [as_trained(*pair, loaded) for pair in encoded])
 
 
 TEXT = Comparison(VARIANTS, frozenset(), score, (*DECODINGS, "number"), KEYS)

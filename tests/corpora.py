@@ -48,12 +48,17 @@ def make_dataset(
 ) -> DatasetFacts:
     """Preprocess a corpus; bad records are quarantined, the parts stay."""
     plan = make_plan_of(inputs, tokenizer, keys, unit_bytes, **options)
+    return merge_parts(make_parts(plan, prefix), prefix)[0][1]
+
+
+def make_parts(plan: Plan, prefix: Path) -> Path:
+    """Make all parts of a plan; return their folder."""
     folder = parts_folder(prefix)
     write_plan(plan, folder)
-    loaded = Tokenizer.load(tokenizer)
+    loaded = Tokenizer.load(Path(plan.tokenizer))
     for unit in range(len(plan.units)):
         make_part(Job(plan, folder, "quarantine"), loaded, unit, lambda done, tokens: None)
-    return merge_parts(folder, prefix)[0][1]
+    return folder
 
 
 def digests(prefix: Path) -> list[str]:

@@ -225,9 +225,8 @@ def _clear(folder: Path, work: Work) -> None:
     lock = _lock_path(folder, work)
 
     def remove(entry: Path) -> None:
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # another shard that finds the dataset whole does the same
+        # Another shard that finds the dataset whole does the same.
+        with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     with ThreadPoolExecutor(REMOVALS) as pool:

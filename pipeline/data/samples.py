@@ -141,7 +141,10 @@ def data_fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> str
     Raises:
         UserError: for data that does not fit the tokenizer or the run.
     """
-    facts = check_data(config, tokenizer)
+    return _fingerprint(check_data(config, tokenizer), config, tokenizer, seed)
+
+
+def _fingerprint(facts: Sequence[DatasetFacts], config: DataConfig, tokenizer: Tokenizer, seed: int) -> str:
     identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
                      config.weights, config.temperature, config.max_epochs, config.split, config.padding,
                      config.too_long, seed])  # fmt: skip
@@ -154,7 +157,8 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: P
     Raises:
         UserError: for data that does not fit the tokenizer or the run, or too little of it.
     """
-    facts, fingerprint = check_data(config, tokenizer), data_fingerprint(config, tokenizer, seed)
+    facts = check_data(config, tokenizer)
+    fingerprint = _fingerprint(facts, config, tokenizer, seed)
     folder = cache / fingerprint[:16]
     build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing))
     with as_if_alone():

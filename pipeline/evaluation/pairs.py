@@ -18,8 +18,7 @@ def read_pairs(
     """Return the token ids of prompts and of what is scored, of an indexed dataset or a file of records.
 
     Texts longer than the sequence length of the training are cut into pieces, each scored by itself. Longer
-    pairs are left out; their number is returned too. Where the training filled up answers with
-    end-of-sequence tokens as targets, so are they here: cut off, a sequence would tell where its answer ends.
+    pairs are left out; their number is returned too.
 
     Args:
         path: PREFIX of an indexed dataset, or a file of records.
@@ -30,8 +29,7 @@ def read_pairs(
     Raises:
         UserError: for a dataset of another tokenizer, an unusable record, or where there is nothing.
     """
-    config = loaded.config.data
-    length = config.sequence_length
+    length = loaded.config.data.sequence_length
     documents: list[list[list[int]]] = []
     if idx_path(path).is_file():
         documents = _read_dataset(path, loaded.tokenizer, limit)
@@ -43,9 +41,7 @@ def read_pairs(
     pairs: list[tuple[list[int], list[int]]] = []
     for ids in documents:
         if len(ids) == 2:
-            missing = length - len(ids[0]) - len(ids[1])
-            end = [loaded.tokenizer.eos] * (missing if config.padding == "eos_targets" else 0)
-            pairs.append((ids[0], ids[1] + end))
+            pairs.append(as_trained(ids[0], ids[1], loaded))
         else:
             pairs += [([], ids[0][start : start + length]) for start in range(0, len(ids[0]), length)]
     # A model with shifted prediction has nothing to score in a piece of one token.
@@ -57,6 +53,17 @@ def read_pairs(
             "the training): give --data a dataset or file with text."
         )
     return fitting, len(pairs) - len(fitting)
+
+
+def as_trained(prompt: list[int], answer: list[int], loaded: Loaded) -> tuple[list[int], list[int]]:
+    """Return a pair with its answer as long as the training made it.
+
+    Where that filled up answers with end-of-sequence tokens as targets, so are they here: cut off, a sequence
+    would tell where its answer ends.
+    """
+    config = loaded.config.data
+    missing = config.sequence_length - len(prompt) - len(answer) if config.padding == "eos_targets" else 0
+    return prompt, answer + [loaded.tokenizer.eos] * missing
 
 
 def _read_dataset(prefix: Path, tokenizer: Tokenizer, limit: int | None) -> list[list[list[int]]]:

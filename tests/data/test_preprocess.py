@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import AS_PAIRS, PAIRS, TEXT, command, digests, make_dataset, make_plan_of
+from corpora import AS_PAIRS, PAIRS, TEXT, command, digests, make_dataset, make_parts, make_plan_of
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from programs import Outcome, run_here
 from test_indexed import build_with_megatron
@@ -24,8 +24,6 @@ from pipeline.data.facts import read_facts
 from pipeline.data.indexed import read_index, read_sequence, token_dtype
 from pipeline.data.records import Keys
 from pipeline.data.tokenizer import Tokenizer, train_tokenizer
-from pipeline.data.units import write_plan
-from pipeline.data.worker import Job, make_part
 from tools import inspect_data, merge_datasets, preprocess_data
 
 
@@ -143,15 +141,7 @@ def test_a_shard_without_a_document_is_refused(
     blank = tmp_path / "blank.jsonl"
     blank.write_text("\n" * 1700)
     plan = make_plan_of([corpus / "x.jsonl", blank], corpus / "tokenizer", PAIRS, 900)
-    folder = tmp_path / "d.parts"
-    write_plan(plan, folder)
-    for unit in range(len(plan.units)):
-        make_part(
-            Job(plan, folder, "quarantine"),
-            Tokenizer.load(corpus / "tokenizer"),
-            unit,
-            lambda done, tokens: None,
-        )
+    folder = make_parts(plan, tmp_path / "d")
     count = len(plan.units)
     arguments = ["--parts", str(folder), "--output-prefix", str(tmp_path / "d"), "--shards"]
     complaint = run_here(merge_datasets.main, [*arguments, str(count)], capsys).complaint()

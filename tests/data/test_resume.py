@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from corpora import TEXT, digests, make_dataset, make_plan_of
+from corpora import TEXT, digests, make_dataset, make_parts, make_plan_of
 from programs import ROOT, run_here
 
 from pipeline.cli import UserError
@@ -249,15 +249,7 @@ def test_a_worker_that_dies_is_said(corpus: Path, tmp_path: Path) -> None:
 def test_a_part_that_is_damaged_later_is_found(corpus: Path, tmp_path: Path) -> None:
     """By its hash when it is joined, and by its size; nothing is written then."""
     plan = make_plan_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
-    folder = parts_folder(tmp_path / "d")
-    write_plan(plan, folder)
-    for unit in range(len(plan.units)):
-        make_part(
-            Job(plan, folder, "quarantine"),
-            Tokenizer.load(corpus / "tokenizer"),
-            unit,
-            lambda done, tokens: None,
-        )
+    folder = make_parts(plan, tmp_path / "d")
     path = folder / "000001/tokens"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
