@@ -95,6 +95,9 @@ def options_of_all(parser: ToolParser, name: str, comparison: Comparison, steps:
     root, variants = trainings.ROOT, list(comparison.variants)
     parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument(
+        "--learning-rates", nargs="+", default=[], metavar="RATE", help="run each variant with each of these"
+    )
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of every run")
     parser.add_argument("--interval", type=int, default=interval, help="steps between two points of a curve")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, one thread each")
@@ -127,21 +130,34 @@ def compare(
     """
     common = ["--config", str(options.config), *data, "--checkpoint.interval", str(options.interval)]
     common += overrides(options)
-    configuration.load(common)  # what is wrong is said once, before anything starts
+    variants = chosen_variants(options, comparison)
+    for settings in variants.values():
+        configuration.load([*common, *settings])  # what is wrong is said once, before anything starts
     jobs = []
     for seed in options.seeds:
-        for variant in options.variants:
-            steps = options.steps * (2 if variant in comparison.twice else 1)
-            settings = [*common, "--train.steps", str(steps), "--train.seed", str(seed)]
-            settings += comparison.variants[variant].split()
-            run_dir = options.folder / f"{variant}_{seed}"
-            jobs.append(Job(comparison, held_out, run_dir, variant, seed, tuple(settings), curve, items))
+        for name, of_variant in variants.items():
+            settings = [*common, "--train.seed", str(seed), *of_variant]
+            run_dir = options.folder / f"{name}_{seed}"
+            jobs.append(Job(comparison, held_out, run_dir, name, seed, tuple(settings), curve, items))
     rows: list[dict[str, Any]] = []
     for scores in trainings.side_by_side(train_and_score, jobs, options.jobs):
         rows += scores
-        write_table(options.output, rows, comparison)
+        write_table(options.output, rows, comparison, list(variants))
         last = max(scores, key=lambda row: row["step"])
         print("  ".join(f"{key} {value}" for key, value in last.items()), flush=True)
+
+
+def chosen_variants(options: Namespace, comparison: Comparison) -> dict[str, list[str]]:
+    """Return the settings of each variant that is wanted, at each learning rate that is, by its name."""
+    variants = {}
+    for name in options.variants:
+        steps = options.steps * (2 if name in comparison.twice else 1)
+        settings = ["--train.steps", str(steps), *comparison.variants[name].split()]
+        if not options.learning_rates:
+            variants[name] = settings
+        for rate in options.learning_rates:
+            variants[f"{name}_{rate}"] = [*settings, "--optimizer.learning_rate", rate]
+    return variants
 
 
 def train_and_score(job: Job) -> list[dict[str, Any]]:
@@ -202,9 +218,8 @@ def effort(run_dir: Path, step: int) -> dict[str, float]:
     return dict(zip(EFFORT, found, strict=True))
 
 
-def write_table(path: Path, rows: list[dict[str, Any]], comparison: Comparison) -> None:
-    """Write all scores so far, in the order of variant, seed and step."""
-    names = list(comparison.variants)
+def write_table(path: Path, rows: list[dict[str, Any]], comparison: Comparison, names: list[str]) -> None:
+    """Write all scores so far, in the order of variant (as in `names`), seed and step."""
     rows = sorted(rows, key=lambda row: (names.index(row["variant"]), row["seed"], row["step"]))
     columns = ["variant", "seed", "step", *EFFORT, "items", *comparison.columns, *BOUND]
     path.parent.mkdir(parents=True, exist_ok=True)
