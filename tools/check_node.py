@@ -1,14 +1,18 @@
-"""Check the nodes of a job before training: GPUs, disk, clock, a short all-reduce (slurm/pretrain.sbatch)."""
+"""Check the nodes of a job before training (slurm/pretrain.sbatch).
+
+GPUs, disk, the files that the training reads, the clock, a short all-reduce.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
-from pipeline.cluster.health import bad_nodes, check_alone, check_together, write_report
+from pipeline.cluster.health import bad_nodes, check_alone, check_together, training_inputs, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", default="", help="with --summary: the nodes that must have reported")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that a node must show")
     parser.add_argument("--folder", nargs="*", type=Path, default=[], help="folders that must be writable")
+    parser.add_argument(
+        "--settings",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="last: the arguments of pipeline.train, whose files must be readable",
+    )
     options = parser.parse_args(arguments)
     if options.summary is not None:
         if not options.nodes:
@@ -31,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{node}: {reason}", file=sys.stderr)
         print(",".join(bad))
         return EXIT_DONE
-    report = check_alone(options.gpus, options.folder)
+    report = check_alone(options.gpus, options.folder, training_inputs(options.settings))
     write_report(options.report, report)
     nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if nodes > 1:
@@ -42,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_report(options.report, report)
     bandwidth = report.all_reduce_gigabytes_per_second
     measured = f", all-reduce {bandwidth:.2f} GB/s" if bandwidth is not None else ""
-    for problem in [*report.problems, *([report.together] if report.together else [])]:
+    unreadable = [f"cannot read {path}" for path in report.unreadable]
+    for problem in [*report.problems, *unreadable, *([report.together] if report.together else [])]:
         print(f"{report.node}: {problem}", file=sys.stderr)
     print(f"{report.node}: {len(report.problems)} problems, {report.gpus} GPUs{measured}")
     return EXIT_FAILED if report.problems else EXIT_DONE

@@ -1,4 +1,4 @@
-"""Is a node fit for a long job: GPUs, disk, clock, and a short all-reduce with the others.
+"""Is a node fit for a long job: GPUs, disk, inputs, clock, and a short all-reduce with the others.
 
 Every node writes ``REPORT/NODE.json``, first what it finds out alone and then what the nodes find out
 together, so that a node which hangs or dies in between is known by what is missing.
@@ -6,6 +6,7 @@ together, so that a node which hangs or dies in between is known by what is miss
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,11 +17,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from pipeline import config as configuration
+from pipeline.cli import UserError
+from pipeline.data.indexed import bin_path, facts_path, idx_path
 from pipeline.files import replacing
 
 IDLE_MEBIBYTES = 1024
@@ -40,6 +45,7 @@ class NodeReport:
         gpus: GPUs that it shows.
         all_reduce_gigabytes_per_second: bus bandwidth with the other nodes; None where it was not measured.
         together: what went wrong between the nodes, which is no single node's fault.
+        unreadable: files of the training that it cannot read: its own fault only if another node can.
     """
 
     node: str
@@ -47,21 +53,38 @@ class NodeReport:
     gpus: int = 0
     all_reduce_gigabytes_per_second: float | None = None
     together: str = ""
+    unreadable: list[str] = field(default_factory=list)
 
 
-def check_alone(gpus: int, folders: Sequence[Path]) -> NodeReport:
+def check_alone(gpus: int, folders: Sequence[Path], inputs: Sequence[Path] = ()) -> NodeReport:
     """Return what a node finds out alone.
 
     Args:
         gpus: how many GPUs it must show.
         folders: folders that must be writable and have space.
+        inputs: files that the training reads; see `training_inputs`.
     """
     report = NodeReport(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
     if gpus:
         report.gpus = check_gpus(report.problems, gpus)
     for folder in folders:
         report.problems += check_folder(folder)
+    report.unreadable = [str(path) for path in inputs if not os.access(path, os.R_OK)]
     return report
+
+
+def training_inputs(settings: Sequence[str]) -> list[Path]:
+    """Return the files that every node must read for a run, from the arguments of `pipeline.train`.
+
+    Of settings that are wrong it is the YAML alone: what is wrong with them is for the training to say.
+    """
+    paths = [Path(path) for option, path in pairwise(settings) if option == "--config"]
+    with contextlib.suppress(UserError):
+        config = configuration.load(settings)
+        paths += [Path(config.data.tokenizer), Path(config.engine.deepspeed_config)]
+        for prefix in map(Path, config.data.prefixes):
+            paths += [bin_path(prefix), idx_path(prefix), facts_path(prefix)]
+    return paths
 
 
 def check_folder(folder: Path) -> list[str]:
@@ -158,14 +181,28 @@ def write_report(folder: Path, report: NodeReport) -> None:
 
 
 def bad_nodes(folder: Path, nodes: Sequence[str]) -> dict[str, str]:
-    """Return the nodes to keep away from, with the reason: a problem, or no report."""
+    """Return the nodes to keep away from, with the reason: a problem, or no report.
+
+    What no node can read is no node's fault: the training ends with the reason.
+    """
+    paths = {node: folder / f"{node}.json" for node in nodes}
+    reports = {
+        node: NodeReport(**json.loads(path.read_text(encoding="utf-8")))
+        for node, path in paths.items()
+        if path.exists()
+    }
+    nowhere = set.intersection(*(set(report.unreadable) for report in reports.values())) if reports else set()
     bad = {}
     for node in nodes:
-        path = folder / f"{node}.json"
-        if not path.exists():
+        if node not in reports:
             bad[node] = "no report: it did not start the check, or died in it"
             continue
-        problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
+        problems = list(reports[node].problems)
+        problems += [
+            f"cannot read {path}, which other nodes can"
+            for path in reports[node].unreadable
+            if path not in nowhere
+        ]
         if problems:
             bad[node] = "; ".join(problems)
     return bad

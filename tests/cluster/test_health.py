@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import run_here
+from programs import ROOT, Outcome, run_here
 
-from pipeline.cluster.health import check_alone
+from pipeline.cluster.health import bad_nodes, check_alone
 from tools import check_node
 
 
@@ -60,3 +60,42 @@ def test_summary_names_bad_and_silent_nodes(
     assert outcome.output.strip() == "n2,n3"
     assert "n2: " in outcome.error
     assert "n3: no report" in outcome.error
+
+
+def check(node: str, report: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Outcome:
+    """Run the check of a node that sees the data at `data`."""
+    settings = ["--config", str(ROOT / "configs/tiny_text.yaml"), "--data.prefixes", f"[{data}/x]"]
+    settings += ["--data.tokenizer", str(ROOT)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURMD_NODENAME", node)
+        patch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+        patch.chdir(ROOT)
+        return run_here(check_node.main, ["--report", str(report), "--settings", *settings], capsys)
+
+
+def test_a_node_that_lacks_the_mount_of_the_data_is_bad(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no node can read is no node's fault: the training itself says what is wrong."""
+    data = tmp_path / "data"
+    for report in ("before", "after"):
+        (tmp_path / report).mkdir()
+        lacking = check("n1", tmp_path / report, data, capsys)
+        assert lacking.code == 0
+        assert f"n1: cannot read {data}/x.bin" in lacking.error
+        data.mkdir(exist_ok=True)
+        for suffix in ("bin", "idx", "json") if report == "after" else ():
+            (data / f"x.{suffix}").touch()
+        check("n2", tmp_path / report, data, capsys)
+    nodes = ["n1", "n2"]
+    assert bad_nodes(tmp_path / "before", nodes) == {}
+    bad = bad_nodes(tmp_path / "after", nodes)
+    assert list(bad) == ["n1"]
+    assert f"cannot read {data}/x.idx, which other nodes can" in bad["n1"]
+    assert bad_nodes(tmp_path / "after", ["n1"]) == {}
+
+
+def test_settings_that_are_wrong_make_no_node_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The training ends with exit code 2 and names them."""
+    arguments = ["--report", str(tmp_path), "--settings", "--config", str(ROOT / "configs/tiny_text.yaml")]
+    assert run_here(check_node.main, [*arguments, "--train.stepz", "3"], capsys).code == 0
