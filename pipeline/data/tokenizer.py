@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -205,19 +206,19 @@ def _require(folder: Path, path: Path) -> None:
         raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
 
 
-def _write(output: Path, content: bytes, facts: TokenizerFacts) -> Tokenizer:
-    """Write the folder of a tokenizer, whole or not at all."""
-    with creating_folder(output) as folder:
-        (folder / facts.model_file).write_bytes(content)
-        (folder / FACTS_FILE).write_text(
-            json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8"
-        )
-    return Tokenizer(_model(content, facts.model_type), facts)
-
-
-def _refuse_existing(output: Path) -> None:
+@contextlib.contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """Make the folder of a tokenizer, whole or not at all; that it cannot be made shows before the work."""
     if output.exists():
         raise UserError(f"--output {output} exists: remove it, or name another folder.")
+    with creating_folder(output) as folder:
+        yield folder
+
+
+def _write(folder: Path, content: bytes, facts: TokenizerFacts) -> Tokenizer:
+    (folder / facts.model_file).write_bytes(content)
+    (folder / FACTS_FILE).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
+    return Tokenizer(_model(content, facts.model_type), facts)
 
 
 def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> tuple[Tokenizer, list[str]]:
@@ -237,7 +238,13 @@ def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> 
     Raises:
         UserError: for a file that `tokenizers` cannot read, or tokens that it does not have.
     """
-    _refuse_existing(output)
+    with _new_folder(output) as folder:
+        content, facts, added = _imported(path, names)
+        return _write(folder, content, facts), added
+
+
+def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, TokenizerFacts, list[str]]:
+    """Return the file with its special tokens, the facts, and the tokens that were added."""
     try:
         found = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # its errors are plain Exceptions
@@ -273,7 +280,7 @@ def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> 
         mask_id=ids["mask"],
         sha256=hashlib.sha256(content).hexdigest(),
     )
-    return _write(output, content, facts), added
+    return content, facts, added
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, output: Path) -> Tokenizer:
@@ -292,7 +299,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
     Raises:
         UserError: when the corpus is empty or does not fit the vocabulary size.
     """
-    _refuse_existing(output)
+    with _new_folder(output) as folder:
+        content = _trained(texts, vocab_size, model_type)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        facts = TokenizerFacts(
+            format=FORMAT,
+            model_type=model_type,
+            vocab_size=processor.vocab_size(),
+            unk_id=processor.unk_id(),
+            pad_id=processor.pad_id(),
+            eos_id=processor.eos_id(),
+            mask_id=processor.piece_to_id(MASK),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        return _write(folder, content, facts)
+
+
+def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
+    """Return a trained model; see `train_tokenizer`."""
     falls_back = model_type in ("unigram", "bpe")
     model = io.BytesIO()
     texts = iter(texts)
@@ -339,16 +363,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
         raise UserError(
             f"--vocab-size {vocab_size} cannot be had for --model-type {model_type} from this text: {reason}."
         ) from None
-    content = model.getvalue()
-    processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    facts = TokenizerFacts(
-        format=FORMAT,
-        model_type=model_type,
-        vocab_size=processor.vocab_size(),
-        unk_id=processor.unk_id(),
-        pad_id=processor.pad_id(),
-        eos_id=processor.eos_id(),
-        mask_id=processor.piece_to_id(MASK),
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
-    return _write(output, content, facts)
+    return model.getvalue()

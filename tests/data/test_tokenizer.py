@@ -85,6 +85,16 @@ def test_what_ends_the_reading_is_raised(tmp_path: Path, error: BaseException) -
     assert not (tmp_path / "t").exists()
 
 
+def test_a_folder_that_cannot_be_made_shows_before_the_reading(tmp_path: Path) -> None:
+    """Reading and training take hours."""
+    (tmp_path / "file").touch()
+    read = []
+    texts = (read.append(text) or text for text in ["a b c", "d e f"])
+    with pytest.raises(OSError, match="file"):
+        train_tokenizer(texts, 300, "unigram", tmp_path / "file" / "tokenizer")
+    assert read == []
+
+
 def test_char_pieces_are_characters(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["0123", "3210"], 64, "char", tmp_path / "t")
     assert len(tokenizer.encode("0123")) == 4
