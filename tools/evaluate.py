@@ -64,12 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws is {options.draws}: give an even number, 2 or more.")
-    likelihood = options.task == LIKELIHOOD
-    for name, used, default in (
-        ("prompt_format", not likelihood, "{prompt}"),
-        ("text_key", likelihood, None),
-    ):
-        if not used and getattr(options, name) != default:
+    for name in without_effect(options.task):
+        if getattr(options, name) != parser.get_default(name):
             raise UserError(f"{option(name)} has no effect with --task {options.task}: leave it out.")
     if options.output is not None and options.output.resolve() == options.data.resolve():
         raise UserError(f"--output {options.output} is the file of the items, --data: name another.")
@@ -78,14 +74,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def without_effect(task: str) -> list[str]:
+    """Return the options that a task does not look at."""
+    if task != LIKELIHOOD:
+        return ["draws", "text_key"]
+    sampler = [field.name for field in dataclasses.fields(SamplingSettings) if field.name != "seed"]
+    return ["length", "prompt_format", *sampler]
+
+
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return all that decides the results, by option."""
-    without = {"batch_size", "output", "restart"}
-    if options.task == LIKELIHOOD:
-        sampler = {field.name for field in dataclasses.fields(SamplingSettings)}
-        without |= sampler - {"seed"} | {"length", "prompt_format"}
-    else:
-        without |= {"draws", "text_key"}
+    without = {"batch_size", "output", "restart", *without_effect(options.task)}
     data = options.data if options.data.is_file() else bin_path(options.data)
     chosen = {option(name): value for name, value in vars(options).items() if name not in without}
     return chosen | {

@@ -61,5 +61,7 @@ def corpus_keys(options: argparse.Namespace) -> Keys:
             raise UserError(f"--message-format is {options.message_format!r}: it must hold {{content}}.")
         return Keys((options.messages_key,), messages=True, message_format=options.message_format)
     if pair[0] is not None:
+        if pair[0] == pair[1]:
+            raise UserError(f"--prompt-key and --answer-key are both {pair[0]}: name the key of each.")
         return Keys(pair)
     return Keys(("text" if options.text_key is None else options.text_key,), split=options.split_documents)

@@ -258,6 +258,7 @@ def test_what_cannot_work_is_refused(
         (("--messages-key", "m", "--text-key", "t"), "--text-key excludes --messages-key"),
         (("--messages-key", "m", "--message-format", "x"), "it must hold {content}"),
         (("--split-documents", "line", *AS_PAIRS), "--split-documents cuts texts"),
+        (("--prompt-key", "q", "--answer-key", "q"), "--prompt-key and --answer-key are both q"),
     ]:
         assert message in complaint(*more)
     assert (

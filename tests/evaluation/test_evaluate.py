@@ -33,8 +33,8 @@ def run(run_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Evalua
 
     def evaluated(*more: str) -> Outcome:
         first = ["--checkpoint", str(run_dir), "--task", "exact", "--data", str(data / "corpus.jsonl")]
-        settings = ["--length", "7", "--temperature", "1", "--batch-size", "7"]
-        return run_here(evaluate.main, [*first, *settings, *more], capsys)
+        settings = [] if "likelihood" in more else ["--length", "7", "--temperature", "1"]
+        return run_here(evaluate.main, [*first, *settings, "--batch-size", "7", *more], capsys)
 
     return evaluated
 
@@ -111,7 +111,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert not part.exists()
     with monkeypatch.context() as patch:
         patch.setattr(measures, "complete", None)
-        assert run("--output", str(output), "--draws", "2").code == 0  # nothing is left to do
+        assert run("--output", str(output), "--batch-size", "2").code == 0  # nothing is left to do
         assert "now it is 1" in run("--output", str(output), "--seed", "1").complaint()
     assert run("--output", str(output), "--seed", "1", "--restart").code == 0
     assert read(output)["settings"]["--seed"] == 1
@@ -194,6 +194,9 @@ def test_another_step_is_another_evaluation(run: Evaluate, run_dir: Path, tmp_pa
             ["--task", "likelihood", "--prompt-format", "Q{prompt}"],
             "--prompt-format has no effect with --task l",
         ),
+        (["--task", "likelihood", "--length", "4"], "--length has no effect with --task likelihood"),
+        (["--task", "likelihood", "--threshold", "0.9"], "--threshold has no effect with --task likelihood"),
+        (["--draws", "4"], "--draws has no effect with --task exact"),
     ],
 )
 def test_bad_input_is_one_line(run: Evaluate, changes: list[str], message: str) -> None:
