@@ -17,6 +17,11 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Return keys or values [B, heads, L, D], each of x [B, kv_heads, L, D] for all the queries it serves."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
 class WholeSequence:
     """This process computes every position; a subclass may divide them among the ranks of a group.
 
@@ -46,6 +51,10 @@ class WholeSequence:
         grouped = k.shape[1] != q.shape[1]
         if isinstance(attention_mask, BlockMask):
             return _compiled_flex_attention()(q, k, v, block_mask=attention_mask, enable_gqa=grouped)
+        if grouped and attention_mask is not None:
+            # On a GPU flash takes no mask and the memory-efficient kernel no groups: with both of them torch
+            # goes over to one that holds [B, heads, L, L] in fp32.
+            k, v, grouped = repeated(k, q.shape[1]), repeated(v, q.shape[1]), False
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:

@@ -35,7 +35,13 @@ class ActivationMemory:
 
 
 def body_memory(
-    model: ModelConfig, recompute: Recompute, sequences: int, positions: int, width: int, on_gpu: bool
+    model: ModelConfig,
+    recompute: Recompute,
+    sequences: int,
+    positions: int,
+    width: int,
+    on_gpu: bool,
+    masked: bool,
 ) -> ActivationMemory:
     """Return what the transformer blocks need beside weights and gradients.
 
@@ -49,10 +55,11 @@ def body_memory(
         positions: positions of each that this rank computes, a clean copy included.
         width: bytes of an element.
         on_gpu: count RMSNorm as the kernel that GPUs have, which keeps its input alone.
+        masked: attention is given a mask, for which keys and values of grouped queries are repeated.
     """
     shape = dataclasses.astuple(model)
     counted = {
-        (layers, rows): _counted(shape, recompute, layers, rows, positions, width, on_gpu)
+        (layers, rows): _counted(shape, recompute, layers, rows, positions, width, on_gpu, masked)
         for layers in (2, 3)
         for rows in (1, 2)
     }
@@ -74,6 +81,7 @@ def _counted(
     positions: int,
     width: int,
     on_gpu: bool,
+    masked: bool,
 ) -> tuple[int, int]:
     """Return the bytes after the forward, and the most in forward and backward."""
     config = dataclasses.replace(ModelConfig(*shape), layers=layers)
@@ -81,12 +89,14 @@ def _counted(
     with _fused_norm(on_gpu), _default_dtype(dtype), FakeTensorMode():
         body = Body(config, 8, WHOLE, recompute)
         tokens = torch.zeros(rows, positions, dtype=torch.int64)
+        present = torch.ones(rows, positions, dtype=torch.bool) if masked else None
         weights = list(body.parameters())
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        with LiveStorages([*weights, *gradients, tokens]) as live:
-            hidden = body(tokens)
+        inputs = [tokens] if present is None else [tokens, present]
+        with LiveStorages([*weights, *gradients, *inputs]) as live:
+            hidden = body(tokens, present)
             kept = live.now
             hidden.backward(torch.empty_like(hidden))
     return kept, live.peak

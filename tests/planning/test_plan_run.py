@@ -165,16 +165,17 @@ def test_bad_input_is_one_line(call: Any, arguments: list[str], parts: list[str]
         assert part in complaint
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "swiglu", "blocks"])
-def test_activations_are_those_that_are_allocated(recompute: Recompute) -> None:
+def test_activations_are_those_that_are_allocated(recompute: Recompute, masked: bool) -> None:
     """Every allocation of five real blocks, by torch's profiler, against the count on two and three."""
     model = ModelConfig(layers=5, hidden_size=64, heads=4, kv_heads=2, intermediate_size=160)
-    planned = body_memory(model, recompute, 6, 48, 4, on_gpu=False)
+    planned = body_memory(model, recompute, 6, 48, 4, on_gpu=False, masked=masked)
     body = Body(model, 8, WHOLE, recompute)
     for parameter in body.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        hidden = body(torch.zeros(6, 48, dtype=torch.int64))
+        hidden = body(torch.zeros(6, 48, dtype=torch.int64), torch.ones(6, 48).bool() if masked else None)
         hidden.backward(torch.ones_like(hidden))
     assert record.profiler is not None
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
