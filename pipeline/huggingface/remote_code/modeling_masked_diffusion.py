@@ -69,6 +69,9 @@ class MaskedDiffusionAttention(nn.Module):
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, D]
         q, k, grouped = rotate(q, table), rotate(k, table), self.kv_heads != self.heads
+        if grouped and attention_mask is not None:  # no fast kernel of a GPU takes both
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
+            grouped = False
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
