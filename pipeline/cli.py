@@ -7,10 +7,11 @@ import contextlib
 import difflib
 import errno
 import faulthandler
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 # Exit codes of every program; docs/fault_tolerance.md says what a launcher makes of them.
 EXIT_DONE = 0
@@ -134,13 +135,15 @@ def run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fal
         main: the program; what it opens it closes.
         of_ranks: it is one of several processes that exchange tensors. The launcher decides by its exit code,
             so the interpreter is not taken apart at the end: a thread of torch.distributed that is still at
-            work would meet its ruins and abort the process, and a whole run would count as failed.
+            work would meet its ruins and abort the process, and a whole run would count as failed. Nor does
+            a process end because nobody takes what it prints.
     """
     if not of_ranks:
         _run(main)
     faulthandler.enable()  # a crash in a library shows where Python was
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
-        _run(main)
+        _run(main, of_ranks)
     except SystemExit as end:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a full disk, a reader that has gone
@@ -148,7 +151,26 @@ def run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fal
         os._exit(end.code if isinstance(end.code, int) else EXIT_FAILED)
 
 
-def _run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
+class _Lossy(io.FileIO):
+    """The file of a standard stream; what a full disk or a reader that has gone does not take is dropped."""
+
+    def write(self, content: Any) -> int:
+        """Write, or drop all of `content`."""
+        with contextlib.suppress(OSError):
+            return super().write(content) or len(content)
+        return len(content)
+
+
+def _lasting(stream: TextIO | None) -> TextIO:
+    """Return a stream to where `stream` goes that never raises: what is printed is not worth the work."""
+    if stream is None:  # it was closed before the start
+        return open(os.devnull, "w", encoding="utf-8")
+    stream.flush()
+    file = io.BufferedWriter(_Lossy(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)
+
+
+def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = False) -> NoReturn:
     try:
         sys.exit(main(None) or EXIT_DONE)
     except UserError as error:
@@ -168,6 +190,8 @@ def _run(main: Callable[[Sequence[str] | None], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe (head, less) has gone: not an error
+        if of_ranks:  # it was no standard stream: they drop what is not read
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,27 @@ def test_a_crash_of_a_rank_shows_where_python_was() -> None:
     assert result.returncode == -11
     assert "Segmentation fault" in result.stderr
     assert "in main" in result.stderr
+
+
+def test_a_rank_goes_on_when_nobody_reads_what_it_prints() -> None:
+    """`tee` has died, or the log lies on a full disk: the run is worth more than its log, and is not done."""
+    ending = "[print('more', flush=True) for _ in range(3)]; print('error', file=sys.stderr); return 75"
+    program = ABORTS_IN_TEARDOWN.format(ending=ending, of_ranks=True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    outputs = [writer] + [os.open("/dev/full", os.O_WRONLY)] * Path("/dev/full").exists()
+    for output in outputs:
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=output, stderr=output)
+        assert ended.returncode == cli.EXIT_REQUEUE
+        os.close(output)
+    closed = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, program], cwd=ROOT)
+    assert closed.returncode == cli.EXIT_REQUEUE
+
+
+def test_another_broken_pipe_of_a_rank_does_not_count_as_done() -> None:
+    """One to a program that it talks to."""
+    result = end("raise BrokenPipeError(32, 'Broken pipe')", of_ranks=True)
+    assert result.returncode not in (cli.EXIT_DONE, cli.EXIT_REQUEUE)
 
 
 class Terminal(io.StringIO):
