@@ -51,7 +51,8 @@ def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     table, figure = tmp_path / "scores.csv", tmp_path / "figure.png"
     sizes = "--size 4 --clues 8 --count 2500 --puzzles 6 --curve-puzzles 4 --steps 4 --interval 2 --seeds 5"
     tiny = "model.layers=1 model.hidden_size=32 schedule.warmup_steps=1 train.log_interval=2 monitor.texts=0"
-    arguments = [*sizes.split(), "--variants", "puma_turns", "--set", *tiny.split()]
+    rates = ["--learning-rates", "2e-3", "0.1"]
+    arguments = [*sizes.split(), "--variants", "puma_turns", *rates, "--set", *tiny.split()]
     places = ["--folder", str(tmp_path / "runs"), "--output", str(table)]
     for _ in range(2):  # the second time nothing is left to do
         outcome = run_here(reproduce_sudoku.main, [*arguments, *places], capsys)
@@ -59,16 +60,21 @@ def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["variant"], row["step"], row["items"]) for row in rows] == [
-        ("puma_turns", "2", "4"),
-        ("puma_turns", "4", "6"),
+        ("puma_turns_2e-3", "2", "4"),
+        ("puma_turns_2e-3", "4", "6"),
+        ("puma_turns_0.1", "2", "4"),
+        ("puma_turns_0.1", "4", "6"),
     ]
-    assert [int(row["tokens"]) for row in rows] == [64 * 32 * 2, 64 * 32 * 4]
-    assert [int(row["unique_samples"]) for row in rows] == [128, 256]
+    assert [int(row["tokens"]) for row in rows] == [64 * 32 * 2, 64 * 32 * 4] * 2
+    assert [int(row["unique_samples"]) for row in rows] == [128, 256] * 2
+    for rate in ("2e-3", "0.1"):
+        run = tmp_path / f"runs/puma_turns_{rate}_5/config.yaml"
+        assert f"learning_rate: {float(rate)}\n" in run.read_text()
     assert float(rows[1]["flops"]) == pytest.approx(2 * float(rows[0]["flops"]), rel=0.05)
     assert all((row["solved_4"] != "") == (row["step"] == "4") for row in rows)
     drawn = run_here(plot_reproduction.main, ["--scores", str(table), "--figure", str(figure)], capsys)
     assert drawn.code == 0, drawn.error
-    assert "| puma_turns | 1 | 4 |" in drawn.output
+    assert "| puma_turns_2e-3 | 1 | 4 |" in drawn.output
     assert figure.stat().st_size > 10_000
 
 
