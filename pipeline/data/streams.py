@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from pipeline.cli import Failure
 from pipeline.data.batch import Array, SampleDataset, Samples, stack_samples
 
 _ROUNDS = 4
+_EPOCHS = 256  # whose permutations are remembered; those under way are far fewer
 
 
 class Permutation:
@@ -59,10 +61,9 @@ class SlotStream:
         """
         self.dataset = dataset
         self.slots = slots
-        self.seed = seed
         self.size = len(dataset)
-        self._permutations: dict[int, Permutation] = {}
-        self._ahead: dict[int, Future[dict[str, Array]]] = {}
+        self._permutation = lru_cache(_EPOCHS)(lambda epoch: Permutation(self.size, seed, epoch))
+        self._ahead: dict[int, tuple[int, Future[dict[str, Array]]]] = {}  # by slot: position, its sample
         self._waited = 0.0
         self._excluded: frozenset[int] = frozenset()
         self._pool = ThreadPoolExecutor(workers, "samples") if workers else None
@@ -70,9 +71,7 @@ class SlotStream:
     def index(self, position: int) -> int:
         """Return the sample index of a stream position."""
         epoch, offset = divmod(position, self.size)
-        if epoch not in self._permutations:
-            self._permutations[epoch] = Permutation(self.size, self.seed, epoch)
-        return self._permutations[epoch](offset)
+        return self._permutation(epoch)(offset)
 
     def exclude(self, samples: Iterable[int]) -> None:
         """Leave out these samples of every epoch from now on; slots go on to the next of their sub-stream.
@@ -104,12 +103,15 @@ class SlotStream:
         began = time.perf_counter()
         positions = [s + c * self.slots for s, c in zip(slots, cursors, strict=True)]
         rows = []
-        for position in positions:
-            ahead = self._ahead.pop(position, None)
-            rows.append(ahead.result() if ahead else self._read(position))
+        for slot, position in zip(slots, positions, strict=True):
+            expected, ahead = self._ahead.pop(slot, (None, None))
+            if ahead is None or expected != position:  # samples that are left out were read in vain
+                rows.append(self._read(position))
+            else:
+                rows.append(ahead.result())
             if self._pool is not None:
                 following = position + self.slots
-                self._ahead[following] = self._pool.submit(self._read, following)
+                self._ahead[slot] = following, self._pool.submit(self._read, following)
         samples = stack_samples(rows, positions)
         self._waited += time.perf_counter() - began
         return samples

@@ -64,3 +64,18 @@ def test_the_number_of_reading_threads_changes_nothing() -> None:
             assert other.roles.equal(read[0].roles)
     for stream in streams:
         stream.close()
+
+
+def test_what_a_stream_remembers_does_not_grow() -> None:
+    """Neither with the epochs, nor with the samples that are left out and were read ahead in vain."""
+    stream = SlotStream(Pairs(5), slots=4, seed=1, workers=2)
+    stream.exclude([2])
+    cursors = [0] * 4
+    for _ in range(400):
+        cursors = stream.admitted(range(4), cursors)
+        stream.read(range(4), cursors)
+        cursors = [cursor + 1 for cursor in cursors]
+    assert cursors[0] * 4 // 5 > 300
+    assert len(stream._ahead) == 4
+    assert stream._permutation.cache_info().currsize <= 256
+    stream.close()
