@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import os
 import shutil
 import socket
@@ -107,16 +108,14 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
     A line that `wanted` cannot read as JSON, as a machine that lost its power may leave, is dropped, and this
     is said.
     """
-    content = path.read_bytes() if path.exists() else b""
-    lines = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            if line and wanted(line):
-                lines.append(line)
-        except orjson.JSONDecodeError as error:
-            print(f"{path}, line {number} is damaged ({error}) and left out", flush=True)
-    with replacing(path) as file:
-        file.write(b"".join(line + b"\n" for line in lines))
+    remove_left_overs(path)
+    with replacing(path) as kept, path.open("rb") if path.exists() else io.BytesIO() as file:
+        for number, line in enumerate(file, 1):  # one at a time: a long run has gigabytes of them
+            try:
+                if line.endswith(b"\n") and line.strip() and wanted(line):
+                    kept.write(line)
+            except orjson.JSONDecodeError as error:
+                print(f"{path}, line {number} is damaged ({error}) and left out", flush=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
