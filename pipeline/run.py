@@ -295,6 +295,7 @@ class Run:
         if self.recorder.pending:
             self.log()
         self.recorder.sync()
+        self.skip_log.sync()
         self.manifest.guard = self.guard.state_dict()
         with self.recorder.apart(self.manifest.step, "checkpoint_stall"):
             self.saver.save(self.manifest)

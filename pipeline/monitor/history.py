@@ -66,13 +66,16 @@ def noted(
     started = psutil.Process().create_time()
     facts = {"step": step, "ranks": ranks, "lost_steps": lost_steps, "last_sign": last_sign}
     _append(path, {"started": started, **facts})
+    ending = ""
     try:
         yield
+        ending = outcome()
     except BaseException as error:
-        with suppress(OSError):  # of a full disk, which the error is about
-            _append(path, {"ended": time.time(), "outcome": f"{type(error).__name__}: {error}"})
+        ending = f"{type(error).__name__}: {error}"
         raise
-    _append(path, {"ended": time.time(), "outcome": outcome()})
+    finally:
+        with suppress(OSError):  # a full disk must not change the exit code
+            _append(path, {"ended": time.time(), "outcome": ending})
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from pipeline.files import keep_lines, read_lines
+from pipeline.files import append, keep_lines, read_lines
 from pipeline.runtime import Engine
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -32,6 +32,7 @@ class SkipLog:
             keep_lines(self.path, lambda _: True)  # half a line of a killed process goes
             entries = read_lines(self.path)
         self.entries = engine.all_gather(entries)[0]
+        self.unwritten = b""
 
     def skipped(self) -> int:
         """Return how many steps were skipped since the run began."""
@@ -61,7 +62,17 @@ class SkipLog:
     def _write(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
         if self.writes:
+            self.unwritten += orjson.dumps(entry) + b"\n"
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring to the disk what a full one has not taken so far; the run goes on, as for its saves."""
+        if not self.unwritten:
+            return
+        try:
+            append(self.path, self.unwritten)
             with self.path.open("ab") as file:
-                file.write(orjson.dumps(entry) + b"\n")
-                file.flush()
                 os.fsync(file.fileno())
+            self.unwritten = b""
+        except OSError as error:
+            print(f"{self.path}: {error.strerror}. It is tried again at the next save.", flush=True)

@@ -181,6 +181,13 @@ def test_a_run_that_is_given_twice(report: Report, run_dir: Path) -> None:
     assert "given twice" in report(run_dir, run_dir).complaint()
 
 
+def test_an_end_that_cannot_be_noted_changes_no_exit_code(tmp_path: Path) -> None:
+    """The disk is full, and the run has been saved before: it must not count as failed."""
+    with noted(tmp_path, 0, 2, 0, 0.0, lambda: "done"):
+        (tmp_path / "history.jsonl").unlink()
+        (tmp_path / "history.jsonl").mkdir()
+
+
 def test_history_tells_how_each_start_ended(tmp_path: Path) -> None:
     """Done, failed, or killed: then half a line may be left."""
     with noted(tmp_path, 0, 2, 0, 0.0, lambda: "done"):

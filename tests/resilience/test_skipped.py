@@ -1,0 +1,42 @@
+"""What the guard refused is remembered, whatever the disk takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pipeline.resilience import skipped
+from pipeline.resilience.skipped import SkipLog
+from pipeline.runtime import Engine
+
+
+def open_log(run_dir: Path) -> SkipLog:
+    """Return the log of a run on one rank."""
+    alone = SimpleNamespace(launch=SimpleNamespace(rank=0), all_gather=lambda value: [value])
+    return SkipLog(run_dir, cast(Engine, alone))
+
+
+def test_a_full_disk_takes_the_steps_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It must not end a run that a bad sample could not; what was left out is known to the next start."""
+
+    def full(path: Path, content: bytes) -> Any:
+        raise OSError(28, "No space left on device", str(path))
+
+    log = open_log(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(skipped, "append", full)
+        log.skip(5, "the loss is not finite", [3, 1])
+        log.roll_back(5, to=4, in_a_row=1)
+    assert "skipped.jsonl: No space left on device" in capsys.readouterr().out
+    assert (log.skipped(), log.excluded(), log.rollbacks_to(4)) == (1, {1, 3}, 1)
+    log.sync()
+    log.skip(7, "the loss is not finite", [2])
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 5, 7]
+    assert open_log(tmp_path).entries == log.entries
