@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -52,8 +53,13 @@ class Manifest:
     files: dict[str, FileFacts] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """Return the manifest as `read_manifest` reads it."""
-        return (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
+        """Return the manifest as `read_manifest` reads it, with the hash of its own content."""
+        values = dataclasses.asdict(self)
+        return (json.dumps(values | {"sha256": _sha256(values)}, indent=2) + "\n").encode()
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 class Damaged(Exception):
@@ -87,6 +93,9 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {values['format']}, this program reads {FORMAT}: use the version that "
                 "wrote it."
             )
+        written = values.pop("sha256", None)  # older checkpoints have none
+        if written is not None and written != _sha256(values):
+            raise Damaged(f"the content of its {MANIFEST} has changed since it was written (sha256)")
         files = {name: FileFacts(**facts) for name, facts in values.pop("files").items()}
         return Manifest(**values, files=files)
     except FileNotFoundError:

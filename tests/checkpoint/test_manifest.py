@@ -40,6 +40,19 @@ def corrupt(path: Path) -> None:
     path.write_bytes(content)
 
 
+def flip_step(folder: Path) -> None:
+    """Change one bit of a manifest, so that it is a whole one of another step."""
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"step": 16,', b'"step": 17,'))
+
+
+def change_manifest(path: Path, **values: object) -> None:
+    """Write a manifest as another run would have: without a hash of its own, as those of older programs."""
+    manifest = json.loads(path.read_text()) | values
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+
+
 def test_the_manifest_describes_every_file(run_dir: Path) -> None:
     """Sizes and hashes as the standard library computes them; facts of the run."""
     folder = run_dir / NEWEST
@@ -63,11 +76,21 @@ def test_the_manifest_describes_every_file(run_dir: Path) -> None:
         (lambda f: corrupt(f / "slots_00000.npz"), "the content of slots_00000.npz has changed"),
         (lambda f: os.truncate(f / "model/plain.pt", 1000), "model/plain.pt has 1,000 bytes and was written"),
         (lambda f: (f / "slots_00000.npz").unlink(), "slots_00000.npz is missing"),
+        (flip_step, "the content of its manifest.json has changed"),
         (lambda f: os.truncate(f / "manifest.json", 50), "its manifest.json cannot be read"),
         (lambda f: (f / "manifest.json").write_text("[]"), "its manifest.json cannot be read"),
         (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
     ],
-    ids=["shard", "slots", "short-shard", "missing", "short-manifest", "other-manifest", "no-manifest"],
+    ids=[
+        "shard",
+        "slots",
+        "short-shard",
+        "missing",
+        "manifest",
+        "short-manifest",
+        "other-manifest",
+        "no-manifest",
+    ],
 )
 def test_a_broken_checkpoint_is_skipped_with_the_reason(
     train: Train, run_dir: Path, damage: Callable[[Path], None], reason: str
@@ -122,13 +145,13 @@ def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(train: Train
 def test_an_unknown_format_is_refused(train: Train, run_dir: Path) -> None:
     """Going on from an older checkpoint would silently lose steps."""
     path = run_dir / NEWEST / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    change_manifest(path, format=99)
     assert f"{path} has format 99, this program reads" in train(run_dir, *SHORT).complaint()
 
 
 def test_another_sharding_is_refused(train: Train, run_dir: Path) -> None:
     path = run_dir / NEWEST / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sharding": "zero2"}))
+    change_manifest(path, sharding="zero2")
     complaint = train(run_dir, *SHORT).complaint()
     assert "(engine.kind, engine.deepspeed_config) = zero2, the run has none" in complaint
 
@@ -159,7 +182,7 @@ def test_another_setting_of_the_data_is_named(
 
 def test_other_content_of_the_data_is_refused(train: Train, run_dir: Path) -> None:
     path = run_dir / NEWEST / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_fingerprint": "0" * 64}))
+    change_manifest(path, data_fingerprint="0" * 64)
     assert "the content of data.prefixes = 000000000000, the run has" in train(run_dir, *SHORT).complaint()
 
 
