@@ -26,12 +26,14 @@ class Share:
         tokens: in all of it.
         samples: training samples of one epoch of its own.
         used: training samples in an epoch of the blend.
+        too_long: training documents left out by data.too_long: drop.
     """
 
     prefix: str
     tokens: int
     samples: int
     used: int
+    too_long: int = 0
 
     @property
     def epochs(self) -> float:
@@ -121,4 +123,9 @@ def describe_order(shares: Sequence[Share]) -> str:
             f"  {share.prefix}: {share.used:,} ({share.used / total:.1%}), {share.epochs:.2f} epochs of "
             f"{share.samples:,} samples, {share.tokens:,} tokens"
         )
+        if share.too_long:
+            documents = share.samples + share.too_long
+            lines.append(
+                f"    left out, longer than data.sequence_length: {share.too_long:,} of {documents:,} documents"
+            )
     return "\n".join(lines)

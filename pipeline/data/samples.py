@@ -65,6 +65,7 @@ class PairDataset(MegatronDataset):
         self.first_sequence = np.load(cached, mmap_mode="r")[:-1]
         self.has_padding = config.padding == "ignored" and bool(np.load(cached, mmap_mode="r")[-1])
         self.size = len(self.first_sequence) if num_samples is None else num_samples
+        self.left_out = len(indices) - len(self.first_sequence)
 
     def _identity(self) -> str:
         """Return what the documents depend on, apart from the number of samples."""
@@ -187,7 +188,9 @@ def _build(
         too_long=config.too_long,
     )
     train, valid = _build_splits(config, settings, [None, None, None])
-    samples = [len(part) for part in getattr(train, "datasets", [train])] if train is not None else []
+    parts = getattr(train, "datasets", [train]) if train is not None else []
+    samples = [len(part) for part in parts]
+    left_out = [getattr(part, "left_out", 0) for part in parts]
     if train is None or len(train) == 0 or 0 in samples:
         empty = [prefix for prefix, count in zip(config.prefixes, samples, strict=True) if not count]
         raise UserError(
@@ -206,7 +209,7 @@ def _build(
         assert train is not None
     shares = [
         Share(prefix, fact.tokens, *counts)
-        for prefix, fact, *counts in zip(config.prefixes, facts, samples, used, strict=True)
+        for prefix, fact, *counts in zip(config.prefixes, facts, samples, used, left_out, strict=True)
     ]
     return train, valid if valid is not None and len(valid) else None, shares
 

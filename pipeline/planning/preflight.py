@@ -66,8 +66,10 @@ def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
 def check_validation(config: Config, exists: bool) -> None:
     """Raise a `UserError` when evaluation is asked for and no validation sample `exists`."""
     if config.evaluation.interval and not exists:
+        drops = config.data.too_long == "drop"
+        fitting = f" of up to {config.data.sequence_length} tokens" if drops else ""
         raise UserError(
-            f"data.split = {config.data.split!r} gives no validation sample of "
+            f"data.split = {config.data.split!r} gives no validation sample{fitting} of "
             f"{', '.join(config.data.prefixes)}: give validation a larger share, or set evaluation.interval "
             "to 0."
         )

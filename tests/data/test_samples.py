@@ -232,6 +232,20 @@ def test_temperature_and_caps(corpus: Corpus) -> None:
     assert "20 (40.0%), 2.00 epochs of 10 samples" in text
 
 
+def test_pairs_that_are_too_long_are_counted(corpus: Corpus) -> None:
+    """What data.too_long: drop takes away is said, not found out by a loss that is off."""
+    fits = {name: sum(len(a) + len(b) <= 6 for a, b in corpus.pairs[name]) for name in "pq"}
+    data = corpus.build("pq", kind="pairs", sequence_length=6, too_long="drop", split="100,0,0")
+    assert [(share.samples, share.too_long) for share in data.shares] == [
+        (fits["p"], 40 - fits["p"]),
+        (fits["q"], 10 - fits["q"]),
+    ]
+    left_out = f"left out, longer than data.sequence_length: {40 - fits['p']} of 40 documents"
+    assert left_out in describe_order(data.shares)
+    whole = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0")
+    assert "left out" not in describe_order(whole.shares)
+
+
 def test_the_order_is_written_into_the_run_folder(corpus: Corpus, tmp_path: Path) -> None:
     data = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0")
     write_order(tmp_path, data.shares, data.fingerprint)
