@@ -29,7 +29,7 @@ from pipeline.monitor.sample_log import SampleLog
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import require_wandb
-from pipeline.planning.preflight import check_run, check_validation
+from pipeline.planning.preflight import check_run, check_validation, read_vocabulary
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
@@ -311,15 +311,3 @@ def fit_micro_batch(config: Config, launch: Launch) -> Config:
             flush=True,
         )
     return dataclasses.replace(config, train=train)
-
-
-def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
-    """Return the model's vocabulary; raise a `UserError` where the data has more tokens than the model."""
-    tokens = tokenizer.vocab_size
-    rows = config.model.rows_for(tokens)
-    if rows < tokens:
-        raise cli.UserError(
-            f"model.vocab_size is {rows}, but {config.data.tokenizer} has {tokens} tokens: raise it to "
-            f"{tokens} or more, or leave it out."
-        )
-    return Vocabulary(rows, tokens, tokenizer.mask)

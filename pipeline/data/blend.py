@@ -124,8 +124,6 @@ def describe_order(shares: Sequence[Share]) -> str:
             f"{share.samples:,} samples, {share.tokens:,} tokens"
         )
         if share.too_long:
-            documents = share.samples + share.too_long
-            lines.append(
-                f"    left out, longer than data.sequence_length: {share.too_long:,} of {documents:,} documents"
-            )
+            among = f"{share.too_long:,} of {share.samples + share.too_long:,} documents"
+            lines.append(f"    left out, longer than data.sequence_length: {among}")
     return "\n".join(lines)

@@ -22,6 +22,11 @@ def open_initial_weights(
         UserError: where they are of another model or vocabulary than the run's, or damaged.
     """
     where = folder / "config.json"
+    if not where.exists():
+        raise UserError(
+            f"train.initial_weights: {where} is missing: give a folder of tools/import_hf.py or "
+            "tools/export_hf.py; a run becomes one by the latter."
+        )
     settings = mapping.read_json(where)
     if settings.get("model_type") != mapping.MODEL_TYPE:
         raise UserError(

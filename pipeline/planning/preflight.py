@@ -1,4 +1,4 @@
-"""What is looked at before anything of a run starts: data, DeepSpeed's settings, disk space."""
+"""What is looked at before anything of a run starts: data, weights, DeepSpeed's settings, disk space."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pipeline.cli import UserError
 from pipeline.config import Config
 from pipeline.data.facts import DatasetFacts, check_data
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.huggingface.initial import open_initial_weights
+from pipeline.model.batch import Vocabulary
 from pipeline.planning.memory import FULL, HALF, Zero, count_parameters
 from pipeline.planning.run_plan import checkpoint_bytes, kept_checkpoints
 from pipeline.runtime import engine_settings
@@ -41,9 +43,30 @@ def check_engine(
                 f"evaluation.tasks[{number}].data is {task.data}: there is no such file. Name the file "
                 "of the items, or leave the task out."
             )
+    vocabulary = read_vocabulary(config, tokenizer)
+    check_initial_weights(config, vocabulary)
     settings = engine_settings(config, world_size)
     if disk:
-        check_disk(config, Zero.of(settings), config.model.rows_for(tokenizer.vocab_size))
+        check_disk(config, Zero.of(settings), vocabulary.rows)
+
+
+def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
+    """Return the model's vocabulary; raise a `UserError` where the data has more tokens than the model."""
+    tokens = tokenizer.vocab_size
+    rows = config.model.rows_for(tokens)
+    if rows < tokens:
+        raise UserError(
+            f"model.vocab_size is {rows}, but {config.data.tokenizer} has {tokens} tokens: raise it to "
+            f"{tokens} or more, or leave it out."
+        )
+    return Vocabulary(rows, tokens, tokenizer.mask)
+
+
+def check_initial_weights(config: Config, vocabulary: Vocabulary) -> None:
+    """Raise a `UserError` when a run that has no checkpoint cannot start from its initial weights."""
+    folder = config.train.initial_weights
+    if folder is not None and not checkpoints(Path(config.run_dir)):
+        open_initial_weights(Path(folder), config.model, vocabulary, Path(config.data.tokenizer))
 
 
 def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:

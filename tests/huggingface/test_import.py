@@ -225,6 +225,7 @@ def test_what_a_run_cannot_start_from(
         return run_here(train.main, arguments, capsys).complaint()
 
     assert "config.json is missing" in complaint("--train.initial_weights", str(tmp_path / "nowhere"))
+    assert "a run becomes one" in complaint("--train.initial_weights", str(tmp_path / "run"))
     assert "tools/import_hf.py" in complaint("--train.initial_weights", str(tmp_path / "theirs"))
     found = complaint("--model.rope_theta", "1e4")
     assert "model.rope_theta = 5000.0, the run has 10000.0: set it to 5000.0" in found

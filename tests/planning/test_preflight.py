@@ -163,6 +163,10 @@ WRONG = [
         "Name the file",
         {"evaluation": {"tasks": [{"task": "exact", "data": "/nowhere.jsonl"}]}},
     ),
+    Wrong("model.vocab_size", "8", "or leave it out", {"model": {"vocab_size": 8}}),
+    Wrong(
+        "train.initial_weights", "/nowhere", "tools/export_hf.py", {"train": {"initial_weights": "/nowhere"}}
+    ),
 ]
 
 
@@ -223,7 +227,9 @@ def test_a_wrong_run_is_refused(
     file = str(tmp_path / ("ds.json" if wrong.zero or wrong.top else "run"))
     if wrong.key in ("data.kind", "data.sequence_length", "data.split", "train.global_batch_size"):
         file = str(data / "pairs")
-    if wrong.key == "evaluation.tasks[0].data":
+    if wrong.key == "model.vocab_size":
+        file = str(data / "tokenizer")
+    if wrong.key in ("evaluation.tasks[0].data", "train.initial_weights"):
         file = wrong.value
     for part in (file, wrong.key, wrong.value, wrong.remedy):
         assert part in message, message
