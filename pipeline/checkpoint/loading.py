@@ -85,10 +85,18 @@ def check_continues(folder: Path, saved: Manifest, now: Manifest, config: Config
         pairs.append(("the content of data.prefixes", saved.data_fingerprint[:12], now.data_fingerprint[:12]))
     for what, then, new in pairs:
         if then != new:
+            keeps_weights = not what.startswith(("model.", "the vocabulary"))
+            start = ", from these weights: tools/export_hf.py, train.initial_weights" if keeps_weights else ""
             raise UserError(
                 f"{folder} was written with {what} = {then}, the run has {new}: set it back, or begin a new "
-                "run with another run_dir."
+                f"run with another run_dir{start}."
             )
+    start_from = config.train.initial_weights
+    if start_from is not None and before.train.initial_weights is None:
+        raise UserError(
+            f"train.initial_weights is {start_from}, but the run goes on from {folder}, which did not start "
+            "there: leave it out, or begin a new run with another run_dir."
+        )
 
 
 def _differences(section: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:

@@ -172,6 +172,10 @@ def test_a_resume_that_changes_the_run_is_refused(train: Train, tmp_path: Path) 
         complaint = train(run_dir, *change).complaint()
         assert f"was written with {named}" in complaint
         assert "run_dir" in complaint
+        assert ("from these weights: tools/export_hf.py" in complaint) == (named != "model")
+    complaint = train(run_dir, "--train.initial_weights", str(tmp_path)).complaint()
+    assert "train.initial_weights is" in complaint
+    assert "leave it out" in complaint
 
 
 @pytest.mark.parametrize(
