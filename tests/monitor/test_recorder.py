@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from programs import Outcome
+from programs import ROOT, Outcome
 from runs import curve, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,6 +62,16 @@ def test_every_curve_is_there_once(run_dir: Path) -> None:
         assert name in expected, name
 
 
+def test_every_curve_is_documented(run_dir: Path) -> None:
+    """By its name, or by a pattern with an ellipsis for bins and for what a chart joins."""
+    named = re.findall(r"`([a-z_]+/?[^` ]*)`( \.\.\.)?", (ROOT / "docs/tensorboard.md").read_text())
+    exact = {name for name, more in named if not more and not name.endswith("...")}
+    groups = {name.partition("/")[0] for name, more in named if more or name.endswith("...")}
+    for tag in events(run_dir).Tags()["scalars"]:
+        name = tag.removeprefix("train/")
+        assert name in exact or name.partition("/")[0] in groups, tag
+
+
 def test_histograms_settings_and_first_page(run_dir: Path) -> None:
     found = events(run_dir)
     for name in ("confidence", "chain_age", "chain_length"):
@@ -82,8 +93,6 @@ def test_histograms_settings_and_first_page(run_dir: Path) -> None:
 
 def test_the_first_page_shows_what_is_recorded(run_dir: Path) -> None:
     """No chart of the layout stays empty in a run on a CPU, but for what only a GPU or a profile has."""
-    import re
-
     tags = events(run_dir).Tags()["scalars"]
     elsewhere = {"MFU", "accuracy on tasks"}
     for charts in LAYOUT.values():
