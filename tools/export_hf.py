@@ -18,7 +18,7 @@ from pipeline.sampling import WEIGHTS_HELP
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export a checkpoint."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
     parser.add_argument(

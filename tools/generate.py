@@ -1,5 +1,6 @@
 """Continue prompts with a trained model, or fill in masked spans.
 
+Without --prompt and --prompt-file each line of the standard input is a prompt.
 On a terminal the text is shown while it comes into being; elsewhere, or with --json, only the result is
 printed.
 """

@@ -360,7 +360,8 @@ def _check_bad(counts: Counts, folder: Path, units: Sequence[int], work: Work, f
     raise UserError(
         f"{counts.bad:,} of {counts.records - counts.blank:,} records are bad, more than --max-bad-fraction "
         f"{work.max_bad_fraction}; the first: {where}: {entry['detail']}. All are in "
-        f"{folder}/*/{QUARANTINE}. Mend the corpus or the options, or raise --max-bad-fraction."
+        f"{folder}/*/{QUARANTINE}. Mend the corpus or the options and give --restart, or raise "
+        "--max-bad-fraction."
     )
 
 
