@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 with warnings.catch_warnings():  # megatron-core warns of optional packages that are not used here
     warnings.simplefilter("ignore")
+    from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -117,6 +118,35 @@ class PairDataset(MegatronDataset):
         return {"tokens": tokens, "roles": roles}
 
 
+class _Builder(BlendedMegatronDatasetBuilder):
+    """megatron-core's builder, for blends of which a dataset has no sample in a split; it fails on those."""
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Any, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        """Build a dataset; a blend is one of the datasets that have samples, None where there are none."""
+        if cls is BlendedDataset:
+            datasets, weights, *more = args
+            kept = [pair for pair in zip(datasets or [], weights, strict=False) if pair[1] > 0]
+            empty = [dataset.dataset_path for dataset in datasets or [] if not len(dataset)]
+            if empty and datasets[0].index_split == Split.train:
+                raise _no_training_sample(empty, datasets[0].config)
+            if len(kept) < 2:
+                return kept[0][0] if kept else None
+            args = (*map(list, zip(*kept, strict=True)), *more)
+        build = BlendedMegatronDatasetBuilder.build_generic_dataset
+        return build(cls, is_built_on_rank, synchronize_ranks, *args)
+
+
+def _no_training_sample(prefixes: Sequence[str], config: DataConfig | SampleConfig) -> UserError:
+    return UserError(
+        f"{', '.join(prefixes)} gives no training sample of data.sequence_length = {config.sequence_length} "
+        f"tokens with data.split = {config.split!r}: bring more text, leave it out, or lower "
+        "data.sequence_length."
+    )
+
+
 @dataclass
 class Datasets:
     """Training and validation samples.
@@ -191,13 +221,8 @@ def _build(
     parts = getattr(train, "datasets", [train]) if train is not None else []
     samples = [len(part) for part in parts]
     left_out = [getattr(part, "left_out", 0) for part in parts]
-    if train is None or len(train) == 0 or 0 in samples:
-        empty = [prefix for prefix, count in zip(config.prefixes, samples, strict=True) if not count]
-        raise UserError(
-            f"{', '.join(empty or config.prefixes)} gives no training sample of data.sequence_length = "
-            f"{config.sequence_length} tokens with data.split = {config.split!r}: bring more text, leave it "
-            "out, or lower data.sequence_length."
-        )
+    if train is None or len(train) == 0:
+        raise _no_training_sample(config.prefixes, config)
     weights, used = config.weights, samples
     if config.temperature is not None:
         weights = [float(fact.tokens ** (1 / config.temperature)) for fact in facts]
@@ -219,7 +244,7 @@ def _build_splits(
 ) -> tuple[SampleDataset | None, SampleDataset | None]:
     kind = PairDataset if config.kind == "pairs" else PackedDataset
     with _only_user_errors(config):
-        train, valid, _ = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, settings).build()
+        train, valid, _ = _Builder(kind, sizes, lambda: True, settings).build()
     return train, valid
 
 

@@ -232,6 +232,22 @@ def test_temperature_and_caps(corpus: Corpus) -> None:
     assert "20 (40.0%), 2.00 epochs of 10 samples" in text
 
 
+def test_a_small_dataset_may_join_a_blend(corpus: Corpus) -> None:
+    """Its few documents give no validation sample; those of the other are the validation samples."""
+    for kind, small, large in (("pairs", "q", "p"), ("packed", "s", "t")):
+        if kind == "packed":
+            corpus.write("s", [{"text": ALPHABET * 2}], Keys(("text",)))
+        data = corpus.build(small + large, kind=kind, sequence_length=16, split="96,4,0")
+        alone = corpus.build(large, kind=kind, sequence_length=16, split="96,4,0")
+        assert data.valid is not None
+        assert alone.valid is not None
+        assert len(data.valid) == len(alone.valid) > 0
+        assert [share.prefix[-1] for share in data.shares] == [small, large]
+    corpus.write("u", [{"text": "ab"}], Keys(("text",)))
+    with pytest.raises(UserError, match=r"/u gives no training sample of data.sequence_length = 16"):
+        corpus.build("ut", kind="packed", sequence_length=16, split="96,4,0")
+
+
 def test_pairs_that_are_too_long_are_counted(corpus: Corpus) -> None:
     """What data.too_long: drop takes away is said, not found out by a loss that is off."""
     fits = {name: sum(len(a) + len(b) <= 6 for a, b in corpus.pairs[name]) for name in "pq"}
