@@ -236,7 +236,8 @@ class Run:
         A rank that is asked to stop cuts it short; it is made up for when the run goes on.
         """
         step, valid = self.manifest.step, self.data.valid
-        if valid is None or not self.due(self.config.evaluation.interval, step):
+        written = "held_out/loss" in self.recorder.written_at(step)  # made up for, but not saved since
+        if valid is None or written or not self.due(self.config.evaluation.interval, step):
             return
         with self.recorder.apart(step, "evaluation"):
             losses = self.held_out(valid)

@@ -96,6 +96,7 @@ def test_a_signal_in_an_evaluation(
     assert len(batches) == strikes[0] + 1
     assert curve(parts, "held_out/loss") == curve(whole, "held_out/loss")[:before]
     assert train(parts).code == cli.EXIT_DONE
+    assert "held_out/loss" not in train(parts).output, "a run that is done ends at once"
     for key in ("loss", "held_out/loss"):
         assert curve(parts, key) == curve(whole, key), key
 
