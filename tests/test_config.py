@@ -55,6 +55,16 @@ def test_objectives_that_work(good: str, arguments: str) -> None:
     configuration.load(["--config", good, *arguments.split()])
 
 
+@pytest.mark.parametrize(
+    ("option", "answer"), [("--help", "--train.steps"), ("--evaluation.tasks.help", "tokens_per_step")]
+)
+def test_every_help_that_the_help_names(option: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        configuration.load([option])
+    assert ended.value.code == 0
+    assert answer in capsys.readouterr().out
+
+
 def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
     config = configuration.load(
         ["--config", good, "--objective.threshold", "0.9", "--data.weights", "[1, 2]"]
@@ -69,6 +79,7 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
     [
         (["--train.stepz", "3"], ["'train.stepz'", "'train.steps'"]),
         (["--steps", "3"], ["'steps'", "'train.steps'"]),
+        (["run.yaml"], ["unrecognized arguments: run.yaml", "by --config"]),
         (["--train.steps", "many"], ["train.steps is many", "a whole number"]),
         (["--train.log_samples", "maybe"], ["train.log_samples is maybe", "true or false"]),
         (["--optimizer.ema_decay", "x"], ["optimizer.ema_decay is x", "a number or null"]),
@@ -78,7 +89,11 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
             ["--evaluation.tasks", "[{task: exacto, data: x}]"],
             ["evaluation.tasks: task is exacto", "'exact'"],
         ),
-        (["--evaluation.tasks", "[{tusk: exact}]"], ["evaluation.tasks", "'tusk' is not accepted"]),
+        (
+            ["--evaluation.tasks", "[{tusk: exact}]"],
+            ["evaluation.tasks", "'tusk' is not accepted", "Did you mean 'task'", "tokens_per_step"],
+        ),
+        (["--evaluation.tasks", "{task: exact, data: x}"], ["a list, such as [{key: value}]"]),
         (["--train.steps", "0"], ["train.steps is 0", "above 0"]),
         (["--train.seed", "-1"], ["train.seed is -1"]),
         (["--objective.kind", "pumma"], ["objective.kind is pumma", "random_masking", "mean 'puma'"]),

@@ -124,6 +124,9 @@ def check_keys(keys: Sequence[str], where: str) -> None:
         require(key in known, f"{where}: unknown key {key!r}.{nearest(key, known)}")
 
 
+_QUESTIONS = ("--help", "--evaluation.tasks.help", "--print_config")  # are answered, and nothing is run
+
+
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the command line of `pipeline.train`, with help from the docstrings above."""
     parser = jsonargparse.ArgumentParser(
@@ -154,7 +157,7 @@ def load(arguments: Sequence[str]) -> Config:
             require(bool(value), "--config needs the path of a YAML file.")
             check_keys(list(flatten(read_yaml(Path(value)))), value)
             files.append(value)
-        elif option.startswith("--") and option not in ("--help", "--print_config"):
+        elif option.startswith("--") and option not in _QUESTIONS:
             check_keys([option[2:].rstrip("+")], "command line")
             overrides = True
     parser = build_parser()
@@ -187,6 +190,12 @@ def _explained(message: str) -> str:
         return (
             f"{': '.join(keys)} is {values[-1]}: it must be {_described(hint)}.{nearest(values[-1], choices)}"
         )
+    unknown, entry = re.search(r"Option '(.+?)' is not accepted", message), (*typing.get_args(hint), hint)[0]
+    if unknown is not None and dataclasses.is_dataclass(entry):
+        known = known_keys(typing.cast(type, entry))
+        return f"{': '.join(keys)}: {unknown[0]}.{nearest(unknown[1], known)} Known: {', '.join(known)}."
+    if message.startswith("unrecognized arguments"):
+        return f"{message}. Give the YAML by --config, and each setting as --section.key VALUE."
     lines = [line.strip(" -") for line in message.splitlines() if "given class_path" not in line]
     return re.sub(r'Parser key "(.+?)"', r"\1", " ".join(line for line in lines if line))
 
@@ -197,7 +206,8 @@ def _described(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, parts))}"
     if typing.get_origin(hint) is list:
-        return f"a list, such as {'[1, 2]' if parts[0] is float else '[a, b]'}"
+        entries = "[{key: value}]" if dataclasses.is_dataclass(parts[0]) else "[a, b]"
+        return f"a list, such as {'[1, 2]' if parts[0] is float else entries}"
     if parts:  # X | None
         return " or ".join(_described(part) for part in parts)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}

@@ -58,7 +58,7 @@ class TaskConfig:
 
     Args:
         task: How answers are judged.
-        data: File of its items.
+        data: File of its items: of GSM8K with question and answer, else with prompt and answer.
         interval: Steps between two measurements; the last step always has one.
         samples: Items used, at most: the first ones.
         tokens_per_step: Tokens filled at a decoding step, the most confident first.

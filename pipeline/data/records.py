@@ -295,7 +295,7 @@ def _records(reader: SpanReader, keys: Keys, on_bad: OnBad | None = None) -> Ite
 def complaint(source: Source, position: int, bad: BadRecord) -> str:
     """Return the message for a record that cannot be used, with its place and the remedy."""
     remedy = {
-        "missing_key": "Name keys with --text-key, or --prompt-key and --answer-key, or --messages-key.",
+        "missing_key": "Name its keys by the options (--text-key, --prompt-key, ...), or rename them.",
         "too_long": "Raise --max-document-bytes, or cut the record.",
         "damaged_file": "Bring a whole copy of the file.",
     }.get(bad.reason, "Mend or remove the record.")

@@ -155,7 +155,7 @@ def test_an_excerpt_leaves_out_few_bad_records(tmp_path: Path) -> None:
         (
             b'{"text": "fine"}\n{"txt": "x"}\n',
             "missing_key",
-            ["line 2", "no key 'text'", "'txt'", "--text-key"],
+            ["line 2", "no key 'text'", "'txt'", "--text-key", "or rename them"],
         ),
         (b'{"text": 7}\n', "wrong_type", ["line 1", "'text' is of type int"]),
         (b'{"text": null}\n', "wrong_type", ["line 1", "'text' is of type NoneType"]),
