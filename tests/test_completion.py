@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,25 @@ from programs import ROOT
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder where options are kept."""
     return tmp_path_factory.mktemp("cache")
+
+
+def complete(words: str, folder: Path, cache: Path) -> str:
+    """Return what Tab offers behind `words` in a folder."""
+    script = f"""
+        source {ROOT}/tools/completion.bash
+        COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}
+        _puma_complete
+        echo "${{COMPREPLY[*]}}"
+    """
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(cache),
+    }
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert result.stderr == ""
+    return result.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -29,16 +49,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_options_are_offered(words: str, offered: str, cache: Path) -> None:
     """Of the project's programs; bash itself completes everything else."""
-    array = words.split()
-    script = f"""
-        source tools/completion.bash
-        COMP_WORDS=({words}); COMP_CWORD={len(array) - 1}
-        _puma_complete
-        echo "${{COMPREPLY[*]}}"
-    """
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "XDG_CACHE_HOME": str(cache),
-    }
-    result = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (result.stdout.strip(), result.stderr) == (offered, "")
+    assert complete(words, ROOT, cache) == offered
+
+
+def test_options_follow_the_modules_that_give_them(tmp_path: Path, cache: Path) -> None:
+    """Most options of a tool come from modules of the package, which change without the tool."""
+    tool, module = tmp_path / "tools/one.py", tmp_path / "pipeline/options.py"
+    for path in (tool, module):
+        path.parent.mkdir()
+    tool.write_text("import pathlib\nprint(pathlib.Path('pipeline/options.py').read_text())\n")
+    for option, seconds in (("--first", 0), ("--second", 60)):
+        module.write_text(option)
+        os.utime(module, (time.time() + seconds,) * 2)
+        assert complete("python tools/one.py --", tmp_path, cache) == option

@@ -3,10 +3,11 @@
 # They are read from --help, once for each program: the first Tab at one takes as long as that.
 # shellcheck shell=bash
 
-_puma_options() { # SOURCE COMMAND...: its options, from a file in the cache unless SOURCE has changed since
-    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/puma_completion name
+_puma_options() { # SOURCE COMMAND...: its options, from a file in the cache unless the code has changed since
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/puma_completion name code
     name=$cache/$(realpath "$1" | tr / _)
-    if [ ! -s "$name" ] || [ -n "$(find "$1" -name '*.py' -newer "$name" -print -quit)" ]; then
+    code=$(dirname "$(dirname "$(realpath "$1")")")/pipeline # tools have options of its modules, too
+    if [ ! -s "$name" ] || [ -n "$(find "$1" "$code" -name '*.py' -newer "$name" -print -quit 2>/dev/null)" ]; then
         mkdir -p "$cache"
         "${@:2}" --help 2>/dev/null | grep -oE -- '(^|[ ,[])--[a-zA-Z][a-zA-Z0-9_.-]*' |
             tr -d ' ,[' | sort -u >"$name"
