@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.cli import ToolParser, UserError, run
+from pipeline.cli import ToolParser, UserError, option, run
 from pipeline.data.arguments import add_corpus_arguments, corpus_keys
 from pipeline.data.merge import MEGABYTE
 from pipeline.data.preprocess import REPORT_SECONDS
@@ -57,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--{use}-token", help=f"with --import-json: its {use} token (without the option: a usual name)"
         )
     options = parser.parse_args(arguments)
+    trains = options.import_json is None
+    for name in ("mask_token", "pad_token", "eos_token") if trains else ("input", "vocab_size"):
+        if getattr(options, name):
+            where = "without" if trains else "with"
+            raise UserError(f"{option(name)} has no effect {where} --import-json: leave it out.")
     if options.import_json is not None:
         names = {use: getattr(options, f"{use}_token") for use in ("mask", "pad", "eos")}
         tokenizer, added = import_tokenizer(options.import_json, names, options.output)
@@ -65,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         if not options.input:
             raise UserError("no corpus: give --input to train, or --import-json.")
-        if options.vocab_size is None or options.vocab_size < 1:
+        if options.vocab_size is None:
+            raise UserError("--vocab-size is missing: give the number of tokens, such as 32000.")
+        if options.vocab_size < 1:
             raise UserError(f"--vocab-size is {options.vocab_size}: it must be 1 or more.")
         if not options.sample_megabytes > 0:
             raise UserError(f"--sample-megabytes is {options.sample_megabytes}: it must be above 0.")

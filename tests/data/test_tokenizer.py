@@ -126,6 +126,12 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--vocab-size 99999" in run_here(tool.main, [*base, "99999", *keys], capsys).complaint()
     assert "--vocab-size 20" in run_here(tool.main, [*base, "20", *keys], capsys).complaint()
     assert "--vocab-size is 0" in run_here(tool.main, [*base, "0", *keys], capsys).complaint()
+    for wrong, message in (
+        (["300", "--mask-token", "<m>"], "--mask-token has no effect without --import-json"),
+        (["300", "--import-json", "t.json"], "--input has no effect with --import-json"),
+    ):
+        assert message in run_here(tool.main, [*base, *wrong], capsys).complaint()
+    assert "--vocab-size is missing" in run_here(tool.main, base[:-1], capsys).complaint()
     assert "--answer-key is missing" in run_here(tool.main, [*base, "300", *keys[:2]], capsys).complaint()
     assert not (tmp_path / "t").exists()
     outcome = run_here(tool.main, [*base, "300", *keys], capsys)
