@@ -21,6 +21,7 @@ from pipeline.cli import ToolParser, UserError, run
 Run = list[dict[str, float]]  # the points of one run's curve, by step
 Runs = dict[str, dict[str, Run]]  # by variant and seed
 TARGETS = (0.5, 0.7, 0.9)
+COLOURS = 10  # of matplotlib's cycle; further lines are dashed
 COSTS = {
     "tokens": ("M tokens", 1e6),
     "unique_samples": ("unique samples", 1),
@@ -135,13 +136,13 @@ def draw(score: str, runs: Runs, path: Path) -> None:
     panels = [("step", score), ("step", "bound"), ("unique_samples", score)]
     for panel, (across, up) in zip(axes, panels, strict=True):
         for number, (variant, each) in enumerate(runs.items()):
-            colour = f"C{number}"
+            line = {"color": f"C{number}", "ls": "-" if number < COLOURS else "--"}
             for points in each.values():
-                panel.plot([p[across] for p in points], [p[up] for p in points], colour, alpha=0.25, lw=0.8)
+                panel.plot([p[across] for p in points], [p[up] for p in points], **line, alpha=0.25, lw=0.8)
             common = set.intersection(*({p["step"] for p in points} for points in each.values()))
             met = [[p for p in points if p["step"] in common] for points in each.values()]
             middle = [[mean(p[key] for p in at) for at in zip(*met, strict=True)] for key in (across, up)]
-            panel.plot(*middle, colour, label=variant)
+            panel.plot(*middle, **line, label=variant)
         panel.set_xlabel({"step": "optimizer steps"}.get(across, across.replace("_", " ")))
         panel.set_ylabel({"bound": "bound, nats an answer"}.get(up, f"held out, {up.replace('_', ' ')}"))
         panel.grid(alpha=0.3)
