@@ -71,8 +71,8 @@ class SkipLog:
             return
         try:
             append(self.path, self.unwritten)
+            self.unwritten = b""
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())
-            self.unwritten = b""
         except OSError as error:
             print(f"{self.path}: {error.strerror}. It is tried again at the next save.", flush=True)
