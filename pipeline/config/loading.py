@@ -183,21 +183,25 @@ def _explained(message: str) -> str:
     values = re.findall(r"(?:Got|Given) value: (.*)", message)
     hint: Any = Config
     for key in keys:
-        entry = (*typing.get_args(hint), hint)[0]
-        hint = known_keys(typing.cast(type, entry)).get(key) if dataclasses.is_dataclass(entry) else None
+        hint = _keys_of(hint).get(key)
     if keys and values and hint is not None:
         choices = [str(choice) for choice in typing.get_args(hint)]
         return (
             f"{': '.join(keys)} is {values[-1]}: it must be {_described(hint)}.{nearest(values[-1], choices)}"
         )
-    unknown, entry = re.search(r"Option '(.+?)' is not accepted", message), (*typing.get_args(hint), hint)[0]
-    if unknown is not None and dataclasses.is_dataclass(entry):
-        known = known_keys(typing.cast(type, entry))
+    unknown, known = re.search(r"Option '(.+?)' is not accepted", message), _keys_of(hint)
+    if unknown is not None and known:
         return f"{': '.join(keys)}: {unknown[0]}.{nearest(unknown[1], known)} Known: {', '.join(known)}."
     if message.startswith("unrecognized arguments"):
         return f"{message}. Give the YAML by --config, and each setting as --section.key VALUE."
     lines = [line.strip(" -") for line in message.splitlines() if "given class_path" not in line]
     return re.sub(r'Parser key "(.+?)"', r"\1", " ".join(line for line in lines if line))
+
+
+def _keys_of(hint: Any) -> dict[str, Any]:
+    """Return the keys of a section, or of the entries of a list of sections; none for any other type."""
+    entry = (*typing.get_args(hint), hint)[0]
+    return known_keys(typing.cast(type, entry)) if dataclasses.is_dataclass(entry) else {}
 
 
 def _described(hint: Any) -> str:

@@ -88,15 +88,15 @@ def _counted(
     dtype = {2: torch.bfloat16, 4: torch.float32}[width]
     with _fused_norm(on_gpu), _default_dtype(dtype), FakeTensorMode():
         body = Body(config, 8, WHOLE, recompute)
-        tokens = torch.zeros(rows, positions, dtype=torch.int64)
-        present = torch.ones(rows, positions, dtype=torch.bool) if masked else None
+        inputs = [torch.zeros(rows, positions, dtype=torch.int64)]
+        if masked:
+            inputs.append(torch.ones(rows, positions, dtype=torch.bool))
         weights = list(body.parameters())
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        inputs = [tokens] if present is None else [tokens, present]
         with LiveStorages([*weights, *gradients, *inputs]) as live:
-            hidden = body(tokens, present)
+            hidden = body(*inputs)
             kept = live.now
             hidden.backward(torch.empty_like(hidden))
     return kept, live.peak

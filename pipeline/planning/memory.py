@@ -174,8 +174,7 @@ def plan_memory(
     inputs = max(copies(config.objective, step) for step in (1, config.train.steps))  # it may switch between
     positions = -(-config.data.sequence_length * inputs // share)
     padded = config.data.kind == "pairs" and config.data.padding == "ignored"
-    in_blocks = config.objective.block_size is not None
-    by_rule = on_gpu and in_blocks  # flex_attention, which repeats nothing
+    in_blocks = config.objective.block_size is not None  # by a mask, but on a GPU by flex_attention
     body = body_memory(
         config.model,
         config.engine.activation_checkpointing,
@@ -183,7 +182,7 @@ def plan_memory(
         positions,
         width,
         on_gpu,
-        masked=(padded or in_blocks) and not by_rule,
+        masked=not on_gpu if in_blocks else padded,
     )
     rows = -(-masked_rows // share)
     head = head_memory(rows, config.model.hidden_size, parameters.rows, width, on_gpu)
