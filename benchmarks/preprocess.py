@@ -1,11 +1,11 @@
 """How near the preprocessor comes to the tokenizer's own speed, and how it compares with Megatron-LM's tool.
 
-Three things are timed on one corpus with the same number of processes, in turn, and the median of each
-counts: the ceiling, which is SentencePiece alone on texts that are in memory already;
+Some things are timed on one corpus with the same number of processes, in turn, and the median of each
+counts: the ceiling, which is the tokenizer's library alone on texts that are in memory already;
 tools/preprocess_data.py, the whole command from start to the joined and hashed dataset, where none was
-before; and Megatron-LM's tools/preprocess_data.py where --megatron names a checkout (with a PYTHONPATH that
-lets it start). The CPU time of all processes is measured too: on a machine that others use, its ratios are
-the ones to look at.
+before; the same with --whole-texts, where it encodes word by word otherwise; and Megatron-LM's
+tools/preprocess_data.py where --megatron names a checkout (with a PYTHONPATH that lets it start). The CPU
+time of all processes is measured too: on a machine that others use, its ratios are the ones to look at.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from statistics import median
 from typing import Any
 
 import psutil
+import tokenizers
+from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from pipeline.cli import ToolParser, UserError, run
 from pipeline.data.facts import read_facts
-from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from pipeline.data.words import LLAMA_3
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 512
 TRAINING_DOCUMENTS = 2000
+ALONE = "the tokenizer alone"
 
 
 def built_in_words(count: int = 20000) -> Iterator[str]:
@@ -95,8 +99,26 @@ def encode_share(corpus: Path, tokenizer: Path, share: int, shares: int, ready: 
     times[row] = [began, time.time(), time.process_time() - cpu]
 
 
+def train_byte_level(texts: Iterator[str], vocab_size: int, folder: Path) -> None:
+    """Train a byte-level BPE tokenizer as Llama 3's, and import it."""
+    model = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<mask>", "<pad>", "</s>"],
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    path = folder.with_suffix(".json")
+    model.save(str(path))
+    import_tokenizer(path, {}, folder)
+
+
 def measure_ceiling(corpus: Path, tokenizer: Path, processes: int) -> Measured:
-    """Measure SentencePiece alone."""
+    """Measure the library alone."""
     context = multiprocessing.get_context("spawn")
     ready, times = context.Barrier(processes), context.Array("d", 3 * processes)
     started = [
@@ -158,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus")
     parser.add_argument("--document-bytes", type=int, default=2000, help="size of a document")
-    parser.add_argument("--model-type", choices=["unigram", "bpe"], default="unigram", help="tokenizer")
+    parser.add_argument("--model-type", choices=["unigram", "bpe", "byte_bpe"], default="unigram")
     parser.add_argument("--vocab-size", type=int, default=8000, help="tokens")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--runs", type=int, default=3, help="times that each is measured")
@@ -171,23 +193,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
     write_corpus(corpus, options.text, options.megabytes, options.document_bytes)
     made = documents(options.text, options.document_bytes)
-    train_tokenizer(
-        (next(made) for _ in range(TRAINING_DOCUMENTS)), options.vocab_size, options.model_type, tokenizer
-    )
+    sample = (next(made) for _ in range(TRAINING_DOCUMENTS))
+    if options.model_type == "byte_bpe":
+        train_byte_level(sample, options.vocab_size, tokenizer)
+    else:
+        train_tokenizer(sample, options.vocab_size, options.model_type, tokenizer)
     ours = [
         sys.executable, "tools/preprocess_data.py", "--input", str(corpus), "--tokenizer", str(tokenizer),
         "--output-prefix", str(folder / "ours"), "--workers", str(options.workers), "--append-eos",
     ]  # fmt: skip
 
-    def measure_ours() -> Measured:
+    def measure_ours(*more: str) -> Measured:
         for earlier in folder.glob("ours*"):
             earlier.unlink()
-        return measure_command(ours, {"PYTHONPATH": str(ROOT)})
+        return measure_command([*ours, *more], {"PYTHONPATH": str(ROOT)})
 
     measures: dict[str, Callable[[], Measured]] = {
-        "SentencePiece alone": lambda: measure_ceiling(corpus, tokenizer, options.workers),
+        ALONE: lambda: measure_ceiling(corpus, tokenizer, options.workers),
         "tools/preprocess_data.py": measure_ours,
     }
+    if options.model_type != "unigram":
+        measures["the same with --whole-texts"] = lambda: measure_ours("--whole-texts")
+    if options.megatron is not None and options.model_type == "byte_bpe":
+        parser.error("--megatron is measured with SentencePiece models only")
     if options.megatron is not None:
         tool = options.megatron.absolute() / "tools/preprocess_data.py"
         theirs = [
@@ -198,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measures["Megatron-LM's tool"] = lambda: measure_command(theirs, {})
     found = medians(options.runs, measures)
     tokens = read_facts(folder / "ours").tokens
-    size, ceiling = corpus.stat().st_size / 1e6, found["SentencePiece alone"]
+    size, ceiling = corpus.stat().st_size / 1e6, found[ALONE]
     print(
         f"{size:.0f} MB, {tokens:,} tokens, {options.model_type} {options.vocab_size}, "
         f"{options.workers} processes"

@@ -12,6 +12,7 @@ from pipeline.data.merge import merge_parts, parts_folder
 from pipeline.data.records import Keys
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.units import Options, Plan, make_plan, write_plan
+from pipeline.data.words import WordEncoder
 from pipeline.data.worker import Job, make_part
 
 TEXT = Keys(("text",))
@@ -55,9 +56,9 @@ def make_parts(plan: Plan, prefix: Path) -> Path:
     """Make all parts of a plan; return their folder."""
     folder = parts_folder(prefix)
     write_plan(plan, folder)
-    loaded = Tokenizer.load(Path(plan.tokenizer))
+    encoder = WordEncoder(Tokenizer.load(Path(plan.tokenizer)))
     for unit in range(len(plan.units)):
-        make_part(Job(plan, folder, "quarantine"), loaded, unit, lambda done, tokens: None)
+        make_part(Job(plan, folder, "quarantine"), encoder, unit, lambda done, tokens: None)
     return folder
 
 

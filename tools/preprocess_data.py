@@ -82,6 +82,11 @@ def build_parser() -> ToolParser:
         type=int,
         help="input that a worker does in one go (default: total / 4096, 8 MiB to 1 GiB)",
     )
+    work.add_argument(
+        "--whole-texts",
+        action="store_true",
+        help="do not encode word by word where that gives the same tokens (slower)",
+    )
     work.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     work.add_argument("--restart", action="store_true", help="throw away the parts of an earlier attempt")
     return parser
@@ -142,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.max_bad_fraction,
         options.overwrite,
         options.restart,
+        options.whole_texts,
     )
     prefix = options.output_prefix
     summary = preprocess(plan, prefix, work)

@@ -61,6 +61,7 @@ class Work:
         max_bad_fraction: share of bad records above which the run stops.
         overwrite: replace an older dataset.
         restart: throw away the parts of an earlier attempt.
+        whole_texts: see `Job`.
     """
 
     workers: int
@@ -70,6 +71,7 @@ class Work:
     max_bad_fraction: float = MAX_BAD_FRACTION
     overwrite: bool = False
     restart: bool = False
+    whole_texts: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def preprocess(plan: Plan, prefix: Path, work: Work) -> Summary:
         def counts_of(units: Sequence[int]) -> Counts:
             return Counts.total(read_part(folder, unit, plan.sha256).counts for unit in units)
 
-        with _disk_errors(prefix), _workers(Job(plan, folder, work.on_error), mine, todo, work) as wait_for:
+        job = Job(plan, folder, work.on_error, work.whole_texts)
+        with _disk_errors(prefix), _workers(job, mine, todo, work) as wait_for:
 
             def arrived(unit: int) -> None:
                 wait_for(unit)

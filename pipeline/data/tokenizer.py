@@ -71,7 +71,10 @@ class TokenizerFacts:
 class Model(Protocol):
     """What the two libraries have in common; special tokens never come from text."""
 
-    def encode(self, texts: Sequence[str]) -> list[Array]:
+    def encode(self, text: str) -> Array:
+        """Return the ids [n] int32 of a text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Array]:
         """Return the ids [n] int32 of each text, by one thread."""
 
     def decode(self, ids: list[int]) -> str:
@@ -87,7 +90,12 @@ class SentencePieceModel:
     def __init__(self, content: bytes) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
 
-    def encode(self, texts: Sequence[str]) -> list[Array]:
+    def encode(self, text: str) -> Array:
+        """See `Model`."""
+        ids: Array = self.processor.encode(text, out_type="numpy")
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Array]:
         """See `Model`; no Python list of numbers in between."""
         ids: list[Array] = self.processor.encode(list(texts), out_type="numpy", num_threads=1)
         return ids
@@ -111,8 +119,14 @@ class HuggingFaceModel:
         self.tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        if getattr(self.tokenizer.model, "dropout", None):
+            self.tokenizer.model.dropout = None  # the same text has the same tokens
 
-    def encode(self, texts: Sequence[str]) -> list[Array]:
+    def encode(self, text: str) -> Array:
+        """See `Model`."""
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Array]:
         """See `Model`; one thread because the workers set TOKENIZERS_PARALLELISM."""
         found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in found]
@@ -177,11 +191,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> Array:
         """Return the token ids [n] int32 of a text."""
-        return self.model.encode([text])[0]
+        return self.model.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
         """Return the token ids [n] int32 of each text."""
-        return self.model.encode(texts)
+        return self.model.encode_batch(texts)
 
     def decode(self, ids: Iterable[int], mask_text: str = "") -> str:
         """Return the text of token ids; pad and eos are left out, mask tokens shown as `mask_text`."""

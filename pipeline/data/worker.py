@@ -32,6 +32,7 @@ from pipeline.data.records import complaint, documents
 from pipeline.data.sources import Source
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.data.units import Plan
+from pipeline.data.words import WordEncoder
 from pipeline.files import creating_folder
 
 TOKENS, LENGTHS, HASHES, QUARANTINE = "tokens", "lengths", "hashes", "quarantine.jsonl"
@@ -53,11 +54,13 @@ class Job:
         plan: all of it.
         folder: of the parts.
         on_error: quarantine bad records, or fail at the first.
+        whole_texts: encode each text as a whole, not word by word; the tokens are the same.
     """
 
     plan: Plan
     folder: Path
     on_error: Literal["quarantine", "fail"]
+    whole_texts: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,9 +136,10 @@ Document = tuple[tuple[str, ...], Source, int]  # texts, and where they come fro
 class _PartWriter:
     """Gathers the documents of a unit and writes the files of its part."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, job: Job) -> None:
+    def __init__(self, folder: Path, encoder: WordEncoder, job: Job) -> None:
         self.folder = folder
-        self.tokenizer = tokenizer
+        self.encoder = encoder
+        tokenizer = self.tokenizer = encoder.tokenizer
         self.job = job
         self.options = job.plan.options
         self.step = 2 if self.options.keys.is_pair else 1  # sequences of a document
@@ -177,10 +181,10 @@ class _PartWriter:
         if not batch:
             return
         try:
-            found = self.tokenizer.encode_batch([text for texts, _, _ in batch for text in texts])
+            found = self.encoder.encode_batch([text for texts, _, _ in batch for text in texts])
         except UnicodeEncodeError:  # a lone surrogate, from a stream: JSON lines and tables hold none
             batch = [document for document in batch if self._is_unicode(document)]
-            found = self.tokenizer.encode_batch([text for texts, _, _ in batch for text in texts])
+            found = self.encoder.encode_batch([text for texts, _, _ in batch for text in texts])
         lengths = np.fromiter(map(len, found), np.int32, len(found)).reshape(-1, self.step)
         keep = self._judge(batch, lengths)
         if not keep.all():
@@ -275,12 +279,12 @@ def document_hash(texts: tuple[str, ...]) -> bytes:
     return digest.digest()
 
 
-def make_part(job: Job, tokenizer: Tokenizer, unit: int, beat: Callable[[int, int], None]) -> Counts:
+def make_part(job: Job, encoder: WordEncoder, unit: int, beat: Callable[[int, int], None]) -> Counts:
     """Write the part of a unit, whole or not at all.
 
     Args:
         job: what is done.
-        tokenizer: the loaded tokenizer.
+        encoder: with the loaded tokenizer.
         unit: its number in the plan.
         beat: called after each batch with the bytes read and the tokens written so far; may raise to stop.
 
@@ -290,7 +294,7 @@ def make_part(job: Job, tokenizer: Tokenizer, unit: int, beat: Callable[[int, in
     plan, options = job.plan, job.plan.options
     reading = options.keys.reading(options.max_document_bytes)
     with creating_folder(part_folder(job.folder, unit)) as folder:
-        part, before = _PartWriter(folder, tokenizer, job), 0
+        part, before = _PartWriter(folder, encoder, job), 0
         for span in plan.units[unit]:
             source = plan.sources[span.source]
             reader = SpanReader(source, span, reading)
@@ -339,7 +343,7 @@ def start(job: Job, memory: Any, workers: int, taken: Any) -> None:
         taken.value += 1
     _process.update(
         job=job,
-        tokenizer=Tokenizer.load(Path(job.plan.tokenizer)),
+        encoder=WordEncoder(Tokenizer.load(Path(job.plan.tokenizer)), cut=not job.whole_texts),
         board=Board(memory, workers),
         number=number,
     )
@@ -366,6 +370,6 @@ def work(unit: int) -> Counts:
             raise Stopped
 
     beat(0, 0)
-    counts = make_part(_process["job"], _process["tokenizer"], unit, beat)
+    counts = make_part(_process["job"], _process["encoder"], unit, beat)
     row[0] = 0
     return counts

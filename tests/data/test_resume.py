@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from pipeline.data.merge import merge_parts, missing_units, parts_folder
 from pipeline.data.sources import Source
 from pipeline.data.tokenizer import Tokenizer, train_tokenizer
 from pipeline.data.units import write_plan
+from pipeline.data.words import WordEncoder
 from pipeline.data.worker import Job, make_part
 from tools import preprocess_data
 
@@ -108,7 +110,9 @@ def test_what_has_changed_is_refused_by_name(
     plan = make_plan_of([source], tokenizer, TEXT, 10**6)
     folder = parts_folder(tmp_path / "d")
     write_plan(plan, folder)
-    make_part(Job(plan, folder, "quarantine"), Tokenizer.load(tokenizer), 1, lambda done, tokens: None)
+    make_part(
+        Job(plan, folder, "quarantine"), WordEncoder(Tokenizer.load(tokenizer)), 1, lambda done, tokens: None
+    )
     base = [
         "--input",
         str(source),
@@ -205,7 +209,8 @@ def test_an_error_in_a_unit_leaves_no_part(
     source = tmp_path / "x.jsonl"
     shutil.copy(corpus / "x.jsonl", source)
     plan = make_plan_of([source], corpus / "tokenizer", TEXT, 10**6)
-    folder, loaded = tmp_path / "d.parts", Tokenizer.load(corpus / "tokenizer")
+    folder = tmp_path / "d.parts"
+    encoder = WordEncoder(Tokenizer.load(corpus / "tokenizer"))
     job = Job(plan, folder, "quarantine")
 
     def fail(*_: object) -> None:
@@ -214,17 +219,17 @@ def test_an_error_in_a_unit_leaves_no_part(
     with monkeypatch.context() as patch:
         patch.setattr(worker._PartWriter, "_write", fail)
         with pytest.raises(OSError, match="No space left"):
-            make_part(job, loaded, 0, lambda done, tokens: None)
+            make_part(job, encoder, 0, lambda done, tokens: None)
     assert list(folder.iterdir()) == []
 
     def change(done: int, tokens: int) -> None:
         source.write_bytes(source.read_bytes() + b"\n")
 
     with pytest.raises(UserError, match="has changed since the plan was made"):
-        make_part(job, loaded, 0, change)
+        make_part(job, encoder, 0, change)
     source.unlink()
     with pytest.raises(UserError, match="has vanished"):
-        make_part(job, loaded, 0, lambda done, tokens: None)
+        make_part(job, encoder, 0, lambda done, tokens: None)
     assert list(folder.iterdir()) == []
     assert Source.of_file(corpus / "x.jsonl").size > 0
 
@@ -266,12 +271,13 @@ def test_parts_are_joined_as_they_come(corpus: Path, tmp_path: Path) -> None:
     """Each is asked for once and in order; where one does not come, an older dataset stays as it was."""
     make_dataset([corpus / "x.jsonl"], corpus / "tokenizer", tmp_path / "whole")
     plan = make_plan_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
-    folder, loaded, asked = parts_folder(tmp_path / "d"), Tokenizer.load(corpus / "tokenizer"), []
+    folder, asked = parts_folder(tmp_path / "d"), []
+    encoder = WordEncoder(Tokenizer.load(corpus / "tokenizer"))
     write_plan(plan, folder)
 
     def make(unit: int) -> None:
         asked.append(unit)
-        make_part(Job(plan, folder, "quarantine"), loaded, unit, lambda done, tokens: None)
+        make_part(Job(plan, folder, "quarantine"), encoder, unit, lambda done, tokens: None)
 
     def fail(unit: int) -> None:
         if unit == 2:
@@ -319,8 +325,9 @@ def test_the_lock_is_closed_before_it_is_removed(
 
     def watched(path: Path, **options: bool) -> None:
         removed.append(Path(path))
-        opened = [os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()]
-        assert not [name for name in opened if name.startswith(f"{path}/")]
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed by a thread that removes another part
+                assert not os.readlink(entry).startswith(f"{path}/")
         remove(path, **options)
 
     monkeypatch.setattr("pipeline.data.preprocess.shutil.rmtree", watched)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from programs import run_here
 
 from pipeline.cli import UserError
-from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from tools import train_tokenizer as tool
 
 CORPUS = [f"the {a} {b} jumps over\n{b} lazy dogs, {n}!" for a in ("quick", "slow") for b in ("fox", "cat") for n in range(40)]  # fmt: skip  # noqa: E501
@@ -196,6 +196,21 @@ def test_a_hugging_face_file_is_imported(tmp_path: Path, capsys: pytest.CaptureF
     assert ours.decode([*ours.encode("fox"), ours.mask, ours.eos], mask_text="_") == "fox_"
     assert [ids.tolist() for ids in ours.encode_batch(["a", ""])] == [oracle.encode("a").ids, []]
     assert "exists" in run_here(tool.main, arguments, capsys).complaint()
+
+
+def test_merges_are_not_dropped(tmp_path: Path) -> None:
+    """A file can ask for BPE dropout: a dataset would be another one every time."""
+    path = tmp_path / "tokenizer.json"
+    write_hugging_face(path, ["<|endoftext|>", "<pad>"])
+    oracle = tokenizers.Tokenizer.from_file(str(path))
+    oracle.no_truncation()
+    oracle.no_padding()
+    dropping = tokenizers.Tokenizer.from_file(str(path))
+    dropping.model.dropout = 0.9
+    dropping.save(str(path))
+    import_tokenizer(path, {}, tmp_path / "t")
+    ids = Tokenizer.load(tmp_path / "t").encode_batch(CORPUS)
+    assert [each.tolist() for each in ids] == [one.ids for one in oracle.encode_batch(CORPUS)]
 
 
 def test_special_tokens_are_named_or_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
