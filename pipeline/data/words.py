@@ -27,22 +27,9 @@ REMEMBERED = 2**17  # units in each of two generations, of 30 MB or so
 LONGEST_UNIT = 128  # characters
 FIRST_TRIAL, TRIALS = 4, 64  # this batch, and every so many, are encoded both ways
 
-# For SentencePiece cuts are before spaces and line ends; and after ASCII letters, before ASCII characters
-# that are neither letters nor "'". Most models have no piece that reaches across one: see `_of_pieces`.
-OF_PIECES = re.compile(
-    r"[ \n]?[^A-Za-z \n]*[A-Za-z]+(?:['\x80-\U0010ffff][^A-Za-z \n]*[A-Za-z]*)*"
-    r"|[ \n]?[^A-Za-z \n]+|[ \n]"
-)
-# For byte-level BPE cuts are after ASCII letters, before ASCII characters that are neither letters nor "'";
-# and after digits, before ASCII characters that are neither digits nor "'".
-OF_EXPRESSIONS = re.compile(
-    r"[^A-Za-z0-9]*(?:[A-Za-z]+|[0-9]+)(?:['\x80-\U0010ffff][^A-Za-z0-9]*(?:[A-Za-z]+|[0-9]+)?)*"
-    r"|[^A-Za-z0-9]+"
-)
-# It takes a text apart by one of these first, or by GPT-2's expression. What matches a letter matches
-# nothing but letters from there on (and then "'s" and the like, in the newest), what matches a digit
-# nothing but digits: a match ends at each cut. No expression looks back, and they look ahead from white
-# space only, which is on the same side of a cut as what follows it.
+LETTER, DIGIT, MARK, OTHER = "A-Za-z", "0-9", r"!-/:-@\[-`{-~", r"\x80-\U0010ffff"  # in ASCII, and not in it
+AFTER_LETTERS = rf"(?<=[{LETTER}])(?![{LETTER}{OTHER}'])(?!\Z)"
+AFTER_DIGITS = rf"(?<=[{DIGIT}])(?![{DIGIT}{OTHER}'])(?!\Z)"
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA_3 = (
     CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -61,16 +48,50 @@ class Cuts:
     """Where texts are cut.
 
     Attributes:
-        units: matches them, one after the other.
+        places: matches every place where a cut is right, and nothing of the text.
+        units: matches the units, one after the other; not every place needs to be cut.
         never: a text that holds one of these is not cut.
     """
 
+    places: re.Pattern[str]
     units: re.Pattern[str]
     never: tuple[str, ...] = ()
 
     def in_text(self, text: str) -> bool:
-        """Return whether there is any."""
-        return len(self.units.findall(text)) > 1
+        """Return whether a text holds any place, whatever follows it."""
+        return self.places.search(text, 1) is not None
+
+
+# SentencePiece, where no piece reaches across: see `_of_pieces`.
+OF_PIECES = Cuts(
+    places=re.compile(rf"{AFTER_LETTERS}|(?=[ \n])"),
+    units=re.compile(
+        rf"[ \n]?[^{LETTER} \n]*[{LETTER}]+(?:['{OTHER}][^{LETTER} \n]*[{LETTER}]*)*"
+        rf"|[ \n]?[^{LETTER} \n]+|[ \n]"
+    ),
+)
+# Byte-level BPE takes a text apart by one of the expressions above first, or by GPT-2's. Their matches end at
+# every cut:
+# - What matches a letter matches nothing but letters from there on (and then "'s" and the like, in the
+#   newest), and what matches a digit nothing but digits.
+# - What matches a mark matches nothing but marks and line ends from there on, or letters.
+# - White space that something follows leaves its last character to that, if it is a space.
+# What lies behind a cut is matched as if it began a text, as no expression looks back. They look ahead from
+# white space only, and what a cut leaves of that is matched in whole, as it is where a text ends.
+OF_EXPRESSIONS = Cuts(
+    places=re.compile(
+        rf"{AFTER_LETTERS}|{AFTER_DIGITS}|(?<=[{MARK}])(?=[ {DIGIT}])"
+        rf"|(?<=[ \t\r\n])(?= (?:[{LETTER}{DIGIT}]|\Z))"
+    ),
+    units=re.compile(
+        rf" ?[{LETTER}]+(?![{LETTER}{OTHER}'])"
+        rf"| ?[{MARK}]+(?=[ {DIGIT}])"
+        rf"|[^{LETTER}{DIGIT}]*[ \t\r\n](?= [{LETTER}{DIGIT}])"
+        rf"|[^{LETTER}{DIGIT}]*(?:[{LETTER}]+|[{DIGIT}]+)"
+        rf"(?:['{OTHER}][^{LETTER}{DIGIT}]*(?:[{LETTER}]+|[{DIGIT}]+)?)*"
+        rf"|[^{LETTER}{DIGIT}]+"
+    ),
+)
 
 
 class WordEncoder:
@@ -188,10 +209,9 @@ def _of_pieces(model: SentencePieceModel) -> Cuts | None:
     )
     if changes or trainer.model_type != TrainerSpec.BPE or not trainer.byte_fallback:
         return None
-    cuts = Cuts(OF_PIECES)
     kinds = (ModelProto.SentencePiece.NORMAL, ModelProto.SentencePiece.USER_DEFINED)
     pieces = (piece.piece.replace("▁", " ") for piece in content.pieces if piece.type in kinds)
-    return None if any(map(cuts.in_text, pieces)) else cuts
+    return None if any(map(OF_PIECES.in_text, pieces)) else OF_PIECES
 
 
 def _of_expressions(content: dict[str, Any]) -> Cuts | None:
@@ -206,10 +226,9 @@ def _of_expressions(content: dict[str, Any]) -> Cuts | None:
         return None
     if not _is_known(content["pre_tokenizer"] or {}):
         return None
-    cuts = Cuts(OF_EXPRESSIONS)
     added = [token for token in content["added_tokens"] if not token["special"]]
-    never = [t["content"] for t in added if t["single_word"] or cuts.in_text(t["content"])]
-    return dataclasses.replace(cuts, never=tuple(never))
+    never = [t["content"] for t in added if t["single_word"] or OF_EXPRESSIONS.in_text(t["content"])]
+    return dataclasses.replace(OF_EXPRESSIONS, never=tuple(never))
 
 
 def _is_known(splitter: dict[str, Any]) -> bool:

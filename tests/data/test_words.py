@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,21 @@ def test_the_tokens_are_those_of_the_whole_text(tokenizer: Tokenizer, texts: lis
     for batch in ([*texts, text], [f"a{text}9 {one}" for one in texts]):
         for found, one in zip(encoder.encode_batch(batch), batch, strict=True):
             assert found.tolist() == tokenizer.encode_batch([one])[0].tolist()
+
+
+@settings(deadline=None, max_examples=500)
+@given(text=st.lists(st.sampled_from(PARTS), max_size=30).map("".join))
+def test_units_end_where_cuts_are_right(tokenizer: Tokenizer, text: str) -> None:
+    cuts = WordEncoder(tokenizer).cuts
+    assert cuts is not None
+    units = cuts.units.findall(text)
+    assert "".join(units) == text
+    ends = set(itertools.accumulate(map(len, units))) - {len(text)}
+    places = {match.start() for match in cuts.places.finditer(text)}
+    assert ends <= places
+    for start, end in itertools.combinations(sorted({0, *ends, len(text)}), 2):
+        inside = any(start < place < end for place in places)
+        assert cuts.in_text(text[start:end]) or not inside
 
 
 def test_words_are_asked_for_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
