@@ -57,11 +57,6 @@ class Counts:
         """Records that are quarantined."""
         return sum(self.quarantined.values())
 
-    @property
-    def bad_fraction(self) -> float:
-        """Share of the records that are not blank which are quarantined."""
-        return self.bad / max(1, self.records - self.blank)
-
     def check(self) -> None:
         """Raise a `RuntimeError` unless every record is accounted for."""
         left = self.documents + self.duplicates + sum(self.filtered.values()) + self.bad + self.blank

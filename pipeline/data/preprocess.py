@@ -37,7 +37,7 @@ from pipeline.data.merge import (
     parts_folder,
     quarantine_path,
 )
-from pipeline.data.records import FEW_RECORDS, MAX_BAD_FRACTION
+from pipeline.data.records import MAX_BAD_FRACTION, too_many
 from pipeline.data.units import Plan, differences, read_plan, write_plan
 from pipeline.data.worker import QUARANTINE, Board, Job, part_folder, read_part
 from pipeline.files import remove_left_overs, replacing
@@ -349,8 +349,8 @@ def _context(plan: Plan) -> BaseContext:
 
 def _check_bad(counts: Counts, folder: Path, units: Sequence[int], work: Work, final: bool) -> None:
     """Stop at too many bad records; of few records only at the end."""
-    few = counts.records - counts.blank < FEW_RECORDS
-    if counts.bad_fraction <= work.max_bad_fraction or (few and not final):
+    records = counts.records - counts.blank
+    if not too_many(counts.bad, records, work.max_bad_fraction, final):
         return
     first = next(path for unit in units if (path := part_folder(folder, unit) / QUARANTINE).exists())
     with first.open(encoding="utf-8") as file:
@@ -361,7 +361,7 @@ def _check_bad(counts: Counts, folder: Path, units: Sequence[int], work: Work, f
         else f"{entry['file']}, row {entry['row']}"
     )
     raise UserError(
-        f"{counts.bad:,} of {counts.records - counts.blank:,} records are bad, more than --max-bad-fraction "
+        f"{counts.bad:,} of {records:,} records are bad, more than --max-bad-fraction "
         f"{work.max_bad_fraction}; the first: {where}: {entry['detail']}. All are in "
         f"{folder}/*/{QUARANTINE}. Mend the corpus or the options and give --restart, or raise "
         "--max-bad-fraction."

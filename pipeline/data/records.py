@@ -198,6 +198,11 @@ def check_kinds(sources: Sequence[Source], keys: Keys) -> None:
 OnBad = Callable[[Source, int, BadRecord], None]  # the arguments of `complaint`
 
 
+def too_many(bad: int, records: int, limit: float = MAX_BAD_FRACTION, final: bool = True) -> bool:
+    """Return whether so many of the records are bad that reading ends; of few records only `final`ly."""
+    return bad > limit * records and (final or records >= FEW_RECORDS)
+
+
 class BadRecords:
     """Counts records that cannot be used, and gives up when they are too many.
 
@@ -211,15 +216,14 @@ class BadRecords:
         self.first: tuple[Source, int, BadRecord] | None = None
 
     def add(self, source: Source, position: int, bad: BadRecord) -> None:
-        """Count one; raise a `UserError` of the first when there are too many of the first FEW_RECORDS."""
+        """Count one; raise a `UserError` of the first when there are too many."""
         self.count += 1
         self.first = self.first or (source, position, bad)
-        if self.count + self.good >= FEW_RECORDS:
-            self.check()
+        self.check(final=False)
 
-    def check(self) -> None:
-        """Raise a `UserError` of the first when more than MAX_BAD_FRACTION are bad."""
-        if self.first is not None and self.count > MAX_BAD_FRACTION * (self.count + self.good):
+    def check(self, final: bool = True) -> None:
+        """Raise a `UserError` of the first when there are too many; see `too_many`."""
+        if self.first is not None and too_many(self.count, self.count + self.good, final=final):
             raise UserError(complaint(*self.first))
 
 
