@@ -149,6 +149,7 @@ class Tokenizer:
     """Text to token ids and back; also what megatron-core's datasets ask of a tokenizer.
 
     Attributes:
+        model_type: one of MODEL_TYPES, or HUGGING_FACE.
         vocab_size: tokens, special ones included.
         unk, pad, eos, mask: special ids; no text ever encodes to pad, eos or mask.
         sha256: identity of the model, hexadecimal.
@@ -156,7 +157,7 @@ class Tokenizer:
 
     def __init__(self, model: Model, facts: TokenizerFacts) -> None:
         """Wrap a loaded model; see `load`."""
-        self.model = model
+        self.model, self.model_type = model, facts.model_type
         self.vocab_size = facts.vocab_size
         self.unk, self.pad, self.eos, self.mask = facts.unk_id, facts.pad_id, facts.eos_id, facts.mask_id
         self.eod = self.eos  # megatron-core's name

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from pipeline.cli import UserError
 from pipeline.data.arrays import Array
@@ -190,16 +189,21 @@ def cuts_of(tokenizer: Tokenizer) -> Cuts | None:
     model = tokenizer.model
     if isinstance(model, HuggingFaceModel):
         return _of_expressions(json.loads(model.tokenizer.to_str()))
-    return _of_pieces(model) if isinstance(model, SentencePieceModel) else None
+    # A unigram model will not do: SentencePiece adds up the scores of a whole text in 32 bits, and their
+    # rounding may decide within a word.
+    if isinstance(model, SentencePieceModel) and tokenizer.model_type == "bpe":
+        return _of_pieces(model.processor.serialized_model_proto())
+    return None
 
 
-def _of_pieces(model: SentencePieceModel) -> Cuts | None:
+def _of_pieces(serialized: bytes) -> Cuts | None:
     """Return the cuts of a BPE model that changes no text, and no piece of which reaches across one.
 
-    Merges make pieces only, and their order in a unit is that of their scores. A unigram model will not do:
-    SentencePiece adds up the scores of a whole text in 32 bits, and rounding may decide within a word.
+    Merges make pieces only, and their order in a unit is that of their scores.
     """
-    content = ModelProto.FromString(model.processor.serialized_model_proto())
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # slow, and seldom needed
+
+    content = ModelProto.FromString(serialized)
     trainer, normalizer = content.trainer_spec, content.normalizer_spec
     changes = (
         normalizer.precompiled_charsmap
