@@ -27,8 +27,6 @@ LONGEST_UNIT = 128  # characters
 FIRST_TRIAL, TRIALS = 4, 64  # this batch, and every so many, are encoded both ways
 
 LETTER, DIGIT, MARK, OTHER = "A-Za-z", "0-9", r"!-/:-@\[-`{-~", r"\x80-\U0010ffff"  # in ASCII, and not in it
-AFTER_LETTERS = rf"(?<=[{LETTER}])(?![{LETTER}{OTHER}'])(?!\Z)"
-AFTER_DIGITS = rf"(?<=[{DIGIT}])(?![{DIGIT}{OTHER}'])(?!\Z)"
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA_3 = (
     CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,49 +45,42 @@ class Cuts:
     """Where texts are cut.
 
     Attributes:
-        places: matches every place where a cut is right, and nothing of the text.
-        units: matches the units, one after the other; not every place needs to be cut.
+        units: matches the texts between the cuts, one after the other.
         never: a text that holds one of these is not cut.
     """
 
-    places: re.Pattern[str]
     units: re.Pattern[str]
     never: tuple[str, ...] = ()
 
-    def in_text(self, text: str) -> bool:
-        """Return whether a text holds any place, whatever follows it."""
-        return self.places.search(text, 1) is not None
 
-
-# SentencePiece, where no piece reaches across: see `_of_pieces`.
+# For SentencePiece cuts are before spaces and line ends; and after letters, before other ASCII characters
+# than letters and "'".
 OF_PIECES = Cuts(
-    places=re.compile(rf"{AFTER_LETTERS}|(?=[ \n])"),
-    units=re.compile(
+    re.compile(
         rf"[ \n]?[^{LETTER} \n]*[{LETTER}]+(?:['{OTHER}][^{LETTER} \n]*[{LETTER}]*)*"
         rf"|[ \n]?[^{LETTER} \n]+|[ \n]"
-    ),
+    )
 )
-# Byte-level BPE takes a text apart by one of the expressions above first, or by GPT-2's. Their matches end at
-# every cut:
-# - What matches a letter matches nothing but letters from there on (and then "'s" and the like, in the
-#   newest), and what matches a digit nothing but digits.
-# - What matches a mark matches nothing but marks and line ends from there on, or letters.
-# - White space that something follows leaves its last character to that, if it is a space.
-# What lies behind a cut is matched as if it began a text, as no expression looks back. They look ahead from
-# white space only, and what a cut leaves of that is matched in whole, as it is where a text ends.
+# Byte-level BPE takes a text apart by one of the expressions above first, or by GPT-2's. Cuts are
+# - after letters, before other ASCII characters than letters and "'", and after digits, likewise: what
+#   matches a letter matches nothing but letters from there on (then "'s" and the like, in the newest), and
+#   what matches a digit nothing but digits;
+# - after marks, before a space or a digit: what matches a mark matches nothing but marks and line ends from
+#   there on, or letters;
+# - after white space, before a space that a letter or a digit follows: what matches white space leaves its
+#   last character to what follows, if it is a space.
+# So a match ends at every cut. What lies behind a cut is matched as if it began a text, for no expression
+# looks back. They look ahead from white space only, and what a cut leaves of that is matched in whole, as it
+# is where a text ends.
 OF_EXPRESSIONS = Cuts(
-    places=re.compile(
-        rf"{AFTER_LETTERS}|{AFTER_DIGITS}|(?<=[{MARK}])(?=[ {DIGIT}])"
-        rf"|(?<=[ \t\r\n])(?= (?:[{LETTER}{DIGIT}]|\Z))"
-    ),
-    units=re.compile(
+    re.compile(
         rf" ?[{LETTER}]+(?![{LETTER}{OTHER}'])"
         rf"| ?[{MARK}]+(?=[ {DIGIT}])"
         rf"|[^{LETTER}{DIGIT}]*[ \t\r\n](?= [{LETTER}{DIGIT}])"
         rf"|[^{LETTER}{DIGIT}]*(?:[{LETTER}]+|[{DIGIT}]+)"
         rf"(?:['{OTHER}][^{LETTER}{DIGIT}]*(?:[{LETTER}]+|[{DIGIT}]+)?)*"
         rf"|[^{LETTER}{DIGIT}]+"
-    ),
+    )
 )
 
 
@@ -215,24 +206,24 @@ def _of_pieces(serialized: bytes) -> Cuts | None:
         return None
     kinds = (ModelProto.SentencePiece.NORMAL, ModelProto.SentencePiece.USER_DEFINED)
     pieces = (piece.piece.replace("▁", " ") for piece in content.pieces if piece.type in kinds)
-    return None if any(map(OF_PIECES.in_text, pieces)) else OF_PIECES
+    return None if any(len(OF_PIECES.units.findall(piece)) > 1 for piece in pieces) else OF_PIECES
 
 
 def _of_expressions(content: dict[str, Any]) -> Cuts | None:
     """Return the cuts of a tokenizer.json with a BPE model behind one of `EXPRESSIONS`, or GPT-2's.
 
-    NFC composes nothing with an ASCII character behind it. Added tokens are looked for before all else, but
-    for the special ones, which no text is taken for: a text is not cut if it has one that holds a cut, or
-    that looks around.
+    NFC composes nothing with an ASCII character behind it. Added tokens are looked for first, but for the
+    special ones, which no text is taken for: a text that has one is not cut.
     """
-    bpe, normalizer = content["model"], content["normalizer"]
-    if bpe["type"] != "BPE" or normalizer not in (None, {"type": "NFC"}):
+    normalizer = content["normalizer"]
+    if content["model"]["type"] != "BPE" or normalizer not in (None, {"type": "NFC"}):
         return None
     if not _is_known(content["pre_tokenizer"] or {}):
         return None
     added = [token for token in content["added_tokens"] if not token["special"]]
-    never = [t["content"] for t in added if t["single_word"] or OF_EXPRESSIONS.in_text(t["content"])]
-    return dataclasses.replace(OF_EXPRESSIONS, never=tuple(never))
+    if normalizer is not None and any(token["normalized"] for token in added):
+        return None  # a text may have one after normalisation only
+    return dataclasses.replace(OF_EXPRESSIONS, never=tuple(token["content"] for token in added))
 
 
 def _is_known(splitter: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from corpora import command, digests
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from programs import run_here
-from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers, trainers
 
 from pipeline.cli import UserError
 from pipeline.data import words
@@ -29,6 +30,10 @@ CORPUS = [
     for n in range(20)
 ]  # fmt: skip
 EXPRESSIONS = {"gpt_2": None, "llama_3": LLAMA_3, "qwen_2": QWEN_2, "gpt_4o": GPT_4O}
+NORMALIZED = {
+    "id": 900, "content": "Å", "normalized": True, "special": False,
+    "single_word": False, "lstrip": False, "rstrip": False,
+}  # fmt: skip
 SPACES = ["  ", "   ", "    "]
 
 
@@ -70,8 +75,11 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     found = byte_level(EXPRESSIONS.get(request.param, LLAMA_3))
     if request.param == "nfc":
         found.normalizer = tokenizers.normalizers.NFC()
-    if request.param == "added":  # as those of Qwen and of GPT-NeoX
-        found.add_tokens([*SPACES, "<tool_call>", "</tool_call>", "<|x|>"])
+    if request.param == "added":  # as those of Qwen and of GPT-NeoX, and others
+        found.add_tokens([*SPACES, "<tool_call>", "</tool_call>", "<|x|>", "日本", "\u0301", "quick", "0"])
+        found.add_tokens([AddedToken("ß", lstrip=True), AddedToken("Z", rstrip=True)])
+        found.add_tokens([AddedToken("don", single_word=True)])
+        found.add_special_tokens([AddedToken("x </s>", lstrip=True, rstrip=True)])
     return imported(found, folder)
 
 
@@ -102,12 +110,23 @@ def test_units_end_where_cuts_are_right(tokenizer: Tokenizer, text: str) -> None
     assert cuts is not None
     units = cuts.units.findall(text)
     assert "".join(units) == text
-    ends = set(itertools.accumulate(map(len, units))) - {len(text)}
-    places = {match.start() for match in cuts.places.finditer(text)}
-    assert ends <= places
-    for start, end in itertools.combinations(sorted({0, *ends, len(text)}), 2):
-        inside = any(start < place < end for place in places)
-        assert cuts.in_text(text[start:end]) or not inside
+    for end in itertools.accumulate(map(len, units[:-1])):
+        before, (last, first, *after) = text[: end - 1], text[end - 1 : end + 2]
+        assert is_right(tokenizer.model_type == "bpe", last, first, after), (before, last, first, after)
+
+
+def is_right(pieces: bool, last: str, first: str, after: list[str]) -> bool:
+    """Return whether there may be a cut between `last` and `first`, which `after` follows, if anything."""
+    other = first.isascii() and first != "'"
+    if last.isascii() and last.isalpha():
+        return other and not first.isalpha()
+    if pieces:
+        return first in " \n"
+    if last.isascii() and last.isdigit():
+        return other and not first.isdigit()
+    if last in string.punctuation:
+        return first == " " or (first.isascii() and first.isdigit())
+    return last in " \t\r\n" and first == " " and after[0].isascii() and after[0].isalnum()
 
 
 def test_words_are_asked_for_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +185,7 @@ def changed(**changes: Any) -> Any:
     "change",
     [
         changed(normalizer={"type": "NFKC"}),
+        changed(normalizer={"type": "NFC"}, added_tokens=[NORMALIZED]),
         changed(normalizer={"type": "Prepend", "prepend": "▁"}),
         changed(pre_tokenizer=None),
         changed(pre_tokenizer={"add_prefix_space": True}),
