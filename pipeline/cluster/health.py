@@ -74,7 +74,7 @@ def check_alone(gpus: int, folders: Sequence[Path], inputs: Sequence[Path] = ())
 
 
 def training_inputs(settings: Sequence[str]) -> list[Path]:
-    """Return the files that every node must read for a run, from the arguments of `pipeline.train`.
+    """Return what every node must read for a run, from the arguments of `pipeline.train`.
 
     Of settings that are wrong it is the YAML alone: what is wrong with them is for the training to say.
     """
@@ -84,6 +84,9 @@ def training_inputs(settings: Sequence[str]) -> list[Path]:
         paths += [Path(config.data.tokenizer), Path(config.engine.deepspeed_config)]
         for prefix in map(Path, config.data.prefixes):
             paths += [bin_path(prefix), idx_path(prefix), facts_path(prefix)]
+        paths += [Path(task.data) for task in config.evaluation.tasks]
+        if config.train.initial_weights is not None:
+            paths.append(Path(config.train.initial_weights))
     return paths
 
 

@@ -65,7 +65,8 @@ def test_summary_names_bad_and_silent_nodes(
 def check(node: str, report: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Outcome:
     """Run the check of a node that sees the data at `data`."""
     settings = ["--config", str(ROOT / "configs/tiny_text.yaml"), "--data.prefixes", f"[{data}/x]"]
-    settings += ["--data.tokenizer", str(ROOT)]
+    settings += ["--data.tokenizer", str(ROOT), "--train.initial_weights", f"{data}/weights"]
+    settings += ["--evaluation.tasks", f"[{{task: sudoku, data: {data}/held_out.jsonl}}]"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURMD_NODENAME", node)
         patch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
@@ -86,12 +87,15 @@ def test_a_node_that_lacks_the_mount_of_the_data_is_bad(
         data.mkdir(exist_ok=True)
         for suffix in ("bin", "idx", "json") if report == "after" else ():
             (data / f"x.{suffix}").touch()
+            (data / "held_out.jsonl").touch()
+            (data / "weights").mkdir(exist_ok=True)
         check("n2", tmp_path / report, data, capsys)
     nodes = ["n1", "n2"]
     assert bad_nodes(tmp_path / "before", nodes) == {}
     bad = bad_nodes(tmp_path / "after", nodes)
     assert list(bad) == ["n1"]
-    assert f"cannot read {data}/x.idx, which other nodes can" in bad["n1"]
+    for name in ("x.idx", "held_out.jsonl", "weights"):
+        assert f"cannot read {data}/{name}, which other nodes can" in bad["n1"]
     assert bad_nodes(tmp_path / "after", ["n1"]) == {}
 
 
