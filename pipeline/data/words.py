@@ -23,8 +23,9 @@ from pipeline.data.arrays import Array
 from pipeline.data.tokenizer import HuggingFaceModel, SentencePieceModel, Tokenizer
 
 REMEMBERED = 2**17  # units in each of two generations, of 30 MB or so
-LONGEST_UNIT = 128  # characters
-FIRST_TRIAL, TRIALS = 4, 64  # this batch, and every so many, are encoded both ways
+LONGEST_UNIT = 128  # characters of a unit that is remembered
+FIRST_TRIAL, TRIALS = 4, 64  # this batch, and every so many, are encoded both ways, unless it is very long:
+TRIAL_CHARACTERS = 2**21  # a text as a whole can take more than a hundred times its size
 
 LETTER, DIGIT, MARK, OTHER = "A-Za-z", "0-9", r"!-/:-@\[-`{-~", r"\x80-\U0010ffff"  # in ASCII, and not in it
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -113,7 +114,7 @@ class WordEncoder:
         if self.cuts is None:
             return self.tokenizer.encode_batch(texts)
         self._batches += 1
-        if self._batches % TRIALS == FIRST_TRIAL:
+        if self._batches % TRIALS == FIRST_TRIAL and sum(map(len, texts)) <= TRIAL_CHARACTERS:
             return self._both_ways(texts, self.cuts)
         return self._by_words(texts, self.cuts) if self._is_faster else self.tokenizer.encode_batch(texts)
 
@@ -139,18 +140,10 @@ class WordEncoder:
         return [next(whole) if ids is None else ids for ids in found]
 
     def _encode(self, text: str, cuts: Cuts) -> Array | None:
-        """Return the ids of a text, or None if it is to be encoded as a whole."""
+        """Return the ids of a text, or None if it is not cut."""
         if any(part in text for part in cuts.never):
             return None
-        try:
-            ids = b"".join(map(self._words.__getitem__, cuts.units.findall(text)))
-            return np.frombuffer(ids, np.int32)
-        except _TooLong:
-            return None
-
-
-class _TooLong(Exception):
-    """A unit that hardly comes again, such as a page without spaces."""
+        return np.frombuffer(b"".join(map(self._words.__getitem__, cuts.units.findall(text))), np.int32)
 
 
 class _Words(dict[str, bytes]):
@@ -162,10 +155,9 @@ class _Words(dict[str, bytes]):
         self.older: dict[str, bytes] = {}
 
     def __missing__(self, unit: str) -> bytes:
-        if len(unit) > LONGEST_UNIT:
-            raise _TooLong
         ids = self.older.get(unit) or self.tokenizer.encode(unit).tobytes()
-        self[unit] = ids
+        if len(unit) <= LONGEST_UNIT:
+            self[unit] = ids
         return ids
 
     def make_room(self) -> None:
