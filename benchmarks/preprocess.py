@@ -187,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM to compare with")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_preprocess"), help="scratch")
     options = parser.parse_args(arguments)
+    if options.megatron is not None and options.model_type == "byte_bpe":
+        parser.error("--megatron is measured with SentencePiece models only")
     folder = options.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -214,8 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if options.model_type != "unigram":
         measures["the same with --whole-texts"] = lambda: measure_ours("--whole-texts")
-    if options.megatron is not None and options.model_type == "byte_bpe":
-        parser.error("--megatron is measured with SentencePiece models only")
     if options.megatron is not None:
         tool = options.megatron.absolute() / "tools/preprocess_data.py"
         theirs = [

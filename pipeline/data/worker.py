@@ -139,13 +139,12 @@ class _PartWriter:
     def __init__(self, folder: Path, encoder: WordEncoder, job: Job) -> None:
         self.folder = folder
         self.encoder = encoder
-        tokenizer = self.tokenizer = encoder.tokenizer
         self.job = job
         self.options = job.plan.options
         self.step = 2 if self.options.keys.is_pair else 1  # sequences of a document
-        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.dtype = token_dtype(encoder.tokenizer.vocab_size)
         self.counts = Counts()
-        self.histograms = np.zeros((2, tokenizer.vocab_size), np.int64)  # prompts; texts or answers
+        self.histograms = np.zeros((2, encoder.tokenizer.vocab_size), np.int64)  # prompts; texts or answers
         names = [TOKENS, LENGTHS] + ([HASHES] if self.options.deduplicate else [])
         self.files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
         self.digests = {name: hashlib.sha256() for name in names}
@@ -193,7 +192,7 @@ class _PartWriter:
             found = [found[i * self.step + part] for i in chosen for part in range(self.step)]
             lengths = lengths[keep]
         if self.options.append_eos:
-            eos = np.array([self.tokenizer.eos], np.int32)
+            eos = np.array([self.encoder.tokenizer.eos], np.int32)
             ends = range(self.step, len(found) + 1, self.step)
             found = [ids for end in ends for ids in (*found[end - self.step : end], eos)]
         if not found:

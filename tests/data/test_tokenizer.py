@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from byte_level import train_byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import run_here
@@ -157,16 +158,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def write_hugging_face(path: Path, specials: list[str]) -> None:
     """Train a byte-level BPE and write its tokenizer.json."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=specials,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(CORPUS, trainer)
+    model = train_byte_level(CORPUS, 400, specials)
     model.enable_truncation(3)
     model.enable_padding()
     model.save(str(path))

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import tokenizers
+from byte_level import train_byte_level
 from corpora import command, digests
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from programs import run_here
-from tokenizers import AddedToken, Regex, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 
 from pipeline.cli import UserError
 from pipeline.data import words
@@ -38,26 +39,8 @@ SPACES = ["  ", "   ", "    "]
 
 
 def byte_level(expression: str | None) -> tokenizers.Tokenizer:
-    """Return a trained byte-level BPE tokenizer that takes texts apart by this expression, or by GPT-2's."""
-    found = tokenizers.Tokenizer(models.BPE())
-    found.pre_tokenizer = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if expression is None
-        else pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(expression), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<mask>", "<pad>", "</s>"],
-        show_progress=False,
-    )
-    found.train_from_iterator(CORPUS, trainer)
-    return found
+    """Return a tokenizer that takes texts apart by this expression, or by GPT-2's."""
+    return train_byte_level(CORPUS, 900, ["<mask>", "<pad>", "</s>"], expression)
 
 
 def imported(found: tokenizers.Tokenizer, folder: Path) -> Tokenizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from byte_level import train_byte_level
 from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
@@ -25,15 +26,7 @@ def make(model_type: str, folder: Path) -> Tokenizer:
     """Make a small tokenizer; that of Hugging Face would put a token before and after each text."""
     if model_type != "huggingface":
         return train_tokenizer(CORPUS * 3, 300, model_type, folder)
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<s>", "</s>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(CORPUS, trainer)
+    model = train_byte_level(CORPUS, 300, ["<s>", "</s>"])
     model.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
