@@ -20,15 +20,15 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from random_text import engine_on_random_text
 
 from pipeline import config as configuration
+from pipeline.base.cli import run
+from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint import FORMAT, Manifest, Saver
-from pipeline.cli import run
 from pipeline.config import Config
-from pipeline.runtime import Engine
-from pipeline.slots import SlotGroup
+from pipeline.engine.runtime import Engine
 from pipeline.train import train_step
+from random_text import engine_on_random_text
 
 ROUNDS, LENGTH, TOKENS = 3, 16, 32000
 RESULT = Path("benchmarks/results/checkpoint_stall.json")

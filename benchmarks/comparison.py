@@ -18,16 +18,16 @@ from typing import Any
 
 import orjson
 import torch
-import trainings
 
+import trainings
 from pipeline import checkpoint
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, add_overrides, overrides
-from pipeline.data.records import Keys, read_all
+from pipeline.base.cli import ToolParser, add_overrides, overrides
+from pipeline.base.files import replacing
+from pipeline.corpus.records import Keys, read_all
+from pipeline.decoding import Loaded, load_model
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
-from pipeline.files import replacing
 from pipeline.monitor.writers import METRICS_FILE
-from pipeline.sampling import Loaded, load_model
 
 EFFORT = ("tokens", "unique_samples", "flops", "seconds")
 BOUND = ("bound", "bound_error")

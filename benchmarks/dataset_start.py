@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pipeline.cli import ToolParser, run
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.files import sha256_of
 from pipeline.config import DataConfig
 from pipeline.data.facts import FORMAT, Counts, DatasetFacts, write_facts
 from pipeline.data.indexed import Chunk, bin_path, token_dtype, write_dataset
 from pipeline.data.tokenizer import Tokenizer, train_tokenizer
-from pipeline.files import sha256_of
 
 CHUNK = 2**20  # documents
 
@@ -55,7 +55,7 @@ def write_synthetic(prefix: Path, documents: int, mean_tokens: int, tokenizer: P
 def start(prefix: Path, tokenizer: Path, sequence_length: int) -> None:
     """Do what a run does for its samples, read one, and print the time and the memory."""
     began = time.monotonic()
-    from pipeline.data.samples import build_datasets  # imports megatron-core and torch
+    from pipeline.data.datasets import build_datasets  # imports megatron-core and torch
 
     imported, cpu = time.monotonic(), time.process_time()
     config = DataConfig(str(tokenizer), [str(prefix)], sequence_length=sequence_length)

@@ -10,15 +10,14 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from random_text import engine_on_random_text
-
 from pipeline import config as configuration
-from pipeline.cli import run
+from pipeline.base.cli import run
+from pipeline.chains.slots import SlotGroup
 from pipeline.config import Config
+from pipeline.engine.runtime import Engine
 from pipeline.resilience.guard import Guard
-from pipeline.runtime import Engine
-from pipeline.slots import SlotGroup
 from pipeline.train import train_step
+from random_text import engine_on_random_text
 
 WARM_UP, ROUNDS, LENGTH, TOKENS = 5, 80, 128, 4000
 SETTINGS = """

@@ -27,12 +27,13 @@ from statistics import median
 
 import psutil
 import torch
-from trainings import ROOT, end_with_parent, sudoku_settings
 
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
+from pipeline.base.files import replacing
 from pipeline.checkpoint import checkpoints
-from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
-from pipeline.files import replacing
 from pipeline.monitor.writers import METRICS_FILE, is_measured
+from trainings import ROOT, end_with_parent, sudoku_settings
 
 SETTINGS = """
     --model.layers 2 --model.hidden_size 64 --model.intermediate_size 128 --objective.threshold 0.3

@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_text import engine_on_random_text
-from ranks import start_ranks
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, run
+from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
+from pipeline.engine.runtime import engine_settings
 from pipeline.planning.communication import step_communication
 from pipeline.planning.live_memory import LiveStorages
 from pipeline.planning.memory import FULL, HALF, Zero, count_parameters, plan_memory
 from pipeline.planning.run_plan import checkpoint_bytes
-from pipeline.runtime import engine_settings
 from pipeline.train import train_step
+from random_text import engine_on_random_text
+from ranks import start_ranks
 
 STEPS = 3
 SETTINGS = """

@@ -20,16 +20,16 @@ from statistics import median
 from typing import Any
 
 import torch
-from random_text import engine_on_random_text
-from ranks import start_ranks
 
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, run
+from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
+from pipeline.engine.runtime import engine_settings
 from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import Zero
 from pipeline.planning.run_plan import Assumptions, Planner
-from pipeline.runtime import engine_settings
+from random_text import engine_on_random_text
+from ranks import start_ranks
 
 TOKENS = 4000
 SEQUENCES = 8  # of a rank and step

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from pipeline.cli import ToolParser, UserError, run
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.errors import UserError
 
 Run = list[dict[str, float]]  # the points of one run's curve, by step
 Runs = dict[str, dict[str, Run]]  # by variant and seed

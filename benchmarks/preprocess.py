@@ -30,10 +30,11 @@ import psutil
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
-from pipeline.cli import ToolParser, UserError, run
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.errors import UserError
+from pipeline.corpus.encode import LLAMA_3
 from pipeline.data.facts import read_facts
 from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
-from pipeline.data.words import LLAMA_3
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 512

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import numpy as np
 
 from pipeline import objectives
+from pipeline.chains.slots import SlotGroup, make_groups
+from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
-from pipeline.data.batch import ANSWER, Array
-from pipeline.data.streams import SlotStream
-from pipeline.launch import read_launch
+from pipeline.data.examples import ANSWER, Array
+from pipeline.engine.runtime import Engine, build_engine
 from pipeline.model.batch import Vocabulary
-from pipeline.runtime import Engine, build_engine
-from pipeline.slots import SlotGroup, make_groups
+from pipeline.ranks import read_launch
 
 MASK = 3
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from pipeline.cli import Failure
+from pipeline.base.errors import Failure
 
 
 def start_ranks(name: str, ranks: int, arguments: Sequence[str], device: str = "cpu") -> None:

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import comparison
 import trainings
 from comparison import BATCH_SIZE, Comparison, Pair, Scores
-
-from pipeline.cli import ToolParser, run
-from pipeline.evaluation.sudoku import is_solved
-from pipeline.sampling import Loaded, SamplingSettings, complete
+from pipeline.base.cli import ToolParser, run
+from pipeline.corpus.recipes.puzzles import is_solved
+from pipeline.decoding import Loaded, SamplingSettings, complete
 
 VARIANTS = {
     "puma": "--objective.stages 6",

@@ -17,19 +17,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import comparison
 import orjson
+
+import comparison
 import trainings
 from comparison import BATCH_SIZE, Comparison, Pair, Scores
-
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, UserError, overrides, run
-from pipeline.data.records import Keys, read_all
+from pipeline.base.cli import ToolParser, overrides, run
+from pipeline.base.errors import UserError
+from pipeline.base.files import replacing
+from pipeline.corpus.records import Keys, read_all
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.decoding import Loaded, SamplingSettings, complete
 from pipeline.evaluation.pairs import as_trained
 from pipeline.evaluation.tasks.gsm8k import final_number
-from pipeline.files import replacing
-from pipeline.sampling import Loaded, SamplingSettings, complete
 
 PUMA = "--objective.stages 12"
 TURNS_MIXED = f"{PUMA} --objective.turns 32 --objective.random_share 0.25"

@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 
-from pipeline import cli
+from pipeline.base import cli
 from pipeline.config import ModelConfig
-from pipeline.data.batch import ANSWER, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PROMPT, Samples
+from pipeline.decoding import SamplingSettings, load_model
+from pipeline.decoding.decoding import decode
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.objectives.base import Layout
 from pipeline.objectives.layouts import Blocks, Whole
-from pipeline.sampling import SamplingSettings, load_model
-from pipeline.sampling.decoding import decode
+from pipeline.objectives.objective import Layout
 
 MASK = 3
 

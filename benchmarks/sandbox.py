@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.cli import ToolParser, run
+from pipeline.base.cli import ToolParser, run
 from pipeline.evaluation.sandbox import Sandbox
 
 

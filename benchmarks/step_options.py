@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
-from train_step import MASK, SHAPES, Shape, machine, peak_of, seconds
 
-from pipeline import cli
+from pipeline.base import cli
 from pipeline.config import EngineConfig, Recompute
 from pipeline.model import masked_head
 from pipeline.model.batch import Vocabulary, masked_batch
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import block_mask, sees
+from train_step import MASK, SHAPES, Shape, machine, peak_of, seconds
 
 CHUNKS = (64, 256, 1024, 4096)
 BLOCK_SIZE = 32

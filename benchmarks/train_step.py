@@ -31,7 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipeline import cli, objectives
+from pipeline import objectives
+from pipeline.base import cli
+from pipeline.chains.slots import SlotGroup
+from pipeline.chains.stream import SlotStream
 from pipeline.config import (
     Config,
     DataConfig,
@@ -41,16 +44,14 @@ from pipeline.config import (
     Recompute,
     TrainConfig,
 )
-from pipeline.data.batch import ANSWER, Array
-from pipeline.data.streams import SlotStream
-from pipeline.launch import read_launch
+from pipeline.data.examples import ANSWER, Array
+from pipeline.engine.runtime import PlainEngine
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.objectives.base import take_highest
+from pipeline.objectives.objective import take_highest
 from pipeline.planning.flops import step_flops
 from pipeline.planning.live_memory import LiveStorages
-from pipeline.runtime import PlainEngine
-from pipeline.slots import SlotGroup
+from pipeline.ranks import read_launch
 from pipeline.train import train_step
 
 MASK = 3

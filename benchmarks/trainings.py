@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.cli import EXIT_DONE, Failure
+from pipeline.base.errors import EXIT_DONE, Failure
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBC = ctypes.CDLL(None, use_errno=True)

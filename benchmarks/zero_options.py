@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipeline import config as configuration
+from pipeline.base import cli
+from pipeline.train import train_step
 from plan_memory import Collectives
 from random_text import engine_on_random_text
 from ranks import start_ranks
 from train_step import RATE, SHAPES, machine, seconds
-
-from pipeline import cli
-from pipeline import config as configuration
-from pipeline.train import train_step
 
 PREFETCH, PERSISTENCE = "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"
 LIVE, REUSE, BUCKET = "stage3_max_live_parameters", "stage3_max_reuse_distance", "reduce_bucket_size"

@@ -13,16 +13,16 @@ from contextlib import ExitStack, closing
 import torch
 from torch import Tensor
 
-from pipeline import cli
 from pipeline import config as configuration
-from pipeline.files import replacing
-from pipeline.launch import read_launch
-from pipeline.optimizer import learning_rate
+from pipeline.base import cli, errors
+from pipeline.base.files import replacing
+from pipeline.chains.slots import SlotGroup
+from pipeline.engine.optimizer import learning_rate
+from pipeline.engine.runtime import Engine
+from pipeline.ranks import read_launch
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
-from pipeline.run import Run
-from pipeline.runtime import Engine
-from pipeline.slots import SlotGroup
+from pipeline.training.run import Run
 
 
 def train_step(
@@ -83,7 +83,7 @@ def train(run: Run) -> bool:
     run.saver.wait()
     done = run.manifest.step == config.train.steps and not run.guard.stop
     if done and run.saver.problem is not None:
-        raise cli.Failure(
+        raise errors.Failure(
             f"the last step, {config.train.steps}, is trained but not saved: {run.saver.problem} Put it "
             "right, and start the same command again: it goes on from the newest checkpoint."
         )
@@ -103,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not train(run):
             run.progress.say(f"{run.outcome()}: the same command goes on")
             signals.ignore()
-            return cli.EXIT_REQUEUE
+            return errors.EXIT_REQUEUE
         run.progress.say(f"done: {config.train.steps} steps, checkpoints in {run.folder / 'checkpoints'}")
-        return cli.EXIT_DONE
+        return errors.EXIT_DONE
 
 
 if __name__ == "__main__":

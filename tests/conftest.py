@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 if TYPE_CHECKING:
-    from programs import Outcome
+    from support.programs import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def same_signals() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tokenizer and 60 tokenized pairs of different lengths."""
-    from runs import write_pairs
+    from support.runs import write_pairs
 
     folder = tmp_path_factory.mktemp("data")
     write_pairs(folder)
@@ -41,10 +41,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def train(data: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Return a function that trains in this process by the plain engine."""
-    from programs import run_here
-    from runs import command
-
     from pipeline import train as program
+    from support.programs import run_here
+    from support.runs import command
 
     def run(run_dir: Path, *more: str) -> Outcome:
         return run_here(program.main, command(data, run_dir, "--engine.kind", "plain", *more), capsys)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+
+from support.programs import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import ROOT
+
+from support.programs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORTER = " --train.steps 4 --schedule.warmup_steps 1 --schedule.decay_steps 1 --evaluation.samples 16"

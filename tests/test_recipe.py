@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import ROOT, run_here
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from pipeline import train
+from support.programs import ROOT, run_here
 from tools import evaluate, preprocess_data
 
 TINY = """

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, run
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.cluster.health import bad_nodes, check_alone, check_together, training_inputs, write_report
 
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, add_overrides, in_colours, overrides, run
+from pipeline.base.cli import ToolParser, add_overrides, in_colours, overrides, run
+from pipeline.base.errors import EXIT_DONE, EXIT_FAILED
 from pipeline.cluster.setup import Finding, all_checks
 
 ROOT = Path(__file__).resolve().parents[1]

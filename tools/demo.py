@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.errors import EXIT_DONE, UserError
 from pipeline.checkpoint import checkpoints
-from pipeline.cli import EXIT_DONE, ToolParser, UserError, run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.cli import ToolParser, UserError, option, run
+from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.errors import UserError
+from pipeline.base.files import sha256_of
+from pipeline.base.progress import Progress
 from pipeline.data.indexed import bin_path
+from pipeline.decoding import WEIGHTS_HELP, Loaded, SamplingSettings, load_model
+from pipeline.decoding.settings import add_options, read_options
+from pipeline.engine.runtime import agree
 from pipeline.evaluation.likelihood import DRAWS
 from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_items
 from pipeline.evaluation.pairs import read_pairs
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
-from pipeline.files import sha256_of
-from pipeline.monitor.progress import Progress
-from pipeline.runtime import agree
-from pipeline.sampling import WEIGHTS_HELP, Loaded, SamplingSettings, load_model
-from pipeline.sampling.settings import add_options, read_options
 
 LIKELIHOOD = "likelihood"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import ToolParser, run
+from pipeline.base.cli import ToolParser, run
+from pipeline.decoding import WEIGHTS_HELP
 from pipeline.huggingface.export import export
 from pipeline.huggingface.folders import add_shard_argument
-from pipeline.sampling import WEIGHTS_HELP
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

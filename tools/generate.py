@@ -15,14 +15,15 @@ from pathlib import Path
 import orjson
 import torch
 
-from pipeline.cli import ToolParser, UserError, option, run
-from pipeline.monitor.progress import Progress
-from pipeline.sampling import WEIGHTS_HELP, load_model
-from pipeline.sampling.animation import check_animation, write_animation
-from pipeline.sampling.frames import Recorder, Show, watcher
-from pipeline.sampling.prompts import SPAN_HELP, Sample, generate, read_prompts
-from pipeline.sampling.settings import add_options, read_options
-from pipeline.sampling.terminal import LiveView
+from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.errors import UserError
+from pipeline.base.progress import Progress
+from pipeline.decoding import WEIGHTS_HELP, load_model
+from pipeline.decoding.animation import check_animation, write_animation
+from pipeline.decoding.frames import Recorder, Show, watcher
+from pipeline.decoding.prompts import SPAN_HELP, Sample, generate, read_prompts
+from pipeline.decoding.settings import add_options, read_options
+from pipeline.decoding.terminal import LiveView
 
 MOST_ANIMATED = 16
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import ToolParser, run
+from pipeline.base.cli import ToolParser, run
 from pipeline.huggingface.folders import add_shard_argument
 from pipeline.huggingface.importing import SETTINGS_FILE, import_model
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cli import EXIT_DONE, EXIT_FAILED, ToolParser, UserError, in_colours, run
+from pipeline.base.cli import ToolParser, in_colours, run
+from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
+from pipeline.base.files import sha256_of
 from pipeline.data.facts import DatasetFacts, read_facts
 from pipeline.data.indexed import (
     IndexFacts,
@@ -20,7 +22,6 @@ from pipeline.data.indexed import (
     read_sequence,
 )
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.files import sha256_of
 
 COLOURS = {"prompt": "\033[36m", "answer": "\033[32m", "text": ""}
 PLAIN = "\033[0m"

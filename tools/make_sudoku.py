@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.cli import ToolParser, run
-from pipeline.evaluation.sudoku import BOXES, DEFAULT_CLUES, generate
-from pipeline.files import replacing
-from pipeline.monitor.progress import Progress
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.files import replacing
+from pipeline.base.progress import Progress
+from pipeline.corpus.recipes.puzzles import BOXES, DEFAULT_CLUES, generate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

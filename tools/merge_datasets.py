@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import ToolParser, UserError, run
-from pipeline.data.merge import existing, merge_datasets, merge_parts
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.errors import UserError
+from pipeline.corpus.merge import existing, merge_datasets, merge_parts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

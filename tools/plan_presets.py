@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import ToolParser, run
-from pipeline.files import replacing
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.files import replacing
 from pipeline.planning.presets import DOCUMENT, table, with_table
 
 ROOT = Path(__file__).resolve().parents[1]

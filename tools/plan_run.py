@@ -12,15 +12,16 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, UserError, add_overrides, option, overrides, run
+from pipeline.base.cli import ToolParser, add_overrides, option, overrides, run
+from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.config.checks import require
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.engine.runtime import engine_settings
 from pipeline.planning.gpus import GPUS, find_gpu
 from pipeline.planning.memory import Zero
-from pipeline.planning.report import as_json, describe, describe_table, table
+from pipeline.planning.plan_report import as_json, describe, describe_table, table
 from pipeline.planning.run_plan import Assumptions, Planner
-from pipeline.runtime import engine_settings
 
 HELP = {
     "efficiency": "share of the peak rate at which the products run",

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import orjson
 
-from pipeline.cli import ToolParser, UserError, run
-from pipeline.data.records import Keys, check_inputs, read_all
-from pipeline.data.tinygsm import Selection
-from pipeline.files import replacing
-from pipeline.monitor.progress import Progress
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.errors import UserError
+from pipeline.base.files import replacing
+from pipeline.base.progress import Progress
+from pipeline.corpus.recipes.tinygsm import Selection
+from pipeline.corpus.records import Keys, check_inputs, read_all
 
 EVERY = 10_000  # records between two reports
 

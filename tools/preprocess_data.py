@@ -11,13 +11,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import ToolParser, UserError, option, run
-from pipeline.data.arguments import add_corpus_arguments, corpus_keys
-from pipeline.data.merge import parts_folder, quarantine_path
-from pipeline.data.preprocess import Work, preprocess
-from pipeline.data.records import LONGEST_RECORD, MAX_BAD_FRACTION
-from pipeline.data.sources import Hub
-from pipeline.data.units import Options, make_plan
+from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.errors import UserError
+from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
+from pipeline.corpus.merge import parts_folder, quarantine_path
+from pipeline.corpus.plan import Options, make_plan
+from pipeline.corpus.preprocess import Work, preprocess
+from pipeline.corpus.records import LONGEST_RECORD, MAX_BAD_FRACTION
+from pipeline.corpus.sources import Hub
 
 
 def build_parser() -> ToolParser:

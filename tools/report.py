@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cli import ToolParser, run
-from pipeline.files import replacing
+from pipeline.base.cli import ToolParser, run
+from pipeline.base.files import replacing
 from pipeline.monitor.report import report
 
 

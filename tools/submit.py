@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.cli import ToolParser, UserError, add_overrides, overrides, run
-from pipeline.cluster.plan import STAGES, Request, check_request, draw, make_plan
+from pipeline.base.cli import ToolParser, add_overrides, overrides, run
+from pipeline.base.errors import UserError
+from pipeline.cluster.jobs import STAGES, Request, check_request, draw, make_plan
 from pipeline.cluster.site import SITE_FILE, read_site
 from pipeline.cluster.status import as_table, read_status
 from pipeline.cluster.submission import absolute_paths, cancel, prepare, submit, submit_successor

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.cli import ToolParser, UserError, option, run
-from pipeline.data.arguments import add_corpus_arguments, corpus_keys
-from pipeline.data.merge import MEGABYTE
-from pipeline.data.preprocess import REPORT_SECONDS
-from pipeline.data.records import BadRecords, Keys, check_inputs, read_excerpt
-from pipeline.data.sources import Source, find
+from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.errors import UserError
+from pipeline.base.progress import Progress
+from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
+from pipeline.corpus.merge import MEGABYTE
+from pipeline.corpus.preprocess import REPORT_SECONDS
+from pipeline.corpus.records import BadRecords, Keys, check_inputs, read_excerpt
+from pipeline.corpus.sources import Source, find
 from pipeline.data.tokenizer import MODEL_TYPES, import_tokenizer, train_tokenizer
-from pipeline.monitor.progress import Progress
 
 
 def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float) -> Iterator[str]:

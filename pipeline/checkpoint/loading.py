@@ -11,6 +11,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from pipeline import config as configuration
+from pipeline.base.errors import UserError
+from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import (
     Damaged,
     Manifest,
@@ -19,10 +21,8 @@ from pipeline.checkpoint.manifest import (
     step_folders,
 )
 from pipeline.checkpoint.saving import merge_states
-from pipeline.cli import UserError
 from pipeline.config import Config
-from pipeline.runtime import Engine, agree
-from pipeline.slots import SlotGroup
+from pipeline.engine.runtime import Engine, agree
 
 
 def newest(run_dir: Path, engine: Engine, hashes: bool) -> tuple[Path, Manifest] | None:

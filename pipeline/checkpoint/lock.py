@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 
 FILE = "run.lock"
 HEARTBEAT = 10.0  # seconds between two signs of life

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import UserError
-from pipeline.files import FileFacts, sha256_of
+from pipeline.base.errors import UserError
+from pipeline.base.files import FileFacts, sha256_of
 
 FORMAT = 2
 MANIFEST = "manifest.json"

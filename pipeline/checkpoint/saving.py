@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from pipeline import config as configuration
+from pipeline.base.errors import Failure
+from pipeline.base.files import FileFacts, replacing, sha256_of, sync_folder, sync_tree, write_hashed
+from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import MANIFEST, Manifest
 from pipeline.checkpoint.retention import discard, prune
-from pipeline.cli import Failure
 from pipeline.config import Config
-from pipeline.files import FileFacts, replacing, sha256_of, sync_folder, sync_tree, write_hashed
-from pipeline.runtime import Engine
-from pipeline.slots import SlotGroup
-from pipeline.snapshot import state_bytes
+from pipeline.engine.runtime import Engine
+from pipeline.engine.snapshot import state_bytes
 
 _POLL = 0.05  # seconds between two looks for the other ranks' reports
 _LAST_MOMENTS = 60.0  # seconds that a failing run gives a checkpoint that is being written

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline import config as configuration
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import replacing
 from pipeline.data.indexed import bin_path, facts_path, idx_path
-from pipeline.files import replacing
 
 IDLE_MEBIBYTES = 1024
 HOTTEST_CELSIUS = 85

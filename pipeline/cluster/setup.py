@@ -20,15 +20,15 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.cluster.health import check_folder, check_gpus
 from pipeline.cluster.site import SITE_FILE
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.launch import free_port
+from pipeline.engine.runtime import compatible_ops, engine_settings
 from pipeline.planning.gpus import GIB, gpu_of_device
-from pipeline.planning.preflight import check_run
-from pipeline.runtime import compatible_ops, engine_settings
+from pipeline.ranks import free_port
+from pipeline.training.preflight import check_run
 
 PYTHONS = ((3, 10), (3, 12))  # pyproject.toml
 SPEED_BYTES = 2**26

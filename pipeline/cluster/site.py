@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 
 SITE_FILE = Path("slurm/site.env")
 DURATION_KEYS = ("PRETRAIN_TIME", "PREPROCESS_TIME", "OTHER_TIME")

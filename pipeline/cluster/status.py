@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline import config as configuration
-from pipeline.cluster.plan import Job
+from pipeline.cluster.jobs import Job
 from pipeline.cluster.submission import read_submission
 
 TAIL_BYTES = 2**16

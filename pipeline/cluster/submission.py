@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.cli import UserError
-from pipeline.cluster.plan import Job
+from pipeline.base.errors import UserError
+from pipeline.base.files import replacing
+from pipeline.cluster.jobs import Job
 from pipeline.cluster.site import Site
 from pipeline.config import Config
-from pipeline.files import replacing
 
 CODE = (
     "pipeline",

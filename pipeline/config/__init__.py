@@ -6,7 +6,7 @@ command line (``--train.steps 1000``). `load` returns a checked `Config`; what i
 """
 
 from pipeline.config.data import DataConfig
-from pipeline.config.loading import Config, build_parser, load, to_yaml
+from pipeline.config.load import Config, build_parser, load, to_yaml
 from pipeline.config.model import ModelConfig
 from pipeline.config.monitor import MonitorConfig
 from pipeline.config.objective import ObjectiveConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 
 
 def require(condition: bool, message: str) -> None:

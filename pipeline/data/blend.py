@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.files import creating_folder, remove_left_overs, replacing
+from pipeline.base.files import creating_folder, remove_left_overs, replacing
 
 ORDER_FILE = "data_order.json"
 

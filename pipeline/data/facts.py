@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import replacing
 from pipeline.data.arrays import Array
 from pipeline.data.indexed import facts_path, idx_path, read_index
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.files import replacing
 
 if TYPE_CHECKING:  # the workers of the preprocessing start faster without it
     from pipeline.config import DataConfig

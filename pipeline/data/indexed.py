@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import remove_left_overs, replacing
 from pipeline.data.arrays import Array
-from pipeline.files import remove_left_overs, replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

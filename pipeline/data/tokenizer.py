@@ -18,10 +18,10 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import creating_folder
+from pipeline.corpus.records import LONGEST_RECORD
 from pipeline.data.arrays import Array
-from pipeline.data.records import LONGEST_RECORD
-from pipeline.files import creating_folder
 
 MODEL_TYPES = ("unigram", "bpe", "char", "word")
 HUGGING_FACE = "huggingface"

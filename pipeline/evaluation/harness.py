@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from pipeline.cli import UserError, fail, run
+from pipeline.base.cli import fail, run
+from pipeline.base.errors import UserError
+from pipeline.decoding import SamplingSettings, load_model
+from pipeline.decoding.batching import MaskedSequence, up_to_end
+from pipeline.decoding.completing import fill_sequences
 from pipeline.evaluation.likelihood import DRAWS, score_answers
-from pipeline.sampling import SamplingSettings, load_model
-from pipeline.sampling.batching import MaskedSequence, up_to_end
-from pipeline.sampling.completing import fill_sequences
 
 try:
     from lm_eval.__main__ import cli_evaluate

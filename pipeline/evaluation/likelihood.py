@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.cli import UserError
-from pipeline.data.batch import Samples
+from pipeline.base.errors import UserError
+from pipeline.data.examples import Samples
+from pipeline.decoding import Loaded
+from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
 from pipeline.objectives.autoregressive import Autoregressive
-from pipeline.objectives.base import Chains, ChainState, Layout, Objective, model_input
 from pipeline.objectives.layouts import LeftToRight
+from pipeline.objectives.objective import Chains, ChainState, Layout, Objective, model_input
 from pipeline.objectives.random_masking import RandomMasking
-from pipeline.sampling import Loaded
-from pipeline.sampling.batching import MaskedSequence, stack
 
 Evaluate = Callable[[MaskedBatch], HeadOutput]
 DRAWS = 128

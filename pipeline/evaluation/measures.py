@@ -10,16 +10,16 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.progress import Progress
+from pipeline.decoding import Completion, Loaded, SamplingSettings, complete
+from pipeline.decoding.batching import behind_prompts, that_fit
+from pipeline.engine.runtime import agree
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Results, Row
 from pipeline.evaluation.tasks import Item, Task, Verdict
-from pipeline.monitor.progress import Progress
-from pipeline.runtime import agree
-from pipeline.sampling import Completion, Loaded, SamplingSettings, complete
-from pipeline.sampling.batching import behind_prompts, that_fit
 
 _REPORT_EVERY = 10  # seconds, in a log file
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.corpus.records import Keys, read_all
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import idx_path, read_index, read_sequence
-from pipeline.data.records import Keys, read_all
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.sampling import Loaded
+from pipeline.decoding import Loaded
 
 
 def read_pairs(

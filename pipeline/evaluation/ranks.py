@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.launch import join_launch
+from pipeline.ranks import join_launch
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from pipeline.cli import UserError
-from pipeline.files import keep_lines, replacing
+from pipeline.base.errors import UserError
+from pipeline.base.files import keep_lines, replacing
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "sentencepiece", "tokenizers", "numpy")

@@ -28,7 +28,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from pipeline.cli import Failure, UserError
+from pipeline.base.errors import Failure, UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 COMMAND = [sys.executable, "-s", "-S", "-B", str(CHILD)]

@@ -12,18 +12,18 @@ import torch
 
 from pipeline import checkpoint, objectives
 from pipeline import config as configuration
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import creating_folder
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.files import creating_folder
+from pipeline.decoding import Weights, takes_average
+from pipeline.engine.runtime import open_weights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
 from pipeline.huggingface.folders import write_weights
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
 from pipeline.objectives.layouts import Blocks, LeftToRight
-from pipeline.runtime import open_weights
-from pipeline.sampling import Weights, takes_average
 
 DType = Literal["float32", "bfloat16"]
 CODE = Path(__file__).with_name("remote_code")

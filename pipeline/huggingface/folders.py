@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.cli import Failure, ToolParser, UserError
+from pipeline.base.cli import ToolParser
+from pipeline.base.errors import Failure, UserError
+from pipeline.base.progress import Progress
+from pipeline.engine.weights import StoredWeight, StoredWeights
 from pipeline.huggingface import mapping
-from pipeline.monitor.progress import Progress
-from pipeline.weights import StoredWeight, StoredWeights
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

@@ -12,15 +12,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import creating_folder
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import import_tokenizer
-from pipeline.files import creating_folder
+from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import open_weights, write_weights
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.weights import StoredWeight
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "model.yaml"
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")  # with a row a token

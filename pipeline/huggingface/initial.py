@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import open_weights
 from pipeline.model.batch import Vocabulary
-from pipeline.weights import StoredWeights
 
 
 def open_initial_weights(

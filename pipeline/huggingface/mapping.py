@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.model.attention import FAST, SLOW

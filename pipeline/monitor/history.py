@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import psutil
 
-from pipeline.files import append, keep_lines, read_lines
+from pipeline.base.files import append, keep_lines, read_lines
 
 HISTORY_FILE = "history.jsonl"
 KILLED = "killed (no end was noted)"

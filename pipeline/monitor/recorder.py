@@ -13,16 +13,16 @@ import psutil
 import torch
 from torch import Tensor
 
-from pipeline.chain_statistics import ChainFigures
+from pipeline.chains.slots import SlotGroup
+from pipeline.chains.statistics import ChainFigures
 from pipeline.config import Config
+from pipeline.engine.runtime import Engine
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import JsonLines, Point, TensorBoard, WeightsAndBiases, Writer
 from pipeline.objectives import stages_at
 from pipeline.planning.flops import step_flops
 from pipeline.planning.gpus import gpu_of_device
-from pipeline.runtime import Engine
-from pipeline.slots import SlotGroup
 
 _GIB = 2**30
 

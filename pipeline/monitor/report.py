@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.cli import UserError
-from pipeline.config.loading import flatten, read_yaml
-from pipeline.files import read_lines
+from pipeline.base.errors import UserError
+from pipeline.base.files import read_lines
+from pipeline.config.load import flatten, read_yaml
 from pipeline.monitor.charts import Curve, line_chart
 from pipeline.monitor.history import Start, read_history
 from pipeline.monitor.texts import ShownText, as_html, read_texts

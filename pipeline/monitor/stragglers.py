@@ -13,8 +13,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from pipeline.data.streams import SlotStream
-from pipeline.runtime import Engine
+from pipeline.chains.stream import SlotStream
+from pipeline.engine.runtime import Engine
 
 MEASURES = ("data_wait", "compute_probe")  # seconds a step, seconds a probe
 _PRODUCTS = 4

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from pipeline.files import read_lines
-from pipeline.sampling.animation import colour_of, still_picture
-from pipeline.sampling.frames import Cell
+from pipeline.base.files import read_lines
+from pipeline.decoding.animation import colour_of, still_picture
+from pipeline.decoding.frames import Cell
 
 TEXTS_FILE = "texts.jsonl"
 

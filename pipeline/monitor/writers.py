@@ -18,12 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from pipeline import config as configuration
-from pipeline.chain_statistics import Histogram
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import append, keep_lines
+from pipeline.chains.statistics import Histogram
 from pipeline.config import Config
-from pipeline.config.loading import flatten
-from pipeline.files import append, keep_lines
-from pipeline.monitor.layout import LAYOUT
+from pipeline.config.load import flatten
+from pipeline.monitor.dashboard import LAYOUT
 from pipeline.monitor.texts import TEXTS_FILE, ShownText, as_html, as_picture, as_plain
 
 METRICS_FILE = "metrics.jsonl"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pipeline.config import Config, ObjectiveConfig
 from pipeline.objectives.autoregressive import Autoregressive
-from pipeline.objectives.base import Objective, ObjectiveSchedule
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 from pipeline.objectives.mixture import Mixture
+from pipeline.objectives.objective import Objective, ObjectiveSchedule
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking

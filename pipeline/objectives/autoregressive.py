@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import Samples
-from pipeline.objectives.base import ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
+from pipeline.data.examples import Samples
+from pipeline.objectives.objective import ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
 
 
 class Autoregressive:

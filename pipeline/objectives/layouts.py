@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import PADDING, Samples
+from pipeline.data.examples import PADDING, Samples
 from pipeline.model.batch import MaskedBatch, Visibility, masked_batch
 from pipeline.objectives import noise
-from pipeline.objectives.base import Chains, positions_like
+from pipeline.objectives.objective import Chains, positions_like
 
 
 @dataclass(frozen=True)

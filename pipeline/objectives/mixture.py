@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import Samples
+from pipeline.data.examples import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import ChainState, Objective, Reveals, Scores
+from pipeline.objectives.objective import ChainState, Objective, Reveals, Scores
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
 

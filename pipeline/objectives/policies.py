@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.data.batch import Samples
+from pipeline.data.examples import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import Scores, positions_like
+from pipeline.objectives.objective import Scores, positions_like
 
 
 @dataclass(frozen=True)

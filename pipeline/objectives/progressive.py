@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import Samples
+from pipeline.data.examples import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import (
+from pipeline.objectives.objective import (
     Chains,
     ChainState,
     Layout,

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import Samples
+from pipeline.data.examples import Samples
 from pipeline.objectives import noise
-from pipeline.objectives.base import (
+from pipeline.objectives.objective import (
     Chains,
     ChainState,
     Layout,

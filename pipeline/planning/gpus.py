@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.cli import UserError, nearest
+from pipeline.base.errors import UserError, nearest
 
 GIB = 2**30
 

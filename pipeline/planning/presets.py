@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pipeline import config as configuration
 from pipeline.config import Config
+from pipeline.engine.runtime import engine_settings
 from pipeline.planning.gpus import GIB, GPUS
 from pipeline.planning.memory import Zero
-from pipeline.planning.report import duration
+from pipeline.planning.plan_report import duration
 from pipeline.planning.run_plan import SECONDS_A_DAY, Assumptions, Planner, RunPlan
-from pipeline.runtime import engine_settings
 
 DOCUMENT = Path("docs/presets.md")
 BEGIN, END = "<!-- table: tools/plan_presets.py -->\n", "<!-- end of table -->\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.planning.communication import Communication, step_communication
 from pipeline.planning.flops import Flops, is_autoregressive, step_flops

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import GuardConfig
-from pipeline.runtime import Engine
+from pipeline.engine.runtime import Engine
 
 WINDOW = 128  # steps that a new one is compared with
 FEWEST = 32  # with fewer, only what is not finite is refused

@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from pipeline.cli import EXIT_INTERRUPTED
+from pipeline.base.errors import EXIT_INTERRUPTED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # One request may arrive several times: by the process group, and forwarded by the launcher.

@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 
-from pipeline.files import append, keep_lines, read_lines
-from pipeline.runtime import Engine
+from pipeline.base.files import append, keep_lines, read_lines
+from pipeline.engine.runtime import Engine
 
 SKIPPED_FILE = "skipped.jsonl"
 

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from pipeline.cli import EXIT_REQUEUE
+from pipeline.base.errors import EXIT_REQUEUE
 from pipeline.config import WatchdogConfig
 
 FOLDER = "watchdog"

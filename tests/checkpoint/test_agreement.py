@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pipeline import config as configuration
+from pipeline.base.errors import Failure
 from pipeline.checkpoint import FORMAT, Manifest, Saver, checkpoints, saving
-from pipeline.cli import Failure
 
 RANKS = 2
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import Outcome
 
+from pipeline.base.errors import UserError
 from pipeline.checkpoint import RunLock, lock
-from pipeline.cli import UserError
+from support.programs import Outcome
 
 Train = Callable[..., Outcome]
 

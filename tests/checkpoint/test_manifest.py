@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import Outcome
 
+from pipeline.base.errors import UserError
 from pipeline.checkpoint import find
-from pipeline.cli import UserError
+from support.programs import Outcome
 
 Train = Callable[..., Outcome]
 NEWEST = "checkpoints/step_00000016"

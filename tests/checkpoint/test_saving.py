@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Outcome
-from runs import curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import cli
+from pipeline.base import errors
 from pipeline.checkpoint import Manifest, saving
 from pipeline.checkpoint.retention import kept
 from pipeline.config import CheckpointConfig
-from pipeline.planning import preflight
-from pipeline.snapshot import HostCopy
+from pipeline.engine.snapshot import HostCopy
+from pipeline.training import preflight
+from support.programs import Outcome
+from support.runs import curve
 
 Train = Callable[..., Outcome]
 SHORT = ["--evaluation.interval", "0"]
@@ -130,14 +130,14 @@ def test_a_run_whose_last_step_is_not_saved_is_not_done(
     with monkeypatch.context() as patch:
         fail_at(patch, 16)
         outcome = train(tmp_path, *SHORT)
-    assert outcome.code == cli.EXIT_FAILED
+    assert outcome.code == errors.EXIT_FAILED
     assert "done" not in outcome.output
     assert "the last step, 16, is trained but not saved" in outcome.error
     assert "No space left on device" in outcome.error
     assert steps(tmp_path) == [4, 8, 12]
     assert "No space left" in (tmp_path / "history.jsonl").read_text().splitlines()[-1]
     again = train(tmp_path, *SHORT)
-    assert again.code == cli.EXIT_DONE
+    assert again.code == errors.EXIT_DONE
     assert "(step 12)" in again.output
 
 
@@ -152,7 +152,7 @@ def test_too_many_failed_saves_stop_the_run(
 
     monkeypatch.setattr(saving, "write_hashed", failing)
     outcome = train(tmp_path / "run", *SHORT, "--checkpoint.max_failed_saves", "2")
-    assert outcome.code == cli.EXIT_FAILED
+    assert outcome.code == errors.EXIT_FAILED
     assert outcome.error.count("\n") == 1
     assert "2 saves in a row have failed" in outcome.error
     assert "Permission denied" in outcome.error
@@ -182,7 +182,7 @@ def test_full_disk(
         monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: lots)
     more = ["--data.cache", str(tmp_path / "cache"), "--model.hidden_size", "128", "--train.steps", "8"]
     outcome = train(run_dir, *SHORT, *more, "--checkpoint.max_failed_saves", "2")
-    assert outcome.code == cli.EXIT_FAILED
+    assert outcome.code == errors.EXIT_FAILED
     wanted = "MB free: make room" if checked else "No space left on device"
     assert outcome.output.count("FAILED") == 2
     assert outcome.output.count(wanted) == 2

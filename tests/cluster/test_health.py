@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import ROOT, Outcome, run_here
 
 from pipeline.cluster.health import bad_nodes, check_alone
+from support.programs import ROOT, Outcome, run_here
 from tools import check_node
 
 

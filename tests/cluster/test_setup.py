@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import ROOT, run_here
-from runs import command
 
 from pipeline.cluster import setup
 from pipeline.cluster.setup import Finding, all_checks, check_file_system, check_packages, check_python
+from support.programs import ROOT, run_here
+from support.runs import command
 from tools import check_setup
 
 

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from programs import ROOT
+
+from support.programs import ROOT
 
 
 def run_template(name: str, code: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,23 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.base.files import sha256_of
 from pipeline.data import indexed
 from pipeline.data.indexed import Part, find_faults, join, read_index, read_sequence, token_dtype
-from pipeline.files import sha256_of
-
-
-def build_with_megatron(prefix: Path, documents: list[list[list[int]]], dtype: np.dtype, pairs: bool) -> None:
-    """Write a dataset by megatron-core's own builder."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype.type, multimodal=pairs)
-    for document in documents:
-        for mode, sequence in enumerate(document):
-            builder.add_item(torch.tensor(sequence, dtype=torch.int64), mode if pairs else 0)
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
+from support.corpora import build_with_megatron
 
 
 @pytest.mark.parametrize("entries", [2, 4, 2**20])

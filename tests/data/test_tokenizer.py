@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from byte_level import train_byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import run_here
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from support.byte_level import train_byte_level
+from support.programs import run_here
 from tools import train_tokenizer as tool
 
 CORPUS = [f"the {a} {b} jumps over\n{b} lazy dogs, {n}!" for a in ("quick", "slow") for b in ("fox", "cat") for n in range(40)]  # fmt: skip  # noqa: E501

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import Outcome
-from runs import curve, train_on
 
-from pipeline.engine import checkpointing
+from pipeline.engine.deepspeed import checkpointing
+from support.programs import Outcome
+from support.runs import curve, train_on
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("elastic")]
 

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import oracles
 import pytest
 import torch
-from programs import run_program
 
-STEPS = str(Path(__file__).with_name("steps.py"))
+from support import oracles
+from support.programs import ROOT, run_program
+
+STEPS = str(ROOT / "tests/support/steps.py")
 # Where sums are taken in another order, two confidences that nearly tie may change places, and the chains
 # part: with this seed none do.
 SETTINGS = """

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import run_program
+
+from support.programs import run_program
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("kill")]
 

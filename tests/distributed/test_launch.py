@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import ROOT, environment_of_ranks, free_ports, run_program
 
 from pipeline import config as configuration
-from pipeline.launch import read_launch
+from pipeline.ranks import read_launch
+from support.programs import ROOT, environment_of_ranks, free_ports, run_program
 
-STEPS = str(Path(__file__).with_name("steps.py"))
+STEPS = str(ROOT / "tests/support/steps.py")
 SETTINGS = """
     --model.layers 1 --model.hidden_size 16 --model.heads 2 --model.intermediate_size 32 --train.steps 3
     --schedule.warmup_steps 1 --train.global_batch_size 4 --train.micro_batch_size 2 --objective.stages 4

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import Outcome, run_program
-from runs import command, curve, metrics, not_measured, train_on
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.cli import UserError
-from pipeline.config.loading import flatten
-from pipeline.engine import read_deepspeed_json
+from pipeline.base.errors import UserError
+from pipeline.config.load import flatten
+from pipeline.engine.deepspeed import read_deepspeed_json
 from pipeline.monitor.texts import read_texts
+from support.programs import Outcome, run_program
+from support.runs import command, curve, metrics, not_measured, train_on
 from tools import train_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]

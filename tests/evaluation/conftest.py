@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandboxes import started
 
 from pipeline.evaluation.sandbox import Limits, Sandbox
+from support.sandboxes import started
 
 
 @pytest.fixture(scope="session")
 def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a short run on pairs, with checkpoints at steps 4 and 8."""
-    from runs import command
-
     from pipeline import train as program
+    from support.runs import command
 
     folder = tmp_path_factory.mktemp("run")
     settings = ["--engine.kind", "plain", "--train.steps", "8", "--schedule.warmup_steps", "1"]

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from programs import ROOT, Outcome, run_here, run_program
 
-from pipeline.data.batch import stack_samples
-from pipeline.data.samples import build_datasets
+from pipeline.data.datasets import build_datasets
+from pipeline.data.examples import stack_samples
+from pipeline.decoding import load_model
 from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import estimate
 from pipeline.evaluation.results import Results
-from pipeline.sampling import load_model
+from support.programs import ROOT, Outcome, run_here, run_program
 from tools import evaluate
 
 Evaluate = Callable[..., Outcome]

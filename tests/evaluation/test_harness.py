@@ -16,11 +16,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
+from pipeline.decoding import Loaded, complete, load_model
 from pipeline.evaluation import harness
 from pipeline.evaluation.harness import PumaLM, before_first
 from pipeline.model.batch import masked_batch
-from pipeline.sampling import Loaded, complete, load_model
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from joints import FIRST, MASK, Joint, evaluator
-from programs import Outcome
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
-from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.decoding import load_model
 from pipeline.evaluation.likelihood import estimate, likelihood_of, likelihood_totals, score_answers
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
-from pipeline.sampling import load_model
+from support.joints import FIRST, MASK, Joint, evaluator
+from support.programs import Outcome
 
 LENGTH = 5
 

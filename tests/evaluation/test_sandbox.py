@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from sandboxes import started
 
-from pipeline.cli import Failure, UserError
+from pipeline.base.errors import Failure, UserError
 from pipeline.evaluation import sandbox
 from pipeline.evaluation.sandbox import Limits, Outcome, Sandbox
+from support.sandboxes import started
 
 REQUIRED = ["limits", "no_new_privs", "seccomp"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sandboxes import SECRET, TRY, Watch, said, started
 
 from pipeline.evaluation.sandbox import Limits, Outcome, Sandbox
+from support.sandboxes import SECRET, TRY, Watch, said, started
 
 
 def test_reading_system_files(box: Sandbox) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sandboxes import TRY, Watch, said, started
 
 from pipeline.evaluation.sandbox import Limits, Outcome, Sandbox
+from support.sandboxes import TRY, Watch, said, started
 
 
 def test_fork_bomb(box: Sandbox) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.evaluation.tasks import TASKS, Item, Verdict
 from pipeline.evaluation.tasks.gsm8k import FinalNumber, Program, final_number
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from programs import Outcome, run_here, run_program
-from runs import train_on
 from safetensors import safe_open
 
 from pipeline import objectives
 from pipeline.config import Config, ModelConfig, ObjectiveConfig
-from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.decoding import load_model
+from pipeline.engine.runtime import read_weights
+from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import attention as attention_of
 from pipeline.huggingface.folders import divide, write_weights
 from pipeline.huggingface.mapping import to_json
@@ -27,13 +28,12 @@ from pipeline.huggingface.remote_code.configuration_masked_diffusion import Mask
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.runtime import read_weights
-from pipeline.sampling import load_model
-from pipeline.weights import StoredWeight
+from support.programs import ROOT, Outcome, run_here, run_program
+from support.runs import train_on
 from tools import export_hf
 
 pytestmark = pytest.mark.xdist_group("train")
-LOAD = str(Path(__file__).with_name("load.py"))
+LOAD = str(ROOT / "tests/support/load_export.py")
 TEXT = "ab<mask>dc<mask><mask>fg"
 
 

@@ -13,17 +13,17 @@ import tokenizers
 import torch
 import transformers
 import yaml
-from programs import Outcome, run_here, run_program
-from runs import KEYS, command
 from safetensors.torch import load_file, save_file
 
 from pipeline import train
 from pipeline.config import ModelConfig
+from pipeline.engine.runtime import read_weights
 from pipeline.huggingface.folders import open_weights
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
-from pipeline.runtime import read_weights
+from support.programs import Outcome, run_here, run_program
+from support.runs import KEYS, command
 from tools import export_hf, import_hf, preprocess_data
 
 pytestmark = pytest.mark.xdist_group("train")

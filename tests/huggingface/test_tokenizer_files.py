@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from byte_level import train_byte_level
 from transformers import AutoTokenizer
 
 from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
 from pipeline.huggingface.export import CODE
 from pipeline.huggingface.tokenizer_files import write_tokenizer
+from support.byte_level import train_byte_level
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.config import Config, EngineConfig, ModelConfig
+from pipeline.engine.runtime import compile_blocks, make_model
 from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.runtime import compile_blocks, make_model
 
 VOCABULARY = Vocabulary(48, 48, 3)
 CPU = torch.device("cpu")

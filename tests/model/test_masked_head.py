@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import oracles
 import pytest
 import torch
 
 from pipeline.model import masked_head
 from pipeline.model.batch import HeadOutput, Vocabulary
 from pipeline.model.masked_head import MaskedHead
+from support import oracles
 
 ROWS, WIDTH, SIZE, MASK, TOKENS = 23, 16, 40, 3, 37
 VOCABULARY = Vocabulary(SIZE, TOKENS, MASK)

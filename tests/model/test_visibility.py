@@ -9,12 +9,12 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from pipeline.config import ModelConfig
-from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
 from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask, block_mask
-from pipeline.objectives.base import mean_over_chains
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
+from pipeline.objectives.objective import mean_over_chains
 
 MASK, SIZE, LENGTH, BLOCK = 3, 40, 13, 4
 # Rows of (prompt, answer): with padding behind, without a prompt, with a last block of one token.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from runs import command
+
+from support.runs import command
 
 MORE = ["--objective.threshold", "0.3", "--optimizer.ema_decay", "0.9", "--train.log_samples", "true"]
 

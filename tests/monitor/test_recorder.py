@@ -12,18 +12,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from programs import ROOT, Outcome
-from runs import curve, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import config as configuration
 from pipeline.checkpoint.manifest import read_manifest
-from pipeline.config.loading import flatten
-from pipeline.monitor.layout import LAYOUT
+from pipeline.config.load import flatten
+from pipeline.engine.runtime import read_weights
+from pipeline.monitor.dashboard import LAYOUT
 from pipeline.monitor.texts import as_plain, read_texts
 from pipeline.monitor.writers import is_measured
 from pipeline.planning.flops import step_flops
-from pipeline.runtime import read_weights
+from support.programs import ROOT, Outcome
+from support.runs import curve, metrics
 
 Train = Callable[..., Outcome]
 

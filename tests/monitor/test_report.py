@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import Outcome, run_here
-from runs import curve, metrics
 
 from pipeline.monitor.charts import HEIGHT, WIDTH, line_chart, palette, short, thinned, ticks
 from pipeline.monitor.history import KILLED, noted, read_history
 from pipeline.monitor.report import read_record
 from pipeline.resilience.skipped import SKIPPED_FILE
+from support.programs import Outcome, run_here
+from support.runs import curve, metrics
 from tools import report as program
 
 Report = Callable[..., Outcome]

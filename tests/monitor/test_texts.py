@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import MASK, Pairs, sharp_engine
 
-from pipeline.data.batch import ANSWER, stack_samples
+from pipeline.data.examples import ANSWER, stack_samples
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.evaluation.shown_texts import FORWARDS, IN_TURN, fill, to_be_written, write_texts
+from pipeline.decoding.animation import colour_of
+from pipeline.decoding.decoding import decode
+from pipeline.decoding.settings import SamplingSettings
+from pipeline.engine.runtime import PlainEngine
 from pipeline.monitor.texts import ShownText, as_html, as_picture, as_plain, read_texts
-from pipeline.objectives.base import Layout
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
-from pipeline.runtime import PlainEngine
-from pipeline.sampling.animation import colour_of
-from pipeline.sampling.decoding import decode
-from pipeline.sampling.settings import SamplingSettings
+from pipeline.objectives.objective import Layout
+from pipeline.training.shown_texts import FORWARDS, IN_TURN, fill, to_be_written, write_texts
+from support.synthetic import MASK, Pairs, sharp_engine
 
 
 @pytest.fixture

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from synthetic import Pairs
-from walks import SEED, SIZE, WIDTH, group_of, output, step
 
+from pipeline.chains.slots import SlotGroup
+from pipeline.chains.stream import SlotStream
 from pipeline.config import ObjectiveConfig
-from pipeline.data.streams import SlotStream
 from pipeline.objectives import noise
 from pipeline.objectives.autoregressive import Autoregressive
-from pipeline.objectives.base import Scores
 from pipeline.objectives.mixture import Mixture
+from pipeline.objectives.objective import Scores
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
-from pipeline.slots import SlotGroup
+from support import oracles
+from support.synthetic import Pairs
+from support.walks import SEED, SIZE, WIDTH, group_of, output, step
 
 SLOTS = 6
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import yaml
-from programs import ROOT
 
 from pipeline import config
+from support.programs import ROOT
 
 TEXT = (ROOT / "docs/method.md").read_text()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import oracles
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.objectives import noise
+from support import oracles
 
 counters = st.integers(0, 2**62)
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.batch import ANSWER, Samples
-from pipeline.objectives.base import Objective, Scores
+from pipeline.data.examples import ANSWER, Samples
 from pipeline.objectives.layouts import Blocks, Whole
 from pipeline.objectives.mixture import Mixture
+from pipeline.objectives.objective import Objective, Scores
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking

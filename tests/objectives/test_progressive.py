@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch import ANSWER, PADDING, PROMPT, Samples
-from pipeline.objectives.base import ChainState, Scores, take_highest
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
 from pipeline.objectives.layouts import Whole
+from pipeline.objectives.objective import ChainState, Scores, take_highest
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.stages import StageSchedule
+from support import oracles
 
 LAYOUT = Whole(mask_id=3, has_padding=True)
 KINDS = ("random", "equal", "one", "near zero", "few values")

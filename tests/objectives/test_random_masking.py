@@ -5,16 +5,16 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.batch import ANSWER, PROMPT, Samples
-from pipeline.objectives.base import ChainState, Scores
+from pipeline.data.examples import ANSWER, PROMPT, Samples
 from pipeline.objectives.layouts import Blocks, Whole
+from pipeline.objectives.objective import ChainState, Scores
 from pipeline.objectives.random_masking import RandomMasking
+from support import oracles
 
 LAYOUT = Whole(mask_id=3, has_padding=False)
 

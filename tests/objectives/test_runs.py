@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import Outcome, run_here
-from runs import curve
 
 from pipeline.checkpoint import find
+from support.programs import Outcome, run_here
+from support.runs import curve
 from tools import generate
 
 pytestmark = pytest.mark.xdist_group("train")

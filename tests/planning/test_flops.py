@@ -11,13 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import objectives
-from pipeline.cli import UserError
+from pipeline.base.errors import UserError
 from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from pipeline.data.batch import ANSWER, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PROMPT, Samples
 from pipeline.model.batch import MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask
-from pipeline.objectives.base import model_input
+from pipeline.objectives.objective import model_input
 from pipeline.planning.flops import Flops, step_flops, visible_pairs
 from pipeline.planning.gpus import GPUS, find_gpu, gpu_of_device
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,16 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from programs import ROOT, run_here
 from torch.profiler import ProfilerActivity, profile
 
+import plan_memory
 from pipeline.config import ModelConfig, Recompute
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import Body
 from pipeline.planning.activations import body_memory
 from pipeline.planning.memory import Zero
+from support.programs import ROOT, run_here
 from tools import plan_run
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import plan_memory
 
 GIB = 2**30
 MODEL = {"layers": 10, "hidden_size": 1024, "heads": 16, "intermediate_size": 2816, "vocab_size": 32_000}

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from programs import ROOT
 
 from pipeline import config as configuration
-from pipeline.engine.settings import complete_settings
-from pipeline.launch import Launch
+from pipeline.engine.deepspeed.settings import complete_settings
+from pipeline.engine.runtime import engine_settings
 from pipeline.planning import presets
 from pipeline.planning.memory import count_parameters
 from pipeline.planning.presets import DOCUMENT, PRESETS, Preset
-from pipeline.runtime import engine_settings
+from pipeline.ranks import Launch
+from support.programs import ROOT
 
 PARAMETERS = {  # by hand: embedding (twice where untied), blocks, norms
     "tinygsm_125m": 151_648 * 512 + 14 * (4 * 512**2 + 3 * 512 * 1536 + 2 * 512) + 512,

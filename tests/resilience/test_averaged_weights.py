@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import Outcome, run_here
-from runs import curve
 
-from pipeline.runtime import read_weights
-from pipeline.sampling import load_model
+from pipeline.decoding import load_model
+from pipeline.engine.runtime import read_weights
+from support.programs import Outcome, run_here
+from support.runs import curve
 from tools import generate
 
 pytestmark = pytest.mark.xdist_group("train")

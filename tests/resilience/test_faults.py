@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import run_program
-from runs import command, curve
+
+from support.programs import ROOT, run_program
+from support.runs import command, curve
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]
-FAULTY = str(Path(__file__).with_name("faulty.py"))
+FAULTY = str(ROOT / "tests/support/faulty.py")
 QUIET = "--evaluation.interval 0 --train.log_samples true --optimizer.ema_decay 0.9".split()
 
 

@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config import GuardConfig
-from pipeline.engine import DeepSpeedEngine
-from pipeline.launch import Launch
+from pipeline.engine.deepspeed import DeepSpeedEngine
+from pipeline.ranks import Launch
 from pipeline.resilience.guard import FEWEST, WINDOW, Guard
 
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
+from pipeline.engine.runtime import Engine
 from pipeline.resilience import skipped
 from pipeline.resilience.skipped import SkipLog
-from pipeline.runtime import Engine
 
 
 def open_log(run_dir: Path) -> SkipLog:

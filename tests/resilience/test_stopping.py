@@ -15,14 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from programs import ROOT, Outcome, run_program
-from runs import command, curve, metrics, train_on
 
-from pipeline import cli
-from pipeline.runtime import PlainEngine
+from pipeline.base import errors
+from pipeline.engine.runtime import PlainEngine
+from support.programs import ROOT, Outcome, run_program
+from support.runs import command, curve, metrics, train_on
 
 pytestmark = pytest.mark.xdist_group("train")
-FAULTY = str(Path(__file__).with_name("faulty.py"))
+FAULTY = str(ROOT / "tests/support/faulty.py")
 Train = Callable[..., Outcome]
 
 
@@ -32,7 +32,7 @@ def test_a_signal_in_a_step(
 ) -> None:
     """The step ends, the run is saved, and the same command makes the rest as if nothing had happened."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(whole).code == cli.EXIT_DONE
+    assert train(whole).code == errors.EXIT_DONE
     step, count = PlainEngine.step, iter(range(1, 100))
 
     def interrupted(engine: PlainEngine, *arguments: object) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_a_signal_in_a_step(
     with monkeypatch.context() as patch:
         patch.setattr(PlainEngine, "step", interrupted)
         outcome = train(parts)
-    assert outcome.code == cli.EXIT_REQUEUE == 75
+    assert outcome.code == errors.EXIT_REQUEUE == 75
     assert "stopped after step 7" in outcome.output  # step 6 had asked already
     assert signal.getsignal(number) == signal.SIG_IGN, "the launcher must not change the exit code now"
     assert "(step 7)" in train(parts).output
@@ -66,7 +66,7 @@ def test_a_stop_that_cannot_be_saved_says_so(
     monkeypatch.setattr(PlainEngine, "step", interrupted)
     monkeypatch.setattr("pipeline.checkpoint.saving.write_hashed", failing)
     outcome = train(tmp_path)
-    assert outcome.code == cli.EXIT_REQUEUE
+    assert outcome.code == errors.EXIT_REQUEUE
     assert "and saved" not in outcome.output
     assert "NOT saved" in outcome.output
     assert "NOT saved" in (tmp_path / "history.jsonl").read_text()
@@ -89,13 +89,13 @@ def test_a_signal_in_an_evaluation(
 
     with monkeypatch.context() as patch:
         patch.setattr(PlainEngine, "evaluate", interrupted)
-        assert train(whole).code == cli.EXIT_DONE
+        assert train(whole).code == errors.EXIT_DONE
         strikes.append(before * len(batches) // 2)  # of two evaluations
         batches.clear()
-        assert train(parts).code == cli.EXIT_REQUEUE
+        assert train(parts).code == errors.EXIT_REQUEUE
     assert len(batches) == strikes[0] + 1
     assert curve(parts, "held_out/loss") == curve(whole, "held_out/loss")[:before]
-    assert train(parts).code == cli.EXIT_DONE
+    assert train(parts).code == errors.EXIT_DONE
     assert "held_out/loss" not in train(parts).output, "a run that is done ends at once"
     for key in ("loss", "held_out/loss"):
         assert curve(parts, key) == curve(whole, key), key
@@ -128,7 +128,7 @@ def test_the_second_signal_ends_at_once(waiting: str) -> None:
         time.sleep(1.2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == cli.EXIT_INTERRUPTED == 130
+        assert process.wait(10) == errors.EXIT_INTERRUPTED == 130
         assert "SIGINT again" in process.stderr.read()
 
 
@@ -147,7 +147,7 @@ def test_a_hopeless_run_fails(train: Train, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(PlainEngine, "forward", broken)
     small = "--train.global_batch_size 4 --train.micro_batch_size 4 --evaluation.interval 0".split()
     outcome = train(tmp_path, *small, "--guard.skips_before_rollback", "2")
-    assert outcome.code == cli.EXIT_FAILED == 1
+    assert outcome.code == errors.EXIT_FAILED == 1
     (line,) = outcome.error.strip().splitlines()
     for part in (
         "2 steps in a row",
@@ -169,7 +169,7 @@ def test_no_checkpoint_to_go_back_to(train: Train, tmp_path: Path, monkeypatch: 
         PlainEngine, "forward", lambda e, b: (o := forward(e, b))._replace(loss=o.loss * float("inf"))
     )
     outcome = train(tmp_path, "--evaluation.interval", "0")
-    assert outcome.code == cli.EXIT_FAILED
+    assert outcome.code == errors.EXIT_FAILED
     assert "no checkpoint exists" in outcome.error
 
 
@@ -198,7 +198,7 @@ def test_a_row_of_refused_steps_goes_on_after_a_restart(
     small += ["--train.log_samples", "true", "--train.steps", "8"]
     assert "stopped after step 7 and saved" in train(tmp_path, *small).output
     outcome = train(tmp_path, *small)
-    assert outcome.code == cli.EXIT_DONE, outcome.error
+    assert outcome.code == errors.EXIT_DONE, outcome.error
     assert "(3 in a row" in outcome.output
     *skips, back = [json.loads(each) for each in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in skips] == [6, 7, 8]

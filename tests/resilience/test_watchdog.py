@@ -8,13 +8,13 @@ from typing import cast
 import pytest
 import torch
 
+from pipeline.chains.stream import SlotStream
 from pipeline.config import WatchdogConfig
-from pipeline.data.streams import SlotStream
-from pipeline.launch import Launch
+from pipeline.engine.runtime import Engine
 from pipeline.monitor.stragglers import Stragglers
+from pipeline.ranks import Launch
 from pipeline.resilience import watchdog as module
 from pipeline.resilience.watchdog import Watchdog
-from pipeline.runtime import Engine
 
 
 def test_limits_follow_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

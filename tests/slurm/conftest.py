@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import PROGRAMS, RUN, Cluster, slurm
-from programs import ROOT
 
 from pipeline.cluster.submission import CODE
+from support.cluster import PROGRAMS, RUN, Cluster, slurm
+from support.programs import ROOT
 
 
 @pytest.fixture(scope="session")

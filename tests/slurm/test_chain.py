@@ -8,12 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from cluster import Cluster, wait_for
-from programs import run_program
 
 from pipeline.checkpoint import checkpoints
 from pipeline.cluster.submission import read_submission
-from pipeline.runtime import read_weights
+from pipeline.engine.runtime import read_weights
+from support.cluster import Cluster, wait_for
+from support.programs import run_program
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.evaluation.tasks.base import Item, Task, Verdict
 from pipeline.evaluation.tasks.exact import Exact
 from pipeline.evaluation.tasks.gsm8k import FinalNumber, Program
 from pipeline.evaluation.tasks.sudoku import Sudoku
+from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 TASKS: dict[str, type[Task]] = {
     "sudoku": Sudoku,

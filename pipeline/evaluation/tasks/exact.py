@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.evaluation.tasks.base import Item, Task, Verdict
+from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 
 class Exact(Task):

@@ -11,10 +11,10 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 
-from pipeline.cli import UserError
-from pipeline.data.records import Record
+from pipeline.base.errors import UserError
+from pipeline.corpus.records import Record
 from pipeline.evaluation.sandbox import Sandbox
-from pipeline.evaluation.tasks.base import Item, Task, Verdict
+from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 MARK = "####"
 TOLERANCE = Decimal("1e-6")  # relative: a program that computes in binary fractions gets 17.999999999999996

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline.cli import UserError
-from pipeline.data.records import Record
-from pipeline.evaluation.sudoku import BOXES, is_solved
-from pipeline.evaluation.tasks.base import Item, Task, Verdict
+from pipeline.base.errors import UserError
+from pipeline.corpus.recipes.puzzles import BOXES, is_solved
+from pipeline.corpus.records import Record
+from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 
 class Sudoku(Task):

@@ -1,0 +1,196 @@
+"""Slots: the chains of one micro-batch, from the samples they walk through to the batches they give.
+
+A slot always holds a chain. When the chain ends, the slot's next sample, which is already on the device,
+takes its place by a `torch.where`: nothing waits for the device. Which slots have ended travels to the host
+behind the backward pass, and is read when the following step needs it.
+
+There are as many slots as sequences in a global batch, or several times as many, which take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.chains.statistics import ChainStatistics, Walk
+from pipeline.chains.stream import SlotStream
+from pipeline.config import Config
+from pipeline.data.examples import Samples
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.objectives.objective import ChainState, ObjectiveSchedule, Scores, model_input
+from pipeline.ranks import Launch
+
+
+class SlotGroup:
+    """The chains of one micro-batch on one rank."""
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        stream: SlotStream,
+        objectives: ObjectiveSchedule,
+        device: torch.device,
+        first_step: int = 1,
+        interval: int = 1,
+    ) -> None:
+        """Begin the first chains of each slot, at staggered stages.
+
+        Args:
+            slots: the numbers of the B slots.
+            stream: where their samples come from.
+            objectives: what masks them, at each step.
+            device: where the chains live.
+            first_step: the step that these slots are first trained at.
+            interval: steps from one training to the next.
+        """
+        self.slots = np.asarray(slots, dtype=np.int64)
+        self.stream = stream
+        self.numbers = torch.from_numpy(self.slots).to(device)
+        self.objectives = objectives
+        self.device = device
+        self.first_step, self.interval = first_step, interval
+        self.statistics = ChainStatistics(objectives.longest, device)
+        self.trained = np.zeros_like(self.slots)  # sequences that each slot was trained on
+        self.age = torch.zeros_like(self.numbers)  # steps that the present sequences were trained on
+        self._begin(np.zeros(len(slots), dtype=np.int64))
+        objective = objectives.at(first_step)
+        first = objective.first_stage(self.numbers, first_step)
+        state = objective.begin(self.samples, first[:, None], first_step)
+        self._enter(state, torch.zeros_like(first, dtype=torch.bool))
+
+    def _begin(self, cursors: np.ndarray) -> None:
+        """Read the samples at `cursors` [B] or, where those are left out, after them; and the next ones."""
+        rows = range(len(self.slots))
+        self.cursors = self._admitted(rows, cursors)
+        self.next_cursors = self._admitted(rows, self.cursors + 1)
+        self.samples = self._read(rows, self.cursors)
+        self.following = self._read(rows, self.next_cursors)
+
+    def _admitted(self, rows: Sequence[int], cursors: np.ndarray) -> np.ndarray:
+        slots = self.slots[list(rows)].tolist()
+        return np.asarray(self.stream.admitted(slots, cursors.tolist()), dtype=np.int64)
+
+    def _read(self, rows: Sequence[int], cursors: np.ndarray) -> Samples:
+        return self.stream.read(self.slots[list(rows)].tolist(), cursors.tolist()).to(self.device)
+
+    def _enter(self, state: ChainState, ended: Tensor) -> None:
+        """Make `state` the current one, and send what the host must know of it on its way."""
+        self.state = state
+        report = torch.cat([ended, state.masked.sum()[None]])  # [B + 1] int64
+        on_gpu = self.device.type == "cuda"
+        self._report = torch.empty(report.shape, dtype=report.dtype, pin_memory=on_gpu)
+        self._report.copy_(report, non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def _settle(self) -> int:
+        """Read ahead for the slots whose chain has ended; return the masked positions of the next batch."""
+        if self._arrived is not None:
+            self._arrived.synchronize()  # recorded before the last backward pass: long done
+        *ended, masked = self._report.tolist()
+        rows = [row for row, flag in enumerate(ended) if flag]
+        if rows:
+            self.cursors[rows] = self.next_cursors[rows]
+            self.next_cursors[rows] = self._admitted(rows, self.cursors[rows] + 1)
+            fresh = self._read(rows, self.next_cursors[rows])
+            where = torch.tensor(rows, pin_memory=self.device.type == "cuda")
+            where = where.to(self.device, non_blocking=True)  # from pageable memory it would wait
+            for old, new in zip(vars(self.following).values(), vars(fresh).values(), strict=True):
+                old.index_copy_(0, where, new)
+            self._report[:-1] = 0
+        return int(masked)
+
+    def inputs(self, step: int) -> MaskedBatch:
+        """Return the batch of the current states; `step` is the optimizer step, 1 is the first."""
+        rows = self._settle()
+        self.trained = self.cursors + 1
+        return model_input(self.objectives.at(step), self.samples, self.state, rows, step)
+
+    def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
+        """Move the chains on with the scores of the same forward that the loss came from."""
+        next_step = step + self.interval
+        now, then = self.objectives.at(step), self.objectives.at(next_step)
+        scores = Scores.of(output, batch.rows, self.state.masked)
+        state, ended, reveals = now.advance(self.samples, self.state, scores, step, next_step)
+        begin_at = torch.zeros_like(self.numbers)
+        if then is not now:  # a change of objective ends every chain
+            ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, next_step)
+        fresh = then.begin(self.following, begin_at[:, None], next_step)
+        chains = now.layout.chains(self.samples)
+        walk = Walk(self.samples, chains, self.state, self.age, ended, reveals)
+        self.statistics.add(walk, batch, output)
+        self.age = torch.where(ended, 0, self.age + 1)
+        state = fresh if then is not now else state.replaced(ended, fresh)
+        self.trained_ids = self.samples.ids
+        self.samples = self.samples.replaced(ended, self.following)
+        self._enter(state, ended)
+
+    def begun(self) -> tuple[int, int]:
+        """Return how many sequences these slots were trained on, and how many of them in the first epoch."""
+        of_slot = -(-(self.stream.size - self.slots) // self.stream.slots)  # positions of each in an epoch
+        return int(self.trained.sum()), int(np.minimum(self.trained, of_slot).sum())
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the whole state, by slot: the samples themselves are read again from the cursors."""
+        self._settle()
+        return {
+            "slots": self.slots,
+            "cursors": self.cursors.copy(),
+            "masked": np.packbits(self.state.masked.cpu().numpy(), axis=1),
+            "stage": self.state.stage.cpu().numpy(),
+            "age": self.age.cpu().numpy(),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray], step: int) -> None:
+        """Go on with the first turn from `step` on, from what `state_dict` returned for the same slots.
+
+        Chains of samples that are left out by now give way to new ones of the next sample.
+        """
+        if not np.array_equal(state["slots"], self.slots):
+            raise ValueError("the state belongs to other slots")
+        self._begin(state["cursors"])
+        length = self.samples.tokens.shape[1]
+        masked = np.unpackbits(state["masked"], axis=1, count=length).astype(bool)
+        chains = ChainState(
+            torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
+        )
+        next_step = step + (self.first_step - step) % self.interval
+        fresh = self.objectives.at(next_step).begin(self.samples, torch.zeros_like(chains.stage), next_step)
+        left_out = torch.from_numpy(self.cursors != state["cursors"]).to(self.device)
+        chains = chains.replaced(left_out, fresh)
+        age = state.get("age", np.zeros_like(self.slots))  # older checkpoints have none
+        self.age = torch.where(left_out, 0, torch.from_numpy(age).to(self.device))
+        self.trained = state["cursors"] + (age > 0)
+        self.statistics.take()  # of steps that the run has gone back on
+        self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
+
+
+def make_groups(
+    config: Config, launch: Launch, stream: SlotStream, objectives: ObjectiveSchedule
+) -> list[list[SlotGroup]]:
+    """Return the chains of this rank: for each turn (``objective.turns``) a group for each micro-batch."""
+    train, turns = config.train, config.objective.turns
+    parts = slots_of_rank(launch.data_rank, train.accumulation(launch.data_size), train.micro_batch_size)
+    return [
+        [
+            SlotGroup(
+                [turn * train.global_batch_size + slot for slot in part],
+                stream, objectives, launch.device, first_step=turn + 1, interval=turns,
+            )
+            for part in parts
+        ]
+        for turn in range(turns)
+    ]  # fmt: skip
+
+
+def slots_of_rank(rank: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:
+    """Return the slot numbers of each micro-batch of a rank: consecutive ones, dealt in rank order."""
+    first = rank * accumulation * micro_batch_size
+    return [
+        list(range(first + i * micro_batch_size, first + (i + 1) * micro_batch_size))
+        for i in range(accumulation)
+    ]

@@ -1,0 +1,221 @@
+"""What the chains and their scores look like: sums in bins, added up on the device and read once an interval.
+
+Every sum has a fixed place in one tensor. A step adds to all of them by a single scatter; no operation has a
+size that the host would have to wait for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.data.examples import PROMPT, Samples
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.objectives.objective import Chains, ChainState, Reveals
+
+TENTHS = 10  # bins of mask ratio and confidence
+MOST_BINS = 64  # of stage and age; longer chains have several stages in a bin
+TOTALS = (
+    "steps",
+    "masked_fraction",
+    "mean_stage",
+    "prompt",
+    "chains_ended",
+    "length_sum",
+    *(f"reveals_{name}" for name in Reveals._fields),
+)
+_TIE = 1e-5  # nats: what rounding may put between two sums of the same logits
+
+
+class Walk(NamedTuple):
+    """One training step of the chains of B sequences.
+
+    Attributes:
+        samples: the clean sequences.
+        chains: how they are cut into chains.
+        state: masks and stages that the step was trained on.
+        age: [B] int64, earlier steps that were trained on each sequence since it came into its slot.
+        ended: [B] bool, sequences that leave their slot after the step.
+        reveals: what the chains reveal after the step, where the objective does.
+    """
+
+    samples: Samples
+    chains: Chains
+    state: ChainState
+    age: Tensor
+    ended: Tensor
+    reveals: Reveals | None
+
+
+class Histogram(NamedTuple):
+    """How many fell between each two of the edges."""
+
+    edges: list[float]
+    counts: list[float]
+
+
+class ChainFigures(NamedTuple):
+    """What the sums of an interval come to.
+
+    Attributes:
+        scalars: figures by name.
+        bins: for each name a figure for each bin into which something fell, by what the bin holds.
+        histograms: by name.
+        masked_rows: masked positions of a step, over all ranks.
+        prompt_length: mean tokens of a prompt.
+    """
+
+    scalars: dict[str, float]
+    bins: dict[str, dict[str, float]]
+    histograms: dict[str, Histogram]
+    masked_rows: float
+    prompt_length: float
+
+
+class ChainStatistics:
+    """The sums of one group of slots since they were last taken."""
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        """Begin with zeros.
+
+        Args:
+            longest: the most steps that a sequence lasts, which is also the largest number of stages.
+            device: where the chains live.
+        """
+        self.longest = longest
+        self.bins = min(longest, MOST_BINS)
+        sizes = {
+            **dict.fromkeys(TOTALS, 1),
+            "ratio_count": TENTHS,
+            "ratio_nll": TENTHS,
+            "stage_count": self.bins,
+            "stage_nll": self.bins,
+            "confidence_count": TENTHS,
+            "confidence_sum": TENTHS,
+            "confidence_correct": TENTHS,
+            "age": self.bins,
+            "length": self.bins,
+        }
+        self.places: dict[str, slice] = {}
+        total = 0
+        for name, size in sizes.items():
+            self.places[name] = slice(total, total + size)
+            total += size
+        self.sums = torch.zeros(total, dtype=torch.float64, device=device)
+
+    def add(self, walk: Walk, batch: MaskedBatch, output: HeadOutput) -> None:
+        """Add one step of the group; nothing here waits for the device."""
+        places: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def put(name: str, bins: Tensor, value: Tensor) -> None:
+            places.append(bins + self.places[name].start)
+            values.append(value.double().expand(bins.shape))
+
+        chains, state = walk.chains, walk.state
+        count, length = chains.sums(state.masked), chains.length  # [B, N]
+        live = count > 0
+        one, only_bin = torch.ones_like(walk.age[:1]), torch.zeros_like(walk.age[:1])  # [1]
+        totals = {
+            "steps": one,
+            "masked_fraction": (count.sum(dim=1) / walk.samples.answer_length).double().mean(),
+            "mean_stage": (state.stage * live).sum() / live.sum().clamp(min=1),
+            "prompt": (walk.samples.roles == PROMPT).sum(dim=1).double().mean(),
+            "chains_ended": walk.ended.sum(),
+            "length_sum": ((walk.age + 1) * walk.ended).sum(),
+        }
+        if walk.reveals is not None:
+            totals |= {f"reveals_{name}": each.sum() for name, each in walk.reveals._asdict().items()}
+        for name, value in totals.items():
+            put(name, only_bin, value)
+
+        tenth = (TENTHS * count - 1).div(length.clamp(min=1), rounding_mode="floor")  # (0, 0.1] is the first
+        rows = batch.rows
+        width = walk.samples.tokens.shape[1]
+        chain = rows // width * chains.count + chains.index.flatten()[rows]  # [R], in the flattened [B, N]
+        nll, confidence = output.nll, output.confidence  # [R]
+        for name, bins in (
+            ("ratio", tenth.clamp(0, TENTHS - 1).flatten()[chain]),
+            ("stage", self._bin(state.stage).flatten()[chain]),
+        ):
+            put(f"{name}_count", bins, one)
+            put(f"{name}_nll", bins, nll)
+        bins = (confidence * TENTHS).long().clamp(0, TENTHS - 1)
+        put("confidence_count", bins, one)
+        put("confidence_sum", bins, confidence)
+        put("confidence_correct", bins, nll + confidence.log() < _TIE)  # the truth is as likely as any token
+
+        age = self._bin(walk.age)
+        put("age", age, one)
+        put("length", age, walk.ended)
+        self.sums.scatter_add_(0, torch.cat(places), torch.cat(values))
+
+    def _bin(self, values: Tensor) -> Tensor:
+        """Return the bins of stages or ages from 0 to `longest` - 1."""
+        return (values * self.bins // self.longest).clamp(0, self.bins - 1)
+
+    def take(self) -> Tensor:
+        """Return the sums since the last call, still on the device; those of all groups and ranks add up."""
+        taken, self.sums = self.sums, torch.zeros_like(self.sums)
+        return taken
+
+    def figures(self, sums: list[float], steps: int, sequence_size: int = 1) -> ChainFigures:
+        """Return what added sums come to.
+
+        Args:
+            sums: `take` of all groups and ranks, added up.
+            steps: optimizer steps in them.
+            sequence_size: ranks that hold the same chains, and count each of them once.
+        """
+        part = {name: sums[place] for name, place in self.places.items()}
+        total = {name: part[name][0] for name in TOTALS}
+        positions, right = max(1, sum(part["confidence_count"])), part["confidence_correct"]
+        scalars = {
+            "masked_fraction": total["masked_fraction"] / total["steps"],
+            "mean_stage": total["mean_stage"] / total["steps"],
+            "chains_ended_per_step": total["chains_ended"] / steps / sequence_size,
+            "calibration/confidence": sum(part["confidence_sum"]) / positions,
+            "calibration/accuracy": sum(right) / positions,
+            "calibration/error": calibration_error(part["confidence_sum"], right, positions),
+        }
+        if total["chains_ended"]:
+            scalars["chains/mean_length"] = total["length_sum"] / total["chains_ended"]
+        if total["reveals_chains"]:
+            revealed = total["reveals_ranked"] + total["reveals_by_threshold"]
+            scalars["chains/reveals_per_step"] = revealed / total["reveals_chains"]
+            scalars["chains/threshold_share"] = total["reveals_by_threshold"] / max(1, revealed)
+        tenths = [f"{number / TENTHS:.1f}-{(number + 1) / TENTHS:.1f}" for number in range(TENTHS)]
+        starts = [-(-number * self.longest // self.bins) for number in range(self.bins + 1)]
+        stages = [f"{start:02d}" for start in starts]
+        bins = {
+            "loss_by_mask_ratio": _means(tenths, part["ratio_nll"], part["ratio_count"]),
+            "loss_by_stage": _means(stages, part["stage_nll"], part["stage_count"]),
+            "accuracy_by_confidence": _means(tenths, right, part["confidence_count"]),
+        }
+        lasted = [float(start + 1) for start in starts]  # an age of 0 is the first step
+        histograms = {
+            "confidence": Histogram([n / TENTHS for n in range(TENTHS + 1)], part["confidence_count"]),
+            "chain_age": Histogram(lasted, part["age"]),
+            "chain_length": Histogram(lasted, part["length"]),
+        }
+        prompt_length = total["prompt"] / total["steps"]
+        return ChainFigures(scalars, bins, histograms, positions / steps / sequence_size, prompt_length)
+
+
+def _means(names: list[str], totals: list[float], counts: list[float]) -> dict[str, float]:
+    """Return the means of the bins that are not empty."""
+    found = zip(names, totals, counts, strict=False)
+    return {name: total / count for name, total, count in found if count}
+
+
+def calibration_error(confidences: list[float], right: list[float], positions: float) -> float:
+    """Return the expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
+
+    Args:
+        confidences: sum of the confidences in each bin.
+        right: positions in each bin where the likeliest token is the true one.
+        positions: in all bins.
+    """
+    return sum(abs(each - true) for each, true in zip(confidences, right, strict=True)) / positions

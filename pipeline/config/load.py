@@ -1,0 +1,223 @@
+"""From a YAML file and a command line to a checked `Config`, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from pipeline.base.errors import UserError, nearest
+from pipeline.config.checks import require
+from pipeline.config.data import DataConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.monitor import MonitorConfig
+from pipeline.config.objective import ObjectiveConfig
+from pipeline.config.resilience import GuardConfig, WatchdogConfig
+from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
+from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+@dataclass
+class Config:
+    """A run.
+
+    Args:
+        run_dir: Folder of checkpoints, TensorBoard events and the resolved configuration; a run that finds
+            its checkpoints there goes on from the newest.
+    """
+
+    run_dir: str
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+
+    @property
+    def slots(self) -> int:
+        """How many sequences are under way at a time, over all ranks."""
+        return self.train.global_batch_size * self.objective.turns
+
+    def check(self) -> None:
+        """Raise a `UserError` for the first setting that cannot work."""
+        require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")
+        for section in (self.data, self.model, self.optimizer, self.train):
+            section.check()
+        self.objective.check(self.model.prediction, self.data.sequence_length, self.train.steps)
+        self.schedule.check(self.train.steps)
+        self.checkpoint.check(self.evaluation.interval)
+        self.evaluation.check()
+        self.engine.check(self.model, self.data.sequence_length)
+        self.monitor.check()
+        self.guard.check()
+        self.watchdog.check()
+        self.profiling.check(self.engine)
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every key of the configuration in dotted form, sections included."""
+    keys: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        keys[prefix + name] = hint
+        if dataclasses.is_dataclass(hint):
+            keys |= known_keys(typing.cast(type, hint), f"{prefix}{name}.")
+    return keys
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flatten(value, f"{prefix}{key}."))
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader that refuses a key that is given twice; YAML would take the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                mark = node.value[position][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping of a YAML file; raise a `UserError` naming the file and line otherwise."""
+    require(path.is_file(), f"configuration {path} does not exist: give --config the path of a YAML file.")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+    require(isinstance(tree, dict), f"{path} holds no settings: it must be a YAML mapping of sections.")
+    return tree
+
+
+def check_keys(keys: Sequence[str], where: str) -> None:
+    """Raise a `UserError` with the nearest known key for the first unknown one."""
+    known = known_keys()
+    for key in keys:
+        require(key in known, f"{where}: unknown key {key!r}.{nearest(key, known)}")
+
+
+_QUESTIONS = ("--help", "--evaluation.tasks.help", "--print_config")  # are answered, and nothing is run
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """Return the command line of `pipeline.train`, with help from the docstrings above."""
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m pipeline.train",
+        usage="%(prog)s --config configs/X.yaml [--section.key VALUE ...]",
+        description="Pretrain a masked diffusion model; an interrupted run goes on by the same command.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the run (configs/).")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """Return the checked configuration of a command line, ``--config X.yaml [--section.key value ...]``.
+
+    Raises:
+        UserError: for a missing or damaged file, an unknown key or a value that cannot work.
+    """
+    # The deepspeed launcher adds --local_rank=N of its own, and says the same in the environment.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    require(bool(arguments), "give --config, the YAML of a run, such as configs/tiny_text.yaml.")
+    files, overrides = [], False
+    for position, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--config":
+            value = value or "".join(arguments[position + 1 : position + 2])
+            require(bool(value), "--config needs the path of a YAML file.")
+            check_keys(list(flatten(read_yaml(Path(value)))), value)
+            files.append(value)
+        elif option.startswith("--") and option not in _QUESTIONS:
+            check_keys([option[2:].rstrip("+")], "command line")
+            overrides = True
+    parser = build_parser()
+    where = ", ".join(files) + (" and the command line" if overrides and files else "")
+    try:
+        parsed = parser.parse_args(list(arguments))
+        values = parser.instantiate_classes(parsed)
+        config = Config(**{k: v for k, v in values.items() if k != "config"})
+        config.check()
+    except jsonargparse.ArgumentError as error:
+        raise UserError(f"{where or 'command line'}: {_explained(str(error))}") from None
+    except UserError as error:
+        raise UserError(f"{where or 'command line'}: {error}") from None
+    return config
+
+
+def _explained(message: str) -> str:
+    """Return jsonargparse's report of several lines as one, in words: the key, the value, and what it takes.
+
+    The key may be of an entry of a list: that of the entry follows that of the list.
+    """
+    keys = re.findall(r'Parser key "(.+?)"', message)
+    values = re.findall(r"(?:Got|Given) value: (.*)", message)
+    hint: Any = Config
+    for key in keys:
+        hint = _keys_of(hint).get(key)
+    if keys and values and hint is not None:
+        choices = [str(choice) for choice in typing.get_args(hint)]
+        return (
+            f"{': '.join(keys)} is {values[-1]}: it must be {_described(hint)}.{nearest(values[-1], choices)}"
+        )
+    unknown, known = re.search(r"Option '(.+?)' is not accepted", message), _keys_of(hint)
+    if unknown is not None and known:
+        return f"{': '.join(keys)}: {unknown[0]}.{nearest(unknown[1], known)} Known: {', '.join(known)}."
+    if message.startswith("unrecognized arguments"):
+        return f"{message}. Give the YAML by --config, and each setting as --section.key VALUE."
+    lines = [line.strip(" -") for line in message.splitlines() if "given class_path" not in line]
+    return re.sub(r'Parser key "(.+?)"', r"\1", " ".join(line for line in lines if line))
+
+
+def _keys_of(hint: Any) -> dict[str, Any]:
+    """Return the keys of a section, or of the entries of a list of sections; none for any other type."""
+    entry = (*typing.get_args(hint), hint)[0]
+    return known_keys(typing.cast(type, entry)) if dataclasses.is_dataclass(entry) else {}
+
+
+def _described(hint: Any) -> str:
+    """Return a type in words."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if typing.get_origin(hint) is list:
+        entries = "[{key: value}]" if dataclasses.is_dataclass(parts[0]) else "[a, b]"
+        return f"a list, such as {'[1, 2]' if parts[0] is float else entries}"
+    if parts:  # X | None
+        return " or ".join(_described(part) for part in parts)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+    return names.get(hint, str(hint))
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML that `load` reads back to an equal `Config`."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

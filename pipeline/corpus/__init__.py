@@ -1,0 +1,1 @@
+"""Offline: from a corpus to an indexed dataset (tools/preprocess_data.py)."""

@@ -1,0 +1,216 @@
+"""The plan of a corpus: what is read, how, and the units of work, written once; nothing else is shared.
+
+A unit is some spans that one worker turns into one part. The plan says all that the dataset depends on, so
+the parts of equal plans can be joined, whoever made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.cli import option
+from pipeline.base.errors import UserError
+from pipeline.base.files import replacing
+from pipeline.corpus.reading import Span, cut
+from pipeline.corpus.records import LONGEST_RECORD, Keys, check_kinds
+from pipeline.corpus.sources import Hub, Source, find, hub_source
+from pipeline.data.tokenizer import Tokenizer
+
+FORMAT = 1
+PLAN_FILE = "plan.json"
+MANY_UNITS = 4096
+SMALLEST, LARGEST = 2**23, 2**30  # bytes of a unit, where none are asked for
+TAIL, SMALLEST_OF_TAIL = 8, 2**20  # the last units are an 8th of what is left: workers end together
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for; each value changes the dataset.
+
+    Attributes:
+        keys: what is read of a record.
+        append_eos: close every document with the end-of-sequence token.
+        max_document_bytes: longest line, paragraph or text.
+        min_tokens: shorter documents are left out.
+        max_tokens: longer documents are left out; None for no limit.
+        deduplicate: leave out documents whose texts came before.
+        shuffle_seed: seed of a random order of all documents; None keeps the order of the input.
+    """
+
+    keys: Keys
+    append_eos: bool = False
+    max_document_bytes: int = LONGEST_RECORD
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    deduplicate: bool = False
+    shuffle_seed: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as flat plain values."""
+        values = dataclasses.asdict(self)
+        return {**values.pop("keys"), **values, "names": list(self.keys.names)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Options:
+        """Return the options that `to_json` described."""
+        names = {field.name for field in dataclasses.fields(Keys)}
+        keys = {k: v for k, v in values.items() if k in names}
+        keys["names"] = tuple(keys["names"])
+        return cls(Keys(**keys), **{k: v for k, v in values.items() if k not in names})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a dataset is made from.
+
+    Attributes:
+        sources: the inputs, in order.
+        options: what is asked for.
+        tokenizer: folder of the tokenizer, as it was given.
+        tokenizer_sha256: its identity.
+        units: spans of each unit; the documents of the dataset are in this order.
+    """
+
+    sources: tuple[Source, ...]
+    options: Options
+    tokenizer: str
+    tokenizer_sha256: str
+    units: tuple[tuple[Span, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan in plain types."""
+        return {
+            "format": FORMAT,
+            "options": self.options.to_json(),
+            "tokenizer": self.tokenizer,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "sources": [source.to_json() for source in self.sources],
+            "units": [[dataclasses.astuple(span) for span in unit] for unit in self.units],
+        }
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the inputs and options; how they are cut into units does not change the dataset."""
+        values = dataclasses.replace(self, units=()).to_json()
+        del values["units"], values["tokenizer"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all units."""
+        return sum(span.size for unit in self.units for span in unit)
+
+
+def make_plan(
+    inputs: Sequence[str], hub: Hub | None, tokenizer: Path, options: Options, unit_bytes: int | None
+) -> Plan:
+    """Return the plan of a corpus; files are looked at, only their ends are read.
+
+    Args:
+        inputs: see `sources.find`.
+        hub: a dataset that `datasets` streams, after the inputs.
+        tokenizer: its folder.
+        options: what is asked for.
+        unit_bytes: size of a unit; None for about 4,096 units of 8 MiB to 1 GiB, and smaller ones at the end.
+
+    Raises:
+        UserError: for an input that is missing, unreadable or cannot hold such records.
+    """
+    sources = [Source.of_file(path) for path in find(inputs)] + ([hub_source(hub)] if hub else [])
+    check_kinds(sources, options.keys)
+    total = sum(source.size for source in sources)
+    most = unit_bytes or min(max(total // MANY_UNITS, SMALLEST), LARGEST)
+    least = most if unit_bytes or hub else SMALLEST_OF_TAIL
+    by_line = options.keys.reading().by_line
+    units: list[tuple[Span, ...]] = []
+    held: list[Span] = []
+    size = 0  # of the spans in `held`, of which there may be very many
+    left = total
+
+    def target() -> int:
+        return max(least, min(most, left // TAIL))
+
+    for number, source in enumerate(sources):
+        for span in cut(number, source, target, by_line):
+            held.append(span)
+            size += span.size
+            if size >= target():
+                units.append(tuple(held))
+                left -= size
+                held, size = [], 0
+    units += [tuple(held)] if held else []
+    sha256 = Tokenizer.load(tokenizer).sha256
+    return Plan(tuple(sources), options, str(tokenizer), sha256, tuple(units))
+
+
+Difference = tuple[str, Any, Any]
+
+
+def differences(old: Plan, new: Plan) -> list[Difference]:
+    """Return what differs between two plans apart from the cut into units: (name, then, now)."""
+    found: list[Difference] = []
+    before, now = old.options.to_json(), new.options.to_json()
+    names = {"names": "the keys", "messages": option("messages_key"), "split": option("split_documents")}
+    found += [
+        (names.get(name, option(name)), before.get(name), now[name])
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if old.tokenizer_sha256 != new.tokenizer_sha256:
+        found.append(("the tokenizer's sha256", old.tokenizer_sha256[:12], new.tokenizer_sha256[:12]))
+    if [s.path for s in old.sources] != [s.path for s in new.sources]:
+        gone = [s.path for s in old.sources if s.path not in {n.path for n in new.sources}]
+        come = [s.path for s in new.sources if s.path not in {o.path for o in old.sources}]
+        found.append(
+            ("the list of inputs", gone or f"{len(old.sources)} files", come or f"{len(new.sources)} files")
+        )
+        return found
+    for one, other in zip(old.sources, new.sources, strict=True):
+        for what in ("size", "mtime_ns", "ends"):
+            if getattr(one, what) != getattr(other, what):
+                name = {"ends": "hash of head and tail", "mtime_ns": "time of change (ns)"}.get(what, what)
+                found.append((f"{one.path}: its {name}", getattr(one, what), getattr(other, what)))
+                break
+    return found
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """Write the plan into the folder of the parts."""
+    values = plan.to_json()
+    lines = [f"{json.dumps(key)}: {_listed(value)}" for key, value in values.items()]
+    with replacing(folder / PLAN_FILE) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _listed(value: Any) -> str:
+    """Return a value as JSON, a list with an entry a line."""
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[" + ",".join(f"\n  {json.dumps(entry)}" for entry in value) + "]"
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Return the plan in a folder of parts, if there is one; raise a `UserError` when it is damaged."""
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, this program reads {FORMAT}")
+        return Plan(
+            tuple(Source.from_json(source) for source in values["sources"]),
+            Options.from_json(values["options"]),
+            values["tokenizer"],
+            values["tokenizer_sha256"],
+            tuple(tuple(Span(*span) for span in unit) for unit in values["units"]),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give --restart to begin anew.") from None

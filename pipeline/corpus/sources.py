@@ -1,0 +1,280 @@
+"""Where a corpus is: files by path, glob, folder or list, and datasets that Hugging Face streams.
+
+A source is read in spans that a worker opens on its own: a byte range of a plain file, row groups of a
+parquet file, a whole compressed or arrow file, one shard of a streamed dataset.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from backports import zstd
+
+from pipeline.base.errors import UserError
+
+Format = Literal["lines", "text", "parquet", "arrow", "hub"]
+FORMATS: dict[str, Format] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+COMPRESSIONS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".zst": zstd.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+KNOWN = f"{', '.join(FORMATS)}; the first four also with {', '.join(COMPRESSIONS)}"
+_ENDS = 2**16  # bytes hashed at the head and at the tail
+_KINDS = 5  # suffixes named of files that are left out
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A dataset that `datasets` streams.
+
+    Attributes:
+        name: of the dataset on the hub, or a local folder of data files.
+        config: its configuration, if it has several.
+        split: which split is read.
+        revision: commit or tag on the hub.
+    """
+
+    name: str
+    config: str | None
+    split: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input, as it was when the work was planned.
+
+    Attributes:
+        path: of the file, or the name of a streamed dataset.
+        format: what is inside.
+        compression: suffix of the compression, empty for none.
+        size: bytes; shards of a streamed dataset.
+        mtime_ns: time of the last change; 0 for a streamed dataset.
+        ends: sha256 of the size, head and tail; the fingerprint of a streamed dataset.
+        hub: how a streamed dataset is loaded.
+    """
+
+    path: str
+    format: Format
+    compression: str
+    size: int
+    mtime_ns: int
+    ends: str
+    hub: Hub | None = None
+
+    @property
+    def is_cut_in_bytes(self) -> bool:
+        """Whether a span is a byte range."""
+        return self.format in ("lines", "text") and not self.compression
+
+    @classmethod
+    def of_file(cls, path: Path) -> Source:
+        """Return the source of a file; raise a `UserError` for one of an unknown kind or that is missing."""
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, or is no file.")
+        found = format_of(path)
+        if found is None:
+            raise UserError(f"{path}: its kind is not known; use {KNOWN}.")
+        facts = path.stat()
+        return cls(str(path), *found, facts.st_size, facts.st_mtime_ns, _hash_ends(path, facts.st_size))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Source:
+        """Return the source that `to_json` described."""
+        hub = values.pop("hub")
+        return cls(**values, hub=Hub(**hub) if hub else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the source in plain types."""
+        return asdict(self)
+
+    def check_unchanged(self) -> None:
+        """Raise a `UserError` when size or time show that the file is not the planned one any more."""
+        if self.hub is not None:
+            return
+        try:
+            facts = Path(self.path).stat()
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} has vanished: bring it back and run the same again; what is done is kept."
+            ) from None
+        if (facts.st_size, facts.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise UserError(
+                f"{self.path} has changed since the plan was made (size {self.size}, now {facts.st_size}): "
+                "bring the old file back, or give --restart to begin anew."
+            )
+
+
+def format_of(path: Path) -> tuple[Format, str] | None:
+    """Return format and compression that a file's name tells, in any case; None for an unknown kind."""
+    path = Path(path.name.lower())
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    found = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
+    if found is None or (compression and found not in ("lines", "text")):
+        return None
+    return found, compression
+
+
+def _hash_ends(path: Path, size: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_ENDS))
+        file.seek(max(0, size - _ENDS))
+        digest.update(file.read(_ENDS))
+    return digest.hexdigest()
+
+
+def find(inputs: Sequence[str]) -> list[Path]:
+    """Return the files meant by the inputs, in their order; say on stderr what a folder holds besides.
+
+    An input is a file, a glob (``data/**/*.jsonl.zst``), a folder (every file of a known kind below it, by
+    name; the data files of a dataset saved by `datasets`, in its order) or ``@LIST``, a file of inputs, one a
+    line.
+
+    Raises:
+        UserError: for an input without a file, or a file that is meant twice.
+    """
+    left_out: list[Path] = []
+    files: dict[str, tuple[Path, str]] = {}  # by real path: the file, and the input that means it
+    for given, path in _expanded(inputs, left_out):
+        file, before = files.setdefault(os.path.realpath(path), (path, given))
+        if file is not path:
+            raise UserError(
+                f"--input: {path} is meant twice, by {before} and by {given}, and its documents would come "
+                "twice: leave one out."
+            )
+    if left_out:
+        print(f"left out, of unknown kinds: {_kinds(left_out)}. What is read: {KNOWN}.", file=sys.stderr)
+    return [path for path, _ in files.values()]
+
+
+def _expanded(
+    inputs: Sequence[str], left_out: list[Path], lists: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Path]]:
+    """Yield each input, in nested `lists`, with each of its files; add the rest of folders to `left_out`."""
+    for given in inputs:
+        path = Path(given)
+        if given in lists:
+            raise UserError(f"--input {given}: the list names itself: take that line out.")
+        if given.startswith("@"):
+            yield from _expanded(_read_list(Path(given[1:])), left_out, (*lists, given))
+        elif path.is_dir():
+            yield from ((given, file) for file in _files_of_folder(path, left_out))
+        elif not path.exists() and glob.has_magic(given):
+            found = _only_files(Path(match) for match in sorted(glob.glob(given, recursive=True)))
+            if not found:
+                raise UserError(f"--input {given}: no file matches.")
+            yield from ((given, file) for file in found)
+        else:
+            yield given, path
+
+
+def _read_list(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"--input @{path}: the list {path} does not exist.")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _files_of_folder(folder: Path, left_out: list[Path]) -> list[Path]:
+    state = folder / "state.json"
+    if state.is_file() and (folder / "dataset_info.json").is_file():
+        try:
+            return [folder / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{state} is damaged ({error}): save the dataset again.") from None
+    if (folder / "dataset_dict.json").is_file():
+        raise UserError(f"--input {folder} holds several splits: name the folder of one, {folder}/train.")
+    below = glob.iglob("**", root_dir=folder, recursive=True)  # follows links, passes over what is hidden
+    files = sorted(_only_files(folder / name for name in below))
+    known = [path for path in files if format_of(path) is not None]
+    unknown = [path for path in files if format_of(path) is None]
+    if not known:
+        there = f" ({_kinds(unknown)})" if unknown else ""
+        raise UserError(f"--input {folder}: no file of a known kind in it{there}; use {KNOWN}.")
+    left_out += unknown
+    return known
+
+
+def _only_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files among paths, without the folders; raise a `UserError` for a link to nowhere."""
+    files = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+        elif path.is_symlink() and not path.exists():
+            raise UserError(f"--input {path} is a link to nowhere: bring its file back, or remove it.")
+    return files
+
+
+def _kinds(files: Sequence[Path]) -> str:
+    """Return how many files there are of each suffix: ``3 .json.lz4, 1 .md``; the rarest are not named."""
+    counts: Counter[str] = Counter()
+    for path in files:
+        inner = Path(path.stem).suffix
+        named = inner if inner.lower() in FORMATS or path.suffix.lower() in COMPRESSIONS else ""
+        counts[f"{named}{path.suffix}" or "without a suffix"] += 1
+    first = [f"{count} {kind}" for kind, count in counts.most_common(_KINDS)]
+    others = len(files) - sum(count for _, count in counts.most_common(_KINDS))
+    return ", ".join(first + ([f"{others} others"] if others else []))
+
+
+def open_file(source: Source) -> tuple[BinaryIO, BinaryIO]:
+    """Return a text file, decompressed, and the file below it, whose position tells progress."""
+    raw: BinaryIO = Path(source.path).open("rb", buffering=2**18)  # noqa: SIM115  the caller closes both
+    if not source.compression:
+        return raw, raw
+    return COMPRESSIONS[source.compression](raw, "rb"), raw
+
+
+@functools.cache
+def load_hub(hub: Hub) -> Any:
+    """Return the builder of a dataset; raise a `UserError` when `datasets` cannot find it or its split."""
+    import datasets  # takes seconds, and most corpora are files
+
+    try:
+        builder = datasets.load_dataset_builder(hub.name, hub.config, revision=hub.revision)
+        builder.as_streaming_dataset(split=hub.split)
+    except Exception as error:  # its own errors, the hub's, the network's
+        raise UserError(
+            f"--hub-dataset {hub.name} cannot be loaded ({type(error).__name__}: {error}): check its name, "
+            "--hub-config, --hub-split and --hub-revision."
+        ) from None
+    return builder
+
+
+def hub_source(hub: Hub) -> Source:
+    """Return the source of a streamed dataset.
+
+    Its fingerprint is that of its data files: on the hub their addresses, which carry the commit; of local
+    files also sizes and times.
+    """
+    builder = load_hub(hub)
+    files = []
+    for path in map(str, (builder.config.data_files or {}).get(hub.split, [])):
+        facts = Path(path).stat() if Path(path).is_file() else None
+        files.append([path, facts.st_size, facts.st_mtime_ns] if facts else [path])
+    fingerprint = hashlib.sha256(json.dumps([asdict(hub), files]).encode()).hexdigest()
+    shards = builder.as_streaming_dataset(split=hub.split).num_shards
+    return Source(hub.name, "hub", "", shards, 0, fingerprint, hub)

@@ -1,0 +1,374 @@
+"""A worker: takes a unit, reads, encodes and writes its part, and tells nobody a token.
+
+A part is a folder of the parts' folder, named by its unit's number: tokens, lengths, hashes (with
+de-duplication), quarantine.jsonl (where there are bad records), histograms.npy and part.json. It appears by
+one rename: a part that is there is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from pipeline.base.errors import UserError
+from pipeline.base.files import creating_folder
+from pipeline.corpus.encode import WordEncoder
+from pipeline.corpus.plan import Plan
+from pipeline.corpus.reading import BadRecord, SpanReader
+from pipeline.corpus.records import complaint, documents
+from pipeline.corpus.sources import Source
+from pipeline.data.arrays import Array
+from pipeline.data.facts import Counts
+from pipeline.data.indexed import token_dtype
+from pipeline.data.tokenizer import Tokenizer
+
+TOKENS, LENGTHS, HASHES, QUARANTINE = "tokens", "lengths", "hashes", "quarantine.jsonl"
+HISTOGRAMS, PART = "histograms.npy", "part.json"
+HASH = np.dtype("V16")
+BATCH, BATCH_CHARACTERS = 4096, 2**20  # encoded by one call, which starts a thread each time
+EXCERPT = 200  # characters of a bad record that are shown
+
+
+class Stopped(Exception):
+    """The parent has asked the workers to stop."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker has to know.
+
+    Attributes:
+        plan: all of it.
+        folder: of the parts.
+        on_error: quarantine bad records, or fail at the first.
+        whole_texts: encode each text as a whole, not word by word; the tokens are the same.
+    """
+
+    plan: Plan
+    folder: Path
+    on_error: Literal["quarantine", "fail"]
+    whole_texts: bool = False
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What part.json holds.
+
+    Attributes:
+        plan_sha256: the plan that the part belongs to.
+        counts: what became of the records.
+        sha256: of the files with tokens, lengths and hashes.
+    """
+
+    plan_sha256: str
+    counts: Counts
+    sha256: dict[str, str]
+
+
+def part_folder(folder: Path, unit: int) -> Path:
+    """Return the folder of a unit's part."""
+    return folder / f"{unit:06d}"
+
+
+def read_part(folder: Path, unit: int, plan_sha256: str) -> PartFacts:
+    """Return the facts of a part.
+
+    Raises:
+        UserError: when it is damaged, or of another plan.
+    """
+    path = part_folder(folder, unit) / PART
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        facts = PartFacts(**{**values, "counts": Counts(**values["counts"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove {path.parent} and run the same again."
+        ) from None
+    if facts.plan_sha256 != plan_sha256:
+        raise UserError(f"{path} belongs to another plan: give --restart to begin anew.")
+    return facts
+
+
+class Board:
+    """What workers show to the parent: a row of 64-bit numbers each, in shared memory without locks.
+
+    Columns: the unit that is being done plus 1 (0: none), bytes read, tokens written, time of the last beat.
+    """
+
+    WIDTH = 4
+
+    def __init__(self, memory: Any, workers: int) -> None:
+        table = np.frombuffer(memory, np.int64)
+        self.rows = table[:-1].reshape(workers, self.WIDTH)
+        self._stop = table[-1:]
+
+    @classmethod
+    def memory(cls, context: Any, workers: int) -> Any:
+        """Return shared memory for a board."""
+        return context.RawArray("q", workers * cls.WIDTH + 1)
+
+    def stop(self) -> None:
+        """Ask every worker to stop at its next batch."""
+        self._stop[0] = 1
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the workers have been asked to stop."""
+        return bool(self._stop[0])
+
+
+Document = tuple[tuple[str, ...], Source, int]  # texts, and where they come from
+
+
+class _PartWriter:
+    """Gathers the documents of a unit and writes the files of its part."""
+
+    def __init__(self, folder: Path, encoder: WordEncoder, job: Job) -> None:
+        self.folder = folder
+        self.encoder = encoder
+        self.job = job
+        self.options = job.plan.options
+        self.step = 2 if self.options.keys.is_pair else 1  # sequences of a document
+        self.dtype = token_dtype(encoder.tokenizer.vocab_size)
+        self.counts = Counts()
+        self.histograms = np.zeros((2, encoder.tokenizer.vocab_size), np.int64)  # prompts; texts or answers
+        names = [TOKENS, LENGTHS] + ([HASHES] if self.options.deduplicate else [])
+        self.files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
+        self.digests = {name: hashlib.sha256() for name in names}
+        self._batch: list[Document] = []
+        self._batch_size = 0
+
+    def add(self, document: Document) -> bool:
+        """Take a document; return whether a batch was encoded."""
+        self._batch.append(document)
+        self._batch_size += len(document[0][-1])
+        if len(self._batch) < BATCH and self._batch_size < BATCH_CHARACTERS:
+            return False
+        self.encode()
+        return True
+
+    def quarantine(self, source: Source, position: int, bad: BadRecord, content: object) -> None:
+        """Write down a record that cannot be used; or fail, if so asked."""
+        if self.job.on_error == "fail":
+            raise UserError(complaint(source, position, bad))
+        self.counts.quarantined[bad.reason] = self.counts.quarantined.get(bad.reason, 0) + 1
+        where = "byte" if source.format in ("lines", "text") else "row"
+        entry = {"file": source.path, where: position, "reason": bad.reason, "detail": bad.detail}
+        if not isinstance(content, BadRecord):
+            shown = content.decode("utf-8", "replace") if isinstance(content, bytes) else repr(content)
+            entry["excerpt"] = shown[:EXCERPT]
+        if QUARANTINE not in self.files:
+            self.files[QUARANTINE] = (self.folder / QUARANTINE).open("wb")
+        self.files[QUARANTINE].write(json.dumps(entry).encode() + b"\n")
+
+    def encode(self) -> None:
+        """Encode what is gathered; count, hash and write its tokens."""
+        batch, self._batch, self._batch_size = self._batch, [], 0
+        if not batch:
+            return
+        try:
+            found = self.encoder.encode_batch([text for texts, _, _ in batch for text in texts])
+        except UnicodeEncodeError:  # a lone surrogate, from a stream: JSON lines and tables hold none
+            batch = [document for document in batch if self._is_unicode(document)]
+            found = self.encoder.encode_batch([text for texts, _, _ in batch for text in texts])
+        lengths = np.fromiter(map(len, found), np.int32, len(found)).reshape(-1, self.step)
+        keep = self._judge(batch, lengths)
+        if not keep.all():
+            chosen = np.flatnonzero(keep)
+            batch = [batch[i] for i in chosen]
+            found = [found[i * self.step + part] for i in chosen for part in range(self.step)]
+            lengths = lengths[keep]
+        if self.options.append_eos:
+            eos = np.array([self.encoder.tokenizer.eos], np.int32)
+            ends = range(self.step, len(found) + 1, self.step)
+            found = [ids for end in ends for ids in (*found[end - self.step : end], eos)]
+        if not found:
+            return
+        tokens = np.concatenate(found, dtype=self.dtype, casting="unsafe")
+        count_tokens(self.histograms, tokens, lengths)
+        self.counts.documents += len(lengths)
+        self.counts.tokens += len(tokens)
+        self._write(TOKENS, tokens.data)
+        self._write(LENGTHS, np.ascontiguousarray(lengths).data)
+        if self.options.deduplicate:
+            self._write(HASHES, b"".join(document_hash(texts) for texts, _, _ in batch))
+
+    def _is_unicode(self, document: Document) -> bool:
+        texts, source, position = document
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            bad = BadRecord("invalid_utf8", f"text that UTF-8 cannot hold ({error.reason})")
+            self.quarantine(source, position, bad, texts)
+            return False
+        return True
+
+    def _judge(self, batch: Sequence[Document], lengths: Array) -> Array:
+        """Return which documents [B] are kept; add the end-of-sequence token to their `lengths` [B, step]."""
+        empty = lengths[:, -1] == 0
+        for number in np.flatnonzero(empty):
+            texts, source, position = batch[int(number)]
+            reason, what = ("empty_answer", "an answer") if self.step == 2 else ("empty_text", "a text")
+            self.quarantine(source, position, BadRecord(reason, f"{what} of length 0 in tokens"), texts)
+        lengths[:, -1] += self.options.append_eos
+        sizes = lengths.sum(axis=1, dtype=np.int64)
+        limits = {
+            "min_tokens": ~empty & (sizes < self.options.min_tokens),
+            "max_tokens": ~empty & (sizes > (self.options.max_tokens or np.inf)),
+        }
+        for name, out in limits.items():
+            if out.any():
+                self.counts.filtered[name] = self.counts.filtered.get(name, 0) + int(out.sum())
+        keep: Array = ~(empty | limits["min_tokens"] | limits["max_tokens"])
+        return keep
+
+    def _write(self, name: str, data: Any) -> None:
+        self.files[name].write(data)
+        self.digests[name].update(data)
+
+    def close(self) -> None:
+        """Write the files' rest, and part.json last."""
+        self.encode()
+        self.counts.check()
+        for file in self.files.values():
+            file.close()
+        np.save(self.folder / HISTOGRAMS, self.histograms)
+        digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        facts = PartFacts(self.job.plan.sha256, self.counts, digests)
+        (self.folder / PART).write_text(json.dumps(dataclasses.asdict(facts)) + "\n", encoding="utf-8")
+
+
+def count_tokens(histograms: Array, tokens: Array, lengths: Array, times: int = 1) -> None:
+    """Add how often ids occur to `histograms` [2, V]: of prompts in row 0, of texts and answers in row 1.
+
+    Args:
+        histograms: [2, V] int64, changed in place.
+        tokens: [sum of lengths], any integer type.
+        lengths: [documents, 1] of texts, or [documents, 2] of pairs.
+        times: -1 takes the tokens away again.
+    """
+    size = histograms.shape[1]
+    if lengths.shape[1] == 1:
+        histograms[1] += times * np.bincount(tokens, minlength=size)
+        return
+    is_answer = np.repeat(np.tile(np.array([False, True]), len(lengths)), lengths.ravel())
+    for row, chosen in ((0, ~is_answer), (1, is_answer)):
+        histograms[row] += times * np.bincount(tokens[chosen], minlength=size)
+
+
+def document_hash(texts: tuple[str, ...]) -> bytes:
+    """Return the 128-bit hash of a document's texts; of pairs with the length of the prompt."""
+    digest = hashlib.blake2b(digest_size=HASH.itemsize)
+    for text in texts:
+        content = text.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.digest()
+
+
+def make_part(job: Job, encoder: WordEncoder, unit: int, beat: Callable[[int, int], None]) -> Counts:
+    """Write the part of a unit, whole or not at all.
+
+    Args:
+        job: what is done.
+        encoder: with the loaded tokenizer.
+        unit: its number in the plan.
+        beat: called after each batch with the bytes read and the tokens written so far; may raise to stop.
+
+    Raises:
+        UserError: at the first bad record, where bad ones are not quarantined; for a changed input.
+    """
+    plan, options = job.plan, job.plan.options
+    reading = options.keys.reading(options.max_document_bytes)
+    with creating_folder(part_folder(job.folder, unit)) as folder:
+        part, before = _PartWriter(folder, encoder, job), 0
+        for span in plan.units[unit]:
+            source = plan.sources[span.source]
+            reader = SpanReader(source, span, reading)
+            for position, content in reader:
+                part.counts.records += 1
+                if isinstance(content, bytes) and (not content or content.isspace()):
+                    part.counts.blank += 1
+                    continue
+                try:
+                    found = documents(content, options.keys, source.format == "text")
+                    if isinstance(content, dict):
+                        _check_size(found, options.max_document_bytes)
+                except BadRecord as bad:
+                    part.encode()  # what came before is judged before
+                    part.quarantine(source, position, bad, content)
+                    beat(before + reader.done, part.counts.tokens)
+                    continue
+                part.counts.added_by_splitting += len(found) - 1
+                for texts in found:
+                    if part.add((texts, source, position)):
+                        beat(before + reader.done, part.counts.tokens)
+            before += span.size
+        part.close()
+    beat(before, part.counts.tokens)
+    return part.counts
+
+
+def _check_size(found: Sequence[tuple[str, ...]], limit: int) -> None:
+    """Refuse rows of a table that are too long; lines of text have been measured when they were read."""
+    for texts in found:
+        size = sum(map(len, texts))
+        if size * 4 > limit and (size := sum(len(t.encode("utf-8", "replace")) for t in texts)) > limit:
+            raise BadRecord("too_long", f"a row of {size} bytes of text, more than {limit}")
+
+
+_process: dict[str, Any] = {}  # what a worker process keeps from unit to unit
+
+
+def start(job: Job, memory: Any, workers: int, taken: Any) -> None:
+    """Prepare a worker process: one thread, no share in the terminal's Ctrl-C, the tokenizer loaded once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    with taken.get_lock():
+        number = taken.value
+        taken.value += 1
+    _process.update(
+        job=job,
+        encoder=WordEncoder(Tokenizer.load(Path(job.plan.tokenizer)), cut=not job.whole_texts),
+        board=Board(memory, workers),
+        number=number,
+    )
+    gc.freeze()  # what is loaded is never garbage: collections need not look at it again
+
+
+def _end_with_parent() -> None:
+    """End this process with its parent, even if that is killed: an idle worker would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def work(unit: int) -> Counts:
+    """Make the part of a unit in a worker process."""
+    board: Board = _process["board"]
+    row = board.rows[_process["number"]]
+    bytes_before, tokens_before = int(row[1]), int(row[2])
+
+    def beat(done: int, tokens: int) -> None:
+        row[:] = unit + 1, bytes_before + done, tokens_before + tokens, int(time.time())
+        if board.stopping:
+            raise Stopped
+
+    beat(0, 0)
+    counts = make_part(_process["job"], _process["encoder"], unit, beat)
+    row[0] = 0
+    return counts

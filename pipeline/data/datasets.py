@@ -1,0 +1,266 @@
+"""Samples: fixed-length sequences whose positions are prompt, answer or padding, built by megatron-core."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+with warnings.catch_warnings():  # megatron-core warns of optional packages that are not used here
+    warnings.simplefilter("ignore")
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.megatron_dataset import MegatronDataset
+    from megatron.core.datasets.utils import Split
+
+from pipeline.base.errors import UserError
+from pipeline.config import DataConfig
+from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, SampleDataset
+from pipeline.data.facts import DatasetFacts, check_data
+from pipeline.data.tokenizer import Tokenizer
+
+
+@dataclass
+class SampleConfig(GPTDatasetConfig):
+    """megatron-core's dataset configuration with the two settings of `PairDataset`; see DataConfig."""
+
+    padding: str = "ignored"
+    too_long: str = "error"
+
+
+class PackedDataset(GPTDataset):
+    """Text cut into samples of L tokens by megatron-core's GPTDataset; every position is answer."""
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Return a sample as `SampleDataset` does."""
+        tokens = super().__getitem__(index)["tokens"].numpy()
+        return {"tokens": tokens, "roles": np.full(len(tokens), ANSWER, np.int8)}
+
+
+class PairDataset(MegatronDataset):
+    """Prompt/answer documents of two sequences, one document a sample."""
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        dataset_path: str | None,
+        indices: Array,
+        num_samples: int | None,
+        index_split: Split,
+        config: SampleConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        cached = Path(config.path_to_cache) / f"pairs-{self._identity()}.npy"
+        if not cached.exists():
+            np.save(cached, self._first_sequences())
+        # One entry more than samples: it says whether any sample is shorter than the sequence length.
+        self.first_sequence = np.load(cached, mmap_mode="r")[:-1]
+        self.has_padding = config.padding == "ignored" and bool(np.load(cached, mmap_mode="r")[-1])
+        self.size = len(self.first_sequence) if num_samples is None else num_samples
+        self.left_out = len(indices) - len(self.first_sequence)
+
+    def _identity(self) -> str:
+        """Return what the documents depend on, apart from the number of samples."""
+        text = repr([self.dataset_path, self.index_split.name, self.config.split])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _first_sequences(self) -> Array:
+        """Return the first sequence of each document that is used, and whether any is shorter than L."""
+        first = self.dataset.document_indices[self.indices]
+        prompt, answer = self.dataset.sequence_lengths[first], self.dataset.sequence_lengths[first + 1]
+        if (answer == 0).any():
+            document = int(self.indices[int(np.argmax(answer == 0))])
+            raise UserError(
+                f"{self.dataset_path}: document {document} has an answer of length 0 "
+                f"({int((answer == 0).sum())} such documents): preprocess the corpus again without it."
+            )
+        lengths, limit = prompt.astype(np.int64) + answer, self.config.sequence_length
+        fits = lengths <= limit
+        return np.append(first[fits], int(lengths[fits].min(initial=limit) < limit))
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        """Return the documents, which is what splits are counted in."""
+        return len(low_level_dataset.document_indices) - 1
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: SampleConfig) -> IndexedDataset:
+        """Open .bin and .idx; modes mark the prompt (0) and the answer (1)."""
+        return IndexedDataset(dataset_path, multimodal=True, mmap=config.mmap_bin_files)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return ["random_seed", "sequence_length", "split", "padding", "too_long"]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Return a sample as `SampleDataset` does; a blend may ask for more than one epoch."""
+        sequence = int(self.first_sequence[index % len(self.first_sequence)])
+        (prompt, _), (answer, _) = self.dataset.get(sequence), self.dataset.get(sequence + 1)
+        length, used = self.config.sequence_length, len(prompt) + len(answer)
+        tokens = np.full(length, self.config.tokenizer.pad, np.int64)
+        roles = np.full(length, PADDING, np.int8)
+        tokens[: len(prompt)], roles[: len(prompt)] = prompt, PROMPT
+        tokens[len(prompt) : used], roles[len(prompt) : used] = answer, ANSWER
+        if self.config.padding == "eos_targets":
+            tokens[used:], roles[used:] = self.config.tokenizer.eos, ANSWER
+        return {"tokens": tokens, "roles": roles}
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """megatron-core's builder, for blends of which a dataset has no sample in a split; it fails on those."""
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Any, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        """Build a dataset; a blend is one of the datasets that have samples, None where there are none."""
+        if cls is BlendedDataset:
+            datasets, weights, *more = args
+            kept = [pair for pair in zip(datasets or [], weights, strict=False) if pair[1] > 0]
+            empty = [dataset.dataset_path for dataset in datasets or [] if not len(dataset)]
+            if empty and datasets[0].index_split == Split.train:
+                raise _no_training_sample(empty, datasets[0].config)
+            if len(kept) < 2:
+                return kept[0][0] if kept else None
+            args = (*map(list, zip(*kept, strict=True)), *more)
+        build = BlendedMegatronDatasetBuilder.build_generic_dataset
+        return build(cls, is_built_on_rank, synchronize_ranks, *args)
+
+
+def _no_training_sample(prefixes: Sequence[str], config: DataConfig | SampleConfig) -> UserError:
+    return UserError(
+        f"{', '.join(prefixes)} gives no training sample of data.sequence_length = {config.sequence_length} "
+        f"tokens with data.split = {config.split!r}: bring more text, leave it out, or lower "
+        "data.sequence_length."
+    )
+
+
+@dataclass
+class Datasets:
+    """Training and validation samples.
+
+    Attributes:
+        train: one epoch of training samples.
+        valid: the validation samples; none where data.split leaves no share to them.
+        has_padding: whether a sample may hold positions that the model must not attend to.
+        fingerprint: see `data_fingerprint`.
+        shares: what each dataset gives to an epoch.
+    """
+
+    train: SampleDataset
+    valid: SampleDataset | None
+    has_padding: bool
+    fingerprint: str
+    shares: list[Share]
+
+
+def data_fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> str:
+    """Return what changes whenever the samples or their order do; nothing is built.
+
+    Raises:
+        UserError: for data that does not fit the tokenizer or the run.
+    """
+    return _fingerprint(check_data(config, tokenizer), config, tokenizer, seed)
+
+
+def _fingerprint(facts: Sequence[DatasetFacts], config: DataConfig, tokenizer: Tokenizer, seed: int) -> str:
+    identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
+                     config.weights, config.temperature, config.max_epochs, config.split, config.padding,
+                     config.too_long, seed])  # fmt: skip
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Datasets:
+    """Build the samples of a run, or load their indices from `cache`; every rank calls this.
+
+    Raises:
+        UserError: for data that does not fit the tokenizer or the run, or too little of it.
+    """
+    facts = check_data(config, tokenizer)
+    fingerprint = _fingerprint(facts, config, tokenizer, seed)
+    folder = cache / fingerprint[:16]
+    build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing))
+    with as_if_alone():
+        train, valid, shares = _build(config, facts, tokenizer, seed, folder)
+    has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)
+    return Datasets(train, valid, has_padding, fingerprint, shares)
+
+
+def _build(
+    config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int, folder: Path
+) -> tuple[SampleDataset, SampleDataset | None, list[Share]]:
+    """Build the samples, with their indices in `folder`, or load what is there."""
+    settings = SampleConfig(
+        random_seed=seed,
+        sequence_length=config.sequence_length,
+        blend=(config.prefixes, None),
+        split=config.split,
+        tokenizer=tokenizer,
+        path_to_cache=str(folder),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        add_extra_token_to_sequence=False,
+        padding=config.padding,
+        too_long=config.too_long,
+    )
+    train, valid = _build_splits(config, settings, [None, None, None])
+    parts = getattr(train, "datasets", [train]) if train is not None else []
+    samples = [len(part) for part in parts]
+    left_out = [getattr(part, "left_out", 0) for part in parts]
+    if train is None or len(train) == 0:
+        raise _no_training_sample(config.prefixes, config)
+    weights, used = config.weights, samples
+    if config.temperature is not None:
+        weights = [float(fact.tokens ** (1 / config.temperature)) for fact in facts]
+    if weights is not None:
+        used = blend_sizes(samples, weights, config.max_epochs)
+        settings.blend = (config.prefixes, [float(count) for count in used])
+        settings.__post_init__()  # normalises the weights
+        train, _ = _build_splits(config, settings, [sum(used), 0, 0])
+        assert train is not None
+    shares = [
+        Share(prefix, fact.tokens, *counts)
+        for prefix, fact, *counts in zip(config.prefixes, facts, samples, used, left_out, strict=True)
+    ]
+    return train, valid if valid is not None and len(valid) else None, shares
+
+
+def _build_splits(
+    config: DataConfig, settings: SampleConfig, sizes: list[int | None]
+) -> tuple[SampleDataset | None, SampleDataset | None]:
+    kind = PairDataset if config.kind == "pairs" else PackedDataset
+    with _only_user_errors(config):
+        train, valid, _ = _Builder(kind, sizes, lambda: True, settings).build()
+    return train, valid
+
+
+@contextlib.contextmanager
+def _only_user_errors(config: DataConfig) -> Iterator[None]:
+    """Name the datasets where megatron-core fails on one, instead of a traceback from inside it."""
+    try:
+        yield
+    except (AssertionError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise UserError(
+            f"{', '.join(config.prefixes)} cannot be built with data.split = {config.split!r} and "
+            f"data.sequence_length = {config.sequence_length} ({error or type(error).__name__}): check them "
+            "with tools/inspect_data.py."
+        ) from error
+
+
+def _has_padding(dataset: Any) -> bool:
+    parts = getattr(dataset, "datasets", [dataset])
+    return any(getattr(part, "has_padding", False) for part in parts)

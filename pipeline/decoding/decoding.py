@@ -1,0 +1,129 @@
+"""The decoding loop: at each step the positions that the policy ranks highest are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.base.errors import UserError
+from pipeline.data.examples import Samples
+from pipeline.decoding.drawing import draw_tokens
+from pipeline.decoding.network import CachedForward, Forward, WholeForward
+from pipeline.decoding.schedule import plan
+from pipeline.decoding.sequences import UNFILLED, Sequences
+from pipeline.decoding.settings import SamplingSettings
+from pipeline.model.batch import Visibility
+from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
+from pipeline.objectives.objective import Scores, take_highest
+from pipeline.objectives.policies import POLICIES
+
+
+@dataclass
+class Decoded:
+    """What decoding made of B sequences.
+
+    Attributes:
+        tokens: [B, L] int64; the mask token where nothing was filled, behind an end-of-sequence token.
+        order: [B, L] int64, the step (0 is the first) at which each position was filled; UNFILLED elsewhere.
+        steps: [B] int64, forwards that each sequence took part in.
+    """
+
+    tokens: Tensor
+    order: Tensor
+    steps: Tensor
+
+    def keep(self, sequences: Sequences, where: Tensor, mask_id: int) -> None:
+        """Take over the rows of `sequences` where `where` [B] bool holds."""
+        rows = sequences.rows[where]
+        self.tokens[rows] = sequences.samples.tokens.masked_fill(sequences.masked, mask_id)[where]
+        self.order[rows] = sequences.order[where]
+        self.steps[rows] = sequences.step
+
+
+@torch.no_grad()
+def decode(
+    model: MaskedDiffusionModel,
+    samples: Samples,
+    masked: Tensor,
+    settings: SamplingSettings,
+    visibility: Visibility = EVERYTHING,
+    stop: int | None = None,
+    on_step: Callable[[Sequences], None] | None = None,
+) -> Decoded:
+    """Fill the masked positions.
+
+    At each step the policy ranks the candidates by the scores of one forward, as it does along a chain in
+    training; then tokens are drawn at the positions that it has chosen. As the choice does not look at what
+    is drawn, an exact model at temperature 1 and one token a step is sampled from exactly, in any order.
+
+    Args:
+        model: the network.
+        samples: tokens, roles (PADDING is not seen) and the prompts' numbers, by which their noise differs.
+        masked: [B, L] bool; rows may have different counts.
+        settings: checked settings.
+        visibility: which positions see which others (`Layout.decoding`); its blocks are filled in turn.
+        stop: the end-of-sequence token; a row is done when one is filled in with nothing masked before it.
+        on_step: called after each step with the sequences that took part in it.
+
+    Raises:
+        UserError: for a block size of the sampler's own where the model was trained in blocks.
+    """
+    in_blocks = visibility.blocks is not None
+    if in_blocks and settings.block_size is not None:
+        raise UserError(
+            f"--block-size is {settings.block_size}, but the model was trained in blocks, or from left to "
+            "right, and is decoded so: leave it out."
+        )
+    now = Sequences.start(samples, masked, visibility, settings.block_size)
+    forward: Forward = WholeForward(model, visibility)
+    if in_blocks and settings.cache:
+        forward = CachedForward(model, now)
+    result = Decoded(samples.tokens.clone(), now.order, torch.zeros_like(now.rows))
+    while True:
+        candidates = now.candidates(stop)
+        alive = candidates.any(dim=1)
+        result.keep(now, ~alive, model.lm_head.vocabulary.mask_id)
+        if not alive.any():
+            return result
+        if not alive.all():
+            forward.keep(alive)
+        now, candidates = now.kept(alive), candidates[alive]
+        _step(model, forward, now, candidates, settings)
+        if on_step is not None:
+            on_step(now)
+
+
+def _step(
+    model: MaskedDiffusionModel,
+    forward: Forward,
+    now: Sequences,
+    candidates: Tensor,
+    settings: SamplingSettings,
+) -> None:
+    """Run one forward on `now`, fill the best of the candidates [B, L] and mask what is masked again."""
+    policy = POLICIES[settings.policy]
+    rows = candidates.flatten().nonzero().squeeze(1)  # [R]
+    hidden = forward.hidden(now, rows)  # [R, H]
+    ranking = policy.initial(settings.seed, now.samples)
+    if policy.by_scores is not None:
+        unknown = torch.zeros_like(rows)  # no target: the loss means nothing
+        scores = Scores.of(model.lm_head(hidden, unknown, unknown.float(), policy.needs), rows, candidates)
+        ranking = policy.by_scores(scores)
+    current = torch.where(candidates, now.blocks, 0).amax(dim=1, keepdim=True)
+    count, again = plan(settings, now, now.answer & (now.blocks == current))
+    filled = take_highest(candidates, ranking, count)
+    if settings.threshold is not None:  # only with a policy by scores
+        filled |= candidates & (scores.confidence > settings.threshold)
+    places = filled.flatten().nonzero().squeeze(1)  # [F]
+    row, position = places // filled.shape[1], places % filled.shape[1]
+    counters = (now.samples.ids[row], position, torch.full_like(row, now.step))
+    tokens = draw_tokens(model.lm_head, hidden[filled.flatten()[rows]], settings, counters)
+    now.samples.tokens[row, position] = tokens
+    now.order = now.order.masked_fill(filled, now.step).masked_fill(again, UNFILLED)
+    now.masked = (now.masked & ~filled) | again
+    now.step += 1
+    goes_on = (now.masked & now.answer & (now.blocks == current)).any(dim=1)
+    now.began = torch.where(goes_on, now.began, now.step)

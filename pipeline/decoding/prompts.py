@@ -1,0 +1,120 @@
+"""Prompts as people write them: lines, records, and texts with masked spans."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.base.errors import UserError
+from pipeline.checkpoint.load_model import Loaded
+from pipeline.corpus.records import Keys, read_all
+from pipeline.decoding.batching import behind_prompts
+from pipeline.decoding.completing import Completion, complete, infill, with_gaps
+from pipeline.decoding.frames import Watch
+from pipeline.decoding.settings import SamplingSettings
+
+_SPAN = re.compile(r"\[MASK\*(.*?)\]")
+SPAN_HELP = "[MASK*N] in a text stands for N tokens to be filled in, given what is before and behind"
+
+
+def read_prompts(path: Path, key: str) -> list[str]:
+    """Return the lines of a text file, or the value of `key` in each record of jsonl or parquet.
+
+    Raises:
+        UserError: for a file without prompts, of another kind, or with a record that lacks the key.
+    """
+    text = path.suffix == ".txt" or path.with_suffix("").suffix == ".txt"  # .txt, .txt.gz
+    keys = Keys((key,), split="line" if text else None)
+    prompts = [record.texts[0] for record in read_all([path], keys)]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt: give one on each line.")
+    return prompts
+
+
+def spans(text: str) -> list[str | int]:
+    """Return the pieces of a text: what is given (str), and the tokens of each masked span (int).
+
+    Raises:
+        UserError: for a mark without a number above 0.
+    """
+    pieces: list[str | int] = []
+    for number, piece in enumerate(_SPAN.split(text)):
+        if number % 2 == 0:
+            pieces += [piece] if piece else []
+        elif piece.isdecimal() and int(piece) > 0:
+            pieces.append(int(piece))
+        else:
+            raise UserError(f"[MASK*{piece}] in {text!r}: give the number of tokens, such as [MASK*12].")
+    return pieces
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was made of a prompt.
+
+    Attributes:
+        prompt: as it was given.
+        number: of this sample among those of the prompt.
+        text: the prompt with its continuation, or with its masked spans filled in.
+        completion: tokens, order and steps.
+    """
+
+    prompt: str
+    number: int
+    text: str
+    completion: Completion
+
+
+def generate(
+    loaded: Loaded,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+    samples: int = 1,
+    length: int | None = None,
+    batch_size: int = 16,
+    watch: Watch = lambda stop: None,
+) -> Iterator[Sample]:
+    """Yield `samples` continuations of each prompt, or fillings of its masked spans, in order.
+
+    Nothing is decoded before all prompts have been checked; a batch is yielded when it is done.
+
+    Args:
+        loaded: the model.
+        prompts: texts; those with a mark (`spans`) are filled in, the others are continued.
+        settings: of the sampler.
+        samples: how many of each prompt; they differ by their noise.
+        length: see `complete`.
+        batch_size: sequences decoded together.
+        watch: given the token at which sequences end, or none, returns what is called after each step.
+
+    Raises:
+        UserError: see `complete`, `infill` and `spans`.
+    """
+    texts = [spans(prompt) for prompt in prompts]
+    marked = [any(isinstance(piece, int) for piece in pieces) for pieces in texts]
+    plain_prompts = [prompt for prompt, has_mark in zip(prompts, marked, strict=True) if not has_mark]
+    behind_prompts(plain_prompts, length, loaded.tokenizer, loaded.config)
+    if any(marked):
+        with_gaps(loaded, [pieces for pieces, has_mark in zip(texts, marked, strict=True) if has_mark])
+    total, stop = len(prompts) * samples, loaded.tokenizer.eos
+    for start in range(0, total, batch_size):
+        numbers = range(start, min(start + batch_size, total))
+        plain = [i for i in numbers if not marked[i // samples]]
+        holes = [i for i in numbers if marked[i // samples]]
+        found: dict[int, Completion] = {}
+        if plain:
+            given = [prompts[i // samples] for i in plain]
+            done = complete(loaded, given, settings, length, batch_size, on_step=watch(stop), numbers=plain)
+            found |= zip(plain, done, strict=True)
+        if holes:
+            pieces = [texts[i // samples] for i in holes]
+            found |= zip(
+                holes,
+                infill(loaded, pieces, settings, batch_size, on_step=watch(None), numbers=holes),
+                strict=True,
+            )
+        for i in numbers:
+            prompt, one = prompts[i // samples], found[i]
+            yield Sample(prompt, i % samples, one.text if i in holes else f"{prompt}{one.text}", one)

@@ -1,0 +1,13 @@
+"""DeepSpeed: nothing outside this package imports it."""
+
+from pipeline.engine.deepspeed.checkpointing import open_sharded_weights
+from pipeline.engine.deepspeed.engine import DeepSpeedEngine
+from pipeline.engine.deepspeed.settings import check_settings, compatible_ops, read_deepspeed_json
+
+__all__ = [
+    "DeepSpeedEngine",
+    "check_settings",
+    "compatible_ops",
+    "open_sharded_weights",
+    "read_deepspeed_json",
+]

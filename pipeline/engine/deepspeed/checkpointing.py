@@ -1,0 +1,154 @@
+"""DeepSpeed's side of a checkpoint: its files as a snapshot in memory, and their form for any world size."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.base.errors import UserError
+from pipeline.base.files import sync_tree
+from pipeline.engine.snapshot import HostCopy
+from pipeline.engine.weights import StoredWeight, StoredWeights
+
+TAG = "model"
+_POLL = 1.0  # seconds
+_WORKERS = 4  # processes of a conversion
+
+
+class SnapshotWriter(TorchCheckpointEngine):
+    """Takes the place of DeepSpeed's writer of files: keeps copies in host memory of what it is given."""
+
+    def __init__(self, engine: Any) -> None:
+        """Become the checkpoint engine of a DeepSpeed engine."""
+        super().__init__()
+        self.host_copy = HostCopy()
+        self.states: dict[str, Any] = {}
+        engine.checkpoint_engine = self
+        # A recovery script that DeepSpeed copies beside its files: one more write that can fail on one rank.
+        engine._copy_recovery_script = lambda folder: None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make nothing: folders are made when the files are written."""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Copy instead of writing; DeepSpeed calls this."""
+        self.keep(f"{TAG}/{os.path.basename(path)}", state_dict)
+
+    def keep(self, name: str, state: Any) -> None:
+        """Copy a state that is to become the file `name`."""
+        self.states[name] = self.host_copy(name, state)
+
+    def take(self) -> dict[str, Any]:
+        """Return what has been saved since the last time, by file name."""
+        states, self.states = self.states, {}
+        return states
+
+
+def universal_folder(folder: Path) -> Path:
+    """Return where the form for any world size of a snapshot in STEP/model is kept: beside STEP."""
+    step = folder.parent
+    return step.with_name(f"universal_{step.name}")
+
+
+def make_universal(folder: Path, rank: int, all_gather: Callable[[Any], list[Any]]) -> Path:
+    """Convert the files of a sharded snapshot by DeepSpeed's ds_to_universal, once; every rank calls this.
+
+    The first rank converts in a process of its own and tells the others every second how far it is: a
+    collective that waited for the end would run into its time limit.
+
+    Args:
+        folder: the files of a snapshot.
+        rank: number of this process.
+        all_gather: see `Engine.all_gather`.
+
+    Returns:
+        A folder that `loading_universal` is for.
+
+    Raises:
+        UserError: when there is no room, or DeepSpeed fails.
+    """
+    final = universal_folder(folder)
+    if all_gather(final.is_dir())[0]:
+        return final
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(_convert, folder, final) if rank == 0 else None
+        while True:
+            if work is not None:
+                wait([work], timeout=_POLL)
+            problem = work.result() if work is not None and work.done() else None
+            ended, problem = all_gather((work is not None and work.done(), problem))[0]
+            if problem is not None:
+                raise UserError(problem)
+            if ended:
+                return final
+
+
+def _convert(folder: Path, final: Path) -> str | None:
+    """Return what went wrong, if anything."""
+    size = sum(path.stat().st_size for path in (folder / TAG).iterdir())
+    free = shutil.disk_usage(folder).free
+    if free < 3 * size:  # fragments, their merged form, and this snapshot's small files again
+        return (
+            f"{folder.parent} was written by another number of ranks, and converting it needs "
+            f"{tqdm.format_sizeof(3 * size, 'B')}, but {final.parent} has {tqdm.format_sizeof(free, 'B')} "
+            "free: make room, or start as many ranks as wrote it."
+        )
+    print(f"converting {folder.parent} for another number of ranks", flush=True)
+    writing = final.with_name(f".writing_{final.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / TAG), "--output_folder", str(writing / TAG)]
+    command += ["--num_extract_workers", str(_WORKERS), "--num_merge_workers", str(_WORKERS)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    # In a session of its own: a signal that asks the ranks to stop would end it, and look like its failure.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+    if done.returncode != 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return (
+            f"{folder.parent} cannot be converted for another number of ranks ({last}): start as many ranks "
+            "as wrote it."
+        )
+    sync_tree(writing)
+    writing.rename(final)
+    return None
+
+
+@contextlib.contextmanager
+def loading_universal(engine: Any) -> Iterator[None]:
+    """Let a DeepSpeed engine load a universal checkpoint, and plain ones again afterwards."""
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+    # All states share one counter then, which torch's AdamW would advance once for each of them.
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+def open_sharded_weights(folder: Path) -> StoredWeights:
+    """Return the fp32 weights of a `DeepSpeedEngine`'s snapshot, put together one by one as they are read.
+
+    Only what is read comes into memory; but ZeRO 1 and 2 cut through parameters: DeepSpeed joins all at once.
+    """
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
+    return {
+        name.removeprefix("module."): StoredWeight(tuple(value.shape), value.dtype, value.contiguous)
+        for name, value in state.items()
+    }

@@ -1,0 +1,189 @@
+"""Training by DeepSpeed: ZeRO shards weights, gradients and optimizer states over the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from pipeline.base.errors import UserError
+from pipeline.config import Config
+from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, loading_universal, make_universal
+from pipeline.engine.deepspeed.profiling import Profiler
+from pipeline.engine.deepspeed.settings import complete_settings
+from pipeline.engine.deepspeed.shards import find_shards
+from pipeline.engine.deepspeed.ulysses import UlyssesSequence
+from pipeline.engine.ema import WeightAverage, file_name
+from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
+from pipeline.engine.runtime import T, compile_blocks, engine_settings, make_model
+from pipeline.engine.weights import StoredWeights, copy_pieces, squared_norm
+from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
+from pipeline.model.sequence import WHOLE
+from pipeline.ranks import Launch
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class DeepSpeedEngine:
+    """The Engine of every real run; see `pipeline.engine.runtime.Engine` for the methods."""
+
+    def __init__(self, config: Config, launch: Launch, vocabulary: Vocabulary) -> None:
+        """Join the process group, make the model in shards (zero.Init) and its optimizer."""
+        # DeepSpeed still calls collectives by the names that torch is renaming.
+        warnings.filterwarnings("ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated")
+        self.launch = launch
+        path = Path(config.engine.deepspeed_config)
+        settings = complete_settings(engine_settings(config, launch.world_size), config, launch)
+        self.zero = zero = settings["zero_optimization"]
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if launch.device.type == "cuda" else "gloo"
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        sequence = UlyssesSequence(launch.sequence_size) if launch.sequence_size > 1 else WHOLE
+        try:
+            with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
+                model = make_model(config, vocabulary, sequence)
+            compile_blocks(config, model, launch.device)
+            self.names = {parameter: name for name, parameter in model.named_parameters()}
+            offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+            adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
+            optimizer = adamw(parameter_groups(model, config.optimizer), **adamw_settings(config.optimizer))
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+            raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
+        self.profiler = Profiler(config, self.engine)
+        self.snapshots = SnapshotWriter(self.engine)
+        self.sharding = f"zero{self.engine.zero_optimization_stage()}"
+        self.shards = find_shards(self.engine.optimizer, zero["stage"])
+        self.shards.judge(self._accept)
+        self.average: WeightAverage | None = None
+        if config.optimizer.ema_decay is not None:
+            weights, pieces = self.shards.weights(), self.shards.pieces(self.names)
+            self.average = WeightAverage(config.optimizer.ema_decay, weights, pieces)
+
+    def _on_nvme(self) -> bool:
+        """Say whether weights or optimizer states are offloaded to NVMe."""
+        parts = (self.zero.get(f"offload_{part}") or {} for part in ("optimizer", "param"))
+        return any(part.get("device") == "nvme" for part in parts)
+
+    def start_from(self, weights: StoredWeights) -> None:
+        """See `Engine`; each rank reads the parts that it keeps, and nothing is gathered."""
+        copy_pieces(weights, self.shards.weights(), self.shards.pieces(self.names))
+        self.shards.publish()
+        if self.average is not None:
+            self.average.restart()
+
+    def forward(self, batch: MaskedBatch) -> HeadOutput:
+        """See `Engine`."""
+        with self.profiler.forward():
+            output: HeadOutput = self.engine(batch)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`; DeepSpeed counts micro-batches by its own calls of step."""
+        # The mean is over all ranks, and the ranks of a sequence-parallel group have one loss among them.
+        self.engine.backward(loss * self.launch.sequence_size)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+        """See `Engine`."""
+        self.accept = accept
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        if self.average is not None and self.engine.was_step_applied():
+            self.average.update()
+        self.profiler.end_step()
+        return self.norm
+
+    def _accept(self, norm: Tensor) -> bool:
+        """Pass on DeepSpeed's question whether to update the weights."""
+        self.norm = norm.to(self.launch.device)  # that of offloaded gradients is on the CPU
+        return self.accept is None or self.accept(self.norm)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MaskedBatch) -> HeadOutput:
+        """See `Engine`."""
+        self.engine.eval()
+        output: HeadOutput = self.engine(batch)
+        self.engine.train()
+        return output
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """See `Engine`."""
+        assert self.average is not None, "optimizer.ema_decay is not set"
+        self.average.exchange()
+        self.shards.publish()
+        yield
+        self.average.exchange()
+        self.shards.publish()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """See `Engine`."""
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def max_over_ranks(self, values: Tensor) -> Tensor:
+        """See `Engine`."""
+        highest = values.clone()
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        return highest
+
+    def squared_norm(self) -> Tensor:
+        """See `Engine`."""
+        if self._on_nvme():
+            return torch.full((), torch.nan, dtype=torch.float64, device=self.launch.device)
+        return squared_norm(self.shards.weights(), self.shards.pieces(self.names), self.launch.device)
+
+    def take_communication_share(self) -> float | None:
+        """See `Engine`."""
+        share, self.profiler.communication_share = self.profiler.communication_share, None
+        return share
+
+    def barrier(self) -> None:
+        """See `Engine`."""
+        torch.distributed.barrier()
+
+    def all_gather(self, value: T) -> list[T]:
+        """See `Engine`."""
+        values: list[Any] = [None] * self.launch.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """See `Engine`."""
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.average is not None:
+            self.snapshots.keep(file_name(self.launch.rank), self.average.state_dict())
+        return self.snapshots.take()
+
+    def load(self, folder: Path, world_size: int) -> None:
+        """See `Engine`."""
+        settings = hyper_parameters(self.engine.optimizer)
+        if world_size == self.launch.world_size:
+            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+        else:
+            universal = make_universal(folder, self.launch.rank, self.all_gather)
+            with loading_universal(self.engine):
+                path, _ = self.engine.load_checkpoint(str(universal), tag=TAG)
+        if path is None:
+            raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to go on from an older one.")
+        set_hyper_parameters(self.engine.optimizer, settings)
+        if self.average is not None:
+            self.average.load(folder, self.launch.rank)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.engine.destroy()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,260 @@
+"""DeepSpeed's settings: ZeRO and communication from a JSON file, everything else from the run's YAML."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
+from deepspeed.runtime.model_checkpointing.config import (
+    CHECKPOINT_DEFAULT_DICT,
+    get_checkpoint_writer_config,
+)
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ValidationError
+
+from pipeline.base.errors import UserError, nearest
+from pipeline.config import Config
+from pipeline.config.checks import require
+from pipeline.ranks import Launch
+
+# DeepSpeed ignores an unknown top-level key in silence, so the known ones are listed here.
+OWN_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "disable_allgather",
+    "aio",
+    "memory_breakdown",
+    "wall_clock_breakdown",
+    "dump_state",
+    "checkpoint",
+)
+YAML_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clip",
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule section",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "steps_per_print": "train.log_interval",
+    "tensorboard": "train.log_interval",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "compile": "engine.compile",
+    "flops_profiler": "profiling.flops_step",
+    "comms_logger": "profiling.communication_steps",
+}
+
+
+# Sections that DeepSpeed reads key by key, without a model of their own.
+DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+CHECKPOINT = (*CHECKPOINT_DEFAULT_DICT, "load_universal", "use_node_local_storage", "parallel_write")
+SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "aio": AIO_DEFAULT_DICT,
+    "checkpoint": CHECKPOINT,
+    "checkpoint.writer": get_checkpoint_writer_config({"writer": {}}),
+    "checkpoint.parallel_write": ("pipeline_stage",),
+    "data_types": DATA_TYPES,
+}
+STAGE_3_KEYS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Return the ZeRO and communication settings of a DeepSpeed JSON file.
+
+    Raises:
+        UserError: for a missing or damaged file, a key that DeepSpeed does not know, or one whose place is
+            the run's YAML; for a value that it refuses, and for settings that contradict each other.
+    """
+    if not path.is_file():
+        raise UserError(f"engine.deepspeed_config: {path} does not exist; see ds_configs/.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    require(isinstance(settings, dict), f"{path} must hold a JSON object.")
+    for key in settings:
+        if key in YAML_KEYS:
+            raise UserError(f"{path}: {key!r} belongs to the run's YAML: remove it and set {YAML_KEYS[key]}.")
+        if key not in OWN_KEYS:
+            raise UserError(
+                f"{path}: unknown key {key!r}, which DeepSpeed would ignore.{nearest(key, OWN_KEYS)}"
+            )
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage}: it must be 1, 2 or 3. For one process without ZeRO "
+            "set engine.kind to 'plain'."
+        )
+    for name, known in SECTIONS.items():
+        section: Any = settings
+        for part in name.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        if section is not None:
+            _check_section(path, name, section, known)
+    _check_zero(path, zero)
+    return settings
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; refuse a key that is given twice, of which JSON takes the last in silence."""
+    for position, (key, _) in enumerate(pairs):
+        if key in (before for before, _ in pairs[:position]):
+            raise ValueError(f"{key!r} is given twice")
+    return dict(pairs)
+
+
+def _check_section(path: Path, name: str, section: Any, known: type[BaseModel] | Collection[str]) -> None:
+    """Raise a `UserError` for the first unknown key or refused value of a section, at any depth."""
+    require(isinstance(section, dict), f"{path}: {name} is {section!r}: it must be a JSON object.")
+    if not isinstance(known, type):
+        for key in section:
+            require(
+                key in known,
+                f"{path}: unknown key '{name}.{key}', which DeepSpeed would ignore.{nearest(key, known)}",
+            )
+        return
+    keys = _known_keys(known)
+    for key, value in section.items():
+        require(key in keys, f"{path}: unknown key '{name}.{key}'.{nearest(key, keys)}")
+        nested = keys[key]
+        if nested is not None and value is not None:
+            _check_section(path, f"{name}.{key}", value, nested)
+    try:
+        known.model_validate(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        raise UserError(f"{path}: {where} is {first['input']!r}: {first['msg']}.") from None
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{path}: {name}: {error}.") from None
+
+
+def _known_keys(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Return the keys that a section of DeepSpeed's takes, with the models of those that are sections."""
+    keys: dict[str, type[BaseModel] | None] = {}
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, Mapping) and extra.get("deprecated"):
+            continue
+        choices = [field.annotation, *typing.get_args(field.annotation)]
+        models = [kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        keys[field.alias or name] = models[0] if models else None
+    return keys
+
+
+def _check_zero(path: Path, zero: dict[str, Any]) -> None:
+    """Raise a `UserError` for settings of zero_optimization that have no effect or contradict each other."""
+    stage = zero["stage"]
+    for key, value in zero.items():
+        only_3 = key.startswith("stage3_") or (key in STAGE_3_KEYS and value not in (False, 0, 1))
+        require(
+            stage == 3 or not only_3,
+            f"{path}: zero_optimization.{key} is {value}, which has no effect at stage {stage}: remove it, "
+            "or set zero_optimization.stage to 3.",
+        )
+    for part in ("param", "optimizer"):
+        offload = zero.get(f"offload_{part}") or {}
+        device = offload.get("device", "none")
+        require(
+            stage == 3 or part == "optimizer" or device == "none",
+            f"{path}: zero_optimization.offload_param.device is {device!r} at stage {stage}: weights are "
+            "offloaded at stage 3 alone. Set zero_optimization.stage to 3, or remove offload_param.",
+        )
+        require(
+            device != "nvme" or stage == 3,
+            f"{path}: zero_optimization.offload_{part}.device is 'nvme' at stage {stage}: NVMe needs "
+            "stage 3. Set zero_optimization.stage to 3, or the device to 'cpu'.",
+        )
+        require(
+            (device == "nvme") == (offload.get("nvme_path") is not None),
+            f"{path}: zero_optimization.offload_{part}.device is {device!r} and its nvme_path "
+            f"{offload.get('nvme_path')!r}: give a folder on a local disk with 'nvme', and none otherwise.",
+        )
+    param, optimizer = (
+        (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("param", "optimizer")
+    )
+    require(
+        param == "none" or optimizer != "none",
+        f"{path}: zero_optimization.offload_param.device is {param!r} without offload_optimizer: the "
+        "optimizer states take six times as much. Add offload_optimizer, or remove offload_param.",
+    )
+
+
+def check_settings(settings: Mapping[str, Any], config: Config, world_size: int | None = None) -> None:
+    """Raise a `UserError` where DeepSpeed's settings contradict those of the run.
+
+    Args:
+        settings: of a DeepSpeed JSON, checked by `read_deepspeed_json`.
+        config: the run.
+        world_size: ranks, where they are known already.
+    """
+    path, zero = config.engine.deepspeed_config, settings["zero_optimization"]
+    for part in ("optimizer", "param"):
+        if (zero.get(f"offload_{part}") or {}).get("device") != "nvme":
+            continue
+        for key in ("optimizer.ema_decay", "train.initial_weights"):
+            section, name = key.split(".")
+            require(
+                getattr(getattr(config, section), name) is None,
+                f"{key} needs the weights in memory, but {path} has offload_{part}.device = 'nvme': set it "
+                f"to 'cpu', or {key} to null.",
+            )
+    require(
+        not config.engine.compile or zero["stage"] < 3,
+        f"engine.compile is true, but {path} has zero_optimization.stage = 3, which gathers the weights of "
+        "each layer and would cut every block into pieces: set the stage to 2, or engine.compile to false.",
+    )
+    group = zero.get("zero_hpz_partition_size", 1)
+    require(
+        world_size is None or group <= 1 or world_size % group == 0,
+        f"{path}: zero_optimization.zero_hpz_partition_size is {group}: it must divide the {world_size} "
+        "ranks; the GPUs of a node are the usual choice.",
+    )
+    require(
+        not (zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"))
+        or (config.engine.device != "cpu" and config.engine.precision != "fp32"),
+        f"{path}: zero_optimization.zero_quantized_weights or zero_quantized_gradients is true, but the run "
+        f"is on engine.device = {config.engine.device!r} in engine.precision = {config.engine.precision!r}: "
+        "quantised collectives need GPUs and bf16. Set them to false.",
+    )
+    dtype = settings.get("communication_data_type")
+    require(
+        dtype in (None, "fp32", "fp16", "bf16"),
+        f"{path}: communication_data_type is {dtype!r}: it must be 'fp32', 'bf16' or 'fp16', or left out.",
+    )
+
+
+def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
+    """Say which of DeepSpeed's kernels can be compiled on this machine; what stands in the way is printed."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return {name: name in ALL_OPS and bool(ALL_OPS[name].is_compatible()) for name in names}
+
+
+def complete_settings(settings: dict[str, Any], config: Config, launch: Launch) -> dict[str, Any]:
+    """Return DeepSpeed's settings: those of the JSON file, and those that follow from the run's YAML."""
+    return settings | {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.accumulation(launch.data_size),
+        "gradient_clipping": config.optimizer.gradient_clip,
+        "bf16": {"enabled": launch.precision == "bf16"},
+        "steps_per_print": 2**31,
+        # Its throughput timer would wait for the device at every step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
+    }

@@ -1,0 +1,162 @@
+"""The exponential moving average of the weights, sharded as the weights are: nothing is gathered.
+
+Each rank averages the fp32 elements that its optimizer updates, and saves them under the parameter's name
+with their place in it, so an average can be read at any world size and by any engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.base.errors import UserError
+from pipeline.engine.weights import Piece, StoredWeight, StoredWeights
+
+FILES = "ema_*.pt"
+
+
+class WeightAverage:
+    """average <- d x average + (1 - d) x weights after every update, with d rising to its final value.
+
+    d = min(decay, (1 + n) / (10 + n)) after n earlier updates, as in the score-based diffusion codes (Song et
+    al. 2021, arXiv 2011.13456): at a plain 0.9999 the initial weights would still be 90% of the average after
+    1,000 steps.
+    """
+
+    def __init__(self, decay: float, weights: Sequence[Tensor], pieces: Sequence[Piece]) -> None:
+        """Begin the average at the present weights.
+
+        Args:
+            decay: final d, between 0 and 1.
+            weights: this rank's fp32 weights, updated in place by the optimizer, of any shape.
+            pieces: what of which parameter is in them.
+        """
+        self.decay = decay
+        self.weights = [weight.detach() for weight in weights]
+        self.pieces = {piece.name: piece for piece in pieces if piece.length}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin at the present weights."""
+        self.updates = 0
+        self.average = [weight.clone() for weight in self.weights]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of one more step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, self.weights, 1 - decay)
+        self.updates += 1
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swap weights and average in place; a second call puts both back, bit for bit."""
+        for weight, average in zip(self.weights, self.average, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return this rank's part of the average by parameter name: views [length], no copies."""
+        return {
+            name: self.average[piece.tensor].view(-1)[piece.start : piece.start + piece.length]
+            for name, piece in self.pieces.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's part of the average as `torch.save` writes it: views, no copies."""
+        pieces = {
+            name: {"shape": list(piece.shape), "offset": piece.offset, "elements": elements}
+            for (name, elements), piece in zip(self.state().items(), self.pieces.values(), strict=True)
+        }
+        return {"updates": self.updates, "pieces": pieces}
+
+    @torch.no_grad()
+    def load(self, folder: Path, rank: int) -> None:
+        """Read this rank's part from the files of any number of ranks; begin anew where there are none.
+
+        Raises:
+            UserError: when a file is damaged or missing.
+        """
+        paths = sorted(folder.glob(FILES))
+        if not paths:
+            self.restart()
+            return
+        files = _Files(paths[rank : rank + 1])
+        if not files.hold(self.pieces):  # written by another number of ranks, or another ZeRO stage
+            files = _Files(paths)
+        for name, target in self.state().items():
+            target.copy_(files.read(name, self.pieces[name].offset, len(target)))
+        self.updates = files.updates
+
+
+def file_name(rank: int) -> str:
+    """Return the name of the file with a rank's part."""
+    return FILES.replace("*", f"{rank:05d}")
+
+
+def has_average(folder: Path) -> bool:
+    """Say whether an engine saved an average in `folder`."""
+    return any(folder.glob(FILES))
+
+
+def open_average(folder: Path) -> StoredWeights:
+    """Return the averaged fp32 weights by name that an engine saved in `folder`, still on the disk.
+
+    Raises:
+        UserError: when a file is damaged or missing, at the latest when a weight is read.
+    """
+    files = _Files(sorted(folder.glob(FILES)))
+
+    def stored(name: str, shape: tuple[int, ...]) -> StoredWeight:
+        return StoredWeight(shape, torch.float32, lambda: files.read(name, 0, math.prod(shape)).view(shape))
+
+    return {name: stored(name, tuple(shape)) for name, shape in files.shapes.items()}
+
+
+class _Files:
+    """Files of an average, read as one; what is not asked for stays on the disk."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.updates = 0
+        self.shapes: dict[str, list[int]] = {}
+        self.found: dict[str, list[tuple[int, Tensor]]] = {}  # (offset, elements) by parameter
+        for path in paths:
+            try:
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+                raise UserError(f"{path} is damaged ({error}): go on from an older checkpoint.") from None
+            self.updates = state["updates"]
+            for name, piece in state["pieces"].items():
+                self.shapes[name] = piece["shape"]
+                self.found.setdefault(name, []).append((piece["offset"], piece["elements"]))
+
+    def hold(self, pieces: Mapping[str, Piece]) -> bool:
+        """Say whether these files have every piece as it is asked for."""
+        return all(
+            [(offset, len(elements)) for offset, elements in self.found.get(name, [])]
+            == [(wanted.offset, wanted.length)]
+            for name, wanted in pieces.items()
+        )
+
+    def read(self, name: str, offset: int, count: int) -> Tensor:
+        """Return `count` elements [count] of a parameter from `offset` on."""
+        parts = []
+        for first, piece in sorted(self.found.get(name, []), key=lambda item: item[0]):
+            begin, end = max(offset - first, 0), min(offset + count - first, len(piece))
+            if begin < end:
+                parts.append(piece[begin:end])
+        elements = torch.cat(parts) if parts else torch.empty(0)
+        if len(elements) != count:
+            raise UserError(
+                f"{self.paths[0].parent} holds {len(elements)} of {count} averaged elements of {name}: a "
+                f"file {FILES} is missing, or of another model. Go on from an older checkpoint."
+            )
+        return elements

@@ -1,0 +1,171 @@
+"""A plan in words, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.base.errors import UserError
+from pipeline.config import Config
+from pipeline.planning.gpus import GIB
+from pipeline.planning.memory import Zero
+from pipeline.planning.run_plan import SECONDS_A_DAY, Planner, RunPlan
+
+GIGA = 1e9
+UNITS = (("days", 2 * 86_400.0, 86_400.0), ("h", 7200.0, 3600.0), ("min", 120.0, 60.0), ("s", 1.0, 1.0))
+COUNTS = tuple(2**n for n in range(3, 11))  # GPUs of the table
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a run fit, and what a GPU needs then."""
+
+    change: str
+    total: int
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for unit, least, size in UNITS:
+        if seconds >= least:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{1e3 * seconds:.1f} ms"
+
+
+def remedies(planner: Planner, gpus: int) -> list[Remedy]:
+    """Return the single changes after which the run fits, the cheapest first."""
+    config, zero = planner.config, planner.zero
+    plan = planner.plan(gpus)
+    smaller = max(1, plan.largest_micro_batch)
+    tried: list[tuple[str, Config, Zero]] = [
+        (
+            f"train.micro_batch_size: {smaller}",
+            replace(config, train=replace(config.train, micro_batch_size=smaller)),
+            zero,
+        )
+    ]
+    for recompute in ("swiglu", "blocks"):
+        engine = replace(config.engine, activation_checkpointing=recompute)
+        tried.append((f"engine.activation_checkpointing: {recompute}", replace(config, engine=engine), zero))
+    if zero.stage < 3:
+        tried.append(("zero_optimization.stage: 3", config, replace(zero, stage=3)))
+    if zero.bucket > 5 * 10**7:
+        tried.append(
+            ("zero_optimization.reduce_bucket_size: 50000000", config, replace(zero, bucket=5 * 10**7))
+        )
+    if zero.stage == 3 and zero.live > 10**8:
+        tried.append(
+            ("zero_optimization.stage3_max_live_parameters: 100000000", config, replace(zero, live=10**8))
+        )
+    if zero.stage and zero.optimizer == "gpu":
+        tried.append(("zero_optimization.offload_optimizer", config, replace(zero, optimizer="cpu")))
+    found = []
+    for change, changed, settings in tried:
+        other = Planner(changed, settings, planner.vocabulary_rows, planner.gpu, planner.assumed).plan(gpus)
+        if other.fits:
+            found.append(Remedy(change, other.memory.total))
+    more = next((plan for plan in table(planner, largest=False) if plan.gpus > gpus and plan.fits), None)
+    if more is not None:
+        found.append(Remedy(f"--gpus {more.gpus}", more.memory.total))
+    return found
+
+
+def table(planner: Planner, price: float | None = None, largest: bool = True) -> list[RunPlan]:
+    """Return the plans for the numbers of GPUs that can share the batch; `largest` as in `Planner.plan`."""
+    plans = []
+    for gpus in COUNTS:
+        try:
+            plans.append(planner.plan(gpus, price, largest))
+        except UserError:
+            continue
+    return plans
+
+
+def as_json(plan: RunPlan) -> dict[str, Any]:
+    """Return a plan as nested dictionaries, bytes and seconds as they are."""
+    memory = {"total": plan.memory.total, "fits": plan.fits}
+    values = dataclasses.asdict(plan)
+    values["memory"] |= memory
+    values["flops"] |= {"model": plan.flops.model, "executed": plan.flops.executed}
+    return values
+
+
+def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
+    """Return the plan as text."""
+    config = planner.config
+    train, tokens = config.train, config.train.global_batch_size * config.data.sequence_length
+    zero = f"ZeRO-{planner.zero.stage} ({config.engine.deepspeed_config})" if planner.zero.stage else "plain"
+    lines = [
+        f"{plan.parameters / 1e6:,.1f} M parameters; {train.steps:,} steps of {train.global_batch_size:,} "
+        f"sequences of {config.data.sequence_length:,} tokens, {train.steps * tokens / GIGA:,.1f} G tokens",
+        f"{plan.gpus} x {gpu_name}, {zero}, micro-batch {plan.micro_batch} x {plan.accumulation} a rank, "
+        f"activation checkpointing {config.engine.activation_checkpointing}",
+        "",
+        f"memory of a GPU in GiB, when it is highest ({plan.memory.phase})",
+        *_rows({name: size / GIB for name, size in plan.memory.parts.items()}, "8.2f"),
+        f"  {'total':24}{plan.memory.total / GIB:8.2f}  of {plan.usable / GIB:.1f} usable: "
+        + (f"fits, up to a micro-batch of {plan.largest_micro_batch}" if plan.fits else "DOES NOT FIT"),
+    ]
+    for name, size in (("memory of the node", plan.memory.host), ("NVMe", plan.memory.nvme)):
+        if size:
+            lines.append(f"  {f'in {name}, a GPU':24}{size / GIB:8.2f}")
+    if not plan.fits:
+        lines += _remedy_lines(remedies(planner, plan.gpus))
+    lines += [
+        "",
+        f"a step: {plan.flops.model:.3g} FLOPs, {plan.flops.recomputed:.3g} more recomputed",
+        *(f"  {name:24}{duration(seconds):>11}" for name, seconds in plan.seconds.items()),
+        f"  {'MFU':24}{plan.mfu:8.2f}",
+        f"  {'tokens/s':24}{tokens / plan.seconds['step']:8,.0f}",
+        "",
+        "collectives of a step in GB",
+        *_rows({n: b / GIGA for n, b in dataclasses.asdict(plan.communication).items() if b}, "8.2f"),
+        "",
+        f"a checkpoint: {tqdm.format_sizeof(plan.checkpoint, 'B')}, {plan.checkpoint_seconds:,.1f} s to "
+        f"write; up to {plan.kept_checkpoints} at once, "
+        f"{tqdm.format_sizeof(plan.kept_checkpoints * plan.checkpoint, 'B')}",
+        f"the run: {duration(plan.days * SECONDS_A_DAY)}, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
+        + ("" if plan.cost is None else f", cost {plan.cost:,.0f}"),
+        "",
+        "assumed: " + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(planner.assumed).items()),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(values: dict[str, float], form: str) -> list[str]:
+    return [f"  {name.replace('_', ' '):24}{value:{form}}" for name, value in values.items()]
+
+
+def _remedy_lines(found: list[Remedy]) -> list[str]:
+    if not found:
+        return [
+            "  no single change is enough: combine train.micro_batch_size: 1, more --gpus, "
+            "engine.activation_checkpointing: blocks, ZeRO-3 and offload_optimizer"
+        ]
+    return ["  it fits after one of:", *(f"    {r.change}  ({r.total / GIB:.2f} GiB)" for r in found)]
+
+
+def describe_table(plans: Sequence[RunPlan]) -> str:
+    """Return plans as an aligned table."""
+    heading = ("GPUs", "micro-batch", "GiB", "fits", "a step", "MFU", "the run", "GPU hours", "cost")
+    rows = [heading]
+    for plan in plans:
+        rows.append(
+            (
+                str(plan.gpus),
+                f"{plan.micro_batch} x {plan.accumulation}",
+                f"{plan.memory.total / GIB:.1f}",
+                "yes" if plan.fits else "no",
+                duration(plan.seconds["step"]),
+                f"{plan.mfu:.2f}",
+                duration(plan.days * SECONDS_A_DAY),
+                f"{plan.days * 24 * plan.gpus:,.0f}",
+                "-" if plan.cost is None else f"{plan.cost:,.0f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)

@@ -1,0 +1,116 @@
+"""Held-out loss: the same samples under the same random masks, whatever the objective, run or world size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.data.examples import SampleDataset, Samples, stack_samples
+from pipeline.engine.runtime import Engine
+from pipeline.evaluation.likelihood import estimate
+from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.objectives.objective import Layout, Objective, model_input
+from pipeline.ranks import Launch
+
+
+def held_out_loss(
+    engine: Engine,
+    dataset: SampleDataset,
+    samples: int,
+    batch_size: int,
+    objective: Objective,
+    step: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Return the mean over sequences of the mean NLL (nats) at the positions that `objective` masks.
+
+    With n ~ U{1..L_eff} random positions its expectation over masks is the bound on the negative
+    log-likelihood of an answer, divided by L_eff. Every rank calls this and runs as many forwards as the
+    others, as ZeRO-3 needs.
+
+    Args:
+        engine: what runs the model.
+        dataset: validation samples.
+        samples: how many of them are used, at most.
+        batch_size: sequences a forward.
+        objective: what masks them, one input for each sample (`Objective.held_out`).
+        step: the optimizer step that the model has come to.
+        stopped: asked before every forward whether to give up; all ranks must answer alike.
+
+    Returns:
+        The loss; nothing when it was given up.
+    """
+    launch, total = engine.launch, torch.zeros(2, dtype=torch.float64, device=engine.launch.device)
+    for batch, counted in _batches(launch, dataset, samples, batch_size):
+        if stopped():
+            return None
+        state = objective.begin(batch, torch.zeros(batch_size, 1, dtype=torch.int64), step)
+        rows = int(state.masked.sum())  # on the CPU still
+        batch, state = batch.to(launch.device), state.to(launch.device)
+        inputs = model_input(objective, batch, state, rows, step)
+        nll = engine.evaluate(inputs).nll.double()
+        weights = inputs.weights.double() * counted.double()[inputs.rows // state.masked.shape[1]]
+        total[0] += (nll * weights).sum() * batch_size
+        total[1] += counted.sum()
+    total = engine.sum_over_ranks(total)
+    return float(total[0] / total[1])
+
+
+def held_out_bound(
+    engine: Engine,
+    dataset: SampleDataset,
+    samples: int,
+    batch_size: int,
+    layout: Layout,
+    step: int,
+    draws: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Return the bound on the negative log-likelihood, nats a token of the answers (`likelihood.estimate`).
+
+    It is more exact than the held-out loss, and weighs tokens alike instead of sequences.
+
+    Args:
+        engine: see `held_out_loss`, as `dataset`, `samples`, `batch_size` and `step`.
+        dataset: see there.
+        samples: see there.
+        batch_size: see there.
+        layout: how the objective shows sequences to the model.
+        step: see there.
+        draws: masks of each sample, even.
+        stopped: asked before every forward; it gives up after at most `draws` more.
+
+    Returns:
+        The bound; nothing when it was given up.
+    """
+    launch, total = engine.launch, torch.zeros(2, dtype=torch.float64, device=engine.launch.device)
+    stop = False
+
+    def evaluate(inputs: MaskedBatch) -> HeadOutput:
+        nonlocal stop
+        stop = stopped() or stop
+        return engine.evaluate(inputs)
+
+    for batch, counted in _batches(launch, dataset, samples, batch_size):
+        found = estimate(evaluate, layout, batch.to(launch.device), step, draws, batch_size)
+        if stop:
+            return None
+        total[0] += (found.nll * counted).sum()
+        total[1] += (found.tokens * counted).sum()
+    total = engine.sum_over_ranks(total)
+    return float(total[0] / total[1])
+
+
+def _batches(
+    launch: Launch, dataset: SampleDataset, samples: int, batch_size: int
+) -> Iterator[tuple[Samples, Tensor]]:
+    """Yield this rank's samples, on the CPU, as many batches on each rank; and which count, [B] bool."""
+    count = min(samples, len(dataset))
+    for start in range(0, count, batch_size * launch.data_size):
+        first = start + launch.data_rank * batch_size
+        indices = range(first, first + batch_size)
+        ids = [i % count for i in indices]  # past the end: read again, not counted
+        counted = torch.tensor([i < count for i in indices], device=launch.device)
+        yield stack_samples([dataset[i] for i in ids], ids), counted

@@ -1,0 +1,120 @@
+"""What is looked at before anything of a run starts: data, weights, DeepSpeed's settings, disk space."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.base.errors import UserError
+from pipeline.checkpoint.manifest import checkpoints
+from pipeline.config import Config
+from pipeline.data.facts import DatasetFacts, check_data
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.engine.runtime import engine_settings
+from pipeline.huggingface.initial import open_initial_weights
+from pipeline.model.batch import Vocabulary
+from pipeline.planning.memory import FULL, HALF, Zero, count_parameters
+from pipeline.planning.run_plan import checkpoint_bytes, kept_checkpoints
+
+
+def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True) -> None:
+    """Raise a `UserError` for the first thing that would end the run, now or in a week.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+        world_size: ranks, where they are known already.
+        disk: look for disk space too; one rank does.
+    """
+    check_samples(config, check_data(config.data, tokenizer))
+    check_engine(config, tokenizer, world_size, disk)
+
+
+def check_engine(
+    config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True
+) -> None:
+    """Do what `check_run` does without the training data, for a run whose data are still to be made."""
+    for number, task in enumerate(config.evaluation.tasks):
+        if not Path(task.data).is_file():
+            raise UserError(
+                f"evaluation.tasks[{number}].data is {task.data}: there is no such file. Name the file "
+                "of the items, or leave the task out."
+            )
+    vocabulary = read_vocabulary(config, tokenizer)
+    check_initial_weights(config, vocabulary)
+    settings = engine_settings(config, world_size)
+    if disk:
+        check_disk(config, Zero.of(settings), vocabulary.rows)
+
+
+def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
+    """Return the model's vocabulary; raise a `UserError` where the data has more tokens than the model."""
+    tokens = tokenizer.vocab_size
+    rows = config.model.rows_for(tokens)
+    if rows < tokens:
+        raise UserError(
+            f"model.vocab_size is {rows}, but {config.data.tokenizer} has {tokens} tokens: raise it to "
+            f"{tokens} or more, or leave it out."
+        )
+    return Vocabulary(rows, tokens, tokenizer.mask)
+
+
+def check_initial_weights(config: Config, vocabulary: Vocabulary) -> None:
+    """Raise a `UserError` when a run that has no checkpoint cannot start from its initial weights."""
+    folder = config.train.initial_weights
+    if folder is not None and not checkpoints(Path(config.run_dir)):
+        open_initial_weights(Path(folder), config.model, vocabulary, Path(config.data.tokenizer))
+
+
+def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
+    """Raise a `UserError` for too few training samples for the slots, or none for an evaluation."""
+    train, valid, test = (float(share) for share in config.data.split.split(","))
+    check_validation(config, valid > 0)
+    share, length = train / (train + valid + test), config.data.sequence_length
+    if config.data.kind == "pairs":
+        samples = sum(int(fact.documents * share) for fact in facts)
+    else:
+        samples = sum(int(fact.tokens * share) // length for fact in facts)
+    if samples < config.slots:
+        raise UserError(
+            f"data.prefixes = {', '.join(config.data.prefixes)} give about {samples} training samples of "
+            f"data.sequence_length = {length}, fewer than train.global_batch_size x objective.turns = "
+            f"{config.slots}: bring more text, or lower the batch."
+        )
+
+
+def check_validation(config: Config, exists: bool) -> None:
+    """Raise a `UserError` when evaluation is asked for and no validation sample `exists`."""
+    if config.evaluation.interval and not exists:
+        drops = config.data.too_long == "drop"
+        fitting = f" of up to {config.data.sequence_length} tokens" if drops else ""
+        raise UserError(
+            f"data.split = {config.data.split!r} gives no validation sample{fitting} of "
+            f"{', '.join(config.data.prefixes)}: give validation a larger share, or set evaluation.interval "
+            "to 0."
+        )
+
+
+def check_disk(config: Config, zero: Zero, vocabulary_rows: int) -> None:
+    """Raise a `UserError` when the checkpoints that are kept at once cannot be stored.
+
+    A run that has a checkpoint is not asked: a disk that is full for a while is for its saves to survive.
+    """
+    run_dir = Path(config.run_dir).absolute()
+    if checkpoints(run_dir):
+        return
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    width = FULL if config.engine.precision == "fp32" else HALF
+    count = count_parameters(config, vocabulary_rows).count
+    each, number = checkpoint_bytes(config, zero, count, width), kept_checkpoints(config)
+    free, needed = shutil.disk_usage(existing).free, number * each
+    if needed > free:
+        raise UserError(
+            f"run_dir = {config.run_dir}: up to {number} checkpoints of {tqdm.format_sizeof(each, 'B')} are "
+            f"kept at once, {tqdm.format_sizeof(needed, 'B')}, and {existing} has "
+            f"{tqdm.format_sizeof(free, 'B')} free: name "
+            "another run_dir, or keep fewer by checkpoint.keep, keep_best, keep_every."
+        )

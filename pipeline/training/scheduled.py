@@ -1,0 +1,96 @@
+"""Accuracies on tasks while a model is trained, by the engine that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from pipeline import objectives
+from pipeline.base.errors import UserError
+from pipeline.config import Config, TaskConfig
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.decoding.batching import behind_prompts, stack_sequences, that_fit, up_to_end
+from pipeline.engine.runtime import Engine, agree
+from pipeline.evaluation.intervals import wilson_interval
+from pipeline.evaluation.tasks import TASKS
+from pipeline.training.filling import fill
+
+
+class ScheduledTask:
+    """One task with its items.
+
+    Attributes:
+        settings: what is measured, and when.
+        total: items; those whose prompt leaves no room for an answer count as wrong.
+    """
+
+    def __init__(self, settings: TaskConfig, config: Config, tokenizer: Tokenizer) -> None:
+        """Read the items, and check that they can be measured.
+
+        Raises:
+            UserError: for an unusable file, prompts that are all too long, or a task that cannot run here.
+        """
+        self.settings, self.config, self.tokenizer = settings, config, tokenizer
+        with closing(TASKS[settings.task]()) as task:
+            items = task.read(Path(settings.data))[: settings.samples]
+            length = settings.length or task.answer_length(items)
+        fit = that_fit([item.prompt for item in items], length, tokenizer, config)
+        self.total = len(items)
+        self.items = [item for item, fits in zip(items, fit, strict=True) if fits]
+        try:
+            prompts = [item.prompt for item in self.items or items]
+            self.sequences = behind_prompts(prompts, length, tokenizer, config)
+        except UserError as error:
+            raise UserError(f"evaluation.tasks, {settings.data}: {error}") from None
+
+    def measure(self, engine: Engine, step: int, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Return the accuracy and its 95% interval by the names of their curves; every rank calls this.
+
+        Args:
+            engine: what runs the model.
+            step: the optimizer step that the model has come to.
+            stopped: asked before every forward whether to give up; all ranks must answer alike.
+
+        Returns:
+            The figures; nothing when it was given up.
+        """
+        launch, count = engine.launch, len(self.items)
+        batch_size = self.config.train.micro_batch_size
+        layout = objectives.build(self.config, self.tokenizer.mask, has_padding=True).at(step).layout
+        right = torch.zeros(1, dtype=torch.float64, device=launch.device)
+        with closing(TASKS[self.settings.task]()) as task:
+            for start in range(0, count, batch_size * launch.data_size):
+                first = start + launch.data_rank * batch_size
+                numbers = [i % count for i in range(first, first + batch_size)]  # past the end: not counted
+                samples, masked = stack_sequences(
+                    [self.sequences[i] for i in numbers], numbers, self.config.data.kind, self.tokenizer.pad
+                )
+                samples, masked = samples.to(launch.device), masked.to(launch.device)
+                at_once, stop = self.settings.tokens_per_step, self.tokenizer.eos
+                found = fill(engine, samples, masked, layout, step, at_once, stopped, stop)
+                if found is None:
+                    return None
+                answers = [
+                    self.tokenizer.decode(up_to_end(self.tokenizer, row[where].tolist()))
+                    for row, where in zip(found[0], masked, strict=True)
+                ]
+                items = self.items[first : first + batch_size]
+                right += sum(verdict.right for verdict in task.score_all(items, answers[: len(items)]))
+        count = round(float(engine.sum_over_ranks(right)) / launch.sequence_size)
+        low, high = wilson_interval(count, self.total)
+        curve = self.settings.curve
+        return {f"{curve}/accuracy": count / self.total, f"{curve}/low": low, f"{curve}/high": high}
+
+
+def schedule_tasks(config: Config, tokenizer: Tokenizer, engine: Engine) -> list[ScheduledTask]:
+    """Return the tasks of a run; raise a `UserError` on every rank for one that cannot be measured."""
+    tasks, problem = [], None
+    try:
+        tasks = [ScheduledTask(settings, config, tokenizer) for settings in config.evaluation.tasks]
+    except UserError as error:
+        problem = str(error)
+    agree(engine, problem)
+    return tasks

@@ -1,0 +1,206 @@
+"""How programs end."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.base import cli, errors, files
+from pipeline.config import build_parser
+from support.programs import ROOT, run_here
+
+# Stands for a thread of torch.distributed that meets a dismantled interpreter.
+ABORTS_IN_TEARDOWN = """
+import atexit, os, sys
+from pipeline.base import cli, errors
+from pipeline.base import files
+
+atexit.register(os.abort)
+
+
+def main(_):
+    print("the last line", end="")
+    {ending}
+
+
+cli.run(main, of_ranks={of_ranks})
+"""
+
+
+def end(ending: str, of_ranks: bool) -> subprocess.CompletedProcess[str]:
+    """Run the program above."""
+    program = ABORTS_IN_TEARDOWN.format(ending=ending, of_ranks=of_ranks)
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "message"),
+    [
+        ("return 0", 0, ""),
+        ("return errors.EXIT_REQUEUE", 75, ""),
+        ("raise errors.UserError('no such key')", 2, "error: no such key\n"),
+        ("raise errors.Failure('the disk is full')", 1, "error: the disk is full\n"),
+    ],
+)
+def test_a_rank_ends_with_its_own_exit_code(ending: str, code: int, message: str) -> None:
+    """Whatever its libraries do when the interpreter is taken apart; all that it printed arrives."""
+    result = end(ending, of_ranks=True)
+    assert (result.returncode, result.stdout, result.stderr) == (code, "the last line", message)
+
+
+def test_the_stand_in_aborts_a_program_that_is_taken_apart() -> None:
+    """Or the test above could not fail."""
+    assert end("return 0", of_ranks=False).returncode == -6
+
+
+def test_a_crash_of_a_rank_shows_where_python_was() -> None:
+    """A library that dies by a signal leaves the Python stack on stderr."""
+    result = end("os.kill(os.getpid(), 11)", of_ranks=True)
+    assert result.returncode == -11
+    assert "Segmentation fault" in result.stderr
+    assert "in main" in result.stderr
+
+
+def test_a_rank_goes_on_when_nobody_reads_what_it_prints() -> None:
+    """`tee` has died, or the log lies on a full disk: the run is worth more than its log, and is not done."""
+    ending = "[print('more', flush=True) for _ in range(3)]; print('error', file=sys.stderr); return 75"
+    program = ABORTS_IN_TEARDOWN.format(ending=ending, of_ranks=True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    outputs = [writer] + [os.open("/dev/full", os.O_WRONLY)] * Path("/dev/full").exists()
+    for output in outputs:
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=output, stderr=output)
+        assert ended.returncode == errors.EXIT_REQUEUE
+        os.close(output)
+    closed = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, program], cwd=ROOT)
+    assert closed.returncode == errors.EXIT_REQUEUE
+
+
+def test_another_broken_pipe_of_a_rank_does_not_count_as_done() -> None:
+    """One to a program that it talks to."""
+    result = end("raise BrokenPipeError(32, 'Broken pipe')", of_ranks=True)
+    assert result.returncode not in (errors.EXIT_DONE, errors.EXIT_REQUEUE)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "coloured"),
+    [
+        (Terminal(), {"TERM": "xterm"}, True),
+        (Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {"TERM": "xterm"}, False),
+    ],
+)
+def test_errors_are_red_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, environment: dict[str, str], coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with pytest.raises(SystemExit):
+        cli.fail("the disk is full")
+    assert ("\033[" in stream.getvalue()) == coloured
+    assert "error:" in stream.getvalue()
+    assert stream.getvalue().endswith(" the disk is full\n")
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "message"),
+    [
+        ("0", "0", errors.UserError("no key"), "error: no key\n"),
+        ("8", "0", errors.UserError("no key"), "error: rank 8: no key\n"),  # of another node
+        ("9", "1", errors.UserError("no key"), ""),
+        (
+            "9",
+            "1",
+            PermissionError(13, "Denied", "x"),
+            "error: rank 9: x: Denied. Check the path and its perm",
+        ),
+        ("0", "0", FileExistsError(17, "File exists", "x"), "error: x: File exists. Check the path"),
+        ("9", "1", OSError(28, "Full", "x"), "error: rank 9: x: Full. Make room, and start the same"),
+    ],
+)
+def test_a_node_or_a_rank_that_fails_alone_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str,
+    local_rank: str,
+    error: Exception,
+    message: str,
+) -> None:
+    """A path that one node does not see must not end a run without a word."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+
+    def main(_: object) -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    said = capsys.readouterr().err
+    assert said.startswith(message) if message else said == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file on a full disk")
+def test_a_full_disk_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is named although the write that fails does not know its name; nothing is left behind."""
+    monkeypatch.setattr(files, "_writing", lambda path: Path("/dev/full"))
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+
+    def main(_: object) -> None:
+        with files.replacing(tmp_path / "scores.csv") as file:
+            file.write(b"x")
+
+    outcome = run_here(main, [], capsys)
+    assert outcome.code == errors.EXIT_FAILED
+    assert outcome.error.startswith(f"error: {tmp_path}/scores.csv: No space left on device. Make room, and")
+    assert outcome.error.count("\n") == 1
+
+
+def test_help_shows_the_defaults_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.ToolParser("What it does.")
+    parser.add_argument("--needed", required=True, help="is needed")
+    parser.add_argument("--count", type=int, default=3, help="has a default")
+    parser.add_argument("--limit", type=int, help="has none")
+    parser.add_argument("--keys", nargs="*", default=[], help="are none")
+    parser.add_argument("--folders", nargs="*", default=[Path("a"), Path("b%")], help="are two")
+    parser.add_argument("--flag", action="store_true", help="is off")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "--count COUNT         has a default (default: 3)" in lines
+    assert "are two (default: a b%)" in lines
+    assert sum("default" in line for line in lines) == 2
+
+
+def test_a_setting_is_a_key_and_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.ToolParser("What it does.")
+    cli.add_overrides(parser)
+    options = parser.parse_args(["--set", "a.b=1", "c=", "--set", "d=x=y"])
+    assert cli.overrides(options) == ["--a.b=1", "--c=", "--d=x=y"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--set", "a.b=1", "c"])
+    assert "--set: c: write KEY=VALUE" in capsys.readouterr().err
+
+
+def test_help_of_the_training_begins_with_one_line_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "usage: python -m pipeline.train --config configs/X.yaml [--section.key VALUE ...]"
+    assert second == ""

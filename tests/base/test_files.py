@@ -1,0 +1,32 @@
+"""Files that a run writes to for as long as it lasts."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import orjson
+import pytest
+
+from pipeline.base.files import keep_lines
+
+
+def test_lines_are_kept_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The curves of a long run are larger than the memory that a start can spare."""
+    path, left_over = tmp_path / "metrics.jsonl", tmp_path / ".metrics.jsonl.elsewhere.123.writing"
+    lines = [b'{"step": %d, "text": "%s"}\n' % (step, b"x" * 1000) for step in range(3000)]
+    path.write_bytes(b"".join([*lines[:10], b"\0\0\n", b"\n", *lines[10:], b'{"step": 1, "te']))
+    left_over.write_bytes(b"half of it")
+    tracemalloc.start()
+    keep_lines(path, lambda line: orjson.loads(line)["step"] < 2000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.read_bytes() == b"".join(lines[:2000])
+    assert peak < 1_000_000
+    assert not left_over.exists()
+    assert "line 11 is damaged" in capsys.readouterr().out
+
+
+def test_a_file_that_is_not_there_yet_begins_empty(tmp_path: Path) -> None:
+    keep_lines(tmp_path / "metrics.jsonl", lambda _: True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""

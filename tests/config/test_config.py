@@ -1,0 +1,246 @@
+"""The configuration: round trip, overrides, and one clear line for everything that can be wrong in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import config as configuration
+from pipeline.base.errors import UserError
+
+GOOD = {
+    "run_dir": "runs/x",
+    "data": {"prefixes": ["a", "b"], "kind": "pairs", "sequence_length": 32},
+    "train": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+    "schedule": {"warmup_steps": 10},
+}
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    path = tmp_path / "good.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    return str(path)
+
+
+def test_no_arguments_are_one_line() -> None:
+    with pytest.raises(UserError, match="give --config"):
+        configuration.load([])
+
+
+def test_command_line_overrides_yaml(good: str) -> None:
+    config = configuration.load(["--config", good, "--train.steps", "7", "--schedule.warmup_steps=1"])
+    assert config.train.steps == 7
+    assert config.schedule.warmup_steps == 1
+    assert config.data.prefixes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--objective.stages 12 --objective.stages_increment 3 --objective.stages_first_increase 60 "
+        "--objective.stages_interval 30 --objective.stages_maximum 42 --objective.threshold 0.9",
+        "--objective.kind random_masking --objective.mask_count bernoulli --objective.stratified true",
+        "--objective.kind random_masking --objective.complementary true --objective.block_size 8",
+        "--objective.random_share 0.2 --objective.complementary true --objective.policy margin",
+        "--objective.kind autoregressive --model.prediction shifted --objective.switch_to puma "
+        "--objective.switch_step 50 --objective.attention_annealing_steps 90",
+        "--model.prediction shifted --objective.block_size 8 --objective.policy entropy",
+    ],
+)
+def test_objectives_that_work(good: str, arguments: str) -> None:
+    """Everything that docs/method.md offers is accepted, together where it goes together."""
+    configuration.load(["--config", good, *arguments.split()])
+
+
+@pytest.mark.parametrize(
+    ("option", "answer"), [("--help", "--train.steps"), ("--evaluation.tasks.help", "tokens_per_step")]
+)
+def test_every_help_that_the_help_names(option: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        configuration.load([option])
+    assert ended.value.code == 0
+    assert answer in capsys.readouterr().out
+
+
+def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
+    config = configuration.load(
+        ["--config", good, "--objective.threshold", "0.9", "--data.weights", "[1, 2]"]
+    )
+    written = tmp_path / "resolved.yaml"
+    written.write_text(configuration.to_yaml(config))
+    assert configuration.load(["--config", str(written)]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--train.stepz", "3"], ["'train.stepz'", "'train.steps'"]),
+        (["--steps", "3"], ["'steps'", "'train.steps'"]),
+        (["run.yaml"], ["unrecognized arguments: run.yaml", "by --config"]),
+        (["--train.steps", "many"], ["train.steps is many", "a whole number"]),
+        (["--train.log_samples", "maybe"], ["train.log_samples is maybe", "true or false"]),
+        (["--optimizer.ema_decay", "x"], ["optimizer.ema_decay is x", "a number or null"]),
+        (["--data.prefixes", "a"], ["data.prefixes is a", "a list, such as [a, b]"]),
+        (["--data.weights", "1"], ["data.weights is 1", "a list, such as [1, 2] or null"]),
+        (
+            ["--evaluation.tasks", "[{task: exacto, data: x}]"],
+            ["evaluation.tasks: task is exacto", "'exact'"],
+        ),
+        (
+            ["--evaluation.tasks", "[{tusk: exact}]"],
+            ["evaluation.tasks", "'tusk' is not accepted", "Did you mean 'task'", "tokens_per_step"],
+        ),
+        (["--evaluation.tasks", "{task: exact, data: x}"], ["a list, such as [{key: value}]"]),
+        (["--train.steps", "0"], ["train.steps is 0", "above 0"]),
+        (["--train.seed", "-1"], ["train.seed is -1"]),
+        (["--objective.kind", "pumma"], ["objective.kind is pumma", "random_masking", "mean 'puma'"]),
+        (["--objective.stages", "0"], ["objective.stages is 0"]),
+        (["--objective.threshold", "1.5"], ["objective.threshold is 1.5", "between 0 and 1"]),
+        (
+            ["--objective.threshold", "0.9", "--objective.policy", "left_to_right"],
+            ["objective.threshold is 0.9", "'left_to_right'", "null"],
+        ),
+        (["--objective.stages_increment", "3"], ["objective.stages_increment is 3", "stages_first_increase"]),
+        (["--objective.stages_maximum", "9"], ["objective.stages_maximum is 9", "stages_increment is 0"]),
+        (["--objective.stages_increment", "-1"], ["objective.stages_increment is -1", "only grows"]),
+        (
+            "--objective.stages_increment 1 --objective.stages_first_increase 5 "
+            "--objective.stages_interval 5 --objective.stages_maximum 4".split(),
+            ["objective.stages_maximum is 4", "below objective.stages = 8"],
+        ),
+        (["--objective.random_share", "1.0"], ["objective.random_share is 1.0", "random_masking"]),
+        (
+            ["--objective.kind", "random_masking", "--objective.threshold", "0.9"],
+            ["objective.threshold is 0.9", "no effect", "'random_masking'", "puma"],
+        ),
+        (["--objective.mask_count", "bernoulli"], ["objective.mask_count is bernoulli", "no effect"]),
+        (["--objective.stratified", "true"], ["objective.stratified is True", "no effect"]),
+        (
+            "--objective.kind random_masking --objective.mask_count bernoulli "
+            "--objective.complementary true".split(),
+            ["objective.complementary", "objective.mask_count", "uniform"],
+        ),
+        (["--objective.switch_to", "random_masking"], ["objective.switch_step is None", "give both"]),
+        (
+            ["--objective.switch_to", "puma", "--objective.switch_step", "5"],
+            ["objective.switch_to is puma", "objective.kind itself"],
+        ),
+        (
+            ["--objective.switch_to", "random_masking", "--objective.switch_step", "101"],
+            ["objective.switch_step is 101", "train.steps = 100"],
+        ),
+        (["--objective.kind", "autoregressive"], ["model.prediction is 'same'", "shifted"]),
+        (["--objective.block_size", "32"], ["objective.block_size is 32", "data.sequence_length = 32"]),
+        (
+            "--objective.kind autoregressive --model.prediction shifted --objective.block_size 4".split(),
+            ["objective.block_size is 4", "no effect"],
+        ),
+        (
+            ["--objective.block_size", "4", "--objective.attention_annealing_steps", "9"],
+            ["objective.attention_annealing_steps is 9", "objective.block_size is 4"],
+        ),
+        (
+            ["--objective.attention_annealing_steps", "-9"],
+            ["objective.attention_annealing_steps is -9", "0 or more"],
+        ),
+        (["--model.heads", "3"], ["model.hidden_size is 128", "2 x model.heads = 6"]),
+        (["--model.head_size", "7"], ["model.head_size is 7", "even"]),
+        (["--model.rope_factor", "0.5"], ["model.rope_factor is 0.5", "1 (none)"]),
+        (["--model.kv_heads", "3"], ["model.kv_heads is 3", "divide model.heads = 4"]),
+        (["--data.prefixes", "[]"], ["data.prefixes is empty"]),
+        (["--data.weights", "[1]"], ["data.weights is [1.0]", "2 data.prefixes"]),
+        (["--data.split", "98,2"], ["data.split is '98,2'", "three shares"]),
+        (["--data.workers", "-1"], ["data.workers is -1"]),
+        (["--optimizer.beta2", "1"], ["optimizer.beta2 is 1.0"]),
+        (["--optimizer.learning_rate", "0"], ["optimizer.learning_rate is 0.0"]),
+        (["--optimizer.ema_decay", "1"], ["optimizer.ema_decay is 1.0", "0.9999", "null"]),
+        (["--optimizer.gradient_clip", "-1"], ["optimizer.gradient_clip is -1.0"]),
+        (["--schedule.warmup_steps", "200"], ["schedule.warmup_steps", "train.steps = 100"]),
+        (["--schedule.final_ratio", "2"], ["schedule.final_ratio is 2.0"]),
+        (["--guard.spike_limit", "-1"], ["guard.spike_limit is -1.0", "0 or more"]),
+        (["--guard.skips_before_rollback", "0"], ["guard.skips_before_rollback is 0"]),
+        (["--guard.max_rollbacks", "-1"], ["guard.max_rollbacks is -1"]),
+        (["--watchdog.factor", "-1"], ["watchdog.factor is -1.0"]),
+        (["--watchdog.minimum", "0"], ["watchdog.minimum is 0.0"]),
+        (["--checkpoint.keep", "0"], ["checkpoint.keep is 0"]),
+        (["--evaluation.interval", "-5"], ["evaluation.interval is -5"]),
+        (["--evaluation.bound_draws", "3"], ["evaluation.bound_draws is 3", "even"]),
+        (["--monitor.texts", "-1"], ["monitor.texts is -1"]),
+        (["--monitor.wandb_project", ""], ["monitor.wandb_project is empty"]),
+        (["--profiling.flops_step", "-1"], ["profiling.flops_step is -1"]),
+        (
+            ["--profiling.flops_step", "3", "--engine.compile", "true"],
+            ["profiling.flops_step is 3", "engine.compile is true"],
+        ),
+        (
+            ["--engine.kind", "plain", "--profiling.communication_steps", "3"],
+            ["profiling.communication_steps is 3", "engine.kind is 'plain'"],
+        ),
+        (["--engine.sequence_parallel_size", "0"], ["engine.sequence_parallel_size is 0"]),
+        (["--engine.sequence_parallel_size", "3"], ["model.heads = 4"]),
+        (["--engine.sequence_parallel_size", "2", "--model.kv_heads", "1"], ["model.kv_heads = 1"]),
+        (
+            ["--engine.sequence_parallel_size", "2", "--data.sequence_length", "33"],
+            ["engine.sequence_parallel_size is 2", "data.sequence_length = 33"],
+        ),
+        (["--engine.kind", "plain", "--engine.sequence_parallel_size", "2"], ["engine.kind is 'plain'"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
+    ],
+)
+def test_bad_settings_are_one_line_with_key_and_value(
+    good: str, arguments: list[str], parts: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        configuration.load(["--config", good, *arguments])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("run_dir: x\ntrain: {stepz: 3}\n", ["unknown key 'train.stepz'", "'train.steps'"]),
+        ("run_dir: x\nobjectives: {kind: puma}\n", ["unknown key 'objectives.kind'", "'objective.kind'"]),
+        ("run_dir: [\n", ["line", "not valid YAML"]),
+        ("run_dir: x\ntrain: {steps: 3}\ntrain: {seed: 1}\n", ["line 3", "'train' is given twice"]),
+        ("just text\n", ["holds no settings"]),
+        ("train: {steps: 3}\n", ["run_dir"]),
+    ],
+)
+def test_bad_yaml_is_one_line_with_file(tmp_path: Path, content: str, parts: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        configuration.load(["--config", str(path)])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_global_batch_must_divide(good: str) -> None:
+    train = configuration.load(["--config", good]).train
+    assert [train.accumulation(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match=r"train.global_batch_size = 8 .*to 3 ranks: start 1, 2, 4, 8 ranks"):
+        train.fitted(3)
+
+
+def test_the_micro_batch_fits_the_number_of_ranks(good: str) -> None:
+    """The global batch stays: the micro-batch is lowered only where it does not divide a rank's share."""
+    train = configuration.load(["--config", good, "--train.global_batch_size", "24"]).train
+    train.micro_batch_size = 4
+    for ranks, micro_batch, accumulation in [
+        (1, 4, 6),
+        (2, 4, 3),
+        (4, 3, 2),
+        (8, 3, 1),
+        (12, 2, 1),
+        (24, 1, 1),
+    ]:
+        fitted = train.fitted(ranks)
+        assert (fitted.micro_batch_size, fitted.accumulation(ranks)) == (micro_batch, accumulation)

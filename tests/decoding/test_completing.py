@@ -1,0 +1,69 @@
+"""Prompts and masked spans through a trained model's run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.base.errors import UserError
+from pipeline.decoding import SamplingSettings, complete, infill, load_model
+from pipeline.evaluation.likelihood import score_answers
+
+
+def test_completions_and_spans(run_folder: Path) -> None:
+    """An answer ends with its end-of-sequence token; given text stays; the order names each step."""
+    loaded = load_model(run_folder, torch.device("cpu"))
+    prompts = ["abc", "f", "deba"]
+    found = complete(loaded, prompts, SamplingSettings(temperature=1.0, tokens_per_step=2), length=6)
+    for completion in found:
+        assert 1 <= len(completion.tokens) == len(completion.order) <= 6
+        assert loaded.tokenizer.eos not in completion.tokens[:-1]
+        assert max(completion.order) < completion.steps <= 3
+    [filled] = infill(loaded, [["ab", 3, "cd"]])
+    assert filled.text.startswith("ab")
+    assert filled.text.endswith("cd")
+    assert sorted(filled.order) == [0, 1, 2]
+    with pytest.raises(UserError, match="sequence length that the model was trained on, 12"):
+        complete(loaded, ["abcdef"], length=7)
+    with pytest.raises(UserError, match="sequence length that the model was trained on, 12"):
+        infill(loaded, [["abcdef", 7]])
+    with pytest.raises(UserError, match="no masked token"):
+        infill(loaded, [["ab", "cd"]])
+
+
+def test_in_bfloat16(run_folder: Path) -> None:
+    """Weights and activations are rounded, logits are not; scores stay near those of fp32."""
+    scores = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_model(run_folder, torch.device("cpu"), dtype=dtype)
+        assert {weight.dtype for weight in loaded.model.parameters()} == {dtype}
+        assert len(complete(loaded, ["abc"], length=4)[0].tokens) <= 4
+        prompt, answer = (loaded.tokenizer.encode(text).tolist() for text in ("abc", "cb"))
+        scores.append(score_answers(loaded, [(prompt, answer)])[0].nll)
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "best"}, "--policy is best: choose from confidence, margin,"),
+        ({"tokens_per_step": 0}, "--tokens-per-step is 0: it must be 1 or more"),
+        ({"steps": 3, "threshold": 0.5}, "--steps is 3: it decides what a step fills"),
+        ({"threshold": 1.0}, "--threshold is 1.0: it is a probability"),
+        ({"threshold": 0.5, "policy": "random"}, "--threshold is 0.5: it fills by confidence"),
+        ({"temperature": -1.0}, "--temperature is -1.0: it must be 0"),
+        ({"top_k": 4}, "--top-k is 4: it has no effect at temperature 0"),
+        ({"top_p": 1.5, "temperature": 1.0}, "--top-p is 1.5: it is a probability"),
+        ({"remasking": "loop"}, "--remasking is loop: choose from cap, rescale"),
+        ({"remasking": "cap"}, "--eta is None: give it with --remasking, now cap"),
+        ({"eta": 0.1}, "--eta is 0.1: give it with --remasking, now None"),
+        ({"remasking": "cap", "eta": 2.0}, "--eta is 2.0: give a value above 0"),
+        ({"remasking": "cap", "eta": 0.1, "threshold": 0.5}, "--remasking is cap: its schedule is by number"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SamplingSettings(**settings).check()  # type: ignore[arg-type]

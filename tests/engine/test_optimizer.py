@@ -1,0 +1,59 @@
+"""Which parameters decay, and the learning rate against its closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from pipeline.engine.optimizer import learning_rate, parameter_groups
+from pipeline.model.batch import Vocabulary
+from pipeline.model.transformer import MaskedDiffusionModel
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_norms_biases_and_embeddings_do_not_decay(tied: bool) -> None:
+    model = MaskedDiffusionModel(ModelConfig(tie_embeddings=tied, attention_bias=True), Vocabulary(16, 16, 3))
+    decayed, others = parameter_groups(model, OptimizerConfig(weight_decay=0.3))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    for parameter in decayed["params"]:
+        assert names[parameter].endswith(("_proj.weight", "lm_head.weight"))
+        assert parameter.ndim == 2
+    for parameter in others["params"]:
+        assert parameter.ndim == 1 or names[parameter] == "model.embed_tokens.weight"
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert any("lm_head" in names[p] for p in decayed["params"]) is not tied
+
+
+def test_everything_decays_when_asked() -> None:
+    model = MaskedDiffusionModel(ModelConfig(), Vocabulary(16, 16, 3))
+    (group,) = parameter_groups(model, OptimizerConfig(decay_norms_and_embeddings=True))
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_cosine() -> None:
+    schedule = ScheduleConfig(kind="cosine", warmup_steps=10, final_ratio=0.1)
+    rates = [learning_rate(step, 110, 2.0, schedule) for step in range(1, 111)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == 2.0
+    assert rates[59] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert rates[34] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
+    assert rates[109] == pytest.approx(0.2)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_warmup_stable_decay() -> None:
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=20, final_ratio=0.1)
+    rates = [learning_rate(step, 100, 2.0, schedule) for step in range(1, 101)]
+    assert rates[4] == 1.0
+    assert rates[9:80] == [2.0] * 71
+    assert rates[89] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert rates[99] == pytest.approx(0.2)
+
+
+def test_no_warmup_and_no_decay() -> None:
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=0, decay_steps=0)
+    assert {learning_rate(step, 50, 3.0, schedule) for step in range(1, 51)} == {3.0}
