@@ -1,6 +1,6 @@
 """Trainings that differ in their objective alone, and the scores of all their checkpoints, as a CSV.
 
-Every variant and seed is a training of its own by pipeline.train: model, optimizer, batch, samples and their
+Every variant and seed is a training of its own by pipeline.train: model, optimizer, batch, examples and their
 order are the same for all, the objective differs. Each of its checkpoints is scored on the same held-out
 records, and the last one on all of them and with every decoding. What is done is kept: the same command goes
 on after an interruption. benchmarks/plot_reproduction.py reads the CSV.

@@ -1,4 +1,4 @@
-"""How long a run waits for its samples on a dataset of many documents: when they are built, and when cached.
+"""How long a run waits for its examples on a dataset of many documents: when they are built, and when cached.
 
 The dataset is synthetic: an index like that of real text, and a .bin of zeros that takes no room on the disk.
 """
@@ -53,7 +53,7 @@ def write_synthetic(prefix: Path, documents: int, mean_tokens: int, tokenizer: P
 
 
 def start(prefix: Path, tokenizer: Path, sequence_length: int) -> None:
-    """Do what a run does for its samples, read one, and print the time and the memory."""
+    """Do what a run does for its examples, read one, and print the time and the memory."""
     began = time.monotonic()
     from pipeline.data.datasets import build_datasets  # imports megatron-core and torch
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--documents", type=int, default=10**8, help="documents in the dataset")
     parser.add_argument("--mean-tokens", type=int, default=500, help="tokens of a document, on average")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of a sample")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of an example")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_start"), help="scratch")
     parser.add_argument("--only-start", action="store_true", help="use the dataset and cache that are there")
     options = parser.parse_args(arguments)

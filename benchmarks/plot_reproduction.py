@@ -127,7 +127,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def draw(score: str, runs: Runs, path: Path) -> None:
-    """Draw score and bound against steps, and the score against unique samples: a line a variant."""
+    """Draw score and bound against steps, and the score against unique examples: a line a variant."""
     import matplotlib
 
     matplotlib.use("Agg")

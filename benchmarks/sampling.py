@@ -25,7 +25,7 @@ import torch
 
 from pipeline.base import cli
 from pipeline.config import ModelConfig
-from pipeline.data.examples import ANSWER, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PROMPT, Examples
 from pipeline.decoding import SamplingSettings, load_model
 from pipeline.decoding.decoding import decode
 from pipeline.model.batch import Vocabulary
@@ -108,13 +108,13 @@ def network(options: argparse.Namespace, device: torch.device) -> MaskedDiffusio
     return MaskedDiffusionModel(config, vocabulary).to(device).eval()
 
 
-def prompts(options: argparse.Namespace, vocabulary: Vocabulary, device: torch.device) -> Samples:
+def prompts(options: argparse.Namespace, vocabulary: Vocabulary, device: torch.device) -> Examples:
     """Return random prompts with room for answers."""
     size = options.batch_size, options.prompt + options.answer
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(4, vocabulary.tokens, size, generator=generator)
     roles = torch.where(torch.arange(size[1]) < options.prompt, PROMPT, ANSWER).expand(size)
-    return Samples(tokens, roles, torch.arange(size[0])).to(device)
+    return Examples(tokens, roles, torch.arange(size[0])).to(device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     model = network(options, device)
-    samples = prompts(options, model.lm_head.vocabulary, device)
+    examples = prompts(options, model.lm_head.vocabulary, device)
     mask_id = model.lm_head.vocabulary.mask_id
     layouts: dict[bool, Layout] = {
         False: Whole(mask_id, False, model.shifted),
@@ -134,12 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     forwards: dict[str, float] = {}
     for repetition in range(options.repetitions + 1):
         for name, way in everything.items():
-            visibility = layouts[way.blocks].decoding(samples)
+            visibility = layouts[way.blocks].decoding(examples)
             started = seconds(device)
-            result = decode(model, samples, samples.answer, way.settings, visibility)
+            result = decode(model, examples, examples.answer, way.settings, visibility)
             took = seconds(device) - started
             if repetition:  # the first round warms up
-                rates[name].append(samples.answer.sum().item() / took)
+                rates[name].append(examples.answer.sum().item() / took)
             forwards[name] = float(result.steps.double().mean())
     report(options, device, rates, forwards)
 

@@ -86,7 +86,7 @@ SHAPES = {
 
 
 class RandomTokens:
-    """Samples of random tokens, all of them answer."""
+    """Examples of random tokens, all of them answer."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -95,7 +95,7 @@ class RandomTokens:
         return 2**16
 
     def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return a sample: {"tokens": [L] int64, "roles": [L] int8}."""
+        """Return an example: {"tokens": [L] int64, "roles": [L] int8}."""
         tokens = np.random.default_rng(index).integers(MASK + 1, self.shape.vocabulary, self.shape.length)
         return {"tokens": tokens, "roles": np.full(self.shape.length, ANSWER, np.int8)}
 
@@ -142,7 +142,7 @@ class Contest:
             first: number of the way that begins: the place in the turn costs time too.
         """
         chains = self.group.inputs(self.step + 1)
-        masked, tokens = self.group.state.masked, self.group.samples.tokens
+        masked, tokens = self.group.state.masked, self.group.examples.tokens
         noise = torch.rand(masked.shape, device=self.device)
         matched = take_highest(torch.ones_like(masked), noise, masked.sum(dim=1))
         random = masked_batch(tokens, matched, len(chains.rows), MASK)

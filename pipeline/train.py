@@ -63,8 +63,8 @@ def train(run: Run) -> bool:
         run.watchdog.enter("step")
         if step == config.objective.switch_step:
             run.guard.forget()  # another objective has another loss
-        if run.sample_log is not None:
-            run.sample_log.write(step, run.groups_of(step))
+        if run.example_log is not None:
+            run.example_log.write(step, run.groups_of(step))
         rate = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)
         loss, norm = train_step(run.engine, run.groups_of(step), rate, step, run.guard)
         run.watchdog.enter("bookkeeping")

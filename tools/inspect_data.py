@@ -1,4 +1,4 @@
-"""Show what is in an indexed dataset: where it comes from, counts, lengths, decoded samples; or verify it."""
+"""Show what is in an indexed dataset: origin, counts, lengths, decoded documents; or verify it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def show_facts(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> None:
     )
 
 
-def show_samples(
+def show_examples(
     prefix: Path, facts: DatasetFacts, index: IndexFacts, tokenizer: Tokenizer, count: int
 ) -> None:
     """Print the first documents, prompt and answer in colours on a terminal."""
@@ -95,7 +95,7 @@ def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print facts and samples; with --verify exit with 1 where something is wrong."""
+    """Print facts and examples; with --verify exit with 1 where something is wrong."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("prefix", type=Path, help="path of the dataset, without .bin and .idx")
     parser.add_argument("--tokenizer", type=Path, help="folder (default: the one it was made with)")
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.entropy:
         what = "answers" if facts.kind == "pairs" else "text"
         print(f"entropy of the {what}: {facts.entropy:.4f} nats a token")
-    show_samples(options.prefix, facts, index, tokenizer, options.samples)
+    show_examples(options.prefix, facts, index, tokenizer, options.samples)
     if options.histogram is not None:
         plot_lengths(facts, index, options.histogram)
         print(f"wrote {options.histogram}")

@@ -1,6 +1,6 @@
-"""Slots: the chains of one micro-batch, from the samples they walk through to the batches they give.
+"""Slots: the chains of one micro-batch, from the examples they walk through to the batches they give.
 
-A slot always holds a chain. When the chain ends, the slot's next sample, which is already on the device,
+A slot always holds a chain. When the chain ends, the slot's next example, which is already on the device,
 takes its place by a `torch.where`: nothing waits for the device. Which slots have ended travels to the host
 behind the backward pass, and is read when the following step needs it.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.chains.statistics import ChainStatistics, Walk
 from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.objective import ChainState, ObjectiveSchedule, Scores, model_input
 from pipeline.ranks import Launch
@@ -40,7 +40,7 @@ class SlotGroup:
 
         Args:
             slots: the numbers of the B slots.
-            stream: where their samples come from.
+            stream: where their examples come from.
             objectives: what masks them, at each step.
             device: where the chains live.
             first_step: the step that these slots are first trained at.
@@ -58,22 +58,22 @@ class SlotGroup:
         self._begin(np.zeros(len(slots), dtype=np.int64))
         objective = objectives.at(first_step)
         first = objective.first_stage(self.numbers, first_step)
-        state = objective.begin(self.samples, first[:, None], first_step)
+        state = objective.begin(self.examples, first[:, None], first_step)
         self._enter(state, torch.zeros_like(first, dtype=torch.bool))
 
     def _begin(self, cursors: np.ndarray) -> None:
-        """Read the samples at `cursors` [B] or, where those are left out, after them; and the next ones."""
+        """Read the examples at `cursors` [B] or, where those are left out, after them; and the next ones."""
         rows = range(len(self.slots))
         self.cursors = self._admitted(rows, cursors)
         self.next_cursors = self._admitted(rows, self.cursors + 1)
-        self.samples = self._read(rows, self.cursors)
+        self.examples = self._read(rows, self.cursors)
         self.following = self._read(rows, self.next_cursors)
 
     def _admitted(self, rows: Sequence[int], cursors: np.ndarray) -> np.ndarray:
         slots = self.slots[list(rows)].tolist()
         return np.asarray(self.stream.admitted(slots, cursors.tolist()), dtype=np.int64)
 
-    def _read(self, rows: Sequence[int], cursors: np.ndarray) -> Samples:
+    def _read(self, rows: Sequence[int], cursors: np.ndarray) -> Examples:
         return self.stream.read(self.slots[list(rows)].tolist(), cursors.tolist()).to(self.device)
 
     def _enter(self, state: ChainState, ended: Tensor) -> None:
@@ -108,25 +108,25 @@ class SlotGroup:
         """Return the batch of the current states; `step` is the optimizer step, 1 is the first."""
         rows = self._settle()
         self.trained = self.cursors + 1
-        return model_input(self.objectives.at(step), self.samples, self.state, rows, step)
+        return model_input(self.objectives.at(step), self.examples, self.state, rows, step)
 
     def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
         """Move the chains on with the scores of the same forward that the loss came from."""
         next_step = step + self.interval
         now, then = self.objectives.at(step), self.objectives.at(next_step)
         scores = Scores.of(output, batch.rows, self.state.masked)
-        state, ended, reveals = now.advance(self.samples, self.state, scores, step, next_step)
+        state, ended, reveals = now.advance(self.examples, self.state, scores, step, next_step)
         begin_at = torch.zeros_like(self.numbers)
         if then is not now:  # a change of objective ends every chain
             ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, next_step)
         fresh = then.begin(self.following, begin_at[:, None], next_step)
-        chains = now.layout.chains(self.samples)
-        walk = Walk(self.samples, chains, self.state, self.age, ended, reveals)
+        chains = now.layout.chains(self.examples)
+        walk = Walk(self.examples, chains, self.state, self.age, ended, reveals)
         self.statistics.add(walk, batch, output)
         self.age = torch.where(ended, 0, self.age + 1)
         state = fresh if then is not now else state.replaced(ended, fresh)
-        self.trained_ids = self.samples.ids
-        self.samples = self.samples.replaced(ended, self.following)
+        self.trained_ids = self.examples.ids
+        self.examples = self.examples.replaced(ended, self.following)
         self._enter(state, ended)
 
     def begun(self) -> tuple[int, int]:
@@ -135,7 +135,7 @@ class SlotGroup:
         return int(self.trained.sum()), int(np.minimum(self.trained, of_slot).sum())
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the whole state, by slot: the samples themselves are read again from the cursors."""
+        """Return the whole state, by slot: the examples themselves are read again from the cursors."""
         self._settle()
         return {
             "slots": self.slots,
@@ -148,18 +148,18 @@ class SlotGroup:
     def load_state_dict(self, state: dict[str, np.ndarray], step: int) -> None:
         """Go on with the first turn from `step` on, from what `state_dict` returned for the same slots.
 
-        Chains of samples that are left out by now give way to new ones of the next sample.
+        Chains of examples that are left out by now give way to new ones of the next example.
         """
         if not np.array_equal(state["slots"], self.slots):
             raise ValueError("the state belongs to other slots")
         self._begin(state["cursors"])
-        length = self.samples.tokens.shape[1]
+        length = self.examples.tokens.shape[1]
         masked = np.unpackbits(state["masked"], axis=1, count=length).astype(bool)
         chains = ChainState(
             torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
         )
         next_step = step + (self.first_step - step) % self.interval
-        fresh = self.objectives.at(next_step).begin(self.samples, torch.zeros_like(chains.stage), next_step)
+        fresh = self.objectives.at(next_step).begin(self.examples, torch.zeros_like(chains.stage), next_step)
         left_out = torch.from_numpy(self.cursors != state["cursors"]).to(self.device)
         chains = chains.replaced(left_out, fresh)
         age = state.get("age", np.zeros_like(self.slots))  # older checkpoints have none

@@ -1,6 +1,6 @@
-"""The slots' sub-streams: every sample once an epoch, whatever rank, accumulation or thread reads it.
+"""The slots' sub-streams: every example once an epoch, whatever rank, accumulation or thread reads it.
 
-The endless stream of samples is numbered: position p is sample p mod N of epoch p div N, in an order of the
+The endless stream of examples is numbered: position p is example p mod N of epoch p div N, in an order of the
 epoch's own. Slot s of S reads the positions s, s + S, s + 2S, ...; the number of sequences that a slot has
 begun, its cursor, is all that has to be remembered.
 """
@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from pipeline.base.errors import Failure
-from pipeline.data.examples import Array, SampleDataset, Samples, stack_samples
+from pipeline.data.examples import Array, ExampleDataset, Examples, stack_examples
 
 _ROUNDS = 4
 _EPOCHS = 256  # whose permutations are remembered; those under way are far fewer
@@ -48,46 +48,46 @@ class Permutation:
 
 
 class SlotStream:
-    """Reads the samples of any slot by cursor, one ahead of the reader."""
+    """Reads the examples of any slot by cursor, one ahead of the reader."""
 
-    def __init__(self, dataset: SampleDataset, slots: int, seed: int, workers: int) -> None:
+    def __init__(self, dataset: ExampleDataset, slots: int, seed: int, workers: int) -> None:
         """Make the stream.
 
         Args:
-            dataset: the samples of an epoch.
+            dataset: the examples of an epoch.
             slots: S, the number of slots over all ranks (the global batch size).
             seed: seed of the order.
-            workers: reading threads; 0 reads when asked. The samples are the same for any number.
+            workers: reading threads; 0 reads when asked. The examples are the same for any number.
         """
         self.dataset = dataset
         self.slots = slots
         self.size = len(dataset)
         self._permutation = lru_cache(_EPOCHS)(lambda epoch: Permutation(self.size, seed, epoch))
-        self._ahead: dict[int, tuple[int, Future[dict[str, Array]]]] = {}  # by slot: position, its sample
+        self._ahead: dict[int, tuple[int, Future[dict[str, Array]]]] = {}  # by slot: position, its example
         self._waited = 0.0
         self._excluded: frozenset[int] = frozenset()
         self._pool = ThreadPoolExecutor(workers, "samples") if workers else None
 
     def index(self, position: int) -> int:
-        """Return the sample index of a stream position."""
+        """Return the example index of a stream position."""
         epoch, offset = divmod(position, self.size)
         return self._permutation(epoch)(offset)
 
-    def exclude(self, samples: Iterable[int]) -> None:
-        """Leave out these samples of every epoch from now on; slots go on to the next of their sub-stream.
+    def exclude(self, examples: Iterable[int]) -> None:
+        """Leave out these examples of every epoch from now on; slots go on to the next of their sub-stream.
 
         Raises:
-            Failure: when half of the samples or more would be left out: it is not they who are to blame.
+            Failure: when half of the examples or more would be left out: it is not they who are to blame.
         """
-        self._excluded = frozenset(samples)
+        self._excluded = frozenset(examples)
         if 2 * len(self._excluded) >= self.size:
             raise Failure(
-                f"{len(self._excluded)} of {self.size} training samples would be left out as harmful: look "
+                f"{len(self._excluded)} of {self.size} training examples would be left out as harmful: look "
                 "for another cause (skipped.jsonl of the run, the learning rate, a defective GPU)."
             )
 
     def admitted(self, slots: Sequence[int], cursors: Sequence[int]) -> list[int]:
-        """Return for each slot the first cursor, from `cursors` on, whose sample is not left out."""
+        """Return for each slot the first cursor, from `cursors` on, whose example is not left out."""
         admitted = []
         for slot, cursor in zip(slots, cursors, strict=True):
             while self._excluded and self.index(slot + cursor * self.slots) in self._excluded:
@@ -98,23 +98,23 @@ class SlotStream:
     def _read(self, position: int) -> dict[str, Array]:
         return self.dataset[self.index(position)]
 
-    def read(self, slots: Sequence[int], cursors: Sequence[int]) -> Samples:
-        """Return the samples at `cursors` of `slots`, on the CPU, and begin to read those that follow."""
+    def read(self, slots: Sequence[int], cursors: Sequence[int]) -> Examples:
+        """Return the examples at `cursors` of `slots`, on the CPU, and begin to read those that follow."""
         began = time.perf_counter()
         positions = [s + c * self.slots for s, c in zip(slots, cursors, strict=True)]
         rows = []
         for slot, position in zip(slots, positions, strict=True):
             expected, ahead = self._ahead.pop(slot, (None, None))
-            if ahead is None or expected != position:  # samples that are left out were read in vain
+            if ahead is None or expected != position:  # examples that are left out were read in vain
                 rows.append(self._read(position))
             else:
                 rows.append(ahead.result())
             if self._pool is not None:
                 following = position + self.slots
                 self._ahead[slot] = following, self._pool.submit(self._read, following)
-        samples = stack_samples(rows, positions)
+        examples = stack_examples(rows, positions)
         self._waited += time.perf_counter() - began
-        return samples
+        return examples
 
     def take_waited(self) -> float:
         """Return the seconds that `read` has taken since the last call."""

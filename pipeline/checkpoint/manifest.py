@@ -32,7 +32,7 @@ class Manifest:
         sharding: how the engine's state is cut into files, see `Engine.sharding`.
         global_batch_size: sequences a step.
         vocabulary: the fields of a Vocabulary.
-        data_fingerprint: identity of the samples and their order.
+        data_fingerprint: identity of the examples and their order.
         held_out_loss: measured at this very step, or none.
         guard: what the guard compares the next steps with, see `Guard.state_dict`.
         versions: packages that wrote it.

@@ -15,19 +15,20 @@ class DataConfig:
     Args:
         tokenizer: Folder of the tokenizer (tools/train_tokenizer.py).
         prefixes: Datasets as written by tools/preprocess_data.py, each a path without .bin/.idx.
-        kind: pairs = one prompt/answer document a sample; packed = text cut into samples of sequence_length.
-        sequence_length: Tokens in a sample.
-        weights: Share of each prefix in a blend; without it every sample of each is used once an epoch.
+        kind: pairs = one document of prompt and answer is an example; packed = text is cut into examples of
+            sequence_length tokens.
+        sequence_length: Tokens in an example.
+        weights: Share of each prefix in a blend; without it every example of each is used once an epoch.
         temperature: Instead of weights: shares in proportion to tokens^(1/temperature). 1 = by size, more =
             more of the small ones.
-        max_epochs: Most times that the samples of each prefix come in an epoch of a blend with weights or a
+        max_epochs: Most times that the examples of each prefix come in an epoch of a blend with weights or a
             temperature; the others give more instead.
         split: Shares of the documents for training, validation and test.
         padding: What follows a short answer: ignored = never seen by the model; eos_targets = end-of-sequence
             tokens that are part of the answer, so that the model learns where to stop.
         too_long: What to do with a pair longer than sequence_length: error or drop.
-        cache: Folder of the built sample indices; by default dataset_cache in the run folder.
-        workers: Threads that read samples ahead; 0 reads in the training thread.
+        cache: Folder of the built example indices; by default dataset_cache in the run folder.
+        workers: Threads that read examples ahead; 0 reads in the training thread.
     """
 
     tokenizer: str = "data/tokenizer"
@@ -78,7 +79,7 @@ class DataConfig:
         )
         require(
             self.max_epochs is None or self.weights is not None or self.temperature is not None,
-            f"data.max_epochs is {self.max_epochs}, but every sample comes once an epoch: set data.weights "
+            f"data.max_epochs is {self.max_epochs}, but every example comes once an epoch: set data.weights "
             "or data.temperature too, or leave it out.",
         )
         parts = self.split.split(",")

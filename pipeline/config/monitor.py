@@ -12,8 +12,8 @@ class MonitorConfig:
     """Curves beyond TensorBoard and metrics.jsonl, which every run writes.
 
     Args:
-        texts: Validation samples whose answer, or second half, the model writes anew at each evaluation; they
-            are shown in the order of unmasking. 0 = none.
+        texts: Validation examples whose answer, or second half, the model writes at each evaluation, shown in
+            the order of unmasking. 0 = none.
         wandb: Also send the curves to Weights & Biases (pip install wandb).
         wandb_project: Project of the run there; its name is that of the run folder.
     """

@@ -15,7 +15,7 @@ class GuardConfig:
         spike_limit: Also skip a step whose loss or gradient norm lies so many robust standard deviations
             above the median of the last 128 steps; 0 = skip only what is not finite.
         skips_before_rollback: Go back to the last checkpoint after so many skipped steps in a row, without
-            the samples that were in them.
+            the examples that were in them.
         max_rollbacks: Stop when that has happened so many times at one checkpoint.
     """
 

@@ -86,8 +86,8 @@ class EvaluationConfig:
 
     Args:
         interval: Steps between two measurements of the held-out loss; 0 = none.
-        samples: Validation samples used for it, at most; always the same ones under the same masks.
-        bound_draws: Also estimate the bound on the negative log-likelihood of these samples, with so many
+        samples: Validation examples used for it, at most; always the same ones under the same masks.
+        bound_draws: Also estimate the bound on the negative log-likelihood of these examples, with so many
             masks of each (an even number), which takes as many forwards. 0 = none.
         tasks: Tasks whose accuracy is measured, such as [{task: sudoku, data: held_out.jsonl}].
     """

@@ -109,9 +109,9 @@ class TrainConfig:
         global_batch_size: Sequences a step over all ranks.
         micro_batch_size: Sequences a forward on one rank, at most: lowered where it does not divide a rank's
             share of the global batch. The accumulation follows.
-        seed: Seed of the initial weights, the order of the samples and every mask.
+        seed: Seed of the initial weights, the order of the examples and every mask.
         log_interval: Steps between two lines and TensorBoard points.
-        log_samples: Write which samples each step was trained on to samples/ in the run folder; slower.
+        log_samples: Write which examples each step was trained on to samples/ in the run folder; slower.
         initial_weights: Folder of tools/import_hf.py or tools/export_hf.py with the weights that the run
             begins at; by default they are random.
     """

@@ -24,46 +24,48 @@ class Share:
     Attributes:
         prefix: the dataset.
         tokens: in all of it.
-        samples: training samples of one epoch of its own.
-        used: training samples in an epoch of the blend.
+        examples: training examples of one epoch of its own.
+        used: training examples in an epoch of the blend.
         too_long: training documents left out by data.too_long: drop.
     """
 
     prefix: str
     tokens: int
-    samples: int
+    examples: int
     used: int
     too_long: int = 0
 
     @property
     def epochs(self) -> float:
-        """How often each of its samples comes in an epoch of the blend, on average."""
-        return self.used / self.samples
+        """How often each of its examples comes in an epoch of the blend, on average."""
+        return self.used / self.examples
 
 
-def blend_sizes(samples: Sequence[int], weights: Sequence[float], caps: Sequence[float] | None) -> list[int]:
-    """Return how many samples of each dataset an epoch of the blend holds.
+def blend_sizes(examples: Sequence[int], weights: Sequence[float], caps: Sequence[float] | None) -> list[int]:
+    """Return how many examples of each dataset an epoch of the blend holds.
 
     It is as long as the datasets together, shared by `weights`. What a dataset may not give, because it would
     come more than `caps` times, the others give in the proportion of their weights; where none may give more,
     the epoch is shorter.
 
     Args:
-        samples: samples of each dataset, once.
+        examples: examples of each dataset, once.
         weights: shares, of any sum.
         caps: most epochs of each dataset; None for no limit.
     """
     limits = (
-        [float("inf")] * len(samples) if caps is None else [c * n for c, n in zip(caps, samples, strict=True)]
+        [float("inf")] * len(examples)
+        if caps is None
+        else [c * n for c, n in zip(caps, examples, strict=True)]
     )
     given: dict[int, float] = {}
     while True:
-        free = [i for i in range(len(samples)) if i not in given]
-        scale = (sum(samples) - sum(given.values())) / (sum(weights[i] for i in free) or 1)
+        free = [i for i in range(len(examples)) if i not in given]
+        scale = (sum(examples) - sum(given.values())) / (sum(weights[i] for i in free) or 1)
         over = [i for i in free if weights[i] * scale > limits[i]]
         if not over:
             given |= {i: weights[i] * scale for i in free}
-            return [max(1, int(given[i] + 1e-6)) for i in range(len(samples))]
+            return [max(1, int(given[i] + 1e-6)) for i in range(len(examples))]
         given |= {i: limits[i] for i in over}
 
 
@@ -117,13 +119,13 @@ def write_order(folder: Path, shares: Sequence[Share], fingerprint: str) -> None
 def describe_order(shares: Sequence[Share]) -> str:
     """Return the blend as lines for people."""
     total = sum(share.used for share in shares)
-    lines = [f"an epoch: {total:,} training samples"]
+    lines = [f"an epoch: {total:,} training examples"]
     for share in shares:
         lines.append(
             f"  {share.prefix}: {share.used:,} ({share.used / total:.1%}), {share.epochs:.2f} epochs of "
-            f"{share.samples:,} samples, {share.tokens:,} tokens"
+            f"{share.examples:,} examples, {share.tokens:,} tokens"
         )
         if share.too_long:
-            among = f"{share.too_long:,} of {share.samples + share.too_long:,} documents"
+            among = f"{share.too_long:,} of {share.examples + share.too_long:,} documents"
             lines.append(f"    left out, longer than data.sequence_length: {among}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Samples: fixed-length sequences whose positions are prompt, answer or padding, built by megatron-core."""
+"""Examples: fixed-length sequences whose positions are prompt, answer or padding, built by megatron-core."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ with warnings.catch_warnings():  # megatron-core warns of optional packages that
 from pipeline.base.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, SampleDataset
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, ExampleDataset
 from pipeline.data.facts import DatasetFacts, check_data
 from pipeline.data.tokenizer import Tokenizer
 
 
 @dataclass
-class SampleConfig(GPTDatasetConfig):
+class ExampleConfig(GPTDatasetConfig):
     """megatron-core's dataset configuration with the two settings of `PairDataset`; see DataConfig."""
 
     padding: str = "ignored"
@@ -38,16 +38,16 @@ class SampleConfig(GPTDatasetConfig):
 
 
 class PackedDataset(GPTDataset):
-    """Text cut into samples of L tokens by megatron-core's GPTDataset; every position is answer."""
+    """Text cut into examples of L tokens by megatron-core's GPTDataset; every position is answer."""
 
     def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return a sample as `SampleDataset` does."""
+        """Return an example as `ExampleDataset` does."""
         tokens = super().__getitem__(index)["tokens"].numpy()
         return {"tokens": tokens, "roles": np.full(len(tokens), ANSWER, np.int8)}
 
 
 class PairDataset(MegatronDataset):
-    """Prompt/answer documents of two sequences, one document a sample."""
+    """Prompt/answer documents of two sequences, one document an example."""
 
     def __init__(
         self,
@@ -56,20 +56,20 @@ class PairDataset(MegatronDataset):
         indices: Array,
         num_samples: int | None,
         index_split: Split,
-        config: SampleConfig,
+        config: ExampleConfig,
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         cached = Path(config.path_to_cache) / f"pairs-{self._identity()}.npy"
         if not cached.exists():
             np.save(cached, self._first_sequences())
-        # One entry more than samples: it says whether any sample is shorter than the sequence length.
+        # One entry more than examples: it says whether any example is shorter than the sequence length.
         self.first_sequence = np.load(cached, mmap_mode="r")[:-1]
         self.has_padding = config.padding == "ignored" and bool(np.load(cached, mmap_mode="r")[-1])
         self.size = len(self.first_sequence) if num_samples is None else num_samples
         self.left_out = len(indices) - len(self.first_sequence)
 
     def _identity(self) -> str:
-        """Return what the documents depend on, apart from the number of samples."""
+        """Return what the documents depend on, apart from the number of examples."""
         text = repr([self.dataset_path, self.index_split.name, self.config.split])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -93,7 +93,7 @@ class PairDataset(MegatronDataset):
         return len(low_level_dataset.document_indices) - 1
 
     @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: SampleConfig) -> IndexedDataset:
+    def build_low_level_dataset(dataset_path: str, config: ExampleConfig) -> IndexedDataset:
         """Open .bin and .idx; modes mark the prompt (0) and the answer (1)."""
         return IndexedDataset(dataset_path, multimodal=True, mmap=config.mmap_bin_files)
 
@@ -105,7 +105,7 @@ class PairDataset(MegatronDataset):
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return a sample as `SampleDataset` does; a blend may ask for more than one epoch."""
+        """Return an example as `ExampleDataset` does; a blend may ask for more than one epoch."""
         sequence = int(self.first_sequence[index % len(self.first_sequence)])
         (prompt, _), (answer, _) = self.dataset.get(sequence), self.dataset.get(sequence + 1)
         length, used = self.config.sequence_length, len(prompt) + len(answer)
@@ -119,13 +119,13 @@ class PairDataset(MegatronDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """megatron-core's builder, for blends of which a dataset has no sample in a split; it fails on those."""
+    """megatron-core's builder, for blends of which a dataset has no example in a split; it fails on those."""
 
     @staticmethod
     def build_generic_dataset(
         cls: Any, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
-        """Build a dataset; a blend is one of the datasets that have samples, None where there are none."""
+        """Build a dataset; a blend is one of the datasets that have examples, None where there are none."""
         if cls is BlendedDataset:
             datasets, weights, *more = args
             kept = [pair for pair in zip(datasets or [], weights, strict=False) if pair[1] > 0]
@@ -139,9 +139,9 @@ class _Builder(BlendedMegatronDatasetBuilder):
         return build(cls, is_built_on_rank, synchronize_ranks, *args)
 
 
-def _no_training_sample(prefixes: Sequence[str], config: DataConfig | SampleConfig) -> UserError:
+def _no_training_sample(prefixes: Sequence[str], config: DataConfig | ExampleConfig) -> UserError:
     return UserError(
-        f"{', '.join(prefixes)} gives no training sample of data.sequence_length = {config.sequence_length} "
+        f"{', '.join(prefixes)} gives no training example of data.sequence_length = {config.sequence_length} "
         f"tokens with data.split = {config.split!r}: bring more text, leave it out, or lower "
         "data.sequence_length."
     )
@@ -149,25 +149,25 @@ def _no_training_sample(prefixes: Sequence[str], config: DataConfig | SampleConf
 
 @dataclass
 class Datasets:
-    """Training and validation samples.
+    """Training and validation examples.
 
     Attributes:
-        train: one epoch of training samples.
-        valid: the validation samples; none where data.split leaves no share to them.
-        has_padding: whether a sample may hold positions that the model must not attend to.
+        train: one epoch of training examples.
+        valid: the validation examples; none where data.split leaves no share to them.
+        has_padding: whether an example may hold positions that the model must not attend to.
         fingerprint: see `data_fingerprint`.
         shares: what each dataset gives to an epoch.
     """
 
-    train: SampleDataset
-    valid: SampleDataset | None
+    train: ExampleDataset
+    valid: ExampleDataset | None
     has_padding: bool
     fingerprint: str
     shares: list[Share]
 
 
 def data_fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> str:
-    """Return what changes whenever the samples or their order do; nothing is built.
+    """Return what changes whenever the examples or their order do; nothing is built.
 
     Raises:
         UserError: for data that does not fit the tokenizer or the run.
@@ -183,7 +183,7 @@ def _fingerprint(facts: Sequence[DatasetFacts], config: DataConfig, tokenizer: T
 
 
 def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Datasets:
-    """Build the samples of a run, or load their indices from `cache`; every rank calls this.
+    """Build the examples of a run, or load their indices from `cache`; every rank calls this.
 
     Raises:
         UserError: for data that does not fit the tokenizer or the run, or too little of it.
@@ -200,9 +200,9 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: P
 
 def _build(
     config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int, folder: Path
-) -> tuple[SampleDataset, SampleDataset | None, list[Share]]:
-    """Build the samples, with their indices in `folder`, or load what is there."""
-    settings = SampleConfig(
+) -> tuple[ExampleDataset, ExampleDataset | None, list[Share]]:
+    """Build the examples, with their indices in `folder`, or load what is there."""
+    settings = ExampleConfig(
         random_seed=seed,
         sequence_length=config.sequence_length,
         blend=(config.prefixes, None),
@@ -219,29 +219,29 @@ def _build(
     )
     train, valid = _build_splits(config, settings, [None, None, None])
     parts = getattr(train, "datasets", [train]) if train is not None else []
-    samples = [len(part) for part in parts]
+    examples = [len(part) for part in parts]
     left_out = [getattr(part, "left_out", 0) for part in parts]
     if train is None or len(train) == 0:
         raise _no_training_sample(config.prefixes, config)
-    weights, used = config.weights, samples
+    weights, used = config.weights, examples
     if config.temperature is not None:
         weights = [float(fact.tokens ** (1 / config.temperature)) for fact in facts]
     if weights is not None:
-        used = blend_sizes(samples, weights, config.max_epochs)
+        used = blend_sizes(examples, weights, config.max_epochs)
         settings.blend = (config.prefixes, [float(count) for count in used])
         settings.__post_init__()  # normalises the weights
         train, _ = _build_splits(config, settings, [sum(used), 0, 0])
         assert train is not None
     shares = [
         Share(prefix, fact.tokens, *counts)
-        for prefix, fact, *counts in zip(config.prefixes, facts, samples, used, left_out, strict=True)
+        for prefix, fact, *counts in zip(config.prefixes, facts, examples, used, left_out, strict=True)
     ]
     return train, valid if valid is not None and len(valid) else None, shares
 
 
 def _build_splits(
-    config: DataConfig, settings: SampleConfig, sizes: list[int | None]
-) -> tuple[SampleDataset | None, SampleDataset | None]:
+    config: DataConfig, settings: ExampleConfig, sizes: list[int | None]
+) -> tuple[ExampleDataset | None, ExampleDataset | None]:
     kind = PairDataset if config.kind == "pairs" else PackedDataset
     with _only_user_errors(config):
         train, valid, _ = _Builder(kind, sizes, lambda: True, settings).build()

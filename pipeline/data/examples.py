@@ -15,24 +15,24 @@ from pipeline.data.arrays import Array as Array
 PADDING, PROMPT, ANSWER = 0, 1, 2
 
 
-class SampleDataset(Protocol):
+class ExampleDataset(Protocol):
     """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}."""
 
     def __len__(self) -> int:
-        """Return the samples of one epoch."""
+        """Return the examples of one epoch."""
 
     def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return a sample; safe to call from several threads."""
+        """Return an example; safe to call from several threads."""
 
 
 @dataclass
-class Samples:
+class Examples:
     """One clean sequence for each of B slots.
 
     Attributes:
         tokens: [B, L] int64, x0.
         roles: [B, L] int8, PADDING, PROMPT or ANSWER; each row has at least one ANSWER.
-        ids: [B] int64, unique for each sample and epoch; seeds the noise of the sequence.
+        ids: [B] int64, unique for each example and epoch; seeds the noise of the sequence.
     """
 
     tokens: Tensor
@@ -49,24 +49,24 @@ class Samples:
         """[B] int64: L_eff."""
         return self.answer.sum(dim=1)
 
-    def replaced(self, where: Tensor, other: Samples) -> Samples:
-        """Return the samples with rows `where` [B] bool taken from `other`."""
+    def replaced(self, where: Tensor, other: Examples) -> Examples:
+        """Return the examples with rows `where` [B] bool taken from `other`."""
         rows = where[:, None]
-        return Samples(
+        return Examples(
             torch.where(rows, other.tokens, self.tokens),
             torch.where(rows, other.roles, self.roles),
             torch.where(where, other.ids, self.ids),
         )
 
-    def to(self, device: torch.device) -> Samples:
-        """Return the samples on `device`; a copy to a GPU does not wait."""
+    def to(self, device: torch.device) -> Examples:
+        """Return the examples on `device`; a copy to a GPU does not wait."""
         tensors = [x.pin_memory() if device.type == "cuda" else x for x in vars(self).values()]
-        return Samples(*(x.to(device, non_blocking=True) for x in tensors))
+        return Examples(*(x.to(device, non_blocking=True) for x in tensors))
 
 
-def stack_samples(rows: Sequence[dict[str, Array]], ids: Sequence[int]) -> Samples:
-    """Return the samples of a dataset as tensors on the CPU, under their ids."""
-    return Samples(
+def stack_examples(rows: Sequence[dict[str, Array]], ids: Sequence[int]) -> Examples:
+    """Return the examples of a dataset as tensors on the CPU, under their ids."""
+    return Examples(
         torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)),
         torch.from_numpy(np.stack([row["roles"] for row in rows])),
         torch.tensor(ids, dtype=torch.int64),

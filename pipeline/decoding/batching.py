@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.config import Config
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.data.tokenizer import Tokenizer
 
 _SHOWN = 40  # characters of a prompt in a message
@@ -37,16 +37,16 @@ class MaskedSequence:
 
 def stack(
     loaded: Loaded, sequences: Sequence[MaskedSequence], numbers: Sequence[int]
-) -> tuple[Samples, Tensor]:
+) -> tuple[Examples, Tensor]:
     """Return `stack_sequences` for a model, on its device."""
-    samples, masked = stack_sequences(sequences, numbers, loaded.config.data.kind, loaded.tokenizer.pad)
+    examples, masked = stack_sequences(sequences, numbers, loaded.config.data.kind, loaded.tokenizer.pad)
     device = loaded.model.lm_head.weight.device
-    return samples.to(device), masked.to(device)
+    return examples.to(device), masked.to(device)
 
 
 def stack_sequences(
     sequences: Sequence[MaskedSequence], numbers: Sequence[int], kind: str, pad: int
-) -> tuple[Samples, Tensor]:
+) -> tuple[Examples, Tensor]:
     """Return sequences as one batch on the CPU, padded at the end, and what is masked [B, L].
 
     Args:
@@ -65,7 +65,7 @@ def stack_sequences(
         place = row, slice(len(sequence.tokens))
         tokens[place], masked[place] = torch.tensor(sequence.tokens), torch.tensor(sequence.masked)
         roles[place] = torch.where(masked[place], ANSWER, given).to(torch.int8)
-    return Samples(tokens, roles, torch.tensor(numbers)), masked
+    return Examples(tokens, roles, torch.tensor(numbers)), masked
 
 
 def that_fit(prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config) -> list[bool]:

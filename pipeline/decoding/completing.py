@@ -163,9 +163,9 @@ def fill_sequences(
     found: list[Filled] = []
     for start in range(0, len(sequences), batch_size):
         part = sequences[start : start + batch_size]
-        samples, masked = stack(loaded, part, numbers[start : start + batch_size])
-        visibility = loaded.layout.decoding(samples)
-        decoded = decode(loaded.model, samples, masked, settings, visibility, stop, on_step)
+        examples, masked = stack(loaded, part, numbers[start : start + batch_size])
+        visibility = loaded.layout.decoding(examples)
+        decoded = decode(loaded.model, examples, masked, settings, visibility, stop, on_step)
         found += _rows(decoded, masked)
         on_progress(len(found))
     return found

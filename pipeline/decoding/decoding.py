@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import UserError
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.decoding.drawing import draw_tokens
 from pipeline.decoding.network import CachedForward, Forward, WholeForward
 from pipeline.decoding.schedule import plan
@@ -38,7 +38,7 @@ class Decoded:
     def keep(self, sequences: Sequences, where: Tensor, mask_id: int) -> None:
         """Take over the rows of `sequences` where `where` [B] bool holds."""
         rows = sequences.rows[where]
-        self.tokens[rows] = sequences.samples.tokens.masked_fill(sequences.masked, mask_id)[where]
+        self.tokens[rows] = sequences.examples.tokens.masked_fill(sequences.masked, mask_id)[where]
         self.order[rows] = sequences.order[where]
         self.steps[rows] = sequences.step
 
@@ -46,7 +46,7 @@ class Decoded:
 @torch.no_grad()
 def decode(
     model: MaskedDiffusionModel,
-    samples: Samples,
+    examples: Examples,
     masked: Tensor,
     settings: SamplingSettings,
     visibility: Visibility = EVERYTHING,
@@ -61,7 +61,7 @@ def decode(
 
     Args:
         model: the network.
-        samples: tokens, roles (PADDING is not seen) and the prompts' numbers, by which their noise differs.
+        examples: tokens, roles (PADDING is not seen) and the prompts' numbers, by which their noise differs.
         masked: [B, L] bool; rows may have different counts.
         settings: checked settings.
         visibility: which positions see which others (`Layout.decoding`); its blocks are filled in turn.
@@ -77,11 +77,11 @@ def decode(
             f"--block-size is {settings.block_size}, but the model was trained in blocks, or from left to "
             "right, and is decoded so: leave it out."
         )
-    now = Sequences.start(samples, masked, visibility, settings.block_size)
+    now = Sequences.start(examples, masked, visibility, settings.block_size)
     forward: Forward = WholeForward(model, visibility)
     if in_blocks and settings.cache:
         forward = CachedForward(model, now)
-    result = Decoded(samples.tokens.clone(), now.order, torch.zeros_like(now.rows))
+    result = Decoded(examples.tokens.clone(), now.order, torch.zeros_like(now.rows))
     while True:
         candidates = now.candidates(stop)
         alive = candidates.any(dim=1)
@@ -107,7 +107,7 @@ def _step(
     policy = POLICIES[settings.policy]
     rows = candidates.flatten().nonzero().squeeze(1)  # [R]
     hidden = forward.hidden(now, rows)  # [R, H]
-    ranking = policy.initial(settings.seed, now.samples)
+    ranking = policy.initial(settings.seed, now.examples)
     if policy.by_scores is not None:
         unknown = torch.zeros_like(rows)  # no target: the loss means nothing
         scores = Scores.of(model.lm_head(hidden, unknown, unknown.float(), policy.needs), rows, candidates)
@@ -119,9 +119,9 @@ def _step(
         filled |= candidates & (scores.confidence > settings.threshold)
     places = filled.flatten().nonzero().squeeze(1)  # [F]
     row, position = places // filled.shape[1], places % filled.shape[1]
-    counters = (now.samples.ids[row], position, torch.full_like(row, now.step))
+    counters = (now.examples.ids[row], position, torch.full_like(row, now.step))
     tokens = draw_tokens(model.lm_head, hidden[filled.flatten()[rows]], settings, counters)
-    now.samples.tokens[row, position] = tokens
+    now.examples.tokens[row, position] = tokens
     now.order = now.order.masked_fill(filled, now.step).masked_fill(again, UNFILLED)
     now.masked = (now.masked & ~filled) | again
     now.step += 1

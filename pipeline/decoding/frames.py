@@ -46,7 +46,7 @@ class Frame:
 def frames_of(now: Sequences, tokenizer: Tokenizer, stop: int | None) -> list[Frame]:
     """Return a frame of each of the sequences `now`, up to a token `stop` that was filled in."""
     found = []
-    columns = (now.samples.tokens, now.masked, now.order, now.present)
+    columns = (now.examples.tokens, now.masked, now.order, now.present)
     for tokens, masked, order, present in zip(*(x.tolist() for x in columns), strict=True):
         end = sum(present)
         ends = [i for i in range(end) if tokens[i] == stop and order[i] != UNFILLED]
@@ -96,7 +96,7 @@ def watcher(tokenizer: Tokenizer, shows: Sequence[Show]) -> Watch:
 
     def watch(stop: int | None) -> Callable[[Sequences], None] | None:
         def on_step(now: Sequences) -> None:
-            frames = dict(zip(now.samples.ids.tolist(), frames_of(now, tokenizer, stop), strict=True))
+            frames = dict(zip(now.examples.ids.tolist(), frames_of(now, tokenizer, stop), strict=True))
             for show in shows:
                 show(frames)
 

@@ -43,7 +43,7 @@ def plan(settings: SamplingSettings, now: Sequences, block: Tensor) -> tuple[Ten
     eta = settings.eta or 0.0
     limit = ((length - after) / count.clamp(min=1)).clamp(max=1.0)  # sigma_max
     sigma = limit.clamp(max=eta) if settings.remasking == "cap" else eta * limit
-    ids, positions = now.samples.ids[:, None], positions_like(block)
+    ids, positions = now.examples.ids[:, None], positions_like(block)
     drawn = noise.uniform(settings.seed, noise.REMASKING, ids, positions, torch.full_like(ids, now.step))
     again = filled & (drawn < sigma[:, None])
     return after - count + again.sum(dim=1), again

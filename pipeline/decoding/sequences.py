@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import PADDING, Samples
+from pipeline.data.examples import PADDING, Examples
 from pipeline.model.batch import Visibility
 
 UNFILLED = -1
@@ -19,7 +19,7 @@ class Sequences:
 
     Attributes:
         rows: [B] int64, which row of the caller's batch each is.
-        samples: tokens, of which those at masked positions mean nothing, roles, and the prompts' numbers.
+        examples: tokens, of which those at masked positions mean nothing, roles, and the prompts' numbers.
         answer: [B, L] bool, what was to be filled.
         masked: [B, L] bool, what is still to be filled.
         order: [B, L] int64, the step at which each position was filled; UNFILLED elsewhere.
@@ -29,7 +29,7 @@ class Sequences:
     """
 
     rows: Tensor
-    samples: Samples
+    examples: Examples
     answer: Tensor
     masked: Tensor
     order: Tensor
@@ -39,12 +39,12 @@ class Sequences:
 
     @classmethod
     def start(
-        cls, samples: Samples, masked: Tensor, visibility: Visibility, block_size: int | None
+        cls, examples: Examples, masked: Tensor, visibility: Visibility, block_size: int | None
     ) -> Sequences:
         """Return sequences before the first step.
 
         Args:
-            samples: B sequences.
+            examples: B sequences.
             masked: [B, L] bool.
             visibility: its blocks are filled one after another.
             block_size: where it has none, masked tokens of a block; none = all of them.
@@ -54,17 +54,17 @@ class Sequences:
         if visibility.blocks is not None:
             blocks = visibility.blocks.expand_as(masked)
         rows = torch.arange(len(masked), device=masked.device)
-        unfilled = torch.full_like(samples.tokens, UNFILLED)
-        return cls(rows, samples, masked, masked, unfilled, blocks, torch.zeros_like(rows))
+        unfilled = torch.full_like(examples.tokens, UNFILLED)
+        return cls(rows, examples, masked, masked, unfilled, blocks, torch.zeros_like(rows))
 
     @property
     def present(self) -> Tensor:
         """[B, L] bool: what is no padding."""
-        return self.samples.roles != PADDING
+        return self.examples.roles != PADDING
 
     def inputs(self, mask_id: int) -> Tensor:
         """Return xt, [B, L] int64."""
-        return self.samples.tokens.masked_fill(self.masked, mask_id)
+        return self.examples.tokens.masked_fill(self.masked, mask_id)
 
     def candidates(self, stop: int | None) -> Tensor:
         """Return what may be filled now, [B, L] bool: a row without candidates is done.
@@ -74,16 +74,16 @@ class Sequences:
         """
         left = self.masked
         if stop is not None:
-            stops = (self.order != UNFILLED) & ~self.masked & (self.samples.tokens == stop)
+            stops = (self.order != UNFILLED) & ~self.masked & (self.examples.tokens == stop)
             left = left & (stops.cumsum(dim=1) == 0)
         blocks = torch.where(left, self.blocks, self.blocks.max() + 1)
         return left & (blocks == blocks.amin(dim=1, keepdim=True))
 
     def kept(self, keep: Tensor) -> Sequences:
         """Return a copy of the rows where `keep` [B] bool holds."""
-        tokens, roles, ids = (x[keep] for x in (self.samples.tokens, self.samples.roles, self.samples.ids))
+        tokens, roles, ids = (x[keep] for x in (self.examples.tokens, self.examples.roles, self.examples.ids))
         rows, answer, masked, order, blocks, began = (
             x[keep] for x in (self.rows, self.answer, self.masked, self.order, self.blocks, self.began)
         )
-        samples = Samples(tokens, roles, ids)
-        return Sequences(rows, samples, answer, masked, order, blocks, began, self.step)
+        examples = Examples(tokens, roles, ids)
+        return Sequences(rows, examples, answer, masked, order, blocks, began, self.step)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import UserError
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.decoding import Loaded
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
@@ -55,23 +55,23 @@ class LikelihoodMasks(RandomMasking):
         """Return how many masks each chain [B, N] has, where they are all taken; 1 elsewhere."""
         return torch.where(self.enumerated(chains), (1 << chains.length.clamp(max=62)) - 1, 1).clamp(min=1)
 
-    def ratio(self, samples: Samples, chains: Chains, stage: Tensor) -> Tensor:
+    def ratio(self, examples: Examples, chains: Chains, stage: Tensor) -> Tensor:
         """Return the number [B, N] in [0, 1) of which n = 1 + floor(ratio x L)."""
         length = chains.length.clamp(min=1)
-        stratified = (stage + super().ratio(samples, chains, stage)) / self.draws
+        stratified = (stage + super().ratio(examples, chains, stage)) / self.draws
         each = (stage * length // self.draws + 0.5) / length
         return torch.where(length <= self.draws, each, stratified)
 
-    def draw(self, samples: Samples, chains: Chains, stage: Tensor) -> Tensor:
+    def draw(self, examples: Examples, chains: Chains, stage: Tensor) -> Tensor:
         """Return the masks [B, L] bool of draws `stage` [B, N]."""
         bits = chains.spread(1 + stage % self.masks(chains))  # the number of a mask has a bit a position
         counted = (bits >> chains.rank.clamp(0, 62)) & 1 == 1
-        drawn = super().draw(samples, chains, stage)
+        drawn = super().draw(examples, chains, stage)
         return chains.answer & torch.where(chains.spread(self.enumerated(chains)), counted, drawn)
 
-    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+    def weights(self, examples: Examples, state: ChainState) -> Tensor:
         """Return the share [B, L] float64 of each masked position in the estimate that all D draws make."""
-        chains = self.layout.chains(samples)
+        chains = self.layout.chains(examples)
         draws, length, masks = self.draws, chains.length.clamp(min=1), self.masks(chains)
         n = chains.sums(state.masked).clamp(min=1)
         of_n = _ceil(n * draws, length) - _ceil((n - 1) * draws, length)  # draws with n positions
@@ -104,18 +104,18 @@ class _Restricted:
     layout: Layout
     scored: Tensor
 
-    def chains(self, samples: Samples) -> Chains:
+    def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
-        chains = self.layout.chains(samples)
+        chains = self.layout.chains(examples)
         return Chains(chains.index.masked_fill(~self.scored, chains.count), chains.count)
 
-    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+    def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`."""
-        return self.layout.batch(samples, masked, weights, rows, step)
+        return self.layout.batch(examples, masked, weights, rows, step)
 
-    def decoding(self, samples: Samples) -> Visibility:
+    def decoding(self, examples: Examples) -> Visibility:
         """See `Layout`."""
-        return self.layout.decoding(samples)
+        return self.layout.decoding(examples)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Estimates:
 def estimate(
     evaluate: Evaluate,
     layout: Layout,
-    samples: Samples,
+    examples: Examples,
     step: int,
     draws: int = DRAWS,
     batch_size: int = 64,
@@ -154,7 +154,7 @@ def estimate(
     Args:
         evaluate: runs the model on a batch: `Engine.evaluate`, or a model itself.
         layout: how the objective shows sequences to the model (`Objective.layout`, `Loaded.layout`).
-        samples: B sequences; their ids seed the masks, the same in any batch.
+        examples: B sequences; their ids seed the masks, the same in any batch.
         step: the optimizer step that the model has come to.
         draws: masks of each sequence, even.
         batch_size: masked sequences a forward.
@@ -168,12 +168,12 @@ def estimate(
         raise UserError(f"draws is {draws}: give an even number, 2 or more; the standard error needs pairs.")
     exact = isinstance(layout, LeftToRight)
     each = 1 if exact else draws
-    device, (count, length) = samples.tokens.device, samples.tokens.shape
+    device, (count, length) = examples.tokens.device, examples.tokens.shape
     totals = torch.zeros(2, count * each, dtype=torch.float64, device=device)  # of all chains, of the random
     for start in range(0, count * each, batch_size):
         place = torch.arange(start, min(start + batch_size, count * each), device=device)
         row = place // each
-        part = Samples(samples.tokens[row], samples.roles[row], samples.ids[row])
+        part = Examples(examples.tokens[row], examples.roles[row], examples.ids[row])
         seen = layout if scored is None else _Restricted(layout, scored[row])
         objective: Objective = Autoregressive(seen) if exact else LikelihoodMasks(seed, seen, draws)
         state = objective.begin(part, place[:, None] % each, step)
@@ -189,7 +189,7 @@ def estimate(
     error = torch.zeros(count, dtype=torch.float64, device=device)
     if not exact:
         error = (of_random[:, ::2] - of_random[:, 1::2]).square().sum(dim=1).sqrt()
-    asked = layout.chains(samples).answer
+    asked = layout.chains(examples).answer
     return Estimates(nll.sum(dim=1), error, (asked if scored is None else asked & scored).sum(dim=1))
 
 
@@ -249,12 +249,12 @@ def score_answers(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         seeds = part if numbers is None else [numbers[i] for i in part]
-        samples, masked = stack(loaded, [MaskedSequence.behind(*pairs[i]) for i in part], seeds)
+        examples, masked = stack(loaded, [MaskedSequence.behind(*pairs[i]) for i in part], seeds)
         masks = 2 ** min(62, len(pairs[part[-1]][1]))  # even, and one more than the longest answer has
         found = estimate(
             loaded.model,
             loaded.layout,
-            samples,
+            examples,
             loaded.step,
             min(draws, masks),
             batch_size,

@@ -89,10 +89,10 @@ def model_card(
         "position i is predicted at": {"same": "i", "shifted": "i - 1 (0 is given)"}[model.prediction],
         "attention": attention,
     }
-    samples, loss = manifest.step * train.global_batch_size, manifest.held_out_loss
+    examples, loss = manifest.step * train.global_batch_size, manifest.held_out_loss
     facts = {
         "optimizer steps": f"{manifest.step:,}",
-        "sequences seen": f"{samples:,} of {config.data.sequence_length} tokens",
+        "sequences seen": f"{examples:,} of {config.data.sequence_length} tokens",
         "tokens seen": f"{manifest.tokens:,}",
         "held-out loss": "not measured at this step" if loss is None else f"{loss:.4f} nats a masked token",
         "datasets": ", ".join(Path(prefix).name for prefix in config.data.prefixes),

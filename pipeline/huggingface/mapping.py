@@ -45,7 +45,7 @@ def to_json(
         model: shape of the network.
         vocabulary: the tokens.
         tokenizer: whose special tokens the model has.
-        sequence_length: tokens in a training sample.
+        sequence_length: tokens in a training example.
         dtype: type of the numbers in the files.
     """
     settings = {theirs: getattr(model, ours) for ours, theirs in NAMES.items()}

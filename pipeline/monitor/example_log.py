@@ -1,4 +1,4 @@
-"""Which samples each step was trained on: proof that none is lost or used twice."""
+"""Which examples each step was trained on: proof that none is lost or used twice."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.engine.runtime import Engine
 FOLDER = "samples"
 
 
-class SampleLog:
-    """One file a rank, one line a step: ``{"step": 3, "samples": [[epoch, sample], ...]}``, a pair a slot.
+class ExampleLog:
+    """One file a rank, one line a step: ``{"step": 3, "samples": [[epoch, example], ...]}``, a pair a slot.
 
-    A sample stays in its slot for as many steps as its chain lasts. Its number is that of the training split
+    An example stays in its slot for as many steps as its chain lasts. It is numbered as in the training split
     (tools/inspect_data.py). Reading the numbers waits for the device at every step.
     """
 
@@ -35,10 +35,10 @@ class SampleLog:
         self.file: BinaryIO = (folder / f"rank_{engine.launch.rank:05d}.jsonl").open("ab")
 
     def write(self, step: int, groups: Sequence[SlotGroup]) -> None:
-        """Write the samples of `groups`, which `step` is about to be trained on."""
-        positions = [position for group in groups for position in group.samples.ids.tolist()]
-        samples = [[position // self.stream.size, self.stream.index(position)] for position in positions]
-        self.file.write(orjson.dumps({"step": step, "samples": samples}) + b"\n")
+        """Write the examples of `groups`, which `step` is about to be trained on."""
+        positions = [position for group in groups for position in group.examples.ids.tolist()]
+        examples = [[position // self.stream.size, self.stream.index(position)] for position in positions]
+        self.file.write(orjson.dumps({"step": step, "samples": examples}) + b"\n")
         self.file.flush()
 
     def close(self) -> None:

@@ -132,10 +132,10 @@ class Recorder:
 
     def _progress(self, step: int, begun: float, begun_in_first_epoch: float) -> dict[str, float]:
         """Return how far the run has come at `step`."""
-        train, samples = self.config.train, self.groups[0].stream.size
+        train, examples = self.config.train, self.groups[0].stream.size
         figures = {
             "progress/tokens": step * train.global_batch_size * self.config.data.sequence_length,
-            "progress/epochs": begun / samples,
+            "progress/epochs": begun / examples,
             "progress/unique_samples": begun_in_first_epoch,
         }
         stages = stages_at(self.config.objective, step)
@@ -143,13 +143,13 @@ class Recorder:
 
     def _speed(self, step: int, steps: int, elapsed: float, chains: ChainFigures) -> dict[str, float]:
         """Return rates over `elapsed` seconds, in which `steps` steps up to `step` were trained."""
-        rate, samples = steps / elapsed, self.config.train.global_batch_size
+        rate, examples = steps / elapsed, self.config.train.global_batch_size
         rows, prompt = chains.masked_rows, chains.prompt_length
         flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt).model
         of_rank = flops * rate / self.engine.launch.world_size
         figures = {
-            "samples_per_second": rate * samples,
-            "tokens_per_second": rate * samples * self.config.data.sequence_length,
+            "samples_per_second": rate * examples,
+            "tokens_per_second": rate * examples * self.config.data.sequence_length,
             "progress/flops_per_step": flops,
             "speed/tflops": of_rank / 1e12,
             "time/training": elapsed,

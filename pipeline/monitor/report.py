@@ -305,7 +305,7 @@ def _faults(record: Record) -> str:
         entries = [["step", "what"]]
         for entry in record.skipped:
             what = entry.get("problem") or (
-                f"went back to step {entry['rollback_to']}, without {len(entry['excluded'])} samples"
+                f"went back to step {entry['rollback_to']}, without {len(entry['excluded'])} examples"
             )
             entries.append([entry["step"], what])
         content += _table(entries)

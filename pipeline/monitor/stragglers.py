@@ -1,7 +1,7 @@
 """Which rank holds the others up.
 
 Under ZeRO-3 the ranks wait for each other in every layer: all have the same time a step, and it names
-nobody. So each rank measures what it does alone: how long it waited for its samples, and how long its device
+nobody. So each rank measures what it does alone: how long it waited for its examples, and how long its device
 takes for a fixed matrix product, right after training steps, when it is as warm as in them.
 """
 

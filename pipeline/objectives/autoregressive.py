@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.objectives.objective import ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
 
 
@@ -21,19 +21,19 @@ class Autoregressive:
         """Return zeros [B]: there are no stages."""
         return torch.zeros_like(slots)
 
-    def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
         """Return every answer position."""
-        return ChainState(self.layout.chains(samples).answer, stage)
+        return ChainState(self.layout.chains(examples).answer, stage)
 
-    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+    def weights(self, examples: Examples, state: ChainState) -> Tensor:
         """Return 1/L_eff, shared out equally over sequences."""
-        return mean_over_chains(self.layout.chains(samples), state.masked)
+        return mean_over_chains(self.layout.chains(examples), state.masked)
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Change nothing and end every sequence."""
-        return state, torch.ones_like(samples.ids, dtype=torch.bool), None
+        return state, torch.ones_like(examples.ids, dtype=torch.bool), None
 
     def held_out(self) -> Objective:
         """Return this objective: its loss is the exact negative log-likelihood, divided by L_eff."""

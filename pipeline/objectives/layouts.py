@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import PADDING, Samples
+from pipeline.data.examples import PADDING, Examples
 from pipeline.model.batch import MaskedBatch, Visibility, masked_batch
 from pipeline.objectives import noise
 from pipeline.objectives.objective import Chains, positions_like
@@ -33,33 +33,33 @@ class Whole:
     annealing_start: int = 1
     seed: int = 0
 
-    def chains(self, samples: Samples) -> Chains:
+    def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
-        return Chains(torch.where(self.answer(samples), 0, 1), 1)
+        return Chains(torch.where(self.answer(examples), 0, 1), 1)
 
-    def answer(self, samples: Samples) -> Tensor:
+    def answer(self, examples: Examples) -> Tensor:
         """Return [B, L] bool: the positions that may be masked."""
-        return samples.answer & (positions_like(samples.tokens) >= int(self.first_given))
+        return examples.answer & (positions_like(examples.tokens) >= int(self.first_given))
 
-    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+    def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`."""
-        padding = samples.roles == PADDING if self.has_padding else None
-        batch = masked_batch(samples.tokens, masked, rows, self.mask_id, padding, weights)
-        return batch._replace(visibility=self.annealed(samples, step))
+        padding = examples.roles == PADDING if self.has_padding else None
+        batch = masked_batch(examples.tokens, masked, rows, self.mask_id, padding, weights)
+        return batch._replace(visibility=self.annealed(examples, step))
 
-    def annealed(self, samples: Samples, step: int) -> Visibility:
+    def annealed(self, examples: Examples, step: int) -> Visibility:
         """Return what is seen at `step`: of what is behind a position, each with a probability that grows
         from 0 to 1, drawn anew at each step and alike for all sequences.
         """
         done = step - self.annealing_start
         if done >= self.annealing_steps:
             return Visibility()
-        positions = positions_like(samples.tokens)  # [1, L]
+        positions = positions_like(examples.tokens)  # [1, L]
         counter = torch.full_like(positions, step)
         drawn = noise.uniform(self.seed, noise.ANNEALED_ATTENTION, counter, positions.T, positions)  # [L, L]
         return Visibility(positions, also_visible=drawn < done / self.annealing_steps)
 
-    def decoding(self, samples: Samples) -> Visibility:
+    def decoding(self, examples: Examples) -> Visibility:
         """See `Layout`."""
         return Visibility()
 
@@ -76,20 +76,20 @@ class Blocks(Whole):
 
     size: int = 1
 
-    def chains(self, samples: Samples) -> Chains:
+    def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
-        answer, count = self.answer(samples), -(-samples.tokens.shape[1] // self.size)
+        answer, count = self.answer(examples), -(-examples.tokens.shape[1] // self.size)
         return Chains(torch.where(answer, (answer.cumsum(dim=1) - 1) // self.size, count), count)
 
-    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+    def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`."""
-        batch = super().batch(samples, masked, weights, rows, step)
-        return batch._replace(visibility=self.decoding(samples)._replace(clean_ids=samples.tokens))
+        batch = super().batch(examples, masked, weights, rows, step)
+        return batch._replace(visibility=self.decoding(examples)._replace(clean_ids=examples.tokens))
 
-    def decoding(self, samples: Samples) -> Visibility:
+    def decoding(self, examples: Examples) -> Visibility:
         """See `Layout`; a prompt is a block of its own before the others, padding one behind them."""
-        chains = self.chains(samples)
-        outside = torch.where(samples.roles == PADDING, chains.count + 1, 0)
+        chains = self.chains(examples)
+        outside = torch.where(examples.roles == PADDING, chains.count + 1, 0)
         return Visibility(torch.where(chains.answer, chains.index + 1, outside))
 
 
@@ -97,11 +97,11 @@ class Blocks(Whole):
 class LeftToRight(Whole):
     """Causal attention over the true tokens: each position is predicted from those before it."""
 
-    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+    def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`; nothing is masked in the input, because no position sees what is predicted there."""
-        batch = super().batch(samples, masked, weights, rows, step)
-        return batch._replace(input_ids=samples.tokens, visibility=self.decoding(samples))
+        batch = super().batch(examples, masked, weights, rows, step)
+        return batch._replace(input_ids=examples.tokens, visibility=self.decoding(examples))
 
-    def decoding(self, samples: Samples) -> Visibility:
+    def decoding(self, examples: Examples) -> Visibility:
         """See `Layout`."""
-        return Visibility(positions_like(samples.tokens))
+        return Visibility(positions_like(examples.tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.objectives import noise
 from pipeline.objectives.objective import ChainState, Objective, Reveals, Scores
 from pipeline.objectives.progressive import ProgressiveUnmasking
@@ -28,33 +28,33 @@ class Mixture:
         self.layout = chains.layout
         self.needs = chains.needs
 
-    def is_random(self, samples: Samples) -> Tensor:
+    def is_random(self, examples: Examples) -> Tensor:
         """Return [B] bool: the sequences under random masks."""
-        return noise.uniform(self.chains.seed, noise.MIXTURE, samples.ids) < self.share
+        return noise.uniform(self.chains.seed, noise.MIXTURE, examples.ids) < self.share
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return staggered stages [B]."""
         return self.chains.first_stage(slots, step)
 
-    def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
         """Return the beginnings of both kinds, each where it belongs."""
-        random = self.random.begin(samples, stage, step)
-        return self.chains.begin(samples, stage, step).replaced(self.is_random(samples), random)
+        random = self.random.begin(examples, stage, step)
+        return self.chains.begin(examples, stage, step).replaced(self.is_random(examples), random)
 
-    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+    def weights(self, examples: Examples, state: ChainState) -> Tensor:
         """Return the weights of both kinds, each where it belongs."""
-        random, chains = self.random.weights(samples, state), self.chains.weights(samples, state)
-        return torch.where(self.is_random(samples)[:, None], random, chains)
+        random, chains = self.random.weights(examples, state), self.chains.weights(examples, state)
+        return torch.where(self.is_random(examples)[:, None], random, chains)
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Move the chains on, and draw the random masks of the next stage."""
-        chains, ended, reveals = self.chains.advance(samples, state, scores, step, next_step)
+        chains, ended, reveals = self.chains.advance(examples, state, scores, step, next_step)
         stages = self.chains.stages
         stage = stages.following(state.stage, step, next_step)
-        random = self.random.begin(samples, stage, next_step)
-        where = self.is_random(samples)
+        random = self.random.begin(examples, stage, next_step)
+        where = self.is_random(examples)
         ended = torch.where(where, stage[:, 0] >= stages(next_step), ended)
         assert reveals is not None
         of_chains = Reveals(*(count.masked_fill(where, 0) for count in reveals))

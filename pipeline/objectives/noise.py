@@ -1,7 +1,7 @@
 """Counter-based noise: every random number is a hash of what it is for, so there is no generator state.
 
-A number depends on (seed, purpose, sample, stage, position) and on nothing else: not on the rank that holds
-the sample, the order of the calls, the device, or the step at which a run was resumed.
+A number depends on (seed, purpose, example, stage, position) and on nothing else: not on the rank that holds
+the example, the order of the calls, the device, or the step at which a run was resumed.
 """
 
 from __future__ import annotations

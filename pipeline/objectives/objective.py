@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
 
 
@@ -134,21 +134,21 @@ class Reveals(NamedTuple):
 class Layout(Protocol):
     """How a sequence is cut into chains, and what input the model gets for a set of masked positions."""
 
-    def chains(self, samples: Samples) -> Chains:
+    def chains(self, examples: Examples) -> Chains:
         """Return the chains of the answers."""
 
-    def batch(self, samples: Samples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
+    def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """Return the model's input.
 
         Args:
-            samples: the clean sequences.
+            examples: the clean sequences.
             masked: [B, L] bool, the positions to be predicted.
             weights: [B, L] float32, the share of each of them in the loss.
             rows: how many they are; known on the host.
             step: the optimizer step, 1 is the first.
         """
 
-    def decoding(self, samples: Samples) -> Visibility:
+    def decoding(self, examples: Examples) -> Visibility:
         """Return which positions see which others when a sampler fills the answers, block after block."""
 
 
@@ -170,14 +170,14 @@ class Objective(Protocol):
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return the stage [B] at which the chains of slots [B] start when the objective itself does."""
 
-    def begin(self, samples: Samples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
         """Return new chains at `stage` [B, N], ready for `step`, before the model has seen them."""
 
-    def weights(self, samples: Samples, state: ChainState) -> Tensor:
+    def weights(self, examples: Examples, state: ChainState) -> Tensor:
         """Return the share of each masked position in the loss, [B, L] float32."""
 
     def advance(
-        self, samples: Samples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Move every chain on after training on `state` at `step`; it will be trained next at `next_step`.
 
@@ -191,11 +191,11 @@ class Objective(Protocol):
 
 
 def model_input(
-    objective: Objective, samples: Samples, state: ChainState, rows: int, step: int
+    objective: Objective, examples: Examples, state: ChainState, rows: int, step: int
 ) -> MaskedBatch:
     """Return the batch that an objective trains on at `step`; `rows` positions are masked in all."""
-    weights = objective.weights(samples, state)
-    batch = objective.layout.batch(samples, state.masked, weights, rows, step)
+    weights = objective.weights(examples, state)
+    batch = objective.layout.batch(examples, state.masked, weights, rows, step)
     return batch._replace(scores=objective.needs)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.objectives import noise
 from pipeline.objectives.objective import Scores, positions_like
 
@@ -28,16 +28,16 @@ class Policy:
     needs: tuple[str, ...] = ()
     left_to_right: bool = False
 
-    def initial(self, seed: int, samples: Samples) -> Tensor:
+    def initial(self, seed: int, examples: Examples) -> Tensor:
         """Return the order [B, L] of what is revealed before the model has seen a chain, highest first."""
-        positions = positions_like(samples.tokens)
+        positions = positions_like(examples.tokens)
         if self.left_to_right:
-            return -positions.double().expand(samples.tokens.shape)
-        return noise.uniform(seed, noise.REVEAL_ORDER, samples.ids[:, None], positions)
+            return -positions.double().expand(examples.tokens.shape)
+        return noise.uniform(seed, noise.REVEAL_ORDER, examples.ids[:, None], positions)
 
-    def ranking(self, seed: int, samples: Samples, scores: Scores) -> Tensor:
+    def ranking(self, seed: int, examples: Examples, scores: Scores) -> Tensor:
         """Return scores [B, L] of which the highest are revealed first."""
-        return self.initial(seed, samples) if self.by_scores is None else self.by_scores(scores)
+        return self.initial(seed, examples) if self.by_scores is None else self.by_scores(scores)
 
 
 def _margin(scores: Scores) -> Tensor:

@@ -106,7 +106,7 @@ class Guard:
         if norm <= highest:
             return None
         if self.gradient_clip and self.in_a_row + 1 >= max(2, self.config.skips_before_rollback):
-            # With a sound loss, batch after batch, it is not the samples: the weights have come to where the
+            # With a sound loss, batch after batch, it is not the examples: the weights have come to where the
             # gradients are larger. Skipping does not lead out of there; clipped steps do.
             self.norms.clear()
             return None

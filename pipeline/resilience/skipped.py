@@ -1,7 +1,7 @@
-"""What the guard refused: RUN/skipped.jsonl, for people to read and for the run to leave out bad samples.
+"""What the guard refused: RUN/skipped.jsonl, for people to read and for the run to leave out bad examples.
 
 A line a skipped step: ``{"step": 120, "problem": "the loss is not finite", "samples": [3, 17]}``, and a line
-a rollback: ``{"step": 124, "rollback_to": 100, "excluded": [3, 17]}``. Samples are numbered as in the
+a rollback: ``{"step": 124, "rollback_to": 100, "excluded": [3, 17]}``. Examples are numbered as in the
 training split (tools/inspect_data.py). The file outlives the checkpoints: what was left out stays left out.
 """
 
@@ -39,24 +39,24 @@ class SkipLog:
         return sum("problem" in entry for entry in self.entries)
 
     def excluded(self) -> set[int]:
-        """Return the samples that are left out."""
-        return {sample for entry in self.entries for sample in entry.get("excluded", [])}
+        """Return the examples that are left out."""
+        return {example for entry in self.entries for example in entry.get("excluded", [])}
 
     def rollbacks_to(self, step: int) -> int:
         """Return how often the run went back to the checkpoint of `step`."""
         return sum(entry.get("rollback_to") == step for entry in self.entries)
 
-    def skip(self, step: int, problem: str, samples: Sequence[int]) -> None:
-        """Note a skipped step with the samples that were in it."""
-        self._write({"step": step, "problem": problem, "samples": sorted(set(samples))})
+    def skip(self, step: int, problem: str, examples: Sequence[int]) -> None:
+        """Note a skipped step with the examples that were in it."""
+        self._write({"step": step, "problem": problem, "samples": sorted(set(examples))})
 
     def roll_back(self, step: int, to: int, in_a_row: int) -> None:
-        """Note that the run goes back from `step` to `to`, without the samples of the last skipped steps.
+        """Note that the run goes back from `step` to `to`, without the examples of the last skipped steps.
 
         There are `in_a_row` of them, some perhaps from before a restart: they are read from the file.
         """
         skipped = [entry["samples"] for entry in self.entries if "problem" in entry][-in_a_row:]
-        excluded = {sample for samples in skipped for sample in samples}
+        excluded = {example for examples in skipped for example in examples}
         self._write({"step": step, "rollback_to": to, "excluded": sorted(excluded)})
 
     def _write(self, entry: dict[str, Any]) -> None:

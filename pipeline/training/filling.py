@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import Samples
+from pipeline.data.examples import Examples
 from pipeline.engine.runtime import Engine
 from pipeline.objectives.layouts import LeftToRight
 from pipeline.objectives.objective import Layout, Scores, positions_like, take_highest
@@ -16,7 +16,7 @@ from pipeline.objectives.objective import Layout, Scores, positions_like, take_h
 
 def fill(
     engine: Engine,
-    samples: Samples,
+    examples: Examples,
     masked: Tensor,
     layout: Layout,
     step: int,
@@ -31,7 +31,7 @@ def fill(
 
     Args:
         engine: what runs the model.
-        samples: tokens and roles; tokens at masked positions mean nothing.
+        examples: tokens and roles; tokens at masked positions mean nothing.
         masked: [B, L] bool.
         layout: how the objective shows sequences to the model; its blocks are filled in turn.
         step: the optimizer step that the model has come to.
@@ -44,28 +44,28 @@ def fill(
         Tokens [B, L] and the forward [B, L] at which each was filled, -1 where nothing was; nothing at all
         when it was given up.
     """
-    chains, in_turn = layout.chains(samples), isinstance(layout, LeftToRight)
-    order, left = torch.full_like(samples.tokens, -1), masked
-    count = torch.full_like(samples.ids, 1 if in_turn else at_once)
+    chains, in_turn = layout.chains(examples), isinstance(layout, LeftToRight)
+    order, left = torch.full_like(examples.tokens, -1), masked
+    count = torch.full_like(examples.ids, 1 if in_turn else at_once)
     number = 0
     while int(engine.max_over_ranks(left.sum())):
         if stopped():
             return None
         rows = int(masked.sum())
-        batch = layout.batch(samples, masked, torch.zeros(masked.shape, device=masked.device), rows, step)
+        batch = layout.batch(examples, masked, torch.zeros(masked.shape, device=masked.device), rows, step)
         output = engine.evaluate(batch._replace(scores=("likeliest",)))
         assert output.likeliest is not None
         index = chains.index.masked_fill(~left, chains.count)
         candidates = left & (index == index.amin(dim=1, keepdim=True))  # of the first block that is left
         confidence = Scores.of(output, batch.rows, masked).confidence
-        ranking = -positions_like(samples.tokens).double().expand(masked.shape) if in_turn else confidence
+        ranking = -positions_like(examples.tokens).double().expand(masked.shape) if in_turn else confidence
         revealed = take_highest(candidates, ranking, count)
-        likeliest = samples.tokens.flatten().index_copy(0, batch.rows, output.likeliest).view_as(masked)
-        samples = replace(samples, tokens=torch.where(revealed, likeliest, samples.tokens))
+        likeliest = examples.tokens.flatten().index_copy(0, batch.rows, output.likeliest).view_as(masked)
+        examples = replace(examples, tokens=torch.where(revealed, likeliest, examples.tokens))
         order = order.masked_fill(revealed, number)
         masked = left = masked & ~revealed
         if stop is not None:
-            ends = (order >= 0) & (samples.tokens == stop)
+            ends = (order >= 0) & (examples.tokens == stop)
             left = masked & (ends.cumsum(dim=1) == 0)
         number += 1
-    return samples.tokens, order
+    return examples.tokens, order

@@ -1,4 +1,4 @@
-"""Held-out loss: the same samples under the same random masks, whatever the objective, run or world size."""
+"""Held-out loss: the same examples under the same random masks, whatever the objective, run or world size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import SampleDataset, Samples, stack_samples
+from pipeline.data.examples import ExampleDataset, Examples, stack_examples
 from pipeline.engine.runtime import Engine
 from pipeline.evaluation.likelihood import estimate
 from pipeline.model.batch import HeadOutput, MaskedBatch
@@ -17,8 +17,8 @@ from pipeline.ranks import Launch
 
 def held_out_loss(
     engine: Engine,
-    dataset: SampleDataset,
-    samples: int,
+    dataset: ExampleDataset,
+    examples: int,
     batch_size: int,
     objective: Objective,
     step: int,
@@ -32,10 +32,10 @@ def held_out_loss(
 
     Args:
         engine: what runs the model.
-        dataset: validation samples.
-        samples: how many of them are used, at most.
+        dataset: validation examples.
+        examples: how many of them are used, at most.
         batch_size: sequences a forward.
-        objective: what masks them, one input for each sample (`Objective.held_out`).
+        objective: what masks them, one input for each example (`Objective.held_out`).
         step: the optimizer step that the model has come to.
         stopped: asked before every forward whether to give up; all ranks must answer alike.
 
@@ -43,7 +43,7 @@ def held_out_loss(
         The loss; nothing when it was given up.
     """
     launch, total = engine.launch, torch.zeros(2, dtype=torch.float64, device=engine.launch.device)
-    for batch, counted in _batches(launch, dataset, samples, batch_size):
+    for batch, counted in _batches(launch, dataset, examples, batch_size):
         if stopped():
             return None
         state = objective.begin(batch, torch.zeros(batch_size, 1, dtype=torch.int64), step)
@@ -60,8 +60,8 @@ def held_out_loss(
 
 def held_out_bound(
     engine: Engine,
-    dataset: SampleDataset,
-    samples: int,
+    dataset: ExampleDataset,
+    examples: int,
     batch_size: int,
     layout: Layout,
     step: int,
@@ -73,13 +73,13 @@ def held_out_bound(
     It is more exact than the held-out loss, and weighs tokens alike instead of sequences.
 
     Args:
-        engine: see `held_out_loss`, as `dataset`, `samples`, `batch_size` and `step`.
+        engine: see `held_out_loss`, as `dataset`, `examples`, `batch_size` and `step`.
         dataset: see there.
-        samples: see there.
+        examples: see there.
         batch_size: see there.
         layout: how the objective shows sequences to the model.
         step: see there.
-        draws: masks of each sample, even.
+        draws: masks of each example, even.
         stopped: asked before every forward; it gives up after at most `draws` more.
 
     Returns:
@@ -93,7 +93,7 @@ def held_out_bound(
         stop = stopped() or stop
         return engine.evaluate(inputs)
 
-    for batch, counted in _batches(launch, dataset, samples, batch_size):
+    for batch, counted in _batches(launch, dataset, examples, batch_size):
         found = estimate(evaluate, layout, batch.to(launch.device), step, draws, batch_size)
         if stop:
             return None
@@ -104,13 +104,13 @@ def held_out_bound(
 
 
 def _batches(
-    launch: Launch, dataset: SampleDataset, samples: int, batch_size: int
-) -> Iterator[tuple[Samples, Tensor]]:
-    """Yield this rank's samples, on the CPU, as many batches on each rank; and which count, [B] bool."""
-    count = min(samples, len(dataset))
+    launch: Launch, dataset: ExampleDataset, examples: int, batch_size: int
+) -> Iterator[tuple[Examples, Tensor]]:
+    """Yield this rank's examples, on the CPU, as many batches on each rank; and which count, [B] bool."""
+    count = min(examples, len(dataset))
     for start in range(0, count, batch_size * launch.data_size):
         first = start + launch.data_rank * batch_size
         indices = range(first, first + batch_size)
         ids = [i % count for i in indices]  # past the end: read again, not counted
         counted = torch.tensor([i < count for i in indices], device=launch.device)
-        yield stack_samples([dataset[i] for i in ids], ids), counted
+        yield stack_examples([dataset[i] for i in ids], ids), counted

@@ -70,29 +70,29 @@ def check_initial_weights(config: Config, vocabulary: Vocabulary) -> None:
 
 
 def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
-    """Raise a `UserError` for too few training samples for the slots, or none for an evaluation."""
+    """Raise a `UserError` for too few training examples for the slots, or none for an evaluation."""
     train, valid, test = (float(share) for share in config.data.split.split(","))
     check_validation(config, valid > 0)
     share, length = train / (train + valid + test), config.data.sequence_length
     if config.data.kind == "pairs":
-        samples = sum(int(fact.documents * share) for fact in facts)
+        examples = sum(int(fact.documents * share) for fact in facts)
     else:
-        samples = sum(int(fact.tokens * share) // length for fact in facts)
-    if samples < config.slots:
+        examples = sum(int(fact.tokens * share) // length for fact in facts)
+    if examples < config.slots:
         raise UserError(
-            f"data.prefixes = {', '.join(config.data.prefixes)} give about {samples} training samples of "
+            f"data.prefixes = {', '.join(config.data.prefixes)} give about {examples} training examples of "
             f"data.sequence_length = {length}, fewer than train.global_batch_size x objective.turns = "
             f"{config.slots}: bring more text, or lower the batch."
         )
 
 
 def check_validation(config: Config, exists: bool) -> None:
-    """Raise a `UserError` when evaluation is asked for and no validation sample `exists`."""
+    """Raise a `UserError` when evaluation is asked for and no validation example `exists`."""
     if config.evaluation.interval and not exists:
         drops = config.data.too_long == "drop"
         fitting = f" of up to {config.data.sequence_length} tokens" if drops else ""
         raise UserError(
-            f"data.split = {config.data.split!r} gives no validation sample{fitting} of "
+            f"data.split = {config.data.split!r} gives no validation example{fitting} of "
             f"{', '.join(config.data.prefixes)}: give validation a larger share, or set evaluation.interval "
             "to 0."
         )

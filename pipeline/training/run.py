@@ -17,12 +17,12 @@ from pipeline.checkpoint import FORMAT, Manifest
 from pipeline.config import Config
 from pipeline.data.blend import describe_order, write_order
 from pipeline.data.datasets import build_datasets, data_fingerprint
-from pipeline.data.examples import SampleDataset
+from pipeline.data.examples import ExampleDataset
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.runtime import agree, build_engine
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
-from pipeline.monitor.example_log import SampleLog
+from pipeline.monitor.example_log import ExampleLog
 from pipeline.monitor.history import noted
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.stragglers import Stragglers
@@ -62,7 +62,7 @@ class Run:
         )  # fmt: skip
         newest = self.find_start()
         self.tasks = schedule_tasks(config, tokenizer, self.engine)
-        # What can be refused has been by now: to build the samples of a large corpus takes long.
+        # What can be refused has been by now: to build the examples of a large corpus takes long.
         cache = Path(config.data.cache) if config.data.cache else self.folder / "dataset_cache"
         self.data = build_datasets(config.data, tokenizer, config.train.seed, cache)
         check_validation(config, self.data.valid is not None)
@@ -159,10 +159,10 @@ class Run:
         rows = self.manifest.vocabulary["rows"]
         self.recorder = Recorder(self.config, rows, self.engine, self.groups, stragglers, first)
         self.logs.callback(self.recorder.close)
-        self.sample_log: SampleLog | None = None
+        self.example_log: ExampleLog | None = None
         if self.config.train.log_samples:
-            self.sample_log = SampleLog(self.folder, self.engine, self.stream, first)
-            self.logs.callback(self.sample_log.close)
+            self.example_log = ExampleLog(self.folder, self.engine, self.stream, first)
+            self.logs.callback(self.example_log.close)
 
     def refuse(self, step: int, problem: str) -> bool:
         """Note a step whose update the guard has refused; say whether the run had to go back for it."""
@@ -171,9 +171,9 @@ class Run:
             ids[group.numbers] = group.trained_ids
         positions = self.engine.max_over_ranks(ids).tolist()
         turn = [position for position in positions if position >= 0]
-        samples = [self.stream.index(position) for position in turn]
+        examples = [self.stream.index(position) for position in turn]
         in_a_row = self.guard.in_a_row
-        self.skip_log.skip(step, problem, samples)
+        self.skip_log.skip(step, problem, examples)
         self.progress.say(f"step {step} skipped: {problem} ({in_a_row} in a row, see {self.skip_log.path})")
         if in_a_row < self.config.guard.skips_before_rollback:
             return False
@@ -181,7 +181,7 @@ class Run:
         return True
 
     def roll_back(self, step: int) -> None:
-        """Go back to the newest checkpoint, and leave out the samples of the steps that were refused."""
+        """Go back to the newest checkpoint, and leave out the examples of the steps that were refused."""
         self.watchdog.enter("rollback")
         self.saver.wait()
         found = checkpoint.newest(self.folder, self.engine, self.config.checkpoint.verify_hashes)
@@ -199,7 +199,7 @@ class Run:
         self.guard.in_a_row = 0  # a checkpoint within the row would go on with it
         self.open_logs()
         self.progress.say(
-            f"went back from step {step} to {found[0]}, without the samples of the skipped steps"
+            f"went back from step {step} to {found[0]}, without the examples of the skipped steps"
         )
 
     def advance_manifest(self, step: int) -> None:
@@ -273,8 +273,8 @@ class Run:
                 note = f", {without} without room for an answer" if without else ""
                 self.progress.say(f"step {step}: {name} {figures[name]:.4f} of {task.total} items{note}")
 
-    def held_out(self, valid: SampleDataset, prefix: str = "") -> dict[str, float | None]:
-        """Return loss and bound on the validation samples by the present weights; nothing after a stop."""
+    def held_out(self, valid: ExampleDataset, prefix: str = "") -> dict[str, float | None]:
+        """Return loss and bound on the validation examples by the present weights; nothing after a stop."""
         settings, batch_size = self.config.evaluation, self.config.train.micro_batch_size
         common = self.engine, valid, settings.samples, batch_size
         step, objective = self.manifest.step, self.objectives.at(self.manifest.step)
@@ -285,8 +285,8 @@ class Run:
             )
         return {f"held_out/{prefix}{name}": value for name, value in found.items()}
 
-    def write_texts(self, valid: SampleDataset) -> list[ShownText]:
-        """Return what the model writes in the place of some validation samples; nothing after a stop."""
+    def write_texts(self, valid: ExampleDataset) -> list[ShownText]:
+        """Return what the model writes in the place of some validation examples; nothing after a stop."""
         count, step = min(self.config.monitor.texts, len(valid)), self.manifest.step
         layout = self.objectives.at(step).layout
         return write_texts(self.engine, valid, count, layout, self.tokenizer, step, self.stopped)

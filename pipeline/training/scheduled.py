@@ -65,12 +65,12 @@ class ScheduledTask:
             for start in range(0, count, batch_size * launch.data_size):
                 first = start + launch.data_rank * batch_size
                 numbers = [i % count for i in range(first, first + batch_size)]  # past the end: not counted
-                samples, masked = stack_sequences(
+                examples, masked = stack_sequences(
                     [self.sequences[i] for i in numbers], numbers, self.config.data.kind, self.tokenizer.pad
                 )
-                samples, masked = samples.to(launch.device), masked.to(launch.device)
+                examples, masked = examples.to(launch.device), masked.to(launch.device)
                 at_once, stop = self.settings.tokens_per_step, self.tokenizer.eos
-                found = fill(engine, samples, masked, layout, step, at_once, stopped, stop)
+                found = fill(engine, examples, masked, layout, step, at_once, stopped, stop)
                 if found is None:
                     return None
                 answers = [

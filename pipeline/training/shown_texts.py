@@ -1,4 +1,4 @@
-"""What the model writes in the place of validation samples, by the engine that trains it."""
+"""What the model writes in the place of validation examples, by the engine that trains it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import PROMPT, SampleDataset, Samples, stack_samples
+from pipeline.data.examples import PROMPT, ExampleDataset, Examples, stack_examples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.frames import pieces
 from pipeline.engine.runtime import Engine
@@ -22,21 +22,21 @@ IN_TURN = 64  # tokens of a text that is written block by block, or from left to
 
 def write_texts(
     engine: Engine,
-    dataset: SampleDataset,
+    dataset: ExampleDataset,
     count: int,
     layout: Layout,
     tokenizer: Tokenizer,
     step: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[ShownText]:
-    """Mask the answers of the first samples, or the second half where there is no prompt, and fill them in.
+    """Mask the answers of the first examples, or the second half where there is no prompt, and fill them in.
 
     The likeliest tokens are taken, those of the highest confidence first. Every rank calls this and runs the
     same forwards, as ZeRO-3 needs.
 
     Args:
         engine: what runs the model.
-        dataset: validation samples.
+        dataset: validation examples.
         count: how many of them.
         layout: how the objective shows sequences to the model.
         tokenizer: of the model.
@@ -48,23 +48,23 @@ def write_texts(
     """
     if count == 0:
         return []
-    samples = stack_samples([dataset[i] for i in range(count)], range(count)).to(engine.launch.device)
-    masked = to_be_written(samples, layout)
+    examples = stack_examples([dataset[i] for i in range(count)], range(count)).to(engine.launch.device)
+    masked = to_be_written(examples, layout)
     at_once = -(-int(masked.sum(dim=1).max()) // FORWARDS)
-    found = fill(engine, samples, masked, layout, step, at_once, stopped)
+    found = fill(engine, examples, masked, layout, step, at_once, stopped)
     if found is None:
         return []
     tokens, order = (x.tolist() for x in found)
     return [_shown(tokenizer, row, places, step) for row, places in zip(tokens, order, strict=True)]
 
 
-def to_be_written(samples: Samples, layout: Layout) -> Tensor:
+def to_be_written(examples: Examples, layout: Layout) -> Tensor:
     """Return [B, L] bool: the answer or, where there is no prompt, its second half.
 
     Where nothing is seen of what is behind, the first `IN_TURN` tokens are enough.
     """
-    answer = layout.chains(samples).answer
-    has_prompt = (samples.roles == PROMPT).any(dim=1, keepdim=True)
+    answer = layout.chains(examples).answer
+    has_prompt = (examples.roles == PROMPT).any(dim=1, keepdim=True)
     rank = answer.cumsum(dim=1) - 1
     first = torch.where(has_prompt, 0, answer.sum(dim=1, keepdim=True) // 2)
     masked = answer & (rank >= first)

@@ -1,4 +1,4 @@
-"""Slots: chains from begin to end to the next sample, independent of how slots are grouped, resumable."""
+"""Slots: chains from begin to end to the next example, independent of how slots are grouped, resumable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANDOM = ObjectiveConfig(kind="random_masking")
 
 
 def make(slots: list[int], total: int, config: ObjectiveConfig) -> SlotGroup:
-    """Return a group whose samples another thread reads ahead."""
+    """Return a group whose examples another thread reads ahead."""
     return group_of(slots, total, config, workers=1)
 
 
@@ -55,23 +55,23 @@ def test_chains_follow_the_oracle_over_many_samples(
         expected = set()
         for slot in range(total):
             position = slot + cursors[slot] * total
-            sample = data[stream.index(position)]
+            example = data[stream.index(position)]
             if chains[slot] is None:
-                answer = np.flatnonzero(sample["roles"] == 2).tolist()
+                answer = np.flatnonzero(example["roles"] == 2).tolist()
                 chains[slot] = oracles.Chain(SEED, position, answer, stages, threshold)
                 chains[slot].begin(slot % 5 if cursors[slot] == 0 else 0, number)
-            np.testing.assert_array_equal(group.samples.tokens[slot], sample["tokens"])
+            np.testing.assert_array_equal(group.examples.tokens[slot], example["tokens"])
             expected |= {slot * 8 + i for i in chains[slot].masked}
         batch = group.inputs(step_of(number))
         assert set(batch.rows.tolist()) == expected
-        tokens, inputs = group.samples.tokens.flatten(), batch.input_ids.flatten()
+        tokens, inputs = group.examples.tokens.flatten(), batch.input_ids.flatten()
         assert (inputs[batch.rows] == MASK).all()
         revealed = torch.ones(tokens.shape, dtype=torch.bool)
         revealed[batch.rows] = False
         assert inputs[revealed].equal(tokens[revealed]), "what is revealed is the truth"
         assert batch.targets.equal(tokens[batch.rows])
         assert batch.attention_mask is not None
-        assert batch.attention_mask.equal(group.samples.roles != 0)
+        assert batch.attention_mask.equal(group.examples.roles != 0)
         scores = output(group, batch)
         values = dict(zip(batch.rows.tolist(), scores.confidence.tolist(), strict=True))
         group.advance(batch, scores, step_of(number))
@@ -103,7 +103,7 @@ def test_grouping_changes_no_chain(config: ObjectiveConfig) -> None:
 
 
 def test_turns_share_out_the_samples() -> None:
-    """Three turns of 4 slots: no sequence in consecutive steps, and every sample once an epoch."""
+    """Three turns of 4 slots: no sequence in consecutive steps, and every example once an epoch."""
     train = TrainConfig(global_batch_size=4, micro_batch_size=4, seed=SEED)
     config = Config("unused", objective=replace(PUMA, turns=3), train=train)
     stream = SlotStream(Pairs(SIZE), config.slots, SEED, workers=0)
@@ -114,12 +114,12 @@ def test_turns_share_out_the_samples() -> None:
     visits: dict[int, list[int]] = defaultdict(list)
     for number in range(1, 91):
         group = turns[(number - 1) % 3][0]
-        for position in group.samples.ids.tolist():
+        for position in group.examples.ids.tolist():
             visits[position].append(number)
         step(group, number)
     assert all(set(np.diff(steps)) <= {3} for steps in visits.values())
     assert max(len(steps) for steps in visits.values()) > 1
-    assert set(range(2 * SIZE)) <= set(visits), "two epochs, each sample at a stream position of its own"
+    assert set(range(2 * SIZE)) <= set(visits), "two epochs, each example at a stream position of its own"
 
 
 def test_random_masking_uses_every_sample_once_an_epoch() -> None:
@@ -127,7 +127,7 @@ def test_random_masking_uses_every_sample_once_an_epoch() -> None:
     seen: Counter[int] = Counter()
     for number in range(1, 3 * SIZE + 1):
         seen.update((step(group, number).input_ids[:, 0] - 100).tolist())
-    assert seen == Counter({sample: 24 for sample in range(SIZE)})
+    assert seen == Counter({example: 24 for example in range(SIZE)})
 
 
 @pytest.mark.parametrize("config", [PUMA, RANDOM], ids=["puma", "random"])
@@ -157,17 +157,17 @@ def test_a_state_of_other_slots_is_refused() -> None:
 
 @pytest.mark.parametrize("config", [PUMA, RANDOM], ids=["puma", "random"])
 def test_excluded_samples_never_come_again(config: ObjectiveConfig) -> None:
-    """From a saved state on: chains of such samples are replaced, every other sample is still used."""
+    """From a saved state on: chains of such examples are replaced, every other example is still used."""
     first = make(list(range(8)), 8, config)
     for number in range(1, 8):
         step(first, number)
     state = first.state_dict()
-    now = [first.stream.index(position) for position in first.samples.ids.tolist()]
+    now = [first.stream.index(position) for position in first.examples.ids.tolist()]
     excluded = {now[0], now[3], (now[0] + 1) % SIZE}
     second = make(list(range(8)), 8, config)
     second.stream.exclude(excluded)
     second.load_state_dict(state, 8)
-    kept = [row for row, sample in enumerate(now) if sample not in excluded]
+    kept = [row for row, example in enumerate(now) if example not in excluded]
     assert second.state.masked[kept].equal(first.state.masked[kept]), "other chains go on where they were"
     seen = set()
     for number in range(8, 200):

@@ -47,7 +47,7 @@ class Observed:
     def walk(self, group: SlotGroup, number: int, block: int) -> MaskedBatch:
         """Train a step of the group without a model, and look at every position of it."""
         batch = group.inputs(number)
-        roles, ids = group.samples.roles.numpy(), group.samples.ids.tolist()
+        roles, ids = group.examples.roles.numpy(), group.examples.ids.tolist()
         masked, stage = group.state.masked.numpy(), group.state.stage.numpy()
         output, right = scored(batch, number)
         at = {row: place for place, row in enumerate(batch.rows.tolist())}
@@ -73,7 +73,7 @@ class Observed:
         ages = group.age.tolist()
         self.lists["age"] += [age + 1 for age in ages]
         group.advance(batch, output, number)
-        now = group.samples.ids.tolist()
+        now = group.examples.ids.tolist()
         self.lists["length"] += [age + 1 for age, old, new in zip(ages, ids, now, strict=True) if old != new]
         return batch
 
@@ -100,9 +100,9 @@ def test_figures_equal_those_of_loops(config: ObjectiveConfig, block: int) -> No
     ages = {slot: 0 for slot in range(SLOTS)}
     for number in range(1, STEPS + 1):
         assert group.age.tolist() == list(ages.values())
-        before = group.samples.ids.tolist()
+        before = group.examples.ids.tolist()
         observed.walk(group, number, block)
-        same = [one == two for one, two in zip(before, group.samples.ids.tolist(), strict=True)]
+        same = [one == two for one, two in zip(before, group.examples.ids.tolist(), strict=True)]
         ages = {slot: ages[slot] + 1 if same[slot] else 0 for slot in ages}
     figures = figures_of(group)
     names = [f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)]
@@ -182,9 +182,9 @@ def test_a_mixture_counts_the_reveals_of_its_chains_alone() -> None:
     assert isinstance(mixture, Mixture)
     random, going_on = 0, 0
     for number in range(1, STEPS + 1):
-        is_random, before = mixture.is_random(group.samples), group.samples.ids
+        is_random, before = mixture.is_random(group.examples), group.examples.ids
         Observed().walk(group, number, WIDTH)
-        goes_on = group.samples.ids == before
+        goes_on = group.examples.ids == before
         random += int((is_random & goes_on).sum())
         going_on += int((~is_random & goes_on).sum())
     sums = group.statistics.take()
@@ -200,8 +200,8 @@ def test_grouping_changes_no_figure() -> None:
         for number in range(1, STEPS + 1):
             for group in groups:
                 batch = group.inputs(number)
-                sample, position = group.samples.ids[batch.rows // WIDTH], batch.rows % WIDTH
-                score = 0.05 + ((sample * 7919 + position * 104729 + number) % 89).float() / 100
+                example, position = group.examples.ids[batch.rows // WIDTH], batch.rows % WIDTH
+                score = 0.05 + ((example * 7919 + position * 104729 + number) % 89).float() / 100
                 group.advance(batch, HeadOutput(torch.zeros(()), -score.log(), score), number)
         sums = torch.stack([group.statistics.take() for group in groups]).sum(dim=0)
         found.append(groups[0].statistics.figures(sums.tolist(), STEPS))

@@ -1,4 +1,4 @@
-"""The slots' sub-streams: every sample once an epoch, whoever reads it."""
+"""The slots' sub-streams: every example once an epoch, whoever reads it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_permutation_mixes() -> None:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize(("size", "slots"), [(37, 8), (8, 8), (5, 8), (64, 4)])
 def test_every_sample_once_an_epoch(workers: int, size: int, slots: int) -> None:
-    """Slots that advance at different speeds read, epoch by epoch, every sample exactly once."""
+    """Slots that advance at different speeds read, epoch by epoch, every example exactly once."""
     stream = SlotStream(Pairs(size), slots, seed=5, workers=workers)
     epochs = 3
     seen: dict[int, Counter[int]] = {epoch: Counter() for epoch in range(epochs)}
@@ -44,10 +44,10 @@ def test_every_sample_once_an_epoch(workers: int, size: int, slots: int) -> None
         for slot in range(slots):
             for _ in range(1 + slot % 3):  # some chains are shorter than others
                 position = slot + cursors[slot] * slots
-                samples = stream.read([slot], [cursors[slot]])
-                assert samples.ids.tolist() == [position]
+                examples = stream.read([slot], [cursors[slot]])
+                assert examples.ids.tolist() == [position]
                 if position < epochs * size:
-                    seen[position // size][int(samples.tokens[0, 0]) - 100] += 1
+                    seen[position // size][int(examples.tokens[0, 0]) - 100] += 1
                 cursors[slot] += 1
     stream.close()
     for counts in seen.values():
@@ -67,7 +67,7 @@ def test_the_number_of_reading_threads_changes_nothing() -> None:
 
 
 def test_what_a_stream_remembers_does_not_grow() -> None:
-    """Neither with the epochs, nor with the samples that are left out and were read ahead in vain."""
+    """Neither with the epochs, nor with the examples that are left out and were read ahead in vain."""
     stream = SlotStream(Pairs(5), slots=4, seed=1, workers=2)
     stream.exclude([2])
     cursors = [0] * 4

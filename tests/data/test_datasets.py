@@ -1,4 +1,4 @@
-"""Samples built by megatron-core: packed text, pairs, blends, splits."""
+"""Examples built by megatron-core: packed text, pairs, blends, splits."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Corpus:
         )  # type: ignore[arg-type]
         return build_datasets(config, Tokenizer.load(self.folder / "tokenizer"), 1, self.folder / "cache")
 
-    def decoded(self, sample: dict[str, np.ndarray]) -> tuple[str, str, int]:
-        """Return prompt, answer and padding count of a sample."""
-        parts = [self.tokenizer.decode(sample["tokens"][sample["roles"] == r]) for r in (PROMPT, ANSWER)]
-        return parts[0], parts[1], int((sample["roles"] == PADDING).sum())
+    def decoded(self, example: dict[str, np.ndarray]) -> tuple[str, str, int]:
+        """Return prompt, answer and padding count of an example."""
+        parts = [self.tokenizer.decode(example["tokens"][example["roles"] == r]) for r in (PROMPT, ANSWER)]
+        return parts[0], parts[1], int((example["roles"] == PADDING).sum())
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_pairs_are_whole_and_in_one_split(corpus: Corpus) -> None:
     found = []
     for part in (data.train, data.valid):
         for index in range(len(part)):
-            sample = part[index]
-            prompt, answer, padding = corpus.decoded(sample)
+            example = part[index]
+            prompt, answer, padding = corpus.decoded(example)
             assert len(prompt) + len(answer) + padding == 16
-            assert (np.diff(np.array([2, 0, 1])[sample["roles"]]) >= 0).all(), "prompt, answer, padding"
+            assert (np.diff(np.array([2, 0, 1])[example["roles"]]) >= 0).all(), "prompt, answer, padding"
             found.append((prompt, answer))
     assert Counter(found) == Counter(corpus.pairs["p"])
 
@@ -95,15 +95,15 @@ def test_pairs_are_whole_and_in_one_split(corpus: Corpus) -> None:
 def test_padding_can_be_targets(corpus: Corpus) -> None:
     data = corpus.build("p", kind="pairs", sequence_length=16, split="100,0,0", padding="eos_targets")
     assert not data.has_padding
-    sample = data.train[0]
-    prompt, answer, padding = corpus.decoded(sample)
+    example = data.train[0]
+    prompt, answer, padding = corpus.decoded(example)
     assert padding == 0
-    assert (sample["tokens"][len(prompt) + len(answer) :] == corpus.tokenizer.eos).all()
-    assert (sample["roles"][len(prompt) :] == ANSWER).all()
+    assert (example["tokens"][len(prompt) + len(answer) :] == corpus.tokenizer.eos).all()
+    assert (example["roles"][len(prompt) :] == ANSWER).all()
 
 
 def test_packed_text_is_the_text(corpus: Corpus) -> None:
-    """Samples of L tokens cut from documents closed by end-of-sequence; at most the last one is lost."""
+    """Examples of L tokens cut from documents closed by end-of-sequence; at most the last one is lost."""
     data = corpus.build("t", kind="packed", sequence_length=32, split="100,0,0")
     assert data.valid is None
     assert not data.has_padding
@@ -111,10 +111,10 @@ def test_packed_text_is_the_text(corpus: Corpus) -> None:
     assert len(data.train) == tokens // 32
     documents = Counter(corpus.text)
     for index in range(len(data.train)):
-        sample = data.train[index]
-        assert sample["tokens"].shape == (32,)
-        assert (sample["roles"] == ANSWER).all()
-        ids = sample["tokens"].tolist()
+        example = data.train[index]
+        assert example["tokens"].shape == (32,)
+        assert (example["roles"] == ANSWER).all()
+        ids = example["tokens"].tolist()
         inside = "".join("|" if i == corpus.tokenizer.eos else corpus.tokenizer.decode([i]) for i in ids)
         for whole in inside.split("|")[1:-1]:
             assert documents[whole] > 0
@@ -155,7 +155,7 @@ def test_the_fingerprint_follows_the_data(corpus: Corpus) -> None:
         (
             "t",
             {"kind": "packed", "sequence_length": 10**6},
-            r"no training sample of data.sequence_length = 1000000",
+            r"no training example of data.sequence_length = 1000000",
         ),
         ("p", {"kind": "packed", "sequence_length": 8}, r"holds pairs, but data.kind is 'packed'"),
         ("t", {"kind": "pairs", "sequence_length": 8}, r"holds text, but data.kind is 'pairs'"),
@@ -164,7 +164,7 @@ def test_the_fingerprint_follows_the_data(corpus: Corpus) -> None:
             {"kind": "pairs", "sequence_length": 4},
             r"its longest document has \d+ tokens, more than data.sequence_length = 4",
         ),
-        ("p", {"kind": "pairs", "sequence_length": 1, "too_long": "drop"}, r"no training sample"),
+        ("p", {"kind": "pairs", "sequence_length": 1, "too_long": "drop"}, r"no training example"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
@@ -190,26 +190,26 @@ def test_an_answer_of_length_0_is_refused(corpus: Corpus) -> None:
 
 
 @given(
-    samples=st.lists(st.integers(1, 10**6), min_size=1, max_size=6),
+    examples=st.lists(st.integers(1, 10**6), min_size=1, max_size=6),
     weights=st.lists(st.floats(0.01, 100), min_size=6, max_size=6),
     caps=st.lists(st.floats(0.5, 5), min_size=6, max_size=6),
 )
-def test_blend_sizes_fill_up_like_water(samples: list[int], weights: list[float], caps: list[float]) -> None:
+def test_blend_sizes_fill_up_like_water(examples: list[int], weights: list[float], caps: list[float]) -> None:
     """The oracle finds one level for all by bisection: each gives min(cap, weight x level)."""
-    weights, caps = weights[: len(samples)], caps[: len(samples)]
-    limits = [cap * n for cap, n in zip(caps, samples, strict=True)]
+    weights, caps = weights[: len(examples)], caps[: len(examples)]
+    limits = [cap * n for cap, n in zip(caps, examples, strict=True)]
     low, high = 0.0, max(limit / weight for limit, weight in zip(limits, weights, strict=True))
     for _ in range(200):
         level = (low + high) / 2
         total = sum(min(limit, weight * level) for limit, weight in zip(limits, weights, strict=True))
-        low, high = (level, high) if total < sum(samples) else (low, level)
+        low, high = (level, high) if total < sum(examples) else (low, level)
     expected = [min(limit, weight * high) for limit, weight in zip(limits, weights, strict=True)]
-    found = blend_sizes(samples, weights, caps)
+    found = blend_sizes(examples, weights, caps)
     for one, other in zip(found, expected, strict=True):
         assert abs(one - max(1, other)) <= 1 + 1e-6 * other
-    plain = blend_sizes(samples, weights, None)
+    plain = blend_sizes(examples, weights, None)
     for one, weight in zip(plain, weights, strict=True):
-        assert abs(one - max(1, sum(samples) * weight / sum(weights))) <= 1 + 1e-6 * one
+        assert abs(one - max(1, sum(examples) * weight / sum(weights))) <= 1 + 1e-6 * one
 
 
 def test_temperature_and_caps(corpus: Corpus) -> None:
@@ -222,18 +222,18 @@ def test_temperature_and_caps(corpus: Corpus) -> None:
         assert [share.used for share in data.shares] == [int(50 * power / sum(powers)) for power in powers]
         assert [share.tokens for share in data.shares] == tokens
     data = corpus.build("pq", weights=[1.0, 1.0], max_epochs=[9.0, 2.0], **base)
-    assert [(share.samples, share.used, share.epochs) for share in data.shares] == [
+    assert [(share.examples, share.used, share.epochs) for share in data.shares] == [
         (40, 30, 0.75),
         (10, 20, 2.0),
     ]
     found = Counter(corpus.decoded(data.train[index])[:2] for index in range(len(data.train)))
     assert sum(found[pair] for pair in set(corpus.pairs["q"])) == 20
     text = describe_order(data.shares)
-    assert "20 (40.0%), 2.00 epochs of 10 samples" in text
+    assert "20 (40.0%), 2.00 epochs of 10 examples" in text
 
 
 def test_a_small_dataset_may_join_a_blend(corpus: Corpus) -> None:
-    """Its few documents give no validation sample; those of the other are the validation samples."""
+    """Its few documents give no validation example; those of the other are the validation examples."""
     for kind, small, large in (("pairs", "q", "p"), ("packed", "s", "t")):
         if kind == "packed":
             corpus.write("s", [{"text": ALPHABET * 2}], Keys(("text",)))
@@ -244,7 +244,7 @@ def test_a_small_dataset_may_join_a_blend(corpus: Corpus) -> None:
         assert len(data.valid) == len(alone.valid) > 0
         assert [share.prefix[-1] for share in data.shares] == [small, large]
     corpus.write("u", [{"text": "ab"}], Keys(("text",)))
-    with pytest.raises(UserError, match=r"/u gives no training sample of data.sequence_length = 16"):
+    with pytest.raises(UserError, match=r"/u gives no training example of data.sequence_length = 16"):
         corpus.build("ut", kind="packed", sequence_length=16, split="96,4,0")
 
 
@@ -252,7 +252,7 @@ def test_pairs_that_are_too_long_are_counted(corpus: Corpus) -> None:
     """What data.too_long: drop takes away is said, not found out by a loss that is off."""
     fits = {name: sum(len(a) + len(b) <= 6 for a, b in corpus.pairs[name]) for name in "pq"}
     data = corpus.build("pq", kind="pairs", sequence_length=6, too_long="drop", split="100,0,0")
-    assert [(share.samples, share.too_long) for share in data.shares] == [
+    assert [(share.examples, share.too_long) for share in data.shares] == [
         (fits["p"], 40 - fits["p"]),
         (fits["q"], 10 - fits["q"]),
     ]
@@ -267,7 +267,7 @@ def test_the_order_is_written_into_the_run_folder(corpus: Corpus, tmp_path: Path
     write_order(tmp_path, data.shares, data.fingerprint)
     values = json.loads((tmp_path / "data_order.json").read_text())
     assert values["fingerprint"] == data.fingerprint
-    assert [(d["samples"], d["used"], d["epochs"]) for d in values["datasets"]] == [
+    assert [(d["examples"], d["used"], d["epochs"]) for d in values["datasets"]] == [
         (40, 40, 1.0),
         (10, 10, 1.0),
     ]
@@ -301,10 +301,10 @@ def test_a_killed_build_leaves_no_cache_and_a_whole_one_is_only_loaded(
 @pytest.mark.distributed
 @pytest.mark.parametrize(("disk", "builds"), [("own", [1, 1]), ("shared", [1, 0])])
 def test_one_rank_a_node_builds_the_cache(corpus: Corpus, disk: str, builds: list[int]) -> None:
-    """On a shared file system the first rank alone; on disks of their own one each; all see equal samples."""
+    """Rank 0 alone on a shared file system, one rank a node on local disks; all see equal examples."""
     shutil.rmtree(corpus.folder / "shared_cache", ignore_errors=True)
     result = run_program("tests/support/load_examples.py", str(corpus.folder), disk, ranks=2)
     assert result.returncode == 0, result.stderr
-    found = re.findall(r"rank (\d): (\d) builds, samples (\w+)", result.stdout)
+    found = re.findall(r"rank (\d): (\d) builds, examples (\w+)", result.stdout)
     assert [int(count) for _, count, _ in sorted(found)] == builds
-    assert len({samples for _, _, samples in found}) == 1
+    assert len({examples for _, _, examples in found}) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ModelConfig
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.decoding import SamplingSettings, decoding
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.decoding.decoding import decode
@@ -57,7 +57,7 @@ def prompts(count: int) -> list[tuple[list[int], int]]:
     return [(torch.randint(6, SIZE, (a,), generator=generator).tolist(), b) for a, b in lengths]
 
 
-def batch_of(numbers: list[int]) -> tuple[Samples, Tensor]:
+def batch_of(numbers: list[int]) -> tuple[Examples, Tensor]:
     """Return some of the prompts as one batch, padded at the end."""
     parts = [prompts(10)[i] for i in numbers]
     length = max(len(ids) + more for ids, more in parts)
@@ -66,13 +66,13 @@ def batch_of(numbers: list[int]) -> tuple[Samples, Tensor]:
     for row, (ids, more) in enumerate(parts):
         tokens[row, : len(ids)], roles[row, : len(ids)] = torch.tensor(ids), PROMPT
         roles[row, len(ids) : len(ids) + more] = ANSWER
-    return Samples(tokens, roles, torch.tensor(numbers)), roles == ANSWER
+    return Examples(tokens, roles, torch.tensor(numbers)), roles == ANSWER
 
 
 def filled(layout: Whole, settings: SamplingSettings, numbers: list[int]) -> list[tuple[list[int], ...]]:
     """Return tokens, order and steps of each prompt's answer, decoded in one batch."""
-    samples, masked = batch_of(numbers)
-    result = decode(network(layout.first_given), samples, masked, settings, layout.decoding(samples), STOP)
+    examples, masked = batch_of(numbers)
+    result = decode(network(layout.first_given), examples, masked, settings, layout.decoding(examples), STOP)
     return [
         (result.tokens[row][masked[row]].tolist(), result.order[row][masked[row]].tolist(), [int(steps)])
         for row, steps in enumerate(result.steps)
@@ -147,9 +147,9 @@ def test_the_cache_saves_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(model.model, "extend", counted)
     tokens = torch.full((1, 10), 7)
     roles = torch.where(torch.arange(10)[None] < 4, PROMPT, ANSWER)
-    samples = Samples(tokens, roles, torch.arange(1))
+    examples = Examples(tokens, roles, torch.arange(1))
     layout = Blocks(MASK, True, size=3)
-    decode(model, samples, samples.answer, SamplingSettings(), layout.decoding(samples))
+    decode(model, examples, examples.answer, SamplingSettings(), layout.decoding(examples))
     assert computed == [4 + 3, 3, 3, 3 + 3, 3, 3]
 
 
@@ -162,8 +162,8 @@ def test_blocks_begin_where_they_did_in_training(kind: str, blocks: list[int]) -
         model=network(False),
     )
     sequences = [MaskedSequence.behind([7, 8], [MASK] * 4)]
-    samples, masked = stack(loaded, sequences, [0])  # type: ignore[arg-type]
-    found = Blocks(MASK, True, size=3).decoding(samples).blocks
+    examples, masked = stack(loaded, sequences, [0])  # type: ignore[arg-type]
+    found = Blocks(MASK, True, size=3).decoding(examples).blocks
     assert found is not None
     assert (found - found[:, :1]).tolist() == [blocks]
     assert masked.tolist() == [[False, False, True, True, True, True]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ModelConfig
-from pipeline.data.examples import ANSWER, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PROMPT, Examples
 from pipeline.decoding.decoding import decode
 from pipeline.decoding.settings import SamplingSettings
 from pipeline.model.batch import Visibility, Vocabulary
@@ -47,9 +47,9 @@ class HashModel:
         return np.random.default_rng(key % 7).permutation(SIZE) / 2.0
 
 
-def samples_of(tokens: Tensor, masked: Tensor) -> Samples:
-    """Return samples whose answers are masked."""
-    return Samples(tokens, torch.where(masked, ANSWER, PROMPT), torch.arange(len(tokens)))
+def samples_of(tokens: Tensor, masked: Tensor) -> Examples:
+    """Return examples whose answers are masked."""
+    return Examples(tokens, torch.where(masked, ANSWER, PROMPT), torch.arange(len(tokens)))
 
 
 class Smooth(HashModel):
@@ -89,8 +89,8 @@ def test_equals_a_plain_loop(settings: SamplingSettings, kind: type[HashModel], 
     random = np.random.default_rng(1)
     tokens = random.integers(4, SIZE, (6, 9))
     masked = random.random((6, 9)) < np.array([0, 0.2, 0.5, 0.7, 0.9, 1.0])[:, None]
-    samples = samples_of(torch.from_numpy(tokens), torch.from_numpy(masked))
-    result = decode(kind(), samples, samples.answer, settings, stop=stop)  # type: ignore[arg-type]
+    examples = samples_of(torch.from_numpy(tokens), torch.from_numpy(masked))
+    result = decode(kind(), examples, examples.answer, settings, stop=stop)  # type: ignore[arg-type]
     for row in range(6):
         answer = np.flatnonzero(masked[row]).tolist()
         size = settings.block_size or 99
@@ -127,8 +127,8 @@ def test_blocks_are_filled_one_after_another(layout: Whole, order: list[int]) ->
     """Two tokens a step, the most confident first, none behind a block that still has masks."""
     tokens = torch.tensor([[5, 0, 0, 0, 0, 0]])
     masked = torch.tensor([[False, True, True, True, True, True]])
-    samples, settings = samples_of(tokens, masked), SamplingSettings(tokens_per_step=2, cache=False)
-    result = decode(Reversed(), samples, masked, settings, layout.decoding(samples))  # type: ignore[arg-type]
+    examples, settings = samples_of(tokens, masked), SamplingSettings(tokens_per_step=2, cache=False)
+    result = decode(Reversed(), examples, masked, settings, layout.decoding(examples))  # type: ignore[arg-type]
     assert result.order.tolist() == [order]
     assert result.tokens.tolist() == [[5, *(4 + i % 7 for i in range(1, 6))]]
 
@@ -144,9 +144,9 @@ def test_decoding_sees_what_training_showed(kind: str) -> None:
     layout = LeftToRight(MASK, False, True) if kind == "left-to-right" else Blocks(MASK, False, True, size=3)
     tokens = torch.randint(4, SIZE, (1, 9))
     masked = torch.arange(9)[None] >= 2
-    samples = samples_of(tokens, masked)
-    visibility = layout.decoding(samples)
-    result = decode(model, samples, masked, SamplingSettings(), visibility)
+    examples = samples_of(tokens, masked)
+    visibility = layout.decoding(examples)
+    result = decode(model, examples, masked, SamplingSettings(), visibility)
     assert visibility.blocks is not None
     expected, width = tokens.clone(), 1 if kind == "left-to-right" else 3
     for start in range(2, 9, width):

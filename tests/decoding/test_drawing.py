@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.data.examples import ANSWER, Samples
+from pipeline.data.examples import ANSWER, Examples
 from pipeline.decoding import SamplingSettings
 from pipeline.decoding.decoding import decode
 from pipeline.decoding.drawing import draw_tokens, gumbel
@@ -96,9 +96,9 @@ def test_an_exact_model_is_sampled_from_exactly(policy: str) -> None:
     """One token a step at temperature 1: sequences follow the joint distribution, whatever the order."""
     joint, count = Joint(3, 4), 6_000
     tokens = torch.full((count, 4), MASK)
-    samples = Samples(tokens, torch.full_like(tokens, ANSWER), torch.arange(count))
+    examples = Examples(tokens, torch.full_like(tokens, ANSWER), torch.arange(count))
     settings = SamplingSettings(policy, temperature=1.0)  # type: ignore[arg-type]
-    result = decode(ExactModel(joint), samples, samples.answer, settings)  # type: ignore[arg-type]
+    result = decode(ExactModel(joint), examples, examples.answer, settings)  # type: ignore[arg-type]
     places = (result.tokens - FIRST).numpy() @ 3 ** np.arange(3, -1, -1)
     found = np.bincount(places, minlength=81)
     expected = [joint.probability(np.array(x), range(4)) for x in itertools.product((1, 2, 3), repeat=4)]

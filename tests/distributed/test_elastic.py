@@ -26,28 +26,28 @@ SETTINGS = f"""
 """.split()
 
 
-def samples_of(run_dir: Path) -> dict[int, list[tuple[int, int]]]:
-    """Return the (epoch, sample) pairs of every step, from the files of all ranks."""
+def examples_of(run_dir: Path) -> dict[int, list[tuple[int, int]]]:
+    """Return the (epoch, example) pairs of every step, from the files of all ranks."""
     steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for path in (run_dir / "samples").iterdir():
         for line in path.read_text().splitlines():
             entry = json.loads(line)
-            steps[entry["step"]] += [(epoch, sample) for epoch, sample in entry["samples"]]
+            steps[entry["step"]] += [(epoch, example) for epoch, example in entry["samples"]]
     return steps
 
 
 def check_each_sample_once(steps: dict[int, list[tuple[int, int]]], size: int) -> None:
-    """Every sample of a finished epoch is trained on every TURNS steps without a gap, and in one slot."""
+    """Every example of a finished epoch is trained on every TURNS steps without a gap, and in one slot."""
     seen: dict[tuple[int, int], list[int]] = defaultdict(list)
     for step in sorted(steps):
-        assert max(Counter(steps[step]).values()) == 1, "no sample is in two slots at once"
-        for sample in steps[step]:
-            seen[sample].append(step)
-    for sample, when in seen.items():
-        assert when == list(range(when[0], when[-1] + 1, TURNS)), f"{sample} left its slot and came back"
+        assert max(Counter(steps[step]).values()) == 1, "no example is in two slots at once"
+        for example in steps[step]:
+            seen[example].append(step)
+    for example, when in seen.items():
+        assert when == list(range(when[0], when[-1] + 1, TURNS)), f"{example} left its slot and came back"
     epochs = Counter(epoch for epoch, _ in seen)
     assert epochs[0] == size, "the first epoch is complete"
-    assert {sample for epoch, sample in seen if epoch == 0} == set(range(size))
+    assert {example for epoch, example in seen if epoch == 0} == set(range(size))
     assert len(epochs) > 1, "and the second has begun"
 
 
@@ -63,9 +63,9 @@ def test_world_sizes_are_interchangeable(data: Path, train: Train, tmp_path: Pat
     for key in ("loss", "gradient_norm", "held_out/loss", "held_out/ema_loss"):
         expected, found = dict(curve(whole, key)), dict(curve(parts, key))
         assert found == pytest.approx(expected, abs=1e-5), key
-    steps = samples_of(parts)
+    steps = examples_of(parts)
     assert {step: sorted(each) for step, each in steps.items()} == {
-        step: sorted(each) for step, each in samples_of(whole).items()
+        step: sorted(each) for step, each in examples_of(whole).items()
     }
     check_each_sample_once(steps, 48)
     left = sorted(path.name for path in (parts / "checkpoints").iterdir())

@@ -88,7 +88,7 @@ def test_plain_lines_without_a_terminal(train: Train, tmp_path: Path) -> None:
 
 
 def test_held_out_loss_does_not_depend_on_ranks(data: Path, train: Train, tmp_path: Path) -> None:
-    """The same model on the same masks, 11 samples that do not divide by the batches: 1 and 2 ranks.
+    """The same model on the same masks, 11 examples that do not divide by the batches: 1 and 2 ranks.
 
     Nor does any other figure that is no measured time.
     """

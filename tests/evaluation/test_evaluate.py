@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.data.datasets import build_datasets
-from pipeline.data.examples import stack_samples
+from pipeline.data.examples import stack_examples
 from pipeline.decoding import load_model
 from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import wilson_interval
@@ -272,13 +272,13 @@ def test_likelihood(run: Evaluate, data: Path, tmp_path: Path, source: str) -> N
 def test_ends_are_scored_where_they_are_trained(
     train: Callable[..., Outcome], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The likelihoods are those of the training's own samples, filled up with end-of-sequence tokens."""
+    """The likelihoods are those of the training's own examples, filled up with end-of-sequence tokens."""
     assert train(tmp_path / "run", "--data.padding", "eos_targets", "--evaluation.interval", "0").code == 0
     loaded = load_model(tmp_path / "run", torch.device("cpu"))
     settings = replace(loaded.config.data, split="100,0,0")
     dataset = build_datasets(settings, loaded.tokenizer, 0, tmp_path / "cache").train
-    samples = stack_samples([dataset[i] for i in range(60)], range(60))
-    expected = estimate(loaded.model, loaded.layout, samples, loaded.step, draws=64)
+    examples = stack_examples([dataset[i] for i in range(60)], range(60))
+    expected = estimate(loaded.model, loaded.layout, examples, loaded.step, draws=64)
     for source in ("corpus.jsonl", "pairs"):
         arguments = ["--checkpoint", str(tmp_path / "run"), "--task", "likelihood", "--draws", "64"]
         arguments += ["--data", str(data / source), "--output", str(tmp_path / f"{source}.json")]

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.decoding import load_model
 from pipeline.evaluation.likelihood import estimate, likelihood_of, likelihood_totals, score_answers
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
@@ -25,11 +25,11 @@ from support.programs import Outcome
 LENGTH = 5
 
 
-def everything(joint: Joint, prompt: int = 0) -> Samples:
+def everything(joint: Joint, prompt: int = 0) -> Examples:
     """Return some sequences of the joint distribution, of which the first `prompt` tokens are given."""
     tokens = torch.tensor(list(itertools.product(range(FIRST, FIRST + joint.size), repeat=joint.length)))[::7]
     roles = torch.where(torch.arange(joint.length) < prompt, PROMPT, ANSWER).expand_as(tokens)
-    return Samples(tokens, roles, torch.arange(len(tokens)))
+    return Examples(tokens, roles, torch.arange(len(tokens)))
 
 
 @pytest.mark.parametrize("prompt", [0, 2])
@@ -41,9 +41,9 @@ def everything(joint: Joint, prompt: int = 0) -> Samples:
 def test_an_exact_model_has_the_likelihood_itself(layout: Whole, prompt: int) -> None:
     """With all masks taken, the bound is -log p(answer | prompt), whatever the model sees at once."""
     joint = Joint(3, LENGTH)
-    samples = everything(joint, prompt)
-    found = estimate(evaluator(joint), layout, samples, 1, draws=32, batch_size=50)
-    for tokens, nll, error in zip(samples.tokens.numpy(), found.nll, found.standard_error, strict=True):
+    examples = everything(joint, prompt)
+    found = estimate(evaluator(joint), layout, examples, 1, draws=32, batch_size=50)
+    for tokens, nll, error in zip(examples.tokens.numpy(), found.nll, found.standard_error, strict=True):
         whole, given = joint.probability(tokens, range(LENGTH)), joint.probability(tokens, range(prompt))
         assert float(nll) == pytest.approx(-math.log(whole / given), abs=1e-5)
         assert float(error) == 0
@@ -53,11 +53,11 @@ def test_an_exact_model_has_the_likelihood_itself(layout: Whole, prompt: int) ->
 def test_a_beginning_inside_a_block_is_given() -> None:
     """Of packed text, cut into blocks from its start, some positions are scored given the others."""
     joint = Joint(3, LENGTH)
-    samples = everything(joint)
-    scored = (torch.arange(LENGTH) >= 3).expand_as(samples.tokens)
+    examples = everything(joint)
+    scored = (torch.arange(LENGTH) >= 3).expand_as(examples.tokens)
     layout = Blocks(MASK, False, size=2)
-    found = estimate(evaluator(joint), layout, samples, 1, draws=8, scored=scored)
-    for tokens, nll in zip(samples.tokens.numpy(), found.nll, strict=True):
+    found = estimate(evaluator(joint), layout, examples, 1, draws=8, scored=scored)
+    for tokens, nll in zip(examples.tokens.numpy(), found.nll, strict=True):
         whole, given = joint.probability(tokens, range(LENGTH)), joint.probability(tokens, range(3))
         assert float(nll) == pytest.approx(-math.log(whole / given), abs=1e-5)
     assert found.tokens.tolist() == [2] * len(found.tokens)
@@ -71,7 +71,7 @@ def test_the_bound_of_a_network_equals_all_its_masks() -> None:
     tokens = torch.randint(4, 12, (3, 8))
     roles = torch.full((3, 8), ANSWER)
     roles[0, :3], roles[1, :5], roles[1, 6:], roles[2, 6:] = PROMPT, PROMPT, PADDING, PADDING
-    found = estimate(model, Whole(3, True), Samples(tokens, roles, torch.arange(3)), 1, draws=64)
+    found = estimate(model, Whole(3, True), Examples(tokens, roles, torch.arange(3)), 1, draws=64)
     for row in range(3):
         answer = [i for i in range(8) if roles[row, i] == ANSWER]
         total = 0.0
@@ -94,11 +94,11 @@ def test_left_to_right_is_the_chain_rule() -> None:
     model = MaskedDiffusionModel(config, Vocabulary(12, 12, 3)).eval()
     tokens = torch.randint(4, 12, (2, 7))
     roles = torch.where(torch.arange(7) < torch.tensor([[3], [0]]), PROMPT, ANSWER)
-    found = estimate(model, LeftToRight(3, False, True), Samples(tokens, roles, torch.arange(2)), 1)
+    found = estimate(model, LeftToRight(3, False, True), Examples(tokens, roles, torch.arange(2)), 1)
     for row, first in enumerate([3, 1]):  # nothing predicts position 0
         total = 0.0
         for i in range(first, 7):
-            causal = LeftToRight(3, False, True).decoding(Samples(tokens[:1, :i], roles, torch.zeros(1)))
+            causal = LeftToRight(3, False, True).decoding(Examples(tokens[:1, :i], roles, torch.zeros(1)))
             with torch.no_grad():
                 hidden = model.model(tokens[row : row + 1, :i], None, causal)[0, -1:]
                 p = model.lm_head.logits(hidden).double().softmax(-1)[0, tokens[row, i]]
@@ -138,8 +138,8 @@ def test_estimates_are_unbiased_and_know_their_error(draws: int) -> None:
     length, count = 6, 400
     table = Table(length)
     tokens = torch.full((count, length), FIRST)
-    samples = Samples(tokens, torch.full_like(tokens, ANSWER), torch.arange(count))
-    found = estimate(table, Whole(MASK, False), samples, 1, draws, batch_size=1000)
+    examples = Examples(tokens, torch.full_like(tokens, ANSWER), torch.arange(count))
+    found = estimate(table, Whole(MASK, False), examples, 1, draws, batch_size=1000)
     spread = float(found.nll.std())
     assert abs(float(found.nll.mean()) - table.bound()) < 4 * spread / math.sqrt(count)
     assert spread > 0.05
@@ -149,16 +149,16 @@ def test_estimates_are_unbiased_and_know_their_error(draws: int) -> None:
 def test_nothing_depends_on_the_batch() -> None:
     length = 9
     tokens = torch.full((5, length), FIRST)
-    samples = Samples(tokens, torch.full_like(tokens, ANSWER), torch.arange(5))
-    whole = estimate(Table(length), Whole(MASK, False), samples, 1, draws=10, batch_size=50)
+    examples = Examples(tokens, torch.full_like(tokens, ANSWER), torch.arange(5))
+    whole = estimate(Table(length), Whole(MASK, False), examples, 1, draws=10, batch_size=50)
     for i in range(5):
-        one = Samples(tokens[i : i + 1], samples.roles[i : i + 1], samples.ids[i : i + 1])
+        one = Examples(tokens[i : i + 1], examples.roles[i : i + 1], examples.ids[i : i + 1])
         alone = estimate(Table(length), Whole(MASK, False), one, 1, draws=10, batch_size=3)
         assert alone.nll.item() == pytest.approx(whole.nll[i].item(), rel=1e-12)
         assert alone.standard_error.item() == pytest.approx(whole.standard_error[i].item(), rel=1e-12)
     assert len(set(whole.nll.tolist())) == 5
     with pytest.raises(UserError, match="draws is 3: give an even number"):
-        estimate(Table(length), Whole(MASK, False), samples, 1, draws=3)
+        estimate(Table(length), Whole(MASK, False), examples, 1, draws=3)
 
 
 @pytest.mark.parametrize(("prediction", "last"), [("same", 4), ("shifted", 3)])

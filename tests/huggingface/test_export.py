@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from pipeline import objectives
 from pipeline.config import Config, ModelConfig, ObjectiveConfig
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.decoding import load_model
 from pipeline.engine.runtime import read_weights
 from pipeline.engine.weights import StoredWeight
@@ -161,7 +161,7 @@ def test_every_way_of_attention(
     tokens[:, 7::2] = 3
     roles = torch.tensor([[PROMPT] * 4 + [ANSWER] * 10 + [PADDING] * 2, [PROMPT] + [ANSWER] * 15])
     layout = objectives.build(config, 3, has_padding=True).at(9).layout
-    visibility = layout.decoding(Samples(tokens, roles, torch.arange(2)))
+    visibility = layout.decoding(Examples(tokens, roles, torch.arange(2)))
     present = roles != PADDING
     given = {} if attention["attention"] != "blocks" else {"blocks": visibility.blocks}
     with torch.no_grad():

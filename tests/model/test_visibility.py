@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from pipeline.config import ModelConfig
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask, block_mask
@@ -21,13 +21,13 @@ MASK, SIZE, LENGTH, BLOCK = 3, 40, 13, 4
 SHAPES = [(2, 9), (0, 13), (4, 5), (1, 10)]
 
 
-def samples() -> Samples:
+def examples() -> Examples:
     """Return sequences of the shapes above."""
     roles = torch.full((len(SHAPES), LENGTH), PADDING, dtype=torch.int8)
     for row, (prompt, answer) in enumerate(SHAPES):
         roles[row, :prompt], roles[row, prompt : prompt + answer] = PROMPT, ANSWER
     tokens = torch.randint(4, SIZE, roles.shape, generator=torch.Generator().manual_seed(5))
-    return Samples(tokens, roles, torch.arange(len(SHAPES)))
+    return Examples(tokens, roles, torch.arange(len(SHAPES)))
 
 
 def network(prediction: str = "same", **changes: Any) -> MaskedDiffusionModel:
@@ -56,7 +56,7 @@ def block_of(row: int, position: int) -> int:
 
 def block_batch(masked: torch.Tensor, first_given: bool = False) -> MaskedBatch:
     """Return the layout's batch with the loss of PUMA."""
-    layout, data = Blocks(MASK, True, first_given, size=BLOCK), samples()
+    layout, data = Blocks(MASK, True, first_given, size=BLOCK), examples()
     weights = mean_over_chains(layout.chains(data), masked)
     return layout.batch(data, masked, weights, int(masked.sum()), 1)
 
@@ -82,7 +82,7 @@ def test_block_causal_mask_equals_a_loop() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_sees_what_the_dense_mask_shows(padded: bool, copies: int, rows: int) -> None:
     """The GPU's form of the mask gives the attention of the CPU's (flex_attention's reference, forward)."""
-    data = samples()
+    data = examples()
     blocks = Blocks(MASK, True, size=BLOCK).decoding(data).blocks
     assert blocks is not None
     blocks = blocks[:rows]
@@ -109,7 +109,7 @@ def test_block_diffusion_in_one_forward_equals_one_forward_a_block(prediction: s
     The oracle runs one forward for each block of each sequence, on the sequence cut off behind the block.
     """
     shifted = prediction == "shifted"
-    data, model = samples(), network(prediction)
+    data, model = examples(), network(prediction)
     masked = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.6
     masked &= Blocks(MASK, True, shifted, size=BLOCK).answer(data)
     masked[0, 6:10] = False  # a block whose chain has ended
@@ -153,7 +153,7 @@ def test_block_diffusion_in_one_forward_equals_one_forward_a_block(prediction: s
 
 def test_shifted_prediction_reads_the_position_before() -> None:
     """NLL and confidence at i come from the output at i - 1, so do the logits that a sampler gets."""
-    model, data = network("shifted"), samples()
+    model, data = network("shifted"), examples()
     layout = Whole(MASK, True, first_given=True)
     masked = layout.answer(data)
     assert not masked[:, 0].any(), "position 0 has none before it: it is given"
@@ -172,7 +172,7 @@ def test_shifted_prediction_reads_the_position_before() -> None:
 
 def test_autoregressive_input_is_causal_and_unmasked() -> None:
     """Its loss is the mean next-token cross-entropy, and no position sees one behind it."""
-    model, data = network("shifted", tie_embeddings=False), samples()
+    model, data = network("shifted", tie_embeddings=False), examples()
     layout = LeftToRight(MASK, True, first_given=True)
     masked = layout.answer(data)
     batch = layout.batch(data, masked, mean_over_chains(layout.chains(data), masked), int(masked.sum()), 1)
@@ -193,7 +193,7 @@ def test_autoregressive_input_is_causal_and_unmasked() -> None:
 def test_annealing_leads_from_causal_to_bidirectional() -> None:
     """At step s of S each later position is seen with probability (s - 1) / S, each earlier one always."""
     steps, length, before = 10, 60, 7
-    data = Samples(
+    data = Examples(
         torch.randint(4, SIZE, (1, length)), torch.full((1, length), ANSWER, dtype=torch.int8), torch.zeros(1)
     )
     layout = Whole(MASK, False, annealing_steps=steps, annealing_start=before + 1, seed=4)
@@ -214,7 +214,7 @@ def test_annealing_leads_from_causal_to_bidirectional() -> None:
 def test_half_annealed_attention_equals_a_masked_softmax() -> None:
     """The mask reaches the scores: outputs at a position depend on what it sees, and on nothing else."""
     model = network()
-    data = samples()
+    data = examples()
     visibility = Whole(MASK, True, annealing_steps=4, seed=1).annealed(data, 3)
     mask = attention_mask(None, visibility)
     assert isinstance(mask, torch.Tensor)
@@ -236,9 +236,9 @@ def test_half_annealed_attention_equals_a_masked_softmax() -> None:
 
 def test_mask_ids_of_an_ordinary_batch_are_seen_by_all() -> None:
     """Without a visibility the attention has no mask at all, or that of the padding."""
-    batch = masked_batch(samples().tokens, torch.ones(4, LENGTH, dtype=torch.bool), 4 * LENGTH, MASK)
+    batch = masked_batch(examples().tokens, torch.ones(4, LENGTH, dtype=torch.bool), 4 * LENGTH, MASK)
     assert attention_mask(batch.attention_mask, batch.visibility) is None
-    padding = samples().roles == PADDING
+    padding = examples().roles == PADDING
     mask = attention_mask(~padding, Visibility())
     assert isinstance(mask, torch.Tensor)
     assert mask.shape == (4, 1, 1, LENGTH)

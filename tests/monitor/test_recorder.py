@@ -103,7 +103,7 @@ def test_the_first_page_shows_what_is_recorded(run_dir: Path) -> None:
 
 @pytest.mark.parametrize("turns", [1, 3])
 def test_progress_equals_the_sample_log(train: Train, run_dir: Path, tmp_path: Path, turns: int) -> None:
-    """Epochs and unique samples are those of the samples that the run says it has trained on."""
+    """Epochs and unique examples are those of the examples that the run says it has trained on."""
     if turns > 1:  # the chains of the last turns begin later
         more = ["--objective.turns", str(turns), "--train.log_samples", "true", "--train.log_interval", "2"]
         run_dir = tmp_path / "run"
@@ -113,7 +113,7 @@ def test_progress_equals_the_sample_log(train: Train, run_dir: Path, tmp_path: P
     seen: set[tuple[int, int]] = set()
     points = {line["step"]: line for line in metrics(run_dir) if "progress/epochs" in line}
     for step in sorted(lines):
-        seen |= {(epoch, sample) for epoch, sample in lines[step]}
+        seen |= {(epoch, example) for epoch, example in lines[step]}
         if step in points:
             assert points[step]["progress/epochs"] == pytest.approx(len(seen) / 48)
             assert points[step]["progress/unique_samples"] == sum(epoch == 0 for epoch, _ in seen)

@@ -105,7 +105,7 @@ def test_several_runs_are_compared(report: Report, run_dir: Path, tmp_path: Path
     assert page.row("objective.threshold") == ["0.3", "0.5"]
     assert page.row("skipped steps") == ["0", "1"]
     assert ["3", "the loss is <not> finite"] in page.rows
-    assert ["5", "went back to step 4, without 2 samples"] in page.rows
+    assert ["5", "went back to step 4, without 2 examples"] in page.rows
     for axis in ("steps", "tokens", "FLOPs", "hours"):
         assert f">{axis}</text>" in content
     differing = content[content.index("Settings that differ") : content.index("<h2>Time")]

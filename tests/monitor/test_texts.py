@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.examples import ANSWER, stack_samples
+from pipeline.data.examples import ANSWER, stack_examples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.animation import colour_of
 from pipeline.decoding.decoding import decode
@@ -38,16 +38,16 @@ def engine() -> Iterator[PlainEngine]:
 def test_fills_as_the_sampler_does(engine: PlainEngine, layout: Layout) -> None:
     """The same tokens in the same order as the sampler, which asks the model for logits."""
     data = Pairs(6, longest=76)
-    samples = stack_samples([data[i] for i in range(6)], range(6))
-    masked = to_be_written(samples, layout)
+    examples = stack_examples([data[i] for i in range(6)], range(6))
+    masked = to_be_written(examples, layout)
     at_once = 1 if isinstance(layout, LeftToRight) else -(-int(masked.sum(dim=1).max()) // FORWARDS)
-    found = fill(engine, samples, masked, layout, 1, at_once)
+    found = fill(engine, examples, masked, layout, 1, at_once)
     assert found is not None
     policy = "left_to_right" if isinstance(layout, LeftToRight) else "confidence"
     settings = SamplingSettings(policy=policy, tokens_per_step=at_once)
     if not isinstance(layout, Whole) or isinstance(layout, Blocks | LeftToRight):
-        samples.roles[(samples.roles == ANSWER) & ~masked] = 0  # behind what is written: never seen
-    expected = decode(engine.model, samples, masked, settings, layout.decoding(samples))  # type: ignore[arg-type]
+        examples.roles[(examples.roles == ANSWER) & ~masked] = 0  # behind what is written: never seen
+    expected = decode(engine.model, examples, masked, settings, layout.decoding(examples))  # type: ignore[arg-type]
     for row in range(6):
         assert found[0][row][masked[row]].equal(expected.tokens[row][masked[row]])
         assert found[1][row].equal(expected.order[row])
@@ -56,10 +56,10 @@ def test_fills_as_the_sampler_does(engine: PlainEngine, layout: Layout) -> None:
 def test_what_is_to_be_written() -> None:
     """Answers where there is a prompt; else the second half; less where nothing behind is seen."""
     data = Pairs(3, longest=100)
-    samples = stack_samples([data[i] for i in range(3)], range(3))
+    examples = stack_examples([data[i] for i in range(3)], range(3))
     whole = Whole(MASK, True)
-    assert to_be_written(samples, whole).equal(samples.answer)
-    text = replace(samples, roles=torch.full_like(samples.roles, ANSWER))
+    assert to_be_written(examples, whole).equal(examples.answer)
+    text = replace(examples, roles=torch.full_like(examples.roles, ANSWER))
     assert to_be_written(text, whole).nonzero()[:, 1].unique().tolist() == list(range(51, 102))
     assert to_be_written(text, Blocks(MASK, True, size=4)).sum(dim=1).tolist() == [51] * 3
     longer = replace(text, tokens=text.tokens.repeat(1, 2), roles=text.roles.repeat(1, 2))

@@ -29,9 +29,9 @@ def run(objective: ObjectiveConfig, prediction: str = "same", slots: int = SLOTS
     return group_of(range(slots), slots, objective, prediction)
 
 
-def answer(sample: dict[str, np.ndarray]) -> list[int]:
-    """Return the answer positions of a sample."""
-    return np.flatnonzero(sample["roles"] == 2).tolist()
+def answer(example: dict[str, np.ndarray]) -> list[int]:
+    """Return the answer positions of an example."""
+    return np.flatnonzero(example["roles"] == 2).tolist()
 
 
 @pytest.mark.parametrize("threshold", [None, 0.7])
@@ -88,13 +88,13 @@ def test_a_share_of_the_sequences_shows_random_masks() -> None:
     group = run(ObjectiveConfig(stages=stages, random_share=share, policy="entropy"), slots=12)
     assert isinstance(group.objectives.at(1), Mixture)
     randomly, inputs = 0, 0
-    begun = group.samples.ids.clone()
+    begun = group.examples.ids.clone()
     for number in range(1, 40):
-        ids, stage, masked = group.samples.ids, group.state.stage[:, 0], group.state.masked
+        ids, stage, masked = group.examples.ids, group.state.stage[:, 0], group.state.masked
         begun = torch.cat([begun, ids])
         where = noise.uniform(SEED, noise.MIXTURE, ids) < share
         for row in where.nonzero().flatten().tolist():
-            places = group.samples.answer[row].nonzero().flatten().tolist()
+            places = group.examples.answer[row].nonzero().flatten().tolist()
             expected = oracles.random_mask(SEED, int(ids[row]), places, int(stage[row]))
             assert set(masked[row].nonzero().flatten().tolist()) == expected
         randomly, inputs = randomly + int(where.sum()), inputs + len(where)
@@ -111,8 +111,8 @@ def test_the_chains_of_a_mixture_are_those_without_it() -> None:
     """A sequence that is not masked at random walks exactly as it would alone."""
     mixed, plain = (run(ObjectiveConfig(stages=3, random_share=share)) for share in (0.4, 0.0))
     for number in range(1, 20):
-        alike = ~(noise.uniform(SEED, noise.MIXTURE, mixed.samples.ids) < 0.4)
-        assert mixed.samples.ids.equal(plain.samples.ids)
+        alike = ~(noise.uniform(SEED, noise.MIXTURE, mixed.examples.ids) < 0.4)
+        assert mixed.examples.ids.equal(plain.examples.ids)
         assert mixed.state.masked[alike].equal(plain.state.masked[alike])
         assert alike.any()
         step(mixed, number)
@@ -128,7 +128,7 @@ def test_the_chains_of_a_mixture_are_those_without_it() -> None:
     ],
 )
 def test_a_switch_begins_every_chain_anew(first: str, second: str, kinds: tuple[type, type]) -> None:
-    """At its step all slots take their next sample, at the stages that the new objective begins with."""
+    """At its step all slots take their next example, at the stages that the new objective begins with."""
     at, stages = 7, 3
     annealed = 4 if first == "autoregressive" else 0  # steps of causal attention and less and less of it
     config = ObjectiveConfig(first, second, at, stages=stages, attention_annealing_steps=annealed)  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def test_a_switch_begins_every_chain_anew(first: str, second: str, kinds: tuple[
         if number == at:
             assert (group.cursors == before + 1).all()
             fresh = group.objectives.at(at).first_stage(torch.arange(SLOTS), at)[:, None]
-            expected = group.objectives.at(at).begin(group.samples, fresh, at)
+            expected = group.objectives.at(at).begin(group.examples, fresh, at)
             assert group.state.masked.equal(expected.masked)
             assert group.state.stage.equal(expected.stage)
             assert second != "puma" or group.state.stage.unique().tolist() == list(range(stages))
@@ -185,18 +185,18 @@ def test_every_objective_goes_on_exactly_from_its_arrays(config: ObjectiveConfig
 def test_position_0_is_given_where_predictions_are_shifted() -> None:
     """It is never masked; a sequence with no other position has no loss and makes room at once."""
     group = run(ObjectiveConfig(stages=3), "shifted")
-    group.samples.roles[0] = 0
-    group.samples.roles[0, 0] = 2  # an answer of one token at position 0
-    group.samples.roles[1, :2] = 2  # an answer that begins at position 0
+    group.examples.roles[0] = 0
+    group.examples.roles[0, 0] = 2  # an answer of one token at position 0
+    group.examples.roles[1, :2] = 2  # an answer that begins at position 0
     objective = group.objectives.at(1)
-    state = objective.begin(group.samples, torch.zeros(SLOTS, 1, dtype=torch.int64), 1)
+    state = objective.begin(group.examples, torch.zeros(SLOTS, 1, dtype=torch.int64), 1)
     assert not state.masked[:, 0].any()
     assert not state.masked[0].any()
-    assert objective.layout.chains(group.samples).length[1] == group.samples.answer_length[1] - 1
+    assert objective.layout.chains(group.examples).length[1] == group.examples.answer_length[1] - 1
     group.state = state
-    weights = objective.weights(group.samples, state)
+    weights = objective.weights(group.examples, state)
     assert weights[state.masked].isfinite().all()
     zeros = torch.zeros(SLOTS, WIDTH)
-    _, ended, _ = objective.advance(group.samples, state, Scores(zeros), 1, 2)
+    _, ended, _ = objective.advance(group.examples, state, Scores(zeros), 1, 2)
     assert ended.tolist()[0]
     assert not ended.all()

@@ -20,11 +20,11 @@ def test_equals_splitmix64_in_python_integers(seed: int, purpose: int, values: l
 
 
 def test_broadcasts_and_every_argument_counts() -> None:
-    samples, positions = torch.arange(50)[:, None], torch.arange(40)[None]
-    grid = noise.uniform(1, 2, samples, positions)
+    examples, positions = torch.arange(50)[:, None], torch.arange(40)[None]
+    grid = noise.uniform(1, 2, examples, positions)
     assert grid.shape == (50, 40)
     assert grid.unique().numel() == 2000
-    for other in (noise.uniform(2, 2, samples, positions), noise.uniform(1, 3, samples, positions)):
+    for other in (noise.uniform(2, 2, examples, positions), noise.uniform(1, 3, examples, positions)):
         assert not (grid == other).any()
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.objectives.layouts import Whole
 from pipeline.objectives.objective import ChainState, Scores, take_highest
 from pipeline.objectives.policies import POLICIES
@@ -36,7 +36,7 @@ schedules = st.builds(
 class Case:
     """A batch of sequences with any layout, and the settings of the chains."""
 
-    samples: Samples
+    examples: Examples
     answers: list[list[int]]
     stages: StageSchedule
     threshold: float | None
@@ -64,9 +64,9 @@ def cases(draw: st.DrawFn) -> Case:
         roles[row, prompt : prompt + answer] = ANSWER
     tokens = np.random.default_rng(draw(st.integers(0, 99))).integers(5, 30, (rows, width))
     ids = draw(st.lists(st.integers(0, 2**40), min_size=rows, max_size=rows))
-    samples = Samples(torch.from_numpy(tokens), torch.from_numpy(roles), torch.tensor(ids))
+    examples = Examples(torch.from_numpy(tokens), torch.from_numpy(roles), torch.tensor(ids))
     return Case(
-        samples,
+        examples,
         [list(range(prompt, prompt + answer)) for prompt, answer, _ in shapes],
         draw(schedules),
         draw(st.none() | st.sampled_from([1e-9, 0.3, 0.9, 1 - 1e-7])),
@@ -78,7 +78,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def scores(case: Case, step: int) -> Scores:
     """Return scores of one of the kinds, ties included."""
-    shape = tuple(case.samples.tokens.shape)
+    shape = tuple(case.examples.tokens.shape)
     random = np.random.default_rng([case.seed, step])
 
     def values() -> torch.Tensor:
@@ -118,10 +118,10 @@ def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     objective = case.objective()
     first_step = data.draw(st.integers(1, 8))
     first = [data.draw(st.integers(0, case.stages(first_step) - 1)) for _ in case.answers]
-    state = objective.begin(case.samples, torch.tensor(first)[:, None], first_step)
+    state = objective.begin(case.examples, torch.tensor(first)[:, None], first_step)
     chains = [
-        oracles.Chain(case.seed, sample, answer, case.stages, case.threshold, case.policy)
-        for sample, answer in zip(case.samples.ids.tolist(), case.answers, strict=True)
+        oracles.Chain(case.seed, example, answer, case.stages, case.threshold, case.policy)
+        for example, answer in zip(case.examples.ids.tolist(), case.answers, strict=True)
     ]
     for chain, stage in zip(chains, first, strict=True):
         chain.begin(stage, first_step)
@@ -129,7 +129,7 @@ def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     for step in range(first_step, first_step + bound):
         given_scores = scores(case, step)
         before = masked_sets(state)
-        state, ended, _ = objective.advance(case.samples, state, given_scores, step, step + 1)
+        state, ended, _ = objective.advance(case.examples, state, given_scores, step, step + 1)
         for row, chain in enumerate(chains):
             if chain.ended:
                 continue
@@ -152,10 +152,10 @@ def test_stage_targets_stay_in_their_stage(length: int, stages: int) -> None:
     """round(r L_eff) with r in [j/K, (j+1)/K), never the last masked token."""
     count = 400
     roles = torch.full((count, length), ANSWER, dtype=torch.int8)
-    samples = Samples(torch.zeros(count, length, dtype=torch.int64), roles, torch.arange(count))
+    examples = Examples(torch.zeros(count, length, dtype=torch.int64), roles, torch.arange(count))
     objective = ProgressiveUnmasking(3, LAYOUT, StageSchedule(stages), POLICIES["confidence"])
     for stage in range(stages):
-        target = objective.target_count(samples, LAYOUT.chains(samples), torch.full((count, 1), stage), 1)
+        target = objective.target_count(examples, LAYOUT.chains(examples), torch.full((count, 1), stage), 1)
         low, high = int(stage / stages * length + 0.5), int((stage + 1) / stages * length + 0.5)
         assert (target >= min(low, length - 1)).all()
         assert (target <= min(high, length - 1)).all()
@@ -176,11 +176,11 @@ def test_first_chains_are_staggered() -> None:
 def test_ranking_never_sees_the_truth(case: Case) -> None:
     """With other true tokens, and the same confidences, a chain is the same."""
     objective = case.objective()
-    other = Samples(case.samples.tokens.flip(0) * 0 + 7, case.samples.roles, case.samples.ids)
+    other = Examples(case.examples.tokens.flip(0) * 0 + 7, case.examples.roles, case.examples.ids)
     stage = torch.zeros(len(case.answers), 1, dtype=torch.int64)
-    one, two = objective.begin(case.samples, stage, 1), objective.begin(other, stage, 1)
+    one, two = objective.begin(case.examples, stage, 1), objective.begin(other, stage, 1)
     for step in range(1, 9):
-        one, *_ = objective.advance(case.samples, one, scores(case, step), step, step + 1)
+        one, *_ = objective.advance(case.examples, one, scores(case, step), step, step + 1)
         two, *_ = objective.advance(other, two, scores(case, step), step, step + 1)
         assert torch.equal(one.masked, two.masked)
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import objectives
 from pipeline.base.errors import UserError
 from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, TrainConfig
-from pipeline.data.examples import ANSWER, PROMPT, Samples
+from pipeline.data.examples import ANSWER, PROMPT, Examples
 from pipeline.model.batch import MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask
@@ -50,10 +50,10 @@ def batch_of(config: Config, prompt: int = 0, step: int = 1) -> MaskedBatch:
     torch.manual_seed(0)
     roles = torch.full((SEQUENCES, LENGTH), ANSWER, dtype=torch.int8)
     roles[:, :prompt] = PROMPT
-    samples = Samples(torch.randint(5, ROWS, (SEQUENCES, LENGTH)), roles, torch.arange(SEQUENCES))
+    examples = Examples(torch.randint(5, ROWS, (SEQUENCES, LENGTH)), roles, torch.arange(SEQUENCES))
     objective = objectives.build(config, MASK, False).at(step)
-    state = objective.begin(samples, torch.zeros(SEQUENCES, 1, dtype=torch.int64), step)
-    return model_input(objective, samples, state, int(state.masked.sum()), step)
+    state = objective.begin(examples, torch.zeros(SEQUENCES, 1, dtype=torch.int64), step)
+    return model_input(objective, examples, state, int(state.masked.sum()), step)
 
 
 def counted(config: Config, batch: MaskedBatch) -> int:

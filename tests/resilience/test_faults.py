@@ -27,13 +27,13 @@ def entries(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def samples_of(run_dir: Path) -> dict[int, list[int]]:
-    """Return the samples of each step over both ranks, from the logs of the ranks."""
-    samples: dict[int, list[int]] = {}
+    """Return the examples of each step over both ranks, from the logs of the ranks."""
+    examples: dict[int, list[int]] = {}
     for rank in range(2):
         for line in (run_dir / f"samples/rank_{rank:05d}.jsonl").read_text().splitlines():
             entry = json.loads(line)
-            samples.setdefault(entry["step"], []).extend(sample for _, sample in entry["samples"])
-    return samples
+            examples.setdefault(entry["step"], []).extend(example for _, example in entry["samples"])
+    return examples
 
 
 def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
@@ -52,10 +52,10 @@ def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
     assert [entry["step"] for entry in skipped] == [5, 36, 38]
     for entry, problem in zip(skipped, ("loss is not finite", "gradient norm is", "loss of a"), strict=True):
         assert problem in entry["problem"]
-    samples = samples_of(tmp_path)
-    assert sorted(samples) == list(range(1, 41)), "the chains went on"
+    examples = samples_of(tmp_path)
+    assert sorted(examples) == list(range(1, 41)), "the chains went on"
     for entry in skipped:
-        assert entry["samples"] == sorted(set(samples[entry["step"]]))
+        assert entry["samples"] == sorted(set(examples[entry["step"]]))
     counted = dict(curve(tmp_path, "skipped_steps"))
     assert (counted[4], counted[8], counted[36], counted[40]) == (0, 1, 2, 3)
     slowest = [rank for _, rank in curve(tmp_path, "ranks/compute_probe_slowest_rank")]
@@ -74,20 +74,20 @@ def test_zero2_skips_alike(data: Path, tmp_path: Path) -> None:
 
 
 def test_rollback_leaves_the_samples_out(data: Path, tmp_path: Path) -> None:
-    """A sample that always gives NaN: after three skipped steps the run goes back and ends without it."""
+    """An example that always gives NaN: after three skipped steps the run goes back and ends without it."""
     small = "--train.global_batch_size 4 --train.micro_batch_size 1 --train.steps 24".split()
     small += "--guard.skips_before_rollback 3 --schedule.warmup_steps 1 --objective.stages 8".split()
     first = start_faulty({}, data, tmp_path / "sound", *small)
     assert first.returncode == 0, first.stderr
-    samples = samples_of(tmp_path / "sound")
-    bad = next(each for each in samples[7] if each not in samples[4] and each in samples[9])
+    examples = samples_of(tmp_path / "sound")
+    bad = next(each for each in examples[7] if each not in examples[4] and each in examples[9])
 
     result = start_faulty({"sample": {"sample": bad}}, data, tmp_path / "run", *small)
     assert result.returncode == 0, result.stderr
     *skips, back = entries(tmp_path / "run")
     assert [entry["step"] for entry in skips] == [skips[0]["step"] + i for i in range(3)]
     assert (back["step"], back["rollback_to"]) == (skips[-1]["step"], 4)
-    assert back["excluded"] == sorted({sample for entry in skips for sample in entry["samples"]})
+    assert back["excluded"] == sorted({example for entry in skips for example in entry["samples"]})
     assert bad in back["excluded"]
     assert "went back from step" in result.stdout
     after = samples_of(tmp_path / "run")

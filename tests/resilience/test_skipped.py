@@ -23,7 +23,7 @@ def open_log(run_dir: Path) -> SkipLog:
 def test_a_full_disk_takes_the_steps_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It must not end a run that a bad sample could not; what was left out is known to the next start."""
+    """It must not end a run that a bad example could not; what was left out is known to the next start."""
 
     def full(path: Path, content: bytes) -> Any:
         raise OSError(28, "No space left on device", str(path))

@@ -133,7 +133,7 @@ def test_the_second_signal_ends_at_once(waiting: str) -> None:
 
 
 def test_a_hopeless_run_fails(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN from step 6 on, whatever the samples: back twice, then the end, with the code for failed."""
+    """NaN from step 6 on, whatever the examples: back twice, then the end, with the code for failed."""
     forward = PlainEngine.forward
 
     def broken(engine: PlainEngine, batch: object) -> object:
@@ -177,9 +177,9 @@ def test_no_checkpoint_to_go_back_to(train: Train, tmp_path: Path, monkeypatch: 
 def test_a_row_of_refused_steps_goes_on_after_a_restart(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: str
 ) -> None:
-    """Two unsound steps before a stop and one after it are three in a row; all their samples are left out.
+    """Two unsound steps before a stop and one after it are three in a row; all their examples are left out.
 
-    With turns these are the samples of the chains whose turn the step was.
+    With turns these are the examples of the chains whose turn the step was.
     """
     forward, steps = PlainEngine.forward, iter(range(1, 100))  # a forward a step
     trained: dict[int, list[int]] = {}
@@ -187,7 +187,7 @@ def test_a_row_of_refused_steps_goes_on_after_a_restart(
     def broken(engine: PlainEngine, batch: object) -> object:
         step, output = next(steps), forward(engine, batch)
         entry = json.loads((tmp_path / "samples/rank_00000.jsonl").read_text().splitlines()[-1])
-        trained.setdefault(entry["step"], sorted(sample for _, sample in entry["samples"]))
+        trained.setdefault(entry["step"], sorted(example for _, example in entry["samples"]))
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return output._replace(loss=output.loss * (float("nan") if step in (6, 7, 8) else 1.0))
@@ -203,7 +203,7 @@ def test_a_row_of_refused_steps_goes_on_after_a_restart(
     *skips, back = [json.loads(each) for each in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in skips] == [6, 7, 8]
     assert [entry["samples"] for entry in skips] == [trained[step] for step in (6, 7, 8)]
-    assert back["excluded"] == sorted({sample for entry in skips for sample in entry["samples"]})
+    assert back["excluded"] == sorted({example for entry in skips for example in entry["samples"]})
 
 
 @pytest.mark.distributed

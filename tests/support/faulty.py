@@ -4,7 +4,7 @@ FAULTS is JSON, {"kind": {"rank": 1, "steps": [5]}, ...}:
     nan         the loss of every micro-batch is NaN
     loss_spike  the loss is 1,000 times as high
     norm_spike  the gradients are a million times as high, the loss is not
-    sample      the loss is NaN wherever this sample of the training split is ({"sample": 3})
+    example      the loss is NaN wherever this example of the training split is ({"sample": 3})
     hang        the rank does not come back from its data
     signal      the rank alone gets SIGTERM
 Where the guard refuses an update, the program itself checks that nothing has changed.
@@ -50,8 +50,8 @@ def faulty_inputs(group: SlotGroup, step: int) -> Any:
     if strikes("signal"):
         os.kill(os.getpid(), signal.SIGTERM)
     batch = inputs(group, step)
-    samples = [group.stream.index(position) for position in group.samples.ids.tolist()]
-    now["poisoned"] = faults.get("sample", {}).get("sample") in samples
+    examples = [group.stream.index(position) for position in group.examples.ids.tolist()]
+    now["poisoned"] = faults.get("sample", {}).get("sample") in examples
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Build the samples of a dataset on each rank as if it were a node of its own, with a disk of its own."""
+"""Build the examples of a dataset on each rank as if it were a node of its own, with a disk of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.tokenizer import Tokenizer
 
 
 def main(folder: Path, own_disk: bool) -> None:
-    """Print what each rank built and which samples it has."""
+    """Print what each rank built and which examples it has."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     os.environ["LOCAL_RANK"] = "0" if own_disk else str(rank)
@@ -34,7 +34,7 @@ def main(folder: Path, own_disk: bool) -> None:
     data = datasets.build_datasets(config, Tokenizer.load(folder / "tokenizer"), 1, cache)
     content = b"".join(data.train[i]["tokens"].tobytes() for i in range(len(data.train)))
     # One write for the line and its end: print makes two of them, and the other rank's line may come between.
-    sys.stdout.write(f"rank {rank}: {len(builds)} builds, samples {hashlib.sha256(content).hexdigest()}\n")
+    sys.stdout.write(f"rank {rank}: {len(builds)} builds, examples {hashlib.sha256(content).hexdigest()}\n")
     sys.stdout.flush()
     torch.distributed.destroy_process_group()
 

@@ -36,20 +36,20 @@ class Chain:
     def __init__(
         self,
         seed: int,
-        sample: int,
+        example: int,
         answer: list[int],
         stages: Callable[[int], int],
         threshold: float | None,
         policy: str = "confidence",
         number: int = 0,
     ) -> None:
-        self.seed, self.sample, self.number, self.answer = seed, sample, number, answer
+        self.seed, self.example, self.number, self.answer = seed, example, number, answer
         self.stages, self.threshold, self.policy = stages, threshold, policy
         self.ended = False
 
     def target(self, stage: int, step: int) -> int:
         """Return the unmasked count of a stage: round(r L_eff), one masked token stays."""
-        jitter = uniform(self.seed, STAGE_TARGET, self.sample, self.number, stage)
+        jitter = uniform(self.seed, STAGE_TARGET, self.example, self.number, stage)
         r = (stage + jitter) / self.stages(step)
         return min(int(np.floor(r * len(self.answer) + 0.5)), len(self.answer) - 1)
 
@@ -57,7 +57,7 @@ class Chain:
         """Return the order of what is revealed without scores."""
         if self.policy == "left_to_right":
             return {i: -i for i in self.answer}
-        return {i: uniform(self.seed, REVEAL_ORDER, self.sample, i) for i in self.answer}
+        return {i: uniform(self.seed, REVEAL_ORDER, self.example, i) for i in self.answer}
 
     def begin(self, stage: int, step: int) -> None:
         """Reveal the count of the stage."""
@@ -84,32 +84,32 @@ class Chain:
 
 
 def random_mask(
-    seed: int, sample: int, answer: list[int], stage: int = 0, number: int = 0, strata: int | None = None
+    seed: int, example: int, answer: list[int], stage: int = 0, number: int = 0, strata: int | None = None
 ) -> set[int]:
     """Return n ~ U{1..L_eff} random answer positions."""
-    count = 1 + int(mask_ratio(seed, sample, stage, number, strata) * len(answer))
-    return set(best(answer, {i: uniform(seed, MASK_POSITIONS, sample, i, stage) for i in answer}, count))
+    count = 1 + int(mask_ratio(seed, example, stage, number, strata) * len(answer))
+    return set(best(answer, {i: uniform(seed, MASK_POSITIONS, example, i, stage) for i in answer}, count))
 
 
-def mask_ratio(seed: int, sample: int, stage: int, number: int, strata: int | None) -> float:
+def mask_ratio(seed: int, example: int, stage: int, number: int, strata: int | None) -> float:
     """Return the number in [0, 1) behind a mask, stratified over `strata` slots or not."""
     if strata is None:
-        return uniform(seed, MASK_RATIO, sample, number, stage)
-    shared = uniform(seed, MASK_RATIO, sample // strata, number, stage)
-    return (shared + sample % strata / strata) % 1.0
+        return uniform(seed, MASK_RATIO, example, number, stage)
+    shared = uniform(seed, MASK_RATIO, example // strata, number, stage)
+    return (shared + example % strata / strata) % 1.0
 
 
 def bernoulli_mask(
-    seed: int, sample: int, answer: list[int], strata: int | None = None
+    seed: int, example: int, answer: list[int], strata: int | None = None
 ) -> tuple[set[int], float]:
     """Return a mask of independent positions given that it is not empty, and the weight of each of them."""
-    kept = mask_ratio(seed, sample, 0, 0, strata)  # 1 - t
+    kept = mask_ratio(seed, example, 0, 0, strata)  # 1 - t
     length = len(answer)
-    u = uniform(seed, FIRST_MASKED, sample, 0, 0)
+    u = uniform(seed, FIRST_MASKED, example, 0, 0)
     chances = [kept**j * (1 - kept) / (1 - kept**length) for j in range(length)]
     first = next((j for j in range(length) if sum(chances[: j + 1]) > u), length - 1)
     masked = {answer[first]} | {
-        i for i in answer[first + 1 :] if uniform(seed, MASK_POSITIONS, sample, i, 0) >= kept
+        i for i in answer[first + 1 :] if uniform(seed, MASK_POSITIONS, example, i, 0) >= kept
     }
     return masked, (1 - kept**length) / ((1 - kept) * length)
 

@@ -17,7 +17,7 @@ from pipeline import objectives
 from pipeline.base.files import write_hashed
 from pipeline.chains.slots import make_groups
 from pipeline.chains.stream import SlotStream
-from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, stack_samples
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, stack_examples
 from pipeline.engine.optimizer import learning_rate
 from pipeline.engine.runtime import PlainEngine, build_engine, read_weights
 from pipeline.evaluation.likelihood import estimate
@@ -69,9 +69,9 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     assert torch.equal(engine.evaluate(batch).nll, before), "the weights are back, bit for bit"
     assert not torch.equal(averaged, before)
     few = range(4)
-    samples = stack_samples([SyntheticPairs()[i] for i in few], few).to(launch.device)
+    examples = stack_examples([SyntheticPairs()[i] for i in few], few).to(launch.device)
     layout = objectives.build(config, MASK, True).at(steps).layout
-    likelihood = estimate(engine.evaluate, layout, samples, steps, draws=16, batch_size=20)
+    likelihood = estimate(engine.evaluate, layout, examples, steps, draws=16, batch_size=20)
     folder = Path(output + ".model")
     for name, state in engine.snapshot(folder).items():
         write_hashed(folder / name, partial(torch.save, state))

@@ -19,7 +19,7 @@ MASK = 4
 
 
 class Pairs:
-    """Prompts of 2 tokens and answers of 1 to `longest`; token 100 + i marks sample i."""
+    """Prompts of 2 tokens and answers of 1 to `longest`; token 100 + i marks example i."""
 
     def __init__(self, size: int, longest: int = 6) -> None:
         self.size = size

@@ -37,9 +37,9 @@ def group_of(
 
 
 def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:
-    """Return scores that depend on the sample and the position alone, as a model's might."""
-    sample, position = group.samples.ids[batch.rows // WIDTH], batch.rows % WIDTH
-    score = ((sample * 7919 + position * 104729 + 13) % 101).float() / 101
+    """Return scores that depend on the example and the position alone, as a model's might."""
+    example, position = group.examples.ids[batch.rows // WIDTH], batch.rows % WIDTH
+    score = ((example * 7919 + position * 104729 + 13) % 101).float() / 101
     return HeadOutput(score.sum(), score, score, score**2, 1 - score)
 
 

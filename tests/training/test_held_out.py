@@ -27,21 +27,21 @@ def engine() -> Iterator[PlainEngine]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_the_bound_equals_that_of_all_masks(engine: PlainEngine, batch_size: int) -> None:
-    """Answers of up to 3 tokens, every mask of each; batches need not divide the samples."""
+    """Answers of up to 3 tokens, every mask of each; batches need not divide the examples."""
     data = Pairs(9, longest=3)
     expected, tokens = 0.0, 0
     for number in range(SAMPLES):
-        sample = data[number]
-        answer = np.flatnonzero(sample["roles"] == 2).tolist()
+        example = data[number]
+        answer = np.flatnonzero(example["roles"] == 2).tolist()
         tokens += len(answer)
         for count in range(1, len(answer) + 1):
             masks = list(itertools.combinations(answer, count))
             for mask in masks:
-                ids = torch.from_numpy(sample["tokens"])[None].clone()
+                ids = torch.from_numpy(example["tokens"])[None].clone()
                 ids[0, list(mask)] = MASK
-                seen = torch.from_numpy(sample["roles"] != PADDING)[None]
+                seen = torch.from_numpy(example["roles"] != PADDING)[None]
                 logits = engine.model.logits(ids, torch.tensor(mask), seen)  # type: ignore[operator]
-                truth = torch.from_numpy(sample["tokens"])[list(mask)]
+                truth = torch.from_numpy(example["tokens"])[list(mask)]
                 nll = -torch.log_softmax(logits.double(), dim=-1).gather(1, truth[:, None]).sum()
                 expected += float(nll) / count / len(masks)  # L/n of a draw, 1/L of each n
     layout = Whole(MASK, has_padding=True)

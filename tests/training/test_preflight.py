@@ -268,7 +268,7 @@ def test_what_is_refused_is_refused_before_samples_are_built(
     wrong = {
         "items.jsonl, line 1: no key 'answer'": ("--evaluation.tasks", tasks),
         "config.json is missing": ("--train.initial_weights", str(tmp_path / "nowhere")),
-        "gives no validation sample": ("--data.split", "1,0,0"),
+        "gives no validation example": ("--data.split", "1,0,0"),
         "data.sequence_length = 8": ("--data.sequence_length", "8"),
     }
     for message, change in wrong.items():

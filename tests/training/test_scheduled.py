@@ -54,7 +54,7 @@ def found_in(checkpoint: str, items: Path, capture: pytest.CaptureFixture[str], 
 def test_under_zero3(data: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two ranks, 41 items that do not divide, the averaged weights as by default, and the interval."""
     more = ["--optimizer.ema_decay", "0.6", "--train.steps", "8"]
-    printed = train_on(2, data, tmp_path, *schedule(items, samples=41, interval=3, name="letters"), *more)
+    printed = train_on(2, data, tmp_path, *schedule(items, examples=41, interval=3, name="letters"), *more)
     accuracies = curve(tmp_path, "evaluation/letters/accuracy")
     assert [step for step, _ in accuracies] == [3, 6, 8]
     last = accuracies[-1][1]
@@ -73,7 +73,7 @@ def test_answers_of_any_length(
 ) -> None:
     """Several tokens at a forward, as many as fit; the steps do not notice that they are measured."""
     corpus = data / "corpus.jsonl"
-    several = schedule(corpus, length=None, tokens_per_step=3, samples=60)
+    several = schedule(corpus, length=None, tokens_per_step=3, examples=60)
     assert train(tmp_path / "measured", *several).code == 0
     assert train(tmp_path / "plain", "--evaluation.interval", "0").code == 0
     assert curve(tmp_path / "measured", "loss") == curve(tmp_path / "plain", "loss")
@@ -97,10 +97,10 @@ def test_the_answers_are_those_of_the_sampler(
     loaded = load_model(tmp_path, torch.device("cpu"))
     prompts = [json.loads(line)["prompt"] for line in (data / "corpus.jsonl").read_text().splitlines()]
     sequences = behind_prompts(prompts, None, loaded.tokenizer, loaded.config)
-    samples, masked = stack_sequences(sequences, range(len(prompts)), "pairs", loaded.tokenizer.pad)
+    examples, masked = stack_sequences(sequences, range(len(prompts)), "pairs", loaded.tokenizer.pad)
     engine: Any = SimpleNamespace(evaluate=torch.no_grad()(loaded.model), max_over_ranks=lambda x: x)
     end = loaded.tokenizer.eos
-    found = fill(engine, samples, masked, loaded.layout, loaded.step, at_once, stop=end)
+    found = fill(engine, examples, masked, loaded.layout, loaded.step, at_once, stop=end)
     assert found is not None
     answers = [
         up_to_end(loaded.tokenizer, row[where].tolist()) for row, where in zip(found[0], masked, strict=True)

@@ -176,7 +176,7 @@ def test_rates_leave_out_what_is_no_training(tmp_path: Path, monkeypatch: pytest
 
 
 def test_samples_are_read_ahead() -> None:
-    """After the first ones, the training thread itself reads no sample."""
+    """After the first ones, the training thread itself reads no example."""
     training = Training(KINDS[0])
     training.data.readers.clear()
     for _ in range(20):

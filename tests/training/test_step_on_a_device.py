@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline import objectives
 from pipeline.chains.statistics import ChainStatistics, Walk
 from pipeline.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
-from pipeline.data.examples import Samples, stack_samples
+from pipeline.data.examples import Examples, stack_examples
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.objective import ObjectiveSchedule, Scores, model_input
@@ -67,29 +67,29 @@ def test_a_step_stays_on_its_device(objective: ObjectiveConfig, prediction: str,
     )
     with DEVICE:
         model = MaskedDiffusionModel(config.model, Vocabulary(160, 150, MASK), "none").to(dtype)
-    read = stack_samples([Pairs(20)[number] for number in range(SLOTS)], range(SLOTS))
-    samples = Samples(*(values.to(DEVICE) for values in vars(read).values()))
-    for tensor in walk(model, samples, objectives.build(config, MASK, has_padding=True)):
+    read = stack_examples([Pairs(20)[number] for number in range(SLOTS)], range(SLOTS))
+    examples = Examples(*(values.to(DEVICE) for values in vars(read).values()))
+    for tensor in walk(model, examples, objectives.build(config, MASK, has_padding=True)):
         assert tensor.device == DEVICE
     assert all(w.grad is not None and w.grad.dtype == dtype for w in model.parameters())
 
 
-def walk(model: MaskedDiffusionModel, samples: Samples, schedule: ObjectiveSchedule) -> list[Tensor]:
+def walk(model: MaskedDiffusionModel, examples: Examples, schedule: ObjectiveSchedule) -> list[Tensor]:
     """Train three steps as `SlotGroup` does, without what it tells the host; return what they lead to."""
     numbers = torch.arange(SLOTS, device=DEVICE)
     age, start = torch.zeros_like(numbers), schedule.at(1)
     statistics = ChainStatistics(schedule.longest, DEVICE)
-    state = start.begin(samples, start.first_stage(numbers, 1)[:, None], 1)
+    state = start.begin(examples, start.first_stage(numbers, 1)[:, None], 1)
     for step in (1, 2, 3):
         now, then = schedule.at(step), schedule.at(step + 1)
-        batch = model_input(now, samples, state, ROWS, step)
+        batch = model_input(now, examples, state, ROWS, step)
         output = model(batch)
         output.loss.backward()
         scores = Scores.of(output, batch.rows, state.masked)
-        following, ended, reveals = now.advance(samples, state, scores, step, step + 1)
+        following, ended, reveals = now.advance(examples, state, scores, step, step + 1)
         stage = then.first_stage(numbers, step + 1) if then is not now else torch.zeros_like(numbers)
-        fresh = then.begin(samples, stage[:, None], step + 1)
-        statistics.add(Walk(samples, now.layout.chains(samples), state, age, ended, reveals), batch, output)
+        fresh = then.begin(examples, stage[:, None], step + 1)
+        statistics.add(Walk(examples, now.layout.chains(examples), state, age, ended, reveals), batch, output)
         state = fresh if then is not now else following.replaced(ended, fresh)
     assert output.confidence.dtype == output.nll.dtype == torch.float32
     return [state.masked, state.stage, statistics.sums, output.nll, output.confidence]
