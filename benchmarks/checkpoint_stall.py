@@ -26,7 +26,7 @@ from pipeline.base.cli import run
 from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint import FORMAT, Manifest, Saver
 from pipeline.config import Config
-from pipeline.engine.runtime import Engine
+from pipeline.engine.protocol import Engine
 from pipeline.train import train_step
 from random_text import engine_on_random_text
 
@@ -49,23 +49,23 @@ class Training:
 
     def timed_step(self) -> float:
         """Run a step and return its seconds."""
-        self.engine.barrier()
+        self.engine.ranks.barrier()
         began = time.perf_counter()
         self.step += 1
         _, norm = train_step(self.engine, self.groups, 1e-4, self.step)
         float(norm)
-        self.engine.barrier()
+        self.engine.ranks.barrier()
         return time.perf_counter() - began
 
     def timed_save(self, saver: Saver, manifest: Manifest) -> tuple[float, float]:
         """Save; return the seconds of the stall, and of the drag until the files are written."""
         usual = median(self.timed_step() for _ in range(3))
-        self.engine.barrier()
+        self.engine.ranks.barrier()
         began = time.perf_counter()
         saver.save(dataclasses.replace(manifest, step=self.step))
-        self.engine.barrier()
+        self.engine.ranks.barrier()
         stall, drag = time.perf_counter() - began, 0.0
-        while any(self.engine.all_gather(saver.writing())):
+        while any(self.engine.ranks.all_gather(saver.writing())):
             drag += self.timed_step() - usual
         saver.wait()
         return stall, drag
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(config: Config, engine: Engine, groups: list[SlotGroup]) -> None:
     """Save in both ways, in turns, and report."""
-    ranks, slots = engine.launch.world_size, config.train.global_batch_size
+    ranks, slots = engine.ranks.world_size, config.train.global_batch_size
     manifest = Manifest(FORMAT, 0, 0, ranks, engine.sharding, slots, {}, "")
     training = Training(engine, groups)
     said: list[str] = []
@@ -92,8 +92,8 @@ def measure(config: Config, engine: Engine, groups: list[SlotGroup]) -> None:
     for _ in range(ROUNDS):
         for name, saver in savers.items():
             times[name].append(training.timed_save(saver, manifest))
-    if engine.launch.rank == 0:
-        report(times, said[-1], f"{ranks} ranks on {engine.launch.device.type}")
+    if engine.ranks.is_first:
+        report(times, said[-1], f"{ranks} ranks on {engine.ranks.device.type}")
         shutil.rmtree(config.run_dir)
 
 

@@ -14,7 +14,7 @@ from pipeline import config as configuration
 from pipeline.base.cli import run
 from pipeline.chains.slots import SlotGroup
 from pipeline.config import Config
-from pipeline.engine.runtime import Engine
+from pipeline.engine.protocol import Engine
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
 from random_text import engine_on_random_text
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(config: Config, engine: Engine, groups: list[SlotGroup]) -> None:
     """Run the steps and report."""
-    launch = engine.launch
+    ranks = engine.ranks
     average, guard = engine.average, Guard(config.guard, config.optimizer.gradient_clip)  # type: ignore[attr-defined]
     ways = {"neither": (None, None), "guard": (guard, None), "average": (None, average)}
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -45,14 +45,14 @@ def measure(config: Config, engine: Engine, groups: list[SlotGroup]) -> None:
         for name, (judge, kept) in ways.items():
             step += 1
             engine.average = kept  # type: ignore[attr-defined]
-            engine.barrier()
+            ranks.barrier()
             began = time.perf_counter()
             _, norm = train_step(engine, groups, 1e-4, step, judge)
             float(norm)
             if number >= WARM_UP:
                 times[name].append(time.perf_counter() - began)
-    if launch.rank == 0:
-        print(f"{launch.world_size} ranks on {launch.device.type}, {ROUNDS} steps each way")
+    if ranks.is_first:
+        print(f"{ranks.world_size} ranks on {ranks.device.type}, {ROUNDS} steps each way")
         for name, values in times.items():
             ratio = median(values) / median(times["neither"])
             print(f"{name:8} {1e3 * median(values):8.2f} ms a step   x {ratio:.4f}")

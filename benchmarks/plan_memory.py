@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
-from pipeline.engine.runtime import engine_settings
+from pipeline.engine.build import engine_settings
 from pipeline.planning.communication import step_communication
 from pipeline.planning.live_memory import LiveStorages
 from pipeline.planning.memory import FULL, HALF, Zero, count_parameters, plan_memory
@@ -142,8 +142,10 @@ def measure(name: str, output: Path) -> None:
         peak, collectives = counted.peak, dict(counted.bytes)
         states = engine.snapshot(output.parent)
         saved = sum(t.nbytes for t in tree_leaves(states) if isinstance(t, Tensor))
-        found = engine.all_gather({"peak": peak, "rows": rows, "saved": saved, "collectives": collectives})
-        if engine.launch.rank == 0:
+        found = engine.ranks.all_gather(
+            {"peak": peak, "rows": rows, "saved": saved, "collectives": collectives}
+        )
+        if engine.ranks.is_first:
             output.write_text(json.dumps(found))
 
 

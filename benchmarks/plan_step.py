@@ -24,7 +24,7 @@ import torch
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
-from pipeline.engine.runtime import engine_settings
+from pipeline.engine.build import engine_settings
 from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import Zero
 from pipeline.planning.run_plan import Assumptions, Planner
@@ -111,8 +111,8 @@ def measure(ranks: int, output: Path) -> None:
             "update": update,
             "computation": step - communication - update,
         }
-        found = engine.all_gather(figures)
-        if engine.launch.rank == 0:
+        found = engine.ranks.all_gather(figures)
+        if engine.ranks.is_first:
             output.write_text(json.dumps({key: sum(f[key] for f in found) / ranks for key in figures}))
 
 

@@ -12,9 +12,10 @@ from pipeline.chains.slots import SlotGroup, make_groups
 from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
 from pipeline.data.examples import ANSWER, Array
-from pipeline.engine.runtime import Engine, build_engine
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine
 from pipeline.model.batch import Vocabulary
-from pipeline.ranks import read_launch
+from pipeline.ranks import join_ranks
 
 MASK = 3
 
@@ -39,9 +40,11 @@ def engine_on_random_text(
     config: Config, tokens: int, length: int
 ) -> Iterator[tuple[Engine, list[SlotGroup]]]:
     """Give the configured engine and this rank's slots, over sequences of `length` of `tokens` tokens."""
-    launch = read_launch(config)
-    engine = build_engine(config, launch, Vocabulary(tokens, tokens, MASK))
+    ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
+    ranks.connect()
+    engine = build_engine(config, ranks, Vocabulary(tokens, tokens, MASK))
     stream = SlotStream(RandomText(tokens, length), config.slots, config.train.seed, workers=1)
-    yield engine, make_groups(config, launch, stream, objectives.build(config, MASK, False))[0]
+    yield engine, make_groups(config, ranks, stream, objectives.build(config, MASK, False))[0]
     stream.close()
     engine.close()
+    ranks.disconnect()

@@ -45,13 +45,13 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.data.examples import ANSWER, Array
-from pipeline.engine.runtime import PlainEngine
+from pipeline.engine.plain import PlainEngine
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.objective import take_highest
 from pipeline.planning.flops import step_flops
 from pipeline.planning.live_memory import LiveStorages
-from pipeline.ranks import read_launch
+from pipeline.ranks import join_ranks
 from pipeline.train import train_step
 
 MASK = 3
@@ -127,9 +127,9 @@ class Contest:
             engine=EngineConfig(kind="plain", activation_checkpointing=recompute),
         )
         config.check()
-        launch = read_launch(config)
-        self.device = launch.device
-        self.engine = PlainEngine(config, launch, Vocabulary(shape.vocabulary, shape.vocabulary, MASK))
+        ranks = join_ranks(config.engine.device)
+        self.device = ranks.device
+        self.engine = PlainEngine(config, ranks, Vocabulary(shape.vocabulary, shape.vocabulary, MASK))
         stream = SlotStream(RandomTokens(shape), batch_size, config.train.seed, workers=1)
         objective = objectives.build(config, MASK, False)
         self.group = SlotGroup(range(batch_size), stream, objective, self.device)
@@ -166,7 +166,7 @@ class Contest:
 
     def full_logits(self, batch: MaskedBatch) -> None:
         """Train a full-logit step."""
-        enabled = self.engine.launch.precision == "bf16"
+        enabled = self.engine.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             loss, _ = full_logit_loss(self.engine.model, batch)  # type: ignore[arg-type]
         self.engine.backward(loss)
@@ -261,7 +261,7 @@ def measure(
     """
     contest = Contest(shape, batch_size, recompute, wall_clock)
     on_gpu = contest.device.type == "cuda"
-    dtype = torch.bfloat16 if contest.engine.launch.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if contest.engine.precision == "bf16" else torch.float32
     turns, rates = [], []
     for number in range(repetitions + on_gpu):
         rates.append(matmul_flops_per_second(contest, dtype))

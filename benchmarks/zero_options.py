@@ -71,10 +71,10 @@ def measure(changes: dict[str, int], options: argparse.Namespace) -> dict[str, A
                 counted.peak = counted.now
                 train_step(engine, groups, RATE, step)
         times = [
-            seconds(lambda step=step: train_step(engine, groups, RATE, step), engine.launch.device)
+            seconds(lambda step=step: train_step(engine, groups, RATE, step), engine.ranks.device)
             for step in range(3, 3 + options.steps)
         ]
-        facts = machine(engine.launch.device)
+        facts = machine(engine.ranks.device)
     gathers = [kind for kind in counted.calls if "allgather" in kind]
     return {
         "seconds": times,

@@ -1,7 +1,7 @@
 """The main program: ``python -m pipeline.train --config configs/X.yaml [--section.key value ...]``.
 
 One program for one process, torchrun, the deepspeed launcher and srun. A run that finds checkpoints in its
-folder goes on from the newest, so an interrupted run is continued by the same command.
+folder resumes from the newest, so the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline import config as configuration
-from pipeline.base import cli, errors
+from pipeline.base import cli
+from pipeline.base.errors import EXIT_DONE, EXIT_REQUEUE
 from pipeline.base.files import replacing
 from pipeline.chains.slots import SlotGroup
-from pipeline.engine.optimizer import learning_rate
-from pipeline.engine.runtime import Engine
-from pipeline.ranks import read_launch
+from pipeline.engine.protocol import Engine
+from pipeline.ranks import join_ranks
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
-from pipeline.training.run import Run
+from pipeline.training.learning_rate import learning_rate
+from pipeline.training.start import Training, start
 
 
 def train_step(
@@ -34,78 +36,64 @@ def train_step(
         This rank's loss [], the mean over its micro-batches, and the global gradient norm [].
     """
     parts = []
-    for group in groups:  # one a micro-batch, each with chains of its own
-        batch = group.inputs(step)
+    for group in groups:  # one a micro-batch, each with its own chains
+        batch = group.inputs(step)  # xt: the examples with the masks of their chains
         output = engine.forward(batch)
-        group.advance(batch, output, step)  # the scores of this same forward: no second one
+        group.advance(batch, output, step)  # reveals x0 by the scores of this same forward: no second one
         engine.backward(output.loss)
         parts.append(output.loss.detach())
     losses = torch.stack(parts)
-    return losses.mean(), engine.step(rate, guard.watch(engine, losses) if guard else None)
+    return losses.mean(), engine.step(rate, guard.watch(engine.ranks, losses) if guard else None)
 
 
-def train(run: Run) -> bool:
-    """Train on, with logs, evaluations and checkpoints on the way; say whether the last step is done.
-
-    It is not when a rank was asked to stop; the run is saved then. That holds for the last step too, whose
-    evaluations a stop cuts short: they are made up for when the run goes on.
+def train(run: Training) -> bool:
+    """Train to the last step; return False when the run was asked to stop before. Either way it is saved.
 
     Raises:
-        Failure: when the last step could not be saved: its weights are gone, whatever was trained.
+        Failure: when the last step could not be saved.
     """
-    config = run.config
-    if run.manifest.step:  # a stop may have cut short what was due
-        if run.manifest.held_out_loss is None:
-            run.evaluate()
-        run.measure_tasks()
-    while run.manifest.step < config.train.steps and not run.guard.stop:
-        step = run.manifest.step + 1
+    config, state = run.config, run.state
+    for evaluation in run.evaluations:  # what a stop cut short after the step of the checkpoint
+        evaluation.after_step()
+    while not (state.is_done or run.stop.agreed):
+        step = state.step + 1
         run.watchdog.enter("step")
         if step == config.objective.switch_step:
             run.guard.forget()  # another objective has another loss
-        if run.example_log is not None:
-            run.example_log.write(step, run.groups_of(step))
+        groups = run.groups_of(step)
+        run.log.begin_step(groups)
         rate = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)
-        loss, norm = train_step(run.engine, run.groups_of(step), rate, step, run.guard)
+        loss, gradient_norm = train_step(run.engine, groups, rate, step, run.guard)
         run.watchdog.enter("bookkeeping")
-        run.advance_manifest(step)
-        run.recorder.collect(step, loss, norm, rate)
-        if run.guard.problem is not None and run.refuse(step, run.guard.problem):
+        state.advance(config.train.global_batch_size * config.data.sequence_length)
+        run.log.collect(loss, gradient_norm, rate)
+        if run.recovery.rolled_back(groups):
             continue
-        run.progress.advance(step)
-        if step % config.train.log_interval == 0 or step == config.train.steps:
-            run.log()
-        run.evaluate()
-        run.measure_tasks()
-        if run.due(config.checkpoint.interval, step) or run.guard.stop:
-            run.save()
-    run.watchdog.enter("save")
-    run.saver.wait()
-    done = run.manifest.step == config.train.steps and not run.guard.stop
-    if done and run.saver.problem is not None:
-        raise errors.Failure(
-            f"the last step, {config.train.steps}, is trained but not saved: {run.saver.problem} Put it "
-            "right, and start the same command again: it goes on from the newest checkpoint."
-        )
-    return done
+        for component in (run.log, *run.evaluations, run.checkpoints):
+            component.after_step()
+    run.checkpoints.finish()
+    return state.is_done and not run.stop.agreed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit code."""
     config = configuration.load(sys.argv[1:] if arguments is None else arguments)
-    launch = read_launch(config)
+    ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
     with ExitStack() as stack:
         signals = stack.enter_context(closing(StopSignals()))
-        run = Run(config, launch, signals, stack)
-        if launch.rank == 0:
-            with replacing(run.folder / "config.yaml") as file:
+        stack.callback(ranks.disconnect)
+        ranks.connect()
+        run = start(config, ranks, signals, stack)
+        if ranks.is_first:
+            with replacing(Path(config.run_dir) / "config.yaml") as file:
                 file.write(configuration.to_yaml(config).encode())
         if not train(run):
-            run.progress.say(f"{run.outcome()}: the same command goes on")
+            run.log.progress.say(f"{run.outcome()}: the same command resumes")
             signals.ignore()
-            return errors.EXIT_REQUEUE
-        run.progress.say(f"done: {config.train.steps} steps, checkpoints in {run.folder / 'checkpoints'}")
-        return errors.EXIT_DONE
+            return EXIT_REQUEUE
+        folder = run.checkpoints.saver.folder
+        run.log.progress.say(f"done: {config.train.steps} steps, checkpoints in {folder}")
+        return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from pipeline.base.progress import Progress
 from pipeline.data.indexed import bin_path
 from pipeline.decoding import WEIGHTS_HELP, Loaded, SamplingSettings, load_model
 from pipeline.decoding.settings import add_options, read_options
-from pipeline.engine.runtime import agree
 from pipeline.evaluation.likelihood import DRAWS
 from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_items
 from pipeline.evaluation.pairs import read_pairs
-from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
+from pipeline.ranks import join_ranks
 
 LIKELIHOOD = "likelihood"
 
@@ -114,22 +114,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the figures; of puzzles ``solved X.XX of N held-out puzzles`` comes last."""
     options = parse(arguments)
     with ExitStack() as stack:
-        ranks = stack.enter_context(closing(Ranks()))
+        ranks = join_ranks()
+        ranks.connect("gloo", timedelta(days=7))  # ranks may have very different items
+        stack.callback(ranks.disconnect)
         problem = None
         try:
             loaded = load_model(options.checkpoint, ranks.device, options.untrained, weights=options.weights)
             measured = measure_of(options, loaded, stack)
         except UserError as error:
             problem = str(error)
-        agree(ranks, problem)
+        ranks.agree(problem)
         results = None
         if options.output is not None:
             results = Results(options.output, settings_of(options), options.restart)
         rows = measure_items(
             measured, loaded, ranks, options.batch_size, results,
-            lambda total, done: Progress(total, done, "item", enabled=ranks.rank == 0),
+            lambda total, done: Progress(total, done, "item", enabled=ranks.is_first),
         )  # fmt: skip
-        if ranks.rank == 0:
+        if ranks.is_first:
             figures = measured.figures(rows)
             if results is not None:
                 results.finish(figures, rows)

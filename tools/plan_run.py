@@ -17,7 +17,7 @@ from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.config.checks import require
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.engine.runtime import engine_settings
+from pipeline.engine.build import engine_settings
 from pipeline.planning.gpus import GPUS, find_gpu
 from pipeline.planning.memory import Zero
 from pipeline.planning.plan_report import as_json, describe, describe_table, table

@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.data.examples import Examples
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.objective import ChainState, ObjectiveSchedule, Scores, model_input
-from pipeline.ranks import Launch
+from pipeline.ranks import Ranks
 
 
 class SlotGroup:
@@ -170,16 +170,16 @@ class SlotGroup:
 
 
 def make_groups(
-    config: Config, launch: Launch, stream: SlotStream, objectives: ObjectiveSchedule
+    config: Config, ranks: Ranks, stream: SlotStream, objectives: ObjectiveSchedule
 ) -> list[list[SlotGroup]]:
     """Return the chains of this rank: for each turn (``objective.turns``) a group for each micro-batch."""
     train, turns = config.train, config.objective.turns
-    parts = slots_of_rank(launch.data_rank, train.accumulation(launch.data_size), train.micro_batch_size)
+    parts = slots_of_rank(ranks.data_rank, train.accumulation(ranks.data_size), train.micro_batch_size)
     return [
         [
             SlotGroup(
                 [turn * train.global_batch_size + slot for slot in part],
-                stream, objectives, launch.device, first_step=turn + 1, interval=turns,
+                stream, objectives, ranks.device, first_step=turn + 1, interval=turns,
             )
             for part in parts
         ]

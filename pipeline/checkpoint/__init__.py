@@ -7,12 +7,13 @@ another name and then renamed: a folder with a manifest is whole, or has been da
 
 from pipeline.checkpoint.loading import check_continues, load, newest
 from pipeline.checkpoint.lock import RunLock
-from pipeline.checkpoint.manifest import FORMAT, Manifest, checkpoints, find
+from pipeline.checkpoint.manifest import FORMAT, Identity, Manifest, checkpoints, find
 from pipeline.checkpoint.retention import clear
 from pipeline.checkpoint.saving import Saver
 
 __all__ = [
     "FORMAT",
+    "Identity",
     "Manifest",
     "RunLock",
     "Saver",

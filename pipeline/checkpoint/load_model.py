@@ -8,15 +8,17 @@ from typing import Literal
 
 import torch
 
-from pipeline import checkpoint, objectives
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
+from pipeline.checkpoint.manifest import find
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.engine.build import read_weights
 from pipeline.engine.ema import has_average
-from pipeline.engine.runtime import make_model, read_weights
+from pipeline.engine.network import make_model
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.objectives import decoding_layout
 from pipeline.objectives.objective import Layout
 
 Weights = Literal["ema", "raw"]
@@ -44,8 +46,7 @@ class Loaded:
     @property
     def layout(self) -> Layout:
         """How the objective of the last step showed sequences to the model."""
-        schedule = objectives.build(self.config, self.tokenizer.mask, has_padding=True)
-        return schedule.at(max(1, self.step)).layout
+        return decoding_layout(self.config, self.tokenizer.mask, self.step)
 
 
 def load_model(
@@ -67,7 +68,7 @@ def load_model(
     Raises:
         UserError: when there is no checkpoint, it is damaged, or it lacks the weights that are asked for.
     """
-    folder, manifest = checkpoint.find(path)
+    folder, manifest = find(path)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     model = make_model(config, Vocabulary(**manifest.vocabulary))
     if not untrained:

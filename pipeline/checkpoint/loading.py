@@ -15,6 +15,7 @@ from pipeline.base.errors import UserError
 from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import (
     Damaged,
+    Identity,
     Manifest,
     check_files,
     read_manifest,
@@ -22,17 +23,18 @@ from pipeline.checkpoint.manifest import (
 )
 from pipeline.checkpoint.saving import merge_states
 from pipeline.config import Config
-from pipeline.engine.runtime import Engine, agree
+from pipeline.engine.protocol import Engine
+from pipeline.ranks import Ranks
 
 
-def newest(run_dir: Path, engine: Engine, hashes: bool) -> tuple[Path, Manifest] | None:
+def newest(run_dir: Path, ranks: Ranks, hashes: bool) -> tuple[Path, Manifest] | None:
     """Return the newest whole checkpoint of a run, and say which were skipped and why; every rank calls this.
 
     The ranks share the work of hashing, and take the same one.
 
     Args:
         run_dir: the run.
-        engine: to agree by.
+        ranks: the processes that agree on it.
         hashes: compare the hashes of the files, not only their sizes.
 
     Returns:
@@ -41,20 +43,19 @@ def newest(run_dir: Path, engine: Engine, hashes: bool) -> tuple[Path, Manifest]
     Raises:
         UserError: when there are checkpoints, but none is whole: beginning anew would bury the run.
     """
-    launch = engine.launch
-    folders = engine.all_gather(step_folders(run_dir))[0]
+    folders = ranks.all_gather(step_folders(run_dir))[0]
     for folder in reversed(folders):
         manifest, problem = None, None
         try:
             manifest = read_manifest(folder)
-            check_files(folder, manifest, hashes, launch.rank, launch.world_size)
+            check_files(folder, manifest, hashes, ranks.rank, ranks.world_size)
         except Damaged as error:
             problem = str(error)
-        problems = [each for each in engine.all_gather(problem) if each is not None]
-        if not problems and manifest is not None:
+        problem = ranks.first_problem(problem)
+        if problem is None and manifest is not None:
             return folder, manifest
-        if launch.rank == 0:
-            print(f"skipped {folder}: {problems[0]}", flush=True)
+        if ranks.is_first:
+            print(f"skipped {folder}: {problem}", flush=True)
     if folders:
         raise UserError(
             f"{run_dir} has {len(folders)} checkpoints and none is whole (the reasons are above): restore "
@@ -63,7 +64,7 @@ def newest(run_dir: Path, engine: Engine, hashes: bool) -> tuple[Path, Manifest]
     return None
 
 
-def check_continues(folder: Path, saved: Manifest, now: Manifest, config: Config) -> None:
+def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config) -> None:
     """Raise a `UserError` unless a run with `config` may go on from the checkpoint in `folder`."""
     if saved.step > config.train.steps:
         raise UserError(
@@ -113,10 +114,10 @@ def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[Slot
     """
     states, problem = [], None
     try:
-        states = _states_of_slots(folder, manifest, engine.launch.rank, [group.slots for group in groups])
+        states = _states_of_slots(folder, manifest, engine.ranks.rank, [group.slots for group in groups])
     except (OSError, KeyError, ValueError, BadZipFile) as error:
         problem = f"the slots in {folder} cannot be read ({error}): remove it to use an older checkpoint."
-    agree(engine, problem)
+    engine.ranks.agree(problem)
     engine.load(folder / "model", manifest.world_size)
     for group, state in zip(groups, states, strict=True):
         group.load_state_dict(state, manifest.step + 1)

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import FileFacts, sha256_of
@@ -18,6 +18,22 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "numpy")
+
+
+class Identity(NamedTuple):
+    """What a run must have in common with the checkpoints that it resumes from.
+
+    Attributes:
+        sharding: how the engine's state is cut into files, see `Engine.sharding`.
+        global_batch_size: sequences a step.
+        vocabulary: the fields of a Vocabulary.
+        data_fingerprint: identity of the examples and their order.
+    """
+
+    sharding: str
+    global_batch_size: int
+    vocabulary: dict[str, int]
+    data_fingerprint: str
 
 
 @dataclass
@@ -29,12 +45,12 @@ class Manifest:
         step: optimizer steps done.
         tokens: tokens seen, over all steps and ranks.
         world_size: ranks that wrote it.
-        sharding: how the engine's state is cut into files, see `Engine.sharding`.
-        global_batch_size: sequences a step.
-        vocabulary: the fields of a Vocabulary.
-        data_fingerprint: identity of the examples and their order.
+        sharding: see `Identity`, as the next three.
+        global_batch_size: see there.
+        vocabulary: see there.
+        data_fingerprint: see there.
         held_out_loss: measured at this very step, or none.
-        guard: what the guard compares the next steps with, see `Guard.state_dict`.
+        guard: what the guard compares the next steps with, see `Window.to_json`.
         versions: packages that wrote it.
         files: every other file of the folder, by its path in it.
     """
@@ -51,6 +67,11 @@ class Manifest:
     guard: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
     files: dict[str, FileFacts] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        """What a run that resumes must have in common with the checkpoint."""
+        return Identity(self.sharding, self.global_batch_size, self.vocabulary, self.data_fingerprint)
 
     def to_json(self) -> bytes:
         """Return the manifest as `read_manifest` reads it, with the hash of its own content."""

@@ -27,7 +27,7 @@ from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import MANIFEST, Manifest
 from pipeline.checkpoint.retention import discard, prune
 from pipeline.config import Config
-from pipeline.engine.runtime import Engine
+from pipeline.engine.protocol import Engine
 from pipeline.engine.snapshot import state_bytes
 
 _POLL = 0.05  # seconds between two looks for the other ranks' reports
@@ -81,7 +81,7 @@ class Saver:
         self.engine = engine
         self.groups = groups
         self.say = say
-        self.first = engine.launch.rank == 0
+        self.first = engine.ranks.is_first
         self.folder = Path(config.run_dir) / "checkpoints"
         self.failures = 0
         self.problem: str | None = None
@@ -100,7 +100,7 @@ class Saver:
         """
         self.wait()
         work = _Work(self.folder / f".writing_{manifest.step:08d}", replace(manifest), dict(self.common))
-        problem = self._agreed(self._make_folder(work.folder) if self.first else None)
+        problem = self.engine.ranks.first_problem(self._make_folder(work.folder) if self.first else None)
         if problem is None:
             states = self.engine.snapshot(work.folder / "model")
             slots = merge_states([group.state_dict() for group in self.groups])
@@ -108,7 +108,7 @@ class Saver:
             work.files |= {f"model/{name}": partial(torch.save, state) for name, state in states.items()}
             packed = io.BytesIO()  # numpy writes to files that can be read, too
             np.savez(packed, allow_pickle=False, **slots)
-            work.files[f"slots_{self.engine.launch.rank:05d}.npz"] = _bytes_writer(packed.getvalue())
+            work.files[f"slots_{self.engine.ranks.rank:05d}.npz"] = _bytes_writer(packed.getvalue())
             problem = self._lack_of_space(size + len(packed.getvalue()))
         if problem is not None:
             self._failed(work, problem)
@@ -129,11 +129,11 @@ class Saver:
         if work is None or work.thread is None:
             return
         work.written.wait()
-        problem = self._agreed(work.problem)
+        problem = self.engine.ranks.first_problem(work.problem)
         if problem is not None:
             work.given_up.set()  # a rank that could not even leave a report
         work.thread.join()
-        problem = self._agreed(problem or work.problem)
+        problem = self.engine.ranks.first_problem(problem or work.problem)
         if problem is None:
             self.failures, self.problem = 0, None
         else:
@@ -150,10 +150,6 @@ class Saver:
         """
         if self.work is not None and self.work.thread is not None:
             self.work.thread.join(_LAST_MOMENTS)
-
-    def _agreed(self, problem: str | None) -> str | None:
-        """Return the first problem of any rank."""
-        return next((each for each in self.engine.all_gather(problem) if each is not None), None)
 
     def _failed(self, work: _Work, problem: str) -> None:
         """Count a failed save, on all ranks alike."""
@@ -183,7 +179,7 @@ class Saver:
 
     def _lack_of_space(self, size: int) -> str | None:
         """Return what is missing for the `size` bytes of this rank and those of the others, if anything."""
-        facts = self.engine.all_gather((size, shutil.disk_usage(self.folder).free if self.first else 0))
+        facts = self.engine.ranks.all_gather((size, shutil.disk_usage(self.folder).free if self.first else 0))
         need, free = sum(size for size, _ in facts), facts[0][1]
         if need <= free:
             return None
@@ -194,7 +190,7 @@ class Saver:
 
     def _run(self, work: _Work) -> None:
         """Write this rank's files, and on the first rank make the whole a checkpoint; runs in a thread."""
-        report = work.folder / _report_name(self.engine.launch.rank)
+        report = work.folder / _report_name(self.engine.ranks.rank)
         try:
             files = {name: asdict(write_hashed(work.folder / name, w)) for name, w in work.files.items()}
             _write_json(report, {"files": files})
@@ -218,7 +214,7 @@ class Saver:
     def _commit(self, work: _Work) -> None:
         """Make the folder a checkpoint once all ranks have written their part."""
         files: dict[str, FileFacts] = {}
-        for rank in range(self.engine.launch.world_size):
+        for rank in range(self.engine.ranks.world_size):
             path = work.folder / _report_name(rank)
             while not path.exists():
                 if work.given_up.wait(_POLL):

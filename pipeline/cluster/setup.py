@@ -25,7 +25,7 @@ from pipeline.cluster.health import check_folder, check_gpus
 from pipeline.cluster.site import SITE_FILE
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.engine.runtime import compatible_ops, engine_settings
+from pipeline.engine.build import compatible_ops, engine_settings
 from pipeline.planning.gpus import GIB, gpu_of_device
 from pipeline.ranks import free_port
 from pipeline.training.preflight import check_run

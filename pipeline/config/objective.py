@@ -64,6 +64,11 @@ class ObjectiveConfig:
         """The objectives that the run comes to."""
         return (self.kind,) if self.switch_to is None else (self.kind, self.switch_to)
 
+    def kind_at(self, step: int) -> Kind:
+        """Return the objective of `step`; 1 is the first."""
+        switched = self.switch_to is not None and self.switch_step is not None and step >= self.switch_step
+        return self.switch_to if switched else self.kind  # type: ignore[return-value]
+
     def check(self, prediction: str, sequence_length: int, steps: int) -> None:
         """Raise a `UserError` for the first setting that cannot work with the others, or has no effect."""
         growth = ("stages_first_increase", "stages_interval", "stages_maximum")

@@ -15,7 +15,6 @@ from pipeline.decoding.batching import MaskedSequence, behind_prompts, check_beg
 from pipeline.decoding.decoding import Decoded, decode
 from pipeline.decoding.sequences import Sequences
 from pipeline.decoding.settings import SamplingSettings
-from pipeline.objectives.layouts import Blocks, LeftToRight
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def infill(
 def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[MaskedSequence]:
     """Return texts with masks in their spans; arguments and errors are those of `infill`."""
     limit, tokenizer = loaded.config.data.sequence_length, loaded.tokenizer
-    if isinstance(loaded.layout, Blocks | LeftToRight):
+    if loaded.layout.attention != "bidirectional":
         raise UserError(
             "the model was trained in blocks, or from left to right, and does not see what stands behind a "
             "masked span: only a model with objective.block_size = null can fill it in."

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.data.examples import Examples
-from pipeline.decoding.drawing import draw_tokens
-from pipeline.decoding.network import CachedForward, Forward, WholeForward
+from pipeline.decoding.network import ModelNetwork, Network
 from pipeline.decoding.schedule import plan
 from pipeline.decoding.sequences import UNFILLED, Sequences
 from pipeline.decoding.settings import SamplingSettings
@@ -78,39 +77,43 @@ def decode(
             "right, and is decoded so: leave it out."
         )
     now = Sequences.start(examples, masked, visibility, settings.block_size)
-    forward: Forward = WholeForward(model, visibility)
-    if in_blocks and settings.cache:
-        forward = CachedForward(model, now)
-    result = Decoded(examples.tokens.clone(), now.order, torch.zeros_like(now.rows))
+    return decode_by(ModelNetwork(model, now, visibility, settings.cache), now, settings, stop, on_step)
+
+
+@torch.no_grad()
+def decode_by(
+    network: Network,
+    now: Sequences,
+    settings: SamplingSettings,
+    stop: int | None = None,
+    on_step: Callable[[Sequences], None] | None = None,
+) -> Decoded:
+    """Fill the masked positions of `now`, before its first step, by any network; see `decode`."""
+    result = Decoded(now.examples.tokens.clone(), now.order, torch.zeros_like(now.rows))
     while True:
         candidates = now.candidates(stop)
         alive = candidates.any(dim=1)
-        result.keep(now, ~alive, model.lm_head.vocabulary.mask_id)
-        if not alive.any():
+        result.keep(now, ~alive, network.mask_id)
+        if network.is_done(alive):
             return result
+        if not network.drops_rows:
+            alive = torch.ones_like(alive)
         if not alive.all():
-            forward.keep(alive)
+            network.keep(alive)
         now, candidates = now.kept(alive), candidates[alive]
-        _step(model, forward, now, candidates, settings)
+        _step(network, now, candidates, settings)
         if on_step is not None:
             on_step(now)
 
 
-def _step(
-    model: MaskedDiffusionModel,
-    forward: Forward,
-    now: Sequences,
-    candidates: Tensor,
-    settings: SamplingSettings,
-) -> None:
+def _step(network: Network, now: Sequences, candidates: Tensor, settings: SamplingSettings) -> None:
     """Run one forward on `now`, fill the best of the candidates [B, L] and mask what is masked again."""
     policy = POLICIES[settings.policy]
     rows = candidates.flatten().nonzero().squeeze(1)  # [R]
-    hidden = forward.hidden(now, rows)  # [R, H]
+    network.forward(now, rows)
     ranking = policy.initial(settings.seed, now.examples)
     if policy.by_scores is not None:
-        unknown = torch.zeros_like(rows)  # no target: the loss means nothing
-        scores = Scores.of(model.lm_head(hidden, unknown, unknown.float(), policy.needs), rows, candidates)
+        scores = Scores.of(network.output(policy.needs), rows, candidates)
         ranking = policy.by_scores(scores)
     current = torch.where(candidates, now.blocks, 0).amax(dim=1, keepdim=True)
     count, again = plan(settings, now, now.answer & (now.blocks == current))
@@ -120,8 +123,7 @@ def _step(
     places = filled.flatten().nonzero().squeeze(1)  # [F]
     row, position = places // filled.shape[1], places % filled.shape[1]
     counters = (now.examples.ids[row], position, torch.full_like(row, now.step))
-    tokens = draw_tokens(model.lm_head, hidden[filled.flatten()[rows]], settings, counters)
-    now.examples.tokens[row, position] = tokens
+    now.examples.tokens[row, position] = network.draw(filled.flatten()[rows], settings, counters)
     now.order = now.order.masked_fill(filled, now.step).masked_fill(again, UNFILLED)
     now.masked = (now.masked & ~filled) | again
     now.step += 1

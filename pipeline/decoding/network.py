@@ -1,14 +1,88 @@
-"""The forwards of the sampler: of whole sequences, or of what a cache does not hold yet."""
+"""What the decoding loop asks of a network: its forwards, its scores, its tokens."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pipeline.decoding.drawing import draw_tokens
 from pipeline.decoding.sequences import Sequences
-from pipeline.model.batch import Visibility
+from pipeline.decoding.settings import SamplingSettings
+from pipeline.model.batch import HeadOutput, Visibility
 from pipeline.model.cache import KeyValueCache
 from pipeline.model.transformer import MaskedDiffusionModel
+
+
+class Network(Protocol):
+    """A network that fills masked positions, one forward a step.
+
+    Attributes:
+        mask_id: the mask token.
+        drops_rows: whether sequences that are done may leave the batch.
+    """
+
+    mask_id: int
+    drops_rows: bool
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all sequences but `rows` [B] bool."""
+
+    def is_done(self, alive: Tensor) -> bool:
+        """Say whether no sequence needs a forward; `alive` [B] bool says which of these do."""
+
+    def forward(self, now: Sequences, rows: Tensor) -> None:
+        """Run one forward, for predictions at `rows` [R] of the flattened [B, L]."""
+
+    def output(self, needs: tuple[str, ...]) -> HeadOutput:
+        """Return the scores [R] of the last forward; its losses mean nothing."""
+
+    def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
+        """Return a token [F] for each row of the last forward where `chosen` [R] bool holds.
+
+        Args:
+            chosen: the rows that are filled.
+            settings: temperature, top_k, top_p and seed.
+            counters: [F] int64 each, by which the noise tells the rows apart.
+        """
+
+
+class ModelNetwork:
+    """A whole model in this process."""
+
+    drops_rows = True
+
+    def __init__(
+        self, model: MaskedDiffusionModel, now: Sequences, visibility: Visibility, cache: bool
+    ) -> None:
+        """Make it for the sequences `now`, which see each other as in `visibility`."""
+        self.head = model.lm_head
+        self.mask_id = model.lm_head.vocabulary.mask_id
+        cached = cache and visibility.blocks is not None
+        self.run: Forward = CachedForward(model, now) if cached else WholeForward(model, visibility)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Network`."""
+        self.run.keep(rows)
+
+    def is_done(self, alive: Tensor) -> bool:
+        """See `Network`."""
+        return not alive.any()
+
+    def forward(self, now: Sequences, rows: Tensor) -> None:
+        """See `Network`."""
+        self.hidden = self.run.hidden(now, rows)  # [R, H]
+
+    def output(self, needs: tuple[str, ...]) -> HeadOutput:
+        """See `Network`."""
+        unknown = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)  # no target
+        output: HeadOutput = self.head(self.hidden, unknown, unknown.float(), needs)
+        return output
+
+    def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
+        """See `Network`."""
+        return draw_tokens(self.head, self.hidden[chosen], settings, counters)
 
 
 class WholeForward:

@@ -1,13 +1,12 @@
-"""AdamW's parameter groups and the learning rate as a pure function of the step."""
+"""AdamW's parameter groups and settings."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
-from pipeline.config import OptimizerConfig, ScheduleConfig
+from pipeline.config import OptimizerConfig
 
 
 def is_decayed(name: str) -> bool:
@@ -49,21 +48,3 @@ def set_hyper_parameters(optimizer: Any, settings: list[dict[str, Any]]) -> None
     """
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
-
-
-def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """Return the learning rate of `step` (1 is the first) in a run of `steps` steps.
-
-    Linear warm-up reaches `peak` at step ``warmup_steps``. cosine then falls along half a cosine to
-    ``final_ratio x peak`` at the last step; wsd stays at the peak and falls linearly to the same value over
-    the last ``decay_steps`` (Hu et al. 2024, MiniCPM, arXiv 2404.06395).
-    """
-    if step < schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
-    if schedule.kind == "cosine":
-        span = max(1, steps - schedule.warmup_steps)
-        progress = min(1.0, (step - schedule.warmup_steps) / span)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        share = min(1.0, max(0, steps - step) / max(1, schedule.decay_steps)) if schedule.decay_steps else 1.0
-    return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * share)

@@ -26,8 +26,7 @@ from pipeline.decoding import Loaded
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
 from pipeline.objectives.autoregressive import Autoregressive
-from pipeline.objectives.layouts import LeftToRight
-from pipeline.objectives.objective import Chains, ChainState, Layout, Objective, model_input
+from pipeline.objectives.objective import Attention, Chains, ChainState, Layout, Objective, model_input
 from pipeline.objectives.random_masking import RandomMasking
 
 Evaluate = Callable[[MaskedBatch], HeadOutput]
@@ -104,6 +103,21 @@ class _Restricted:
     layout: Layout
     scored: Tensor
 
+    @property
+    def mask_id(self) -> int:
+        """See `Layout`."""
+        return self.layout.mask_id
+
+    @property
+    def attention(self) -> Attention:
+        """See `Layout`."""
+        return self.layout.attention
+
+    @property
+    def block_size(self) -> int | None:
+        """See `Layout`."""
+        return self.layout.block_size
+
     def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
         chains = self.layout.chains(examples)
@@ -166,7 +180,7 @@ def estimate(
     """
     if draws < 2 or draws % 2:
         raise UserError(f"draws is {draws}: give an even number, 2 or more; the standard error needs pairs.")
-    exact = isinstance(layout, LeftToRight)
+    exact = layout.attention == "causal"
     each = 1 if exact else draws
     device, (count, length) = examples.tokens.device, examples.tokens.shape
     totals = torch.zeros(2, count * each, dtype=torch.float64, device=device)  # of all chains, of the random

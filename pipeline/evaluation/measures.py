@@ -14,12 +14,11 @@ from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.decoding import Completion, Loaded, SamplingSettings, complete
 from pipeline.decoding.batching import behind_prompts, that_fit
-from pipeline.engine.runtime import agree
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers
-from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Results, Row
 from pipeline.evaluation.tasks import Item, Task, Verdict
+from pipeline.ranks import Ranks
 
 _REPORT_EVERY = 10  # seconds, in a log file
 
@@ -213,15 +212,15 @@ def measure_items(
     """
     problem: str | None = None
     done: dict[int, Row] = {}
-    if results is not None and ranks.rank == 0:
+    if results is not None and ranks.is_first:
         try:
             done = results.read()
         except UserError as error:
             problem = str(error)
-    agree(ranks, problem)
+    ranks.agree(problem)
     done = ranks.all_gather(done)[0]
     left = [number for number in range(len(measure)) if number not in done]
-    mine = left[ranks.rank :: ranks.size]
+    mine = left[ranks.rank :: ranks.world_size]
     rows: list[Row] = []
     progress, reported = on_start(len(measure), len(done)), time.monotonic()
     try:
@@ -230,13 +229,13 @@ def measure_items(
             rows += found
             if results is not None:
                 results.write(ranks.rank, found)
-            progress.advance(min(len(measure), len(done) + len(rows) * ranks.size))
+            progress.advance(min(len(measure), len(done) + len(rows) * ranks.world_size))
             if time.monotonic() - reported > _REPORT_EVERY:
-                progress.report(f"ranks: {ranks.size}")
+                progress.report(f"ranks: {ranks.world_size}")
                 reported = time.monotonic()
     except UserError as error:
         problem = str(error)
     progress.close()
-    agree(ranks, problem)
+    ranks.agree(problem)
     every = [row for part in ranks.all_gather(rows) for row in part] + list(done.values())
     return sorted(every, key=lambda row: int(row["item"]))

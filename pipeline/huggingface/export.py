@@ -10,20 +10,20 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline import checkpoint, objectives
+from pipeline import checkpoint
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding import Weights, takes_average
-from pipeline.engine.runtime import open_weights
+from pipeline.engine.build import open_weights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
 from pipeline.huggingface.folders import write_weights
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
-from pipeline.objectives.layouts import Blocks, LeftToRight
+from pipeline.objectives import decoding_layout
 
 DType = Literal["float32", "bfloat16"]
 CODE = Path(__file__).with_name("remote_code")
@@ -87,9 +87,6 @@ def export(
 
 def attention(config: Config, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
     """Return what config.json says of which positions see which others, as in decoding after `step` steps."""
-    layout = objectives.build(config, tokenizer.mask, has_padding=True).at(max(1, step)).layout
-    if isinstance(layout, LeftToRight):
-        return {"attention": "causal"}
-    if isinstance(layout, Blocks):
-        return {"attention": "blocks", "block_size": layout.size}
-    return {"attention": "bidirectional"}
+    layout = decoding_layout(config, tokenizer.mask, step)
+    blocks = {} if layout.block_size is None else {"block_size": layout.block_size}
+    return {"attention": layout.attention, **blocks}

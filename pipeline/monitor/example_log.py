@@ -11,7 +11,7 @@ import orjson
 from pipeline.base.files import keep_lines
 from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
-from pipeline.engine.runtime import Engine
+from pipeline.ranks import Ranks
 
 FOLDER = "samples"
 
@@ -23,24 +23,36 @@ class ExampleLog:
     (tools/inspect_data.py). Reading the numbers waits for the device at every step.
     """
 
-    def __init__(self, run_dir: Path, engine: Engine, stream: SlotStream, first_step: int) -> None:
-        """Open this rank's file; in all of them, what was written from `first_step` on is dropped."""
+    def __init__(self, run_dir: Path, ranks: Ranks, stream: SlotStream, first_step: int) -> None:
+        """Open this rank's file; see `open`."""
         self.stream = stream
-        folder = run_dir / FOLDER
-        if engine.launch.rank == 0:
-            folder.mkdir(exist_ok=True)
-            for path in folder.glob("*.jsonl"):
+        self.ranks = ranks
+        self.folder = run_dir / FOLDER
+        self.file: BinaryIO | None = None
+        self.open(first_step)
+
+    def open(self, first_step: int) -> None:
+        """Open this rank's file, once more after a rollback.
+
+        In the files of all ranks, what was written from `first_step` on is dropped.
+        """
+        self.close()
+        if self.ranks.is_first:
+            self.folder.mkdir(exist_ok=True)
+            for path in self.folder.glob("*.jsonl"):
                 keep_lines(path, lambda line: orjson.loads(line)["step"] < first_step)
-        engine.barrier()
-        self.file: BinaryIO = (folder / f"rank_{engine.launch.rank:05d}.jsonl").open("ab")
+        self.ranks.barrier()
+        self.file = (self.folder / f"rank_{self.ranks.rank:05d}.jsonl").open("ab")
 
     def write(self, step: int, groups: Sequence[SlotGroup]) -> None:
         """Write the examples of `groups`, which `step` is about to be trained on."""
         positions = [position for group in groups for position in group.examples.ids.tolist()]
         examples = [[position // self.stream.size, self.stream.index(position)] for position in positions]
+        assert self.file is not None
         self.file.write(orjson.dumps({"step": step, "samples": examples}) + b"\n")
         self.file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        if self.file is not None:
+            self.file.close()

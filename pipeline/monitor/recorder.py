@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.chains.slots import SlotGroup
 from pipeline.chains.statistics import ChainFigures
 from pipeline.config import Config
-from pipeline.engine.runtime import Engine
+from pipeline.engine.protocol import Engine
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import JsonLines, Point, TensorBoard, WeightsAndBiases, Writer
@@ -39,7 +39,7 @@ class Recorder:
         stragglers: Stragglers,
         first_step: int,
     ) -> None:
-        """Open the files; what an interrupted run wrote from `first_step` on is dropped.
+        """Open the files; see `open`.
 
         Args:
             config: the run.
@@ -55,22 +55,28 @@ class Recorder:
         self.groups = groups
         self.stragglers = stragglers
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
-        self.since = time.monotonic()
         self.writers: list[Writer] = []
         self.failing: set[Writer] = set()
         self.lost_steps, self.last_sign = 0, 0.0  # of an earlier process, see `JsonLines`
-        device = engine.launch.device
+        device = engine.ranks.device
         self.gpu = gpu_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        lines: JsonLines | None = None
+        self.open(first_step)
+
+    def open(self, first_step: int) -> None:
+        """Open the files, once more after a rollback; what was written from `first_step` on is dropped."""
+        self.close()
+        self.pending.clear()
+        self.since = time.monotonic()
         self.last_step = first_step - 1
-        if engine.launch.rank == 0:
-            run_dir = Path(config.run_dir)
+        names: frozenset[str] = frozenset()
+        if self.engine.ranks.is_first:
+            run_dir = Path(self.config.run_dir)
             lines = JsonLines(run_dir, first_step)
-            self.lost_steps, self.last_sign = lines.lost_steps, lines.last_sign
-            self.writers = [lines, TensorBoard(run_dir, first_step, config)]
-            if config.monitor.wandb:
-                self.writers.append(WeightsAndBiases(run_dir, config))
-        self.written = engine.all_gather(lines.last_names if lines else frozenset())[0]
+            self.lost_steps, self.last_sign, names = lines.lost_steps, lines.last_sign, lines.last_names
+            self.writers = [lines, TensorBoard(run_dir, first_step, self.config)]
+            if self.config.monitor.wandb:
+                self.writers.append(WeightsAndBiases(run_dir, self.config))
+        self.written = self.engine.ranks.all_gather(names)[0]
 
     def collect(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Remember a step; `loss` [] is this rank's mean over its micro-batches, still on the device."""
@@ -89,8 +95,8 @@ class Recorder:
         gradient_norms = torch.stack(norms).tolist()
         elapsed = time.monotonic() - self.since
         self.since += elapsed
-        launch = self.engine.launch
-        chains = self.groups[0].statistics.figures(sums["chains"], len(numbers), launch.sequence_size)
+        ranks = self.engine.ranks
+        chains = self.groups[0].statistics.figures(sums["chains"], len(numbers), ranks.sequence_size)
         interval = {
             **chains.scalars,
             **self._progress(numbers[-1], *sums["begun"]),
@@ -107,7 +113,7 @@ class Recorder:
         for step, loss, norm, rate in zip(
             numbers, sums["losses"], gradient_norms, learning_rates, strict=True
         ):
-            last = {"loss": loss / launch.world_size, "gradient_norm": norm, "learning_rate": rate}
+            last = {"loss": loss / ranks.world_size, "gradient_norm": norm, "learning_rate": rate}
             if step == numbers[-1]:
                 last |= interval
                 self._write(Point(step, last, chains.bins, chains.histograms))
@@ -118,7 +124,7 @@ class Recorder:
 
     def _sums(self, losses: Tensor, steps: int) -> dict[str, list[float]]:
         """Return what is added up over the groups and ranks, in one reduction and one wait."""
-        begun = np.sum([group.begun() for group in self.groups], axis=0) / self.engine.launch.sequence_size
+        begun = np.sum([group.begun() for group in self.groups], axis=0) / self.engine.ranks.sequence_size
         parts = {
             "losses": losses.double(),
             "chains": torch.stack([group.statistics.take() for group in self.groups]).sum(dim=0),
@@ -126,7 +132,7 @@ class Recorder:
             "norm": self.engine.squared_norm().reshape(1),
             "begun": torch.from_numpy(begun).to(losses.device),
         }
-        total = self.engine.sum_over_ranks(torch.cat(list(parts.values())))
+        total = self.engine.ranks.sum(torch.cat(list(parts.values())))
         sizes = [len(part) for part in parts.values()]
         return {name: part.tolist() for name, part in zip(parts, total.cpu().split(sizes), strict=True)}
 
@@ -146,7 +152,7 @@ class Recorder:
         rate, examples = steps / elapsed, self.config.train.global_batch_size
         rows, prompt = chains.masked_rows, chains.prompt_length
         flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt).model
-        of_rank = flops * rate / self.engine.launch.world_size
+        of_rank = flops * rate / self.engine.ranks.world_size
         figures = {
             "samples_per_second": rate * examples,
             "tokens_per_second": rate * examples * self.config.data.sequence_length,
@@ -163,7 +169,7 @@ class Recorder:
 
     def _memory(self) -> dict[str, float]:
         """Return the highest of any rank in GiB: on a GPU since the last call, else of the process now."""
-        device = self.engine.launch.device
+        device = self.engine.ranks.device
         if device.type == "cuda":
             names = ["memory/allocated", "memory/reserved"]
             mine = [torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)]
@@ -171,7 +177,7 @@ class Recorder:
         else:
             names, mine = ["memory/host"], [psutil.Process().memory_info().rss]
         sizes = torch.tensor(mine, dtype=torch.float64, device=device) / _GIB
-        return dict(zip(names, self.engine.max_over_ranks(sizes).tolist(), strict=True))
+        return dict(zip(names, self.engine.ranks.max(sizes).tolist(), strict=True))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write figures of a step under their names; only the first rank does."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.chains.stream import SlotStream
-from pipeline.engine.runtime import Engine
+from pipeline.ranks import Ranks
 
 MEASURES = ("data_wait", "compute_probe")  # seconds a step, seconds a probe
 _PRODUCTS = 4
@@ -23,24 +23,24 @@ _PRODUCTS = 4
 class Stragglers:
     """Measures this rank, and compares all of them."""
 
-    def __init__(self, engine: Engine, stream: SlotStream) -> None:
+    def __init__(self, ranks: Ranks, stream: SlotStream) -> None:
         """Prepare the probe."""
-        self.launch = engine.launch
+        self.ranks = ranks
         self.stream = stream
-        on_gpu = self.launch.device.type == "cuda"
+        on_gpu = self.ranks.device.type == "cuda"
         size, dtype = (4096, torch.bfloat16) if on_gpu else (256, torch.float32)
-        self.matrix = torch.full((size, size), 1.0 / size, dtype=dtype, device=self.launch.device)
+        self.matrix = torch.full((size, size), 1.0 / size, dtype=dtype, device=self.ranks.device)
         self._probe()  # the first product loads the library
 
     def _probe(self) -> float:
         """Return the seconds that the device takes for the products."""
-        if self.launch.device.type == "cuda":
+        if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
         product = self.matrix
         for _ in range(_PRODUCTS):
             product = product @ self.matrix
-        if self.launch.device.type == "cuda":
+        if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
@@ -50,15 +50,15 @@ class Stragglers:
         Args:
             steps: since the last call.
         """
-        mine = torch.zeros(len(MEASURES), self.launch.world_size, dtype=torch.float64)
-        mine[:, self.launch.rank] = torch.tensor([self.stream.take_waited() / steps, self._probe()])
-        return mine.flatten().to(self.launch.device)
+        mine = torch.zeros(len(MEASURES), self.ranks.world_size, dtype=torch.float64)
+        mine[:, self.ranks.rank] = torch.tensor([self.stream.take_waited() / steps, self._probe()])
+        return mine.flatten().to(self.ranks.device)
 
     def figures(self, measured: list[float]) -> dict[str, float]:
         """Return the slowest rank, its figure and the median by name, from `measure` summed over ranks."""
         figures: dict[str, float] = {}
         for row, name in enumerate(MEASURES):
-            values = measured[row * self.launch.world_size : (row + 1) * self.launch.world_size]
+            values = measured[row * self.ranks.world_size : (row + 1) * self.ranks.world_size]
             slowest = max(range(len(values)), key=values.__getitem__)
             figures |= {
                 f"ranks/{name}_slowest": values[slowest],

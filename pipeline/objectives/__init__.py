@@ -6,7 +6,7 @@ from pipeline.config import Config, ObjectiveConfig
 from pipeline.objectives.autoregressive import Autoregressive
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 from pipeline.objectives.mixture import Mixture
-from pipeline.objectives.objective import Objective, ObjectiveSchedule
+from pipeline.objectives.objective import Layout, Objective, ObjectiveSchedule
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
@@ -22,13 +22,20 @@ def build(config: Config, mask_id: int, has_padding: bool) -> ObjectiveSchedule:
         has_padding: whether the model must be told of padding positions.
     """
     settings = config.objective
-    parts = [(1, _objective(settings.kind, config, mask_id, has_padding))]
-    if settings.switch_to is not None and settings.switch_step is not None:
-        parts.append((settings.switch_step, _objective(settings.switch_to, config, mask_id, has_padding)))
+    first_steps = (1,) if settings.switch_step is None else (1, settings.switch_step)
+    parts = [(step, _objective(settings.kind_at(step), config, mask_id, has_padding)) for step in first_steps]
     longest = 2 if settings.complementary else 1
     if "puma" in settings.kinds:
         longest = max(longest, stage_schedule(settings)(config.train.steps))
     return ObjectiveSchedule(longest, *parts)
+
+
+def decoding_layout(config: Config, mask_id: int, step: int) -> Layout:
+    """Return how sequences are shown to a model that has come to `step`, when it fills them.
+
+    Sequences of a batch differ in length whatever the training data were, so padding is always told.
+    """
+    return build(config, mask_id, has_padding=True).at(max(1, step)).layout
 
 
 def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Objective:
@@ -52,9 +59,7 @@ def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Ob
 
 def stages_at(settings: ObjectiveConfig, step: int) -> int | None:
     """Return K at `step` (1 is the first); nothing where the objective has no stages."""
-    switched = settings.switch_step is not None and step >= settings.switch_step
-    kind = settings.switch_to if switched else settings.kind
-    return stage_schedule(settings)(step) if kind == "puma" else None
+    return stage_schedule(settings)(step) if settings.kind_at(step) == "puma" else None
 
 
 def stage_schedule(settings: ObjectiveConfig) -> StageSchedule:

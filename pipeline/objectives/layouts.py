@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.data.examples import PADDING, Examples
 from pipeline.model.batch import MaskedBatch, Visibility, masked_batch
 from pipeline.objectives import noise
-from pipeline.objectives.objective import Chains, positions_like
+from pipeline.objectives.objective import Attention, Chains, positions_like
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,16 @@ class Whole:
     annealing_steps: int = 0
     annealing_start: int = 1
     seed: int = 0
+
+    @property
+    def attention(self) -> Attention:
+        """See `Layout`."""
+        return "bidirectional"
+
+    @property
+    def block_size(self) -> int | None:
+        """See `Layout`."""
+        return None
 
     def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
@@ -76,6 +86,16 @@ class Blocks(Whole):
 
     size: int = 1
 
+    @property
+    def attention(self) -> Attention:
+        """See `Layout`."""
+        return "blocks"
+
+    @property
+    def block_size(self) -> int | None:
+        """See `Layout`."""
+        return self.size
+
     def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
         answer, count = self.answer(examples), -(-examples.tokens.shape[1] // self.size)
@@ -96,6 +116,11 @@ class Blocks(Whole):
 @dataclass(frozen=True)
 class LeftToRight(Whole):
     """Causal attention over the true tokens: each position is predicted from those before it."""
+
+    @property
+    def attention(self) -> Attention:
+        """See `Layout`."""
+        return "causal"
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`; nothing is masked in the input, because no position sees what is predicted there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -131,8 +131,23 @@ class Reveals(NamedTuple):
     by_threshold: Tensor
 
 
+Attention = Literal["bidirectional", "blocks", "causal"]
+
+
 class Layout(Protocol):
     """How a sequence is cut into chains, and what input the model gets for a set of masked positions."""
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token M."""
+
+    @property
+    def attention(self) -> Attention:
+        """Whether a position sees all others, its own block and those before it, or those before it alone."""
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block; none where the attention is not by blocks."""
 
     def chains(self, examples: Examples) -> Chains:
         """Return the chains of the answers."""

@@ -82,8 +82,7 @@ def step_flops(
 
 def is_autoregressive(settings: ObjectiveConfig, step: int) -> bool:
     """Say whether `step` (1 is the first) trains the autoregressive objective."""
-    switched = settings.switch_step is not None and step >= settings.switch_step
-    return (settings.switch_to if switched else settings.kind) == "autoregressive"
+    return settings.kind_at(step) == "autoregressive"
 
 
 def copies(settings: ObjectiveConfig, step: int) -> int:

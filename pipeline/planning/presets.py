@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.engine.runtime import engine_settings
+from pipeline.engine.build import engine_settings
 from pipeline.planning.gpus import GIB, GPUS
 from pipeline.planning.memory import Zero
 from pipeline.planning.plan_report import duration

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from pipeline.base.files import append, keep_lines, read_lines
-from pipeline.engine.runtime import Engine
+from pipeline.ranks import Ranks
 
 SKIPPED_FILE = "skipped.jsonl"
 
@@ -23,15 +23,15 @@ SKIPPED_FILE = "skipped.jsonl"
 class SkipLog:
     """The file, and what it says; the first rank reads and writes it for all."""
 
-    def __init__(self, run_dir: Path, engine: Engine) -> None:
+    def __init__(self, run_dir: Path, ranks: Ranks) -> None:
         """Read what earlier processes of the run left; every rank calls this."""
         self.path = run_dir / SKIPPED_FILE
-        self.writes = engine.launch.rank == 0
+        self.writes = ranks.is_first
         entries: list[dict[str, Any]] = []
         if self.writes and self.path.exists():
             keep_lines(self.path, lambda _: True)  # half a line of a killed process goes
             entries = read_lines(self.path)
-        self.entries = engine.all_gather(entries)[0]
+        self.entries = ranks.all_gather(entries)[0]
         self.unwritten = b""
 
     def skipped(self) -> int:

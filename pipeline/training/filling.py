@@ -1,4 +1,4 @@
-"""Decoding by the engine that trains, whatever its sharding: greedy, in the order of confidence."""
+"""Decoding by the engine that trains, whatever its sharding: the likeliest tokens, most confident first."""
 
 from __future__ import annotations
 
@@ -9,9 +9,61 @@ import torch
 from torch import Tensor
 
 from pipeline.data.examples import Examples
-from pipeline.engine.runtime import Engine
-from pipeline.objectives.layouts import LeftToRight
-from pipeline.objectives.objective import Layout, Scores, positions_like, take_highest
+from pipeline.decoding.decoding import decode_by
+from pipeline.decoding.sequences import Sequences
+from pipeline.decoding.settings import SamplingSettings
+from pipeline.engine.protocol import Engine
+from pipeline.model.batch import HeadOutput
+from pipeline.objectives.objective import Layout
+
+
+class _Stopped(Exception):
+    """The run is to stop."""
+
+
+class EngineNetwork:
+    """The model of an engine; see `pipeline.decoding.network.Network` for the methods.
+
+    All ranks run as many forwards as the one that needs most, as ZeRO-3 needs, so no sequence leaves early.
+    """
+
+    drops_rows = False
+
+    def __init__(self, engine: Engine, layout: Layout, step: int, stopped: Callable[[], bool]) -> None:
+        """Take what `fill` was given."""
+        self.engine = engine
+        self.layout = layout
+        self.step = step
+        self.mask_id = layout.mask_id
+        self.stopped = stopped
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Network`: every sequence stays."""
+
+    def is_done(self, alive: Tensor) -> bool:
+        """See `Network`; all ranks must be done."""
+        return not int(self.engine.ranks.max(alive.any().long()))
+
+    def forward(self, now: Sequences, rows: Tensor) -> None:
+        """See `Network`."""
+        if self.stopped():
+            raise _Stopped
+        weights = torch.zeros(now.masked.shape, device=now.masked.device)
+        batch = self.layout.batch(now.examples, now.masked, weights, int(now.masked.sum()), self.step)
+        output = self.engine.evaluate(batch._replace(scores=("likeliest",)))
+        where = torch.isin(batch.rows, rows)  # behind an end of sequence, nothing is filled
+        likeliest = output.likeliest
+        assert likeliest is not None
+        self.tokens = likeliest[where]
+        self.found = HeadOutput(output.loss, output.nll[where], output.confidence[where])
+
+    def output(self, needs: tuple[str, ...]) -> HeadOutput:
+        """See `Network`; the confidence is all that there is."""
+        return self.found
+
+    def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
+        """See `Network`: the likeliest tokens."""
+        return self.tokens[chosen]
 
 
 def fill(
@@ -26,8 +78,7 @@ def fill(
 ) -> tuple[Tensor, Tensor] | None:
     """Fill the positions `masked` [B, L] with the likeliest tokens, the most confident first.
 
-    Every rank calls this, with sequences of its own or the same. All run as many forwards as the one that
-    needs most, as ZeRO-3 needs.
+    Every rank calls this, with sequences of its own or the same.
 
     Args:
         engine: what runs the model.
@@ -37,35 +88,19 @@ def fill(
         step: the optimizer step that the model has come to.
         at_once: tokens filled in each sequence at a forward; from left to right always one.
         stopped: asked before every forward whether to give up; all ranks must answer alike.
-        stop: the end-of-sequence token; what is behind one that is filled in is left alone, as in
-            `decoding.decode`.
+        stop: the end-of-sequence token; what is behind one that is filled in is left alone.
 
     Returns:
         Tokens [B, L] and the forward [B, L] at which each was filled, -1 where nothing was; nothing at all
         when it was given up.
     """
-    chains, in_turn = layout.chains(examples), isinstance(layout, LeftToRight)
-    order, left = torch.full_like(examples.tokens, -1), masked
-    count = torch.full_like(examples.ids, 1 if in_turn else at_once)
-    number = 0
-    while int(engine.max_over_ranks(left.sum())):
-        if stopped():
-            return None
-        rows = int(masked.sum())
-        batch = layout.batch(examples, masked, torch.zeros(masked.shape, device=masked.device), rows, step)
-        output = engine.evaluate(batch._replace(scores=("likeliest",)))
-        assert output.likeliest is not None
-        index = chains.index.masked_fill(~left, chains.count)
-        candidates = left & (index == index.amin(dim=1, keepdim=True))  # of the first block that is left
-        confidence = Scores.of(output, batch.rows, masked).confidence
-        ranking = -positions_like(examples.tokens).double().expand(masked.shape) if in_turn else confidence
-        revealed = take_highest(candidates, ranking, count)
-        likeliest = examples.tokens.flatten().index_copy(0, batch.rows, output.likeliest).view_as(masked)
-        examples = replace(examples, tokens=torch.where(revealed, likeliest, examples.tokens))
-        order = order.masked_fill(revealed, number)
-        masked = left = masked & ~revealed
-        if stop is not None:
-            ends = (order >= 0) & (examples.tokens == stop)
-            left = masked & (ends.cumsum(dim=1) == 0)
-        number += 1
-    return examples.tokens, order
+    examples = replace(examples, tokens=examples.tokens.clone())
+    now = Sequences.start(examples, masked, layout.decoding(examples), None)
+    settings = SamplingSettings(tokens_per_step=at_once)
+    if layout.attention == "causal":
+        settings = SamplingSettings(policy="left_to_right")
+    try:
+        decoded = decode_by(EngineNetwork(engine, layout, step, stopped), now, settings, stop)
+    except _Stopped:
+        return None
+    return decoded.tokens, decoded.order

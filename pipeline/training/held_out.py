@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pipeline.data.examples import ExampleDataset, Examples, stack_examples
-from pipeline.engine.runtime import Engine
+from pipeline.engine.protocol import Engine
 from pipeline.evaluation.likelihood import estimate
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.objective import Layout, Objective, model_input
-from pipeline.ranks import Launch
+from pipeline.ranks import Ranks
 
 
 def held_out_loss(
@@ -42,19 +42,20 @@ def held_out_loss(
     Returns:
         The loss; nothing when it was given up.
     """
-    launch, total = engine.launch, torch.zeros(2, dtype=torch.float64, device=engine.launch.device)
-    for batch, counted in _batches(launch, dataset, examples, batch_size):
+    ranks = engine.ranks
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch, counted in _batches(ranks, dataset, examples, batch_size):
         if stopped():
             return None
         state = objective.begin(batch, torch.zeros(batch_size, 1, dtype=torch.int64), step)
         rows = int(state.masked.sum())  # on the CPU still
-        batch, state = batch.to(launch.device), state.to(launch.device)
+        batch, state = batch.to(ranks.device), state.to(ranks.device)
         inputs = model_input(objective, batch, state, rows, step)
         nll = engine.evaluate(inputs).nll.double()
         weights = inputs.weights.double() * counted.double()[inputs.rows // state.masked.shape[1]]
         total[0] += (nll * weights).sum() * batch_size
         total[1] += counted.sum()
-    total = engine.sum_over_ranks(total)
+    total = ranks.sum(total)
     return float(total[0] / total[1])
 
 
@@ -85,7 +86,8 @@ def held_out_bound(
     Returns:
         The bound; nothing when it was given up.
     """
-    launch, total = engine.launch, torch.zeros(2, dtype=torch.float64, device=engine.launch.device)
+    ranks = engine.ranks
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     stop = False
 
     def evaluate(inputs: MaskedBatch) -> HeadOutput:
@@ -93,24 +95,24 @@ def held_out_bound(
         stop = stopped() or stop
         return engine.evaluate(inputs)
 
-    for batch, counted in _batches(launch, dataset, examples, batch_size):
-        found = estimate(evaluate, layout, batch.to(launch.device), step, draws, batch_size)
+    for batch, counted in _batches(ranks, dataset, examples, batch_size):
+        found = estimate(evaluate, layout, batch.to(ranks.device), step, draws, batch_size)
         if stop:
             return None
         total[0] += (found.nll * counted).sum()
         total[1] += (found.tokens * counted).sum()
-    total = engine.sum_over_ranks(total)
+    total = ranks.sum(total)
     return float(total[0] / total[1])
 
 
 def _batches(
-    launch: Launch, dataset: ExampleDataset, examples: int, batch_size: int
+    ranks: Ranks, dataset: ExampleDataset, examples: int, batch_size: int
 ) -> Iterator[tuple[Examples, Tensor]]:
     """Yield this rank's examples, on the CPU, as many batches on each rank; and which count, [B] bool."""
     count = min(examples, len(dataset))
-    for start in range(0, count, batch_size * launch.data_size):
-        first = start + launch.data_rank * batch_size
+    for start in range(0, count, batch_size * ranks.data_size):
+        first = start + ranks.data_rank * batch_size
         indices = range(first, first + batch_size)
         ids = [i % count for i in indices]  # past the end: read again, not counted
-        counted = torch.tensor([i < count for i in indices], device=launch.device)
+        counted = torch.tensor([i < count for i in indices], device=ranks.device)
         yield stack_examples([dataset[i] for i in ids], ids), counted

@@ -13,7 +13,7 @@ from pipeline.checkpoint.manifest import checkpoints
 from pipeline.config import Config
 from pipeline.data.facts import DatasetFacts, check_data
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.engine.runtime import engine_settings
+from pipeline.engine.build import engine_settings
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
 from pipeline.planning.memory import FULL, HALF, Zero, count_parameters

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 
-from pipeline import objectives
 from pipeline.base.errors import UserError
 from pipeline.config import Config, TaskConfig
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import behind_prompts, stack_sequences, that_fit, up_to_end
-from pipeline.engine.runtime import Engine, agree
+from pipeline.engine.protocol import Engine
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
+from pipeline.objectives import decoding_layout
+from pipeline.ranks import Ranks
+from pipeline.resilience.stop import Stop
 from pipeline.training.filling import fill
+from pipeline.training.state import TrainState
+from pipeline.training.step_log import StepLog
 
 
 class ScheduledTask:
@@ -57,18 +61,18 @@ class ScheduledTask:
         Returns:
             The figures; nothing when it was given up.
         """
-        launch, count = engine.launch, len(self.items)
+        ranks, count = engine.ranks, len(self.items)
         batch_size = self.config.train.micro_batch_size
-        layout = objectives.build(self.config, self.tokenizer.mask, has_padding=True).at(step).layout
-        right = torch.zeros(1, dtype=torch.float64, device=launch.device)
+        layout = decoding_layout(self.config, self.tokenizer.mask, step)
+        right = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         with closing(TASKS[self.settings.task]()) as task:
-            for start in range(0, count, batch_size * launch.data_size):
-                first = start + launch.data_rank * batch_size
+            for start in range(0, count, batch_size * ranks.data_size):
+                first = start + ranks.data_rank * batch_size
                 numbers = [i % count for i in range(first, first + batch_size)]  # past the end: not counted
                 examples, masked = stack_sequences(
                     [self.sequences[i] for i in numbers], numbers, self.config.data.kind, self.tokenizer.pad
                 )
-                examples, masked = examples.to(launch.device), masked.to(launch.device)
+                examples, masked = examples.to(ranks.device), masked.to(ranks.device)
                 at_once, stop = self.settings.tokens_per_step, self.tokenizer.eos
                 found = fill(engine, examples, masked, layout, step, at_once, stopped, stop)
                 if found is None:
@@ -79,18 +83,72 @@ class ScheduledTask:
                 ]
                 items = self.items[first : first + batch_size]
                 right += sum(verdict.right for verdict in task.score_all(items, answers[: len(items)]))
-        count = round(float(engine.sum_over_ranks(right)) / launch.sequence_size)
+        count = round(float(ranks.sum(right)) / ranks.sequence_size)
         low, high = wilson_interval(count, self.total)
         curve = self.settings.curve
         return {f"{curve}/accuracy": count / self.total, f"{curve}/low": low, f"{curve}/high": high}
 
 
-def schedule_tasks(config: Config, tokenizer: Tokenizer, engine: Engine) -> list[ScheduledTask]:
+def read_tasks(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[ScheduledTask]:
     """Return the tasks of a run; raise a `UserError` on every rank for one that cannot be measured."""
     tasks, problem = [], None
     try:
         tasks = [ScheduledTask(settings, config, tokenizer) for settings in config.evaluation.tasks]
     except UserError as error:
         problem = str(error)
-    agree(engine, problem)
+    ranks.agree(problem)
     return tasks
+
+
+class Tasks:
+    """Measures each task of a run when it is due, by the averaged weights where they are kept."""
+
+    def __init__(
+        self,
+        tasks: Sequence[ScheduledTask],
+        engine: Engine,
+        averaged: bool,
+        state: TrainState,
+        log: StepLog,
+        stop: Stop,
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Take what a measurement needs.
+
+        Args:
+            tasks: what is measured.
+            engine: what runs the model.
+            averaged: whether the engine keeps averaged weights.
+            state: of the run.
+            log: where the accuracies are written.
+            stop: whether the run is to stop.
+            stopped: asked before every forward whether to give up; all ranks must answer alike.
+        """
+        self.tasks = tasks
+        self.engine = engine
+        self.averaged = averaged
+        self.state = state
+        self.log = log
+        self.stop = stop
+        self.stopped = stopped
+
+    def after_step(self) -> None:
+        """Measure the tasks that are due.
+
+        A stop cuts it short. The resumed run calls this again before its first step, which measures what is
+        missing.
+        """
+        step, recorder = self.state.step, self.log.recorder
+        for task in self.tasks:
+            name = f"{task.settings.curve}/accuracy"
+            written = name in recorder.written_at(step)
+            if written or self.stop.agreed or not self.state.due(task.settings.interval):
+                continue
+            weights = self.engine.averaged_weights() if self.averaged else nullcontext()
+            with recorder.apart(step, "evaluation"), weights:
+                figures = task.measure(self.engine, step, self.stopped)
+            if figures is not None:
+                recorder.write(step, figures)
+                without = task.total - len(task.items)
+                note = f", {without} without room for an answer" if without else ""
+                self.log.progress.say(f"step {step}: {name} {figures[name]:.4f} of {task.total} items{note}")

@@ -10,9 +10,8 @@ from torch import Tensor
 from pipeline.data.examples import PROMPT, ExampleDataset, Examples, stack_examples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.frames import pieces
-from pipeline.engine.runtime import Engine
+from pipeline.engine.protocol import Engine
 from pipeline.monitor.texts import ShownText
-from pipeline.objectives.layouts import Blocks, LeftToRight
 from pipeline.objectives.objective import Layout
 from pipeline.training.filling import fill
 
@@ -48,7 +47,7 @@ def write_texts(
     """
     if count == 0:
         return []
-    examples = stack_examples([dataset[i] for i in range(count)], range(count)).to(engine.launch.device)
+    examples = stack_examples([dataset[i] for i in range(count)], range(count)).to(engine.ranks.device)
     masked = to_be_written(examples, layout)
     at_once = -(-int(masked.sum(dim=1).max()) // FORWARDS)
     found = fill(engine, examples, masked, layout, step, at_once, stopped)
@@ -68,7 +67,7 @@ def to_be_written(examples: Examples, layout: Layout) -> Tensor:
     rank = answer.cumsum(dim=1) - 1
     first = torch.where(has_prompt, 0, answer.sum(dim=1, keepdim=True) // 2)
     masked = answer & (rank >= first)
-    return masked & (rank < first + IN_TURN) if isinstance(layout, Blocks | LeftToRight) else masked
+    return masked if layout.attention == "bidirectional" else masked & (rank < first + IN_TURN)
 
 
 def _shown(tokenizer: Tokenizer, tokens: Sequence[int], order: Sequence[int], step: int) -> ShownText:

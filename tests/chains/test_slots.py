@@ -14,7 +14,7 @@ from pipeline.chains.slots import SlotGroup, make_groups, slots_of_rank
 from pipeline.chains.stream import SlotStream
 from pipeline.config import Config, ObjectiveConfig, TrainConfig
 from pipeline.objectives import build
-from pipeline.ranks import Launch
+from pipeline.ranks import Ranks
 from support import oracles
 from support.synthetic import Pairs
 from support.walks import MASK, SEED, SIZE, group_of, output, step
@@ -107,8 +107,7 @@ def test_turns_share_out_the_samples() -> None:
     train = TrainConfig(global_batch_size=4, micro_batch_size=4, seed=SEED)
     config = Config("unused", objective=replace(PUMA, turns=3), train=train)
     stream = SlotStream(Pairs(SIZE), config.slots, SEED, workers=0)
-    launch = Launch(0, 1, 0, torch.device("cpu"), "fp32")
-    turns = make_groups(config, launch, stream, build(config, MASK, True))
+    turns = make_groups(config, Ranks(), stream, build(config, MASK, True))
     slots = [group.slots.tolist() for groups in turns for group in groups]
     assert slots == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     visits: dict[int, list[int]] = defaultdict(list)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -16,30 +17,42 @@ import torch
 from pipeline import config as configuration
 from pipeline.base.errors import Failure
 from pipeline.checkpoint import FORMAT, Manifest, Saver, checkpoints, saving
+from pipeline.ranks import Ranks
 
 RANKS = 2
+T = TypeVar("T")
 
 
-class Ranks:
-    """Engines that meet in memory."""
+class Memory:
+    """What threads that play ranks exchange by."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(RANKS, timeout=60)
         self.values: list[Any] = [None] * RANKS
 
-    def engine(self, rank: int) -> Any:
-        def all_gather(value: Any) -> list[Any]:
-            self.values[rank] = value
-            self.barrier.wait()
-            found = list(self.values)
-            self.barrier.wait()
-            return found
 
-        def snapshot(folder: Path) -> dict[str, Any]:
-            return {f"part_{rank}.pt": torch.arange(4)}
+@dataclass(frozen=True)
+class Thread(Ranks):
+    """A thread that plays a rank."""
 
-        launch = SimpleNamespace(rank=rank, world_size=RANKS)
-        return SimpleNamespace(launch=launch, all_gather=all_gather, snapshot=snapshot)
+    memory: Memory = field(default_factory=Memory)
+
+    def all_gather(self, value: T) -> list[T]:
+        """Exchange in memory."""
+        self.memory.values[self.rank] = value
+        self.memory.barrier.wait()
+        found = list(self.memory.values)
+        self.memory.barrier.wait()
+        return found
+
+
+def engine_of(rank: int, memory: Memory) -> Any:
+    """Return an engine that has one tensor to save."""
+
+    def snapshot(folder: Path) -> dict[str, Any]:
+        return {f"part_{rank}.pt": torch.arange(4)}
+
+    return SimpleNamespace(ranks=Thread(rank, RANKS, memory=memory), snapshot=snapshot)
 
 
 @pytest.fixture
@@ -47,11 +60,11 @@ def savers(tmp_path: Path) -> tuple[list[Saver], list[str]]:
     """Return a saver a rank, and what they say."""
     arguments = ["--run_dir", str(tmp_path), "--data.prefixes", "[unused]", "--data.tokenizer", "unused"]
     config = configuration.load([*arguments, "--checkpoint.max_failed_saves", "2"])
-    ranks, said = Ranks(), list[str]()
+    memory, said = Memory(), list[str]()
     groups = [
         [SimpleNamespace(state_dict=lambda rank=rank: {"slots": np.array([rank])})] for rank in range(RANKS)
     ]
-    return [Saver(config, ranks.engine(r), groups[r], said.append) for r in range(RANKS)], said  # type: ignore[arg-type]
+    return [Saver(config, engine_of(r, memory), groups[r], said.append) for r in range(RANKS)], said  # type: ignore[arg-type]
 
 
 def save(savers: list[Saver], step: int) -> list[BaseException | None]:

@@ -65,7 +65,7 @@ def test_training_goes_on_while_a_save_is_written(
             events.append(f"saved {manifest.step}")
 
     monkeypatch.setattr(saving, "write_hashed", slow)
-    monkeypatch.setattr("pipeline.checkpoint.Saver", Watched)
+    monkeypatch.setattr("pipeline.training.start.Saver", Watched)
     assert train(tmp_path / "run", *SHORT, "--checkpoint.interval", "6", "--train.steps", "12").code == 0
     assert events == ["save 6", "saved 6", "save 12", "written", "saved 12", "written"]
     assert steps(tmp_path / "run") == [6, 12]
@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_for_a_while(
             if manifest.step == 12:
                 filling.unlink()
 
-    monkeypatch.setattr("pipeline.checkpoint.Saver", Watched)
+    monkeypatch.setattr("pipeline.training.start.Saver", Watched)
     more = ["--data.cache", str(tmp_path / "cache"), "--checkpoint.keep", "1", "--train.steps", "20"]
     outcome = train(run_dir, *SHORT, *more)
     assert outcome.code == 0, outcome.error

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
-from pipeline.decoding import SamplingSettings, decoding
+from pipeline.decoding import SamplingSettings
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.decoding.decoding import decode
 from pipeline.decoding.network import CachedForward, WholeForward
@@ -129,7 +129,7 @@ def test_the_cache_changes_nothing(
     numbers = list(range(10))
     cached = filled(layout, settings, numbers)
     assert cached == filled(layout, SamplingSettings(**(vars(settings) | {"cache": False})), numbers)
-    monkeypatch.setattr(decoding, "CachedForward", Both)
+    monkeypatch.setattr("pipeline.decoding.network.CachedForward", Both)
     Both.seen = 0
     assert filled(layout, settings, numbers) == cached
     assert Both.seen > 50

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import config as configuration
-from pipeline.ranks import read_launch
+from pipeline.ranks import join_ranks
 from support.programs import ROOT, environment_of_ranks, free_ports, run_program
 
 STEPS = str(ROOT / "tests/support/steps.py")
@@ -51,7 +50,5 @@ def test_slurms_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "n1")
-    launch = read_launch(
-        configuration.load(["--run_dir", "x", "--data.prefixes", "[x]", "--engine.device", "cpu"])
-    )
-    assert (launch.rank, launch.world_size, launch.local_rank) == (3, 4, 1)
+    ranks = join_ranks("cpu")
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 1)

@@ -7,9 +7,10 @@ import math
 import pytest
 
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
-from pipeline.engine.optimizer import learning_rate, parameter_groups
+from pipeline.engine.optimizer import parameter_groups
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.training.learning_rate import learning_rate
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -19,7 +19,7 @@ from pipeline import objectives
 from pipeline.config import Config, ModelConfig, ObjectiveConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.decoding import load_model
-from pipeline.engine.runtime import read_weights
+from pipeline.engine.build import read_weights
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import attention as attention_of
 from pipeline.huggingface.folders import divide, write_weights

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import train
 from pipeline.config import ModelConfig
-from pipeline.engine.runtime import read_weights
+from pipeline.engine.build import read_weights
 from pipeline.huggingface.folders import open_weights
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Visibility, Vocabulary

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline import config as configuration
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.load import flatten
-from pipeline.engine.runtime import read_weights
+from pipeline.engine.build import read_weights
 from pipeline.monitor.dashboard import LAYOUT
 from pipeline.monitor.texts import as_plain, read_texts
 from pipeline.monitor.writers import is_measured

@@ -15,7 +15,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.animation import colour_of
 from pipeline.decoding.decoding import decode
 from pipeline.decoding.settings import SamplingSettings
-from pipeline.engine.runtime import PlainEngine
+from pipeline.engine.plain import PlainEngine
 from pipeline.monitor.texts import ShownText, as_html, as_picture, as_plain, read_texts
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 from pipeline.objectives.objective import Layout

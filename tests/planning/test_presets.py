@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from pipeline import config as configuration
+from pipeline.engine.build import engine_settings
 from pipeline.engine.deepspeed.settings import complete_settings
-from pipeline.engine.runtime import engine_settings
 from pipeline.planning import presets
 from pipeline.planning.memory import count_parameters
 from pipeline.planning.presets import DOCUMENT, PRESETS, Preset
-from pipeline.ranks import Launch
+from pipeline.ranks import Ranks
 from support.programs import ROOT
 
 PARAMETERS = {  # by hand: embedding (twice where untied), blocks, norms
@@ -40,8 +39,8 @@ def test_deepspeed_takes_the_settings_of_a_preset(preset: Preset) -> None:
     config = preset.load(ROOT)
     train = config.train.fitted(preset.gpus)
     assert train == config.train, "the micro-batch divides a rank's share"
-    launch = Launch(0, preset.gpus, 0, torch.device("cpu"), "bf16")
-    made = complete_settings(engine_settings(config, preset.gpus), config, launch)
+    ranks = Ranks(0, preset.gpus)
+    made = complete_settings(engine_settings(config, preset.gpus), config, ranks)
     read = DeepSpeedConfig(made)
     stage = json.loads(Path(config.engine.deepspeed_config).read_text())["zero_optimization"]["stage"]
     assert read.zero_config.stage == stage

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.decoding import load_model
-from pipeline.engine.runtime import read_weights
+from pipeline.engine.build import read_weights
 from support.programs import Outcome, run_here
 from support.runs import curve
 from tools import generate

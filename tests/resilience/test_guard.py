@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config import GuardConfig
 from pipeline.engine.deepspeed import DeepSpeedEngine
-from pipeline.ranks import Launch
+from pipeline.ranks import Ranks
 from pipeline.resilience.guard import FEWEST, WINDOW, Guard
 
 
@@ -40,9 +40,9 @@ def test_what_is_not_finite_is_refused_at_once(loss: float, norm: float, problem
     assert guard.judge(3.0, 1.0)
     assert not guard.judge(loss, norm)
     assert problem in str(guard.problem)
-    assert guard.in_a_row == 1
+    assert guard.window.in_a_row == 1
     assert guard.judge(3.0, 1.0)
-    assert (guard.problem, guard.in_a_row) == (None, 0)
+    assert (guard.problem, guard.window.in_a_row) == (None, 0)
 
 
 def test_limits_are_those_of_the_last_128_steps() -> None:
@@ -56,14 +56,14 @@ def test_limits_are_those_of_the_last_128_steps() -> None:
 
     guard, losses, norms = seasoned()
     loss_limit, norm_limit = highest(losses, 1.0), highest(norms, 0.0)
-    state = guard.state_dict()
+    state = guard.window.to_json()
     for loss, norm, sound in [
         (loss_limit - 1e-6, 1.0, True),
         (loss_limit + 1e-6, 1.0, False),
         (3.0, norm_limit - 1e-6, True),
         (3.0, norm_limit + 1e-6, False),
     ]:
-        guard.load_state_dict(state)  # a restored guard judges as the one that was saved
+        guard.window.restore(state)  # a restored guard judges as the one that was saved
         assert guard.judge(loss, norm) is sound, (loss, norm)
 
 
@@ -110,7 +110,7 @@ def test_the_norm_of_offloaded_gradients_meets_the_losses_on_the_gpu() -> None:
     """DeepSpeed gives it on the CPU, and torch joins no tensors of two devices; here both hold no numbers."""
     with FakeTensorMode():
         engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
-        engine.launch = Launch(0, 1, 0, torch.device("cuda", 0), "bf16")
-        agreed = torch.zeros(2, dtype=torch.float64, device=engine.launch.device)
+        engine.ranks = Ranks(device=torch.device("cuda", 0))
+        agreed = torch.zeros(2, dtype=torch.float64, device=engine.ranks.device)
         engine.accept = lambda norm: len(torch.cat([agreed, norm.double().reshape(1)])) == 3
         assert engine._accept(torch.ones(()))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.base import errors
-from pipeline.engine.runtime import PlainEngine
+from pipeline.engine.plain import PlainEngine
 from support.programs import ROOT, Outcome, run_program
 from support.runs import command, curve, metrics, train_on
 

@@ -10,9 +10,8 @@ import torch
 
 from pipeline.chains.stream import SlotStream
 from pipeline.config import WatchdogConfig
-from pipeline.engine.runtime import Engine
 from pipeline.monitor.stragglers import Stragglers
-from pipeline.ranks import Launch
+from pipeline.ranks import Ranks
 from pipeline.resilience import watchdog as module
 from pipeline.resilience.watchdog import Watchdog
 
@@ -52,13 +51,11 @@ def test_the_slow_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     waited, probed = [0.4, 2.0, 0.6], [0.010, 0.011, 0.030]
     total = torch.zeros(6, dtype=torch.float64)
     for rank in range(3):
-        launch = Launch(rank, 3, rank, torch.device("cpu"), "fp32")
-        engine = cast(Engine, type("Alone", (), {"launch": launch})())
-        ranks = Stragglers(engine, cast(SlotStream, SlowStream(waited[rank])))
-        assert ranks._probe() > 0
-        monkeypatch.setattr(ranks, "_probe", lambda rank=rank: probed[rank])
-        total += ranks.measure(steps=2)
-    assert ranks.figures(total.tolist()) == pytest.approx(
+        stragglers = Stragglers(Ranks(rank, 3, rank), cast(SlotStream, SlowStream(waited[rank])))
+        assert stragglers._probe() > 0
+        monkeypatch.setattr(stragglers, "_probe", lambda rank=rank: probed[rank])
+        total += stragglers.measure(steps=2)
+    assert stragglers.figures(total.tolist()) == pytest.approx(
         {
             "ranks/data_wait_slowest": 1.0,
             "ranks/data_wait_median": 0.3,

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.checkpoint import checkpoints
 from pipeline.cluster.submission import read_submission
-from pipeline.engine.runtime import read_weights
+from pipeline.engine.build import read_weights
 from support.cluster import Cluster, wait_for
 from support.programs import run_program
 

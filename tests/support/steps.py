@@ -18,12 +18,13 @@ from pipeline.base.files import write_hashed
 from pipeline.chains.slots import make_groups
 from pipeline.chains.stream import SlotStream
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, stack_examples
-from pipeline.engine.optimizer import learning_rate
-from pipeline.engine.runtime import PlainEngine, build_engine, read_weights
+from pipeline.engine.build import build_engine, read_weights
+from pipeline.engine.plain import PlainEngine
 from pipeline.evaluation.likelihood import estimate
 from pipeline.model.batch import Vocabulary
-from pipeline.ranks import read_launch
+from pipeline.ranks import join_ranks
 from pipeline.train import train_step
+from pipeline.training.learning_rate import learning_rate
 
 LENGTH, VOCABULARY, MASK = 12, 24, 3
 
@@ -48,17 +49,18 @@ def weights_of(engine: PlainEngine) -> dict[str, torch.Tensor]:
 
 def main(output: str, steps: int, arguments: list[str]) -> None:
     config = configuration.load(["--run_dir", "unused", "--data.prefixes", "[unused]", *arguments])
-    launch = read_launch(config)
-    engine = build_engine(config, launch, Vocabulary(VOCABULARY, VOCABULARY, MASK))
+    ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
+    ranks.connect()
+    engine = build_engine(config, ranks, Vocabulary(VOCABULARY, VOCABULARY, MASK))
     stream = SlotStream(SyntheticPairs(), config.slots, config.train.seed, workers=1)
-    groups = make_groups(config, launch, stream, objectives.build(config, MASK, True))[0]
+    groups = make_groups(config, ranks, stream, objectives.build(config, MASK, True))[0]
     losses, norms, history = [], [], []
     if isinstance(engine, PlainEngine):
         history.append(weights_of(engine))
     for step in range(1, steps + 1):
         rate = learning_rate(step, steps, config.optimizer.learning_rate, config.schedule)
         loss, norm = train_step(engine, groups, rate, step)
-        losses.append(float(engine.sum_over_ranks(loss[None])) / launch.world_size)
+        losses.append(float(ranks.sum(loss[None])) / ranks.world_size)
         norms.append(float(norm))
         if isinstance(engine, PlainEngine):
             history.append(weights_of(engine))
@@ -69,14 +71,14 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     assert torch.equal(engine.evaluate(batch).nll, before), "the weights are back, bit for bit"
     assert not torch.equal(averaged, before)
     few = range(4)
-    examples = stack_examples([SyntheticPairs()[i] for i in few], few).to(launch.device)
+    examples = stack_examples([SyntheticPairs()[i] for i in few], few).to(ranks.device)
     layout = objectives.build(config, MASK, True).at(steps).layout
     likelihood = estimate(engine.evaluate, layout, examples, steps, draws=16, batch_size=20)
     folder = Path(output + ".model")
     for name, state in engine.snapshot(folder).items():
         write_hashed(folder / name, partial(torch.save, state))
-    engine.barrier()
-    if launch.rank == 0:
+    engine.ranks.barrier()
+    if ranks.is_first:
         result = {"losses": losses, "norms": norms, "averaged_nll": averaged, "history": history}
         result |= {"nll": likelihood.nll, "standard_error": likelihood.standard_error}
         result["communication_share"] = engine.take_communication_share()

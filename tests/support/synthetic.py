@@ -11,9 +11,9 @@ import torch
 
 from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array
-from pipeline.engine.runtime import PlainEngine
+from pipeline.engine.plain import PlainEngine
 from pipeline.model.batch import Vocabulary
-from pipeline.ranks import read_launch
+from pipeline.ranks import Ranks
 
 MASK = 4
 
@@ -50,7 +50,7 @@ def sharp_engine(
         model=ModelConfig(layers=1, hidden_size=32, heads=2, intermediate_size=48, prediction=prediction),
         engine=EngineConfig(kind="plain"),
     )
-    engine = PlainEngine(config, read_launch(config), Vocabulary(160, 150, MASK))
+    engine = PlainEngine(config, Ranks(), Vocabulary(160, 150, MASK))
     with torch.no_grad():
         engine.model.lm_head.weight.mul_(sharpness)  # type: ignore[union-attr,operator]
     yield engine

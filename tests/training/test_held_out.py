@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.data.examples import PADDING
-from pipeline.engine.runtime import PlainEngine
+from pipeline.engine.plain import PlainEngine
 from pipeline.objectives.layouts import Whole
 from pipeline.training.held_out import held_out_bound
 from support.synthetic import MASK, Pairs, sharp_engine

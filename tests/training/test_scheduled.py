@@ -19,7 +19,9 @@ from pipeline.decoding import SamplingSettings, complete, load_model
 from pipeline.decoding.batching import behind_prompts, stack_sequences, up_to_end
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
+from pipeline.ranks import Ranks
 from pipeline.training.filling import fill
+from pipeline.training.scheduled import Tasks
 from support.programs import Outcome, run_here
 from support.runs import curve, metrics, train_on
 from tools import evaluate
@@ -54,7 +56,7 @@ def found_in(checkpoint: str, items: Path, capture: pytest.CaptureFixture[str], 
 def test_under_zero3(data: Path, items: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two ranks, 41 items that do not divide, the averaged weights as by default, and the interval."""
     more = ["--optimizer.ema_decay", "0.6", "--train.steps", "8"]
-    printed = train_on(2, data, tmp_path, *schedule(items, examples=41, interval=3, name="letters"), *more)
+    printed = train_on(2, data, tmp_path, *schedule(items, samples=41, interval=3, name="letters"), *more)
     accuracies = curve(tmp_path, "evaluation/letters/accuracy")
     assert [step for step, _ in accuracies] == [3, 6, 8]
     last = accuracies[-1][1]
@@ -73,7 +75,7 @@ def test_answers_of_any_length(
 ) -> None:
     """Several tokens at a forward, as many as fit; the steps do not notice that they are measured."""
     corpus = data / "corpus.jsonl"
-    several = schedule(corpus, length=None, tokens_per_step=3, examples=60)
+    several = schedule(corpus, length=None, tokens_per_step=3, samples=60)
     assert train(tmp_path / "measured", *several).code == 0
     assert train(tmp_path / "plain", "--evaluation.interval", "0").code == 0
     assert curve(tmp_path / "measured", "loss") == curve(tmp_path / "plain", "loss")
@@ -98,7 +100,7 @@ def test_the_answers_are_those_of_the_sampler(
     prompts = [json.loads(line)["prompt"] for line in (data / "corpus.jsonl").read_text().splitlines()]
     sequences = behind_prompts(prompts, None, loaded.tokenizer, loaded.config)
     examples, masked = stack_sequences(sequences, range(len(prompts)), "pairs", loaded.tokenizer.pad)
-    engine: Any = SimpleNamespace(evaluate=torch.no_grad()(loaded.model), max_over_ranks=lambda x: x)
+    engine: Any = SimpleNamespace(evaluate=torch.no_grad()(loaded.model), ranks=Ranks())
     end = loaded.tokenizer.eos
     found = fill(engine, examples, masked, loaded.layout, loaded.step, at_once, stop=end)
     assert found is not None
@@ -129,20 +131,13 @@ def test_what_a_stop_cut_short_is_made_up_for(
     train: Callable[..., Outcome], items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that stops before a task is measured measures it when it goes on, and no task twice."""
-    from pipeline.training.run import Run
 
-    monkeypatch.setattr(Run, "measure_tasks", lambda run: None)
-    monkeypatch.setattr(Run, "stopped", lambda run: run.guard.stop)
-    original = Run.advance_manifest
-
-    def advance(run: Run, step: int) -> None:
-        original(run, step)
-        run.guard.stop = run.guard.stop or step == 8
+    def stop_at_8(tasks: Tasks) -> None:
+        tasks.stop.agreed = tasks.state.step == 8
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "advance_manifest", advance)
+        patch.setattr(Tasks, "after_step", stop_at_8)
         assert train(tmp_path, *schedule(items)).code == 75
-    monkeypatch.undo()
     for _ in range(2):
         assert train(tmp_path, *schedule(items)).code == 0
     measured = [line["step"] for line in metrics(tmp_path) if "evaluation/exact/accuracy" in line]

@@ -30,11 +30,11 @@ from pipeline.config import (
     TrainConfig,
 )
 from pipeline.data.examples import Array
-from pipeline.engine.runtime import PlainEngine
+from pipeline.engine.plain import PlainEngine
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.stragglers import Stragglers
-from pipeline.ranks import read_launch
+from pipeline.ranks import join_ranks
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
 from support.host_reads import host_reads
@@ -73,13 +73,13 @@ class Training:
             train=TrainConfig(global_batch_size=8, micro_batch_size=4),
             engine=EngineConfig(kind="plain"),
         )
-        launch = read_launch(config)
-        self.engine = PlainEngine(config, launch, Vocabulary(SIZE, SIZE, MASK))
+        ranks = join_ranks(config.engine.device)
+        self.engine = PlainEngine(config, ranks, Vocabulary(SIZE, SIZE, MASK))
         self.data = WatchedPairs()
         self.stream = SlotStream(self.data, 8, 0, workers=1)
         schedule = objectives.build(config, MASK, True)
         self.groups = [
-            SlotGroup(slots, self.stream, schedule, launch.device) for slots in (range(4), range(4, 8))
+            SlotGroup(slots, self.stream, schedule, ranks.device) for slots in (range(4), range(4, 8))
         ]
         self.steps = 0
 
@@ -235,7 +235,7 @@ def main() -> None:
     """Train on the GPU with every wait an error."""
     for objective in KINDS:
         training = Training(objective)
-        assert training.engine.launch.device.type == "cuda"
+        assert training.engine.ranks.device.type == "cuda"
         for _ in range(3):
             training.step()
         with tempfile.TemporaryDirectory() as folder:

@@ -2,12 +2,12 @@
 
 from pipeline.engine.deepspeed.checkpointing import open_sharded_weights
 from pipeline.engine.deepspeed.engine import DeepSpeedEngine
-from pipeline.engine.deepspeed.settings import check_settings, compatible_ops, read_deepspeed_json
+from pipeline.engine.deepspeed.settings import compatible_ops, read_deepspeed_json, read_settings
 
 __all__ = [
     "DeepSpeedEngine",
-    "check_settings",
     "compatible_ops",
     "open_sharded_weights",
     "read_deepspeed_json",
+    "read_settings",
 ]

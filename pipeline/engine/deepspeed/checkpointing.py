@@ -8,20 +8,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import sync_tree
+from pipeline.engine.deepspeed.private import save_through
 from pipeline.engine.snapshot import HostCopy
 from pipeline.engine.weights import StoredWeight, StoredWeights
+from pipeline.ranks import Ranks
 
 TAG = "model"
 _POLL = 1.0  # seconds
@@ -36,9 +36,7 @@ class SnapshotWriter(TorchCheckpointEngine):
         super().__init__()
         self.host_copy = HostCopy()
         self.states: dict[str, Any] = {}
-        engine.checkpoint_engine = self
-        # A recovery script that DeepSpeed copies beside its files: one more write that can fail on one rank.
-        engine._copy_recovery_script = lambda folder: None
+        save_through(engine, self)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make nothing: folders are made when the files are written."""
@@ -63,7 +61,7 @@ def universal_folder(folder: Path) -> Path:
     return step.with_name(f"universal_{step.name}")
 
 
-def make_universal(folder: Path, rank: int, all_gather: Callable[[Any], list[Any]]) -> Path:
+def make_universal(folder: Path, ranks: Ranks) -> Path:
     """Convert the files of a sharded snapshot by DeepSpeed's ds_to_universal, once; every rank calls this.
 
     The first rank converts in a process of its own and tells the others every second how far it is: a
@@ -71,8 +69,7 @@ def make_universal(folder: Path, rank: int, all_gather: Callable[[Any], list[Any
 
     Args:
         folder: the files of a snapshot.
-        rank: number of this process.
-        all_gather: see `Engine.all_gather`.
+        ranks: the processes that load it.
 
     Returns:
         A folder that `loading_universal` is for.
@@ -81,15 +78,15 @@ def make_universal(folder: Path, rank: int, all_gather: Callable[[Any], list[Any
         UserError: when there is no room, or DeepSpeed fails.
     """
     final = universal_folder(folder)
-    if all_gather(final.is_dir())[0]:
+    if ranks.all_gather(final.is_dir())[0]:
         return final
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(_convert, folder, final) if rank == 0 else None
+        work = pool.submit(_convert, folder, final) if ranks.is_first else None
         while True:
             if work is not None:
                 wait([work], timeout=_POLL)
             problem = work.result() if work is not None and work.done() else None
-            ended, problem = all_gather((work is not None and work.done(), problem))[0]
+            ended, problem = ranks.all_gather((work is not None and work.done(), problem))[0]
             if problem is not None:
                 raise UserError(problem)
             if ended:
@@ -125,20 +122,6 @@ def _convert(folder: Path, final: Path) -> str | None:
     sync_tree(writing)
     writing.rename(final)
     return None
-
-
-@contextlib.contextmanager
-def loading_universal(engine: Any) -> Iterator[None]:
-    """Let a DeepSpeed engine load a universal checkpoint, and plain ones again afterwards."""
-    engine._config.load_universal_checkpoint = True
-    try:
-        yield
-    finally:
-        engine._config.load_universal_checkpoint = False
-    # All states share one counter then, which torch's AdamW would advance once for each of them.
-    for state in engine.optimizer.optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()
 
 
 def open_sharded_weights(folder: Path) -> StoredWeights:

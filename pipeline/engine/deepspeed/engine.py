@@ -15,43 +15,42 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.config import Config
-from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, loading_universal, make_universal
+from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, make_universal
+from pipeline.engine.deepspeed.private import check_names, find_shards, leave_out_op, loading_universal
 from pipeline.engine.deepspeed.profiling import Profiler
-from pipeline.engine.deepspeed.settings import complete_settings
-from pipeline.engine.deepspeed.shards import find_shards
+from pipeline.engine.deepspeed.settings import complete_settings, read_settings
 from pipeline.engine.deepspeed.ulysses import UlyssesSequence
 from pipeline.engine.ema import WeightAverage, file_name
+from pipeline.engine.network import compile_blocks, make_model
 from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
-from pipeline.engine.runtime import T, compile_blocks, engine_settings, make_model
 from pipeline.engine.weights import StoredWeights, copy_pieces, squared_norm
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
-from pipeline.ranks import Launch
+from pipeline.ranks import Ranks
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+leave_out_op("deepspeed_shm_comm")
 
 
 class DeepSpeedEngine:
-    """The Engine of every real run; see `pipeline.engine.runtime.Engine` for the methods."""
+    """The Engine of every real run; see `pipeline.engine.protocol.Engine` for the methods."""
 
-    def __init__(self, config: Config, launch: Launch, vocabulary: Vocabulary) -> None:
-        """Join the process group, make the model in shards (zero.Init) and its optimizer."""
+    def __init__(self, config: Config, ranks: Ranks, vocabulary: Vocabulary) -> None:
+        """Make the model, in shards under ZeRO-3 (zero.Init), and its optimizer."""
         # DeepSpeed still calls collectives by the names that torch is renaming.
         warnings.filterwarnings("ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated")
-        self.launch = launch
+        self.ranks = ranks
         path = Path(config.engine.deepspeed_config)
-        settings = complete_settings(engine_settings(config, launch.world_size), config, launch)
+        settings = complete_settings(read_settings(config, ranks.world_size), config, ranks)
         self.zero = zero = settings["zero_optimization"]
-        if not torch.distributed.is_initialized():
-            backend = "nccl" if launch.device.type == "cuda" else "gloo"
-            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-        sequence = UlyssesSequence(launch.sequence_size) if launch.sequence_size > 1 else WHOLE
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        sequence = UlyssesSequence(ranks.sequence_size) if ranks.sequence_size > 1 else WHOLE
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
                 model = make_model(config, vocabulary, sequence)
-            compile_blocks(config, model, launch.device)
+            compile_blocks(config, model, ranks.device)
             self.names = {parameter: name for name, parameter in model.named_parameters()}
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
@@ -59,6 +58,7 @@ class DeepSpeedEngine:
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
+        check_names(self.engine, zero["stage"])
         self.profiler = Profiler(config, self.engine)
         self.snapshots = SnapshotWriter(self.engine)
         self.sharding = f"zero{self.engine.zero_optimization_stage()}"
@@ -90,7 +90,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         """See `Engine`; DeepSpeed counts micro-batches by its own calls of step."""
         # The mean is over all ranks, and the ranks of a sequence-parallel group have one loss among them.
-        self.engine.backward(loss * self.launch.sequence_size)
+        self.engine.backward(loss * self.ranks.sequence_size)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
 
     def _accept(self, norm: Tensor) -> bool:
         """Pass on DeepSpeed's question whether to update the weights."""
-        self.norm = norm.to(self.launch.device)  # that of offloaded gradients is on the CPU
+        self.norm = norm.to(self.ranks.device)  # that of offloaded gradients is on the CPU
         return self.accept is None or self.accept(self.norm)
 
     @torch.no_grad()
@@ -128,62 +128,39 @@ class DeepSpeedEngine:
         self.average.exchange()
         self.shards.publish()
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """See `Engine`."""
-        total = values.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    def max_over_ranks(self, values: Tensor) -> Tensor:
-        """See `Engine`."""
-        highest = values.clone()
-        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
-        return highest
-
     def squared_norm(self) -> Tensor:
         """See `Engine`."""
         if self._on_nvme():
-            return torch.full((), torch.nan, dtype=torch.float64, device=self.launch.device)
-        return squared_norm(self.shards.weights(), self.shards.pieces(self.names), self.launch.device)
+            return torch.full((), torch.nan, dtype=torch.float64, device=self.ranks.device)
+        return squared_norm(self.shards.weights(), self.shards.pieces(self.names), self.ranks.device)
 
     def take_communication_share(self) -> float | None:
         """See `Engine`."""
         share, self.profiler.communication_share = self.profiler.communication_share, None
         return share
 
-    def barrier(self) -> None:
-        """See `Engine`."""
-        torch.distributed.barrier()
-
-    def all_gather(self, value: T) -> list[T]:
-        """See `Engine`."""
-        values: list[Any] = [None] * self.launch.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
     def snapshot(self, folder: Path) -> dict[str, Any]:
         """See `Engine`."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.average is not None:
-            self.snapshots.keep(file_name(self.launch.rank), self.average.state_dict())
+            self.snapshots.keep(file_name(self.ranks.rank), self.average.state_dict())
         return self.snapshots.take()
 
     def load(self, folder: Path, world_size: int) -> None:
         """See `Engine`."""
         settings = hyper_parameters(self.engine.optimizer)
-        if world_size == self.launch.world_size:
+        if world_size == self.ranks.world_size:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         else:
-            universal = make_universal(folder, self.launch.rank, self.all_gather)
+            universal = make_universal(folder, self.ranks)
             with loading_universal(self.engine):
                 path, _ = self.engine.load_checkpoint(str(universal), tag=TAG)
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to go on from an older one.")
         set_hyper_parameters(self.engine.optimizer, settings)
         if self.average is not None:
-            self.average.load(folder, self.launch.rank)
+            self.average.load(folder, self.ranks.rank)
 
     def close(self) -> None:
         """See `Engine`."""
         self.engine.destroy()
-        torch.distributed.destroy_process_group()

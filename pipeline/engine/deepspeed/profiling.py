@@ -13,6 +13,11 @@ from deepspeed.profiling.flops_profiler import FlopsProfiler
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 
 from pipeline.config import Config
+from pipeline.engine.deepspeed.private import (
+    log_collectives,
+    seconds_in_collectives,
+    time_collectives_with,
+)
 
 FLOPS_FILE = "flops_profile.txt"
 COMMUNICATION_FILE = "communication.txt"
@@ -52,7 +57,7 @@ class Profiler:
         self.began = 0.0
         self.communication_share: float | None = None
         if self.config.communication_steps:
-            deepspeed.comm.comm.timers = _Timers()
+            time_collectives_with(_Timers())
             deepspeed.comm.configure(enabled=True, prof_all=True)
 
     @contextlib.contextmanager
@@ -78,18 +83,11 @@ class Profiler:
         """Count a step; after the last one with timed collectives, write their table."""
         if self.step == self.config.communication_steps:
             deepspeed.comm.configure(enabled=False)
-            self.communication_share = _seconds_of_collectives() / (time.perf_counter() - self.began)
+            self.communication_share = seconds_in_collectives() / (time.perf_counter() - self.began)
             if self.first_rank:
                 path = self.folder / COMMUNICATION_FILE
                 with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-                    deepspeed.comm.comm.comms_logger.log_all()
+                    log_collectives()
             deepspeed.comm.reset_log()
         self.step += 1
         self.forwards = 0
-
-
-def _seconds_of_collectives() -> float:
-    """Return what this rank's timed collectives took, the wait for other ranks included."""
-    of_operations = deepspeed.comm.comm.comms_logger.comms_dict.values()
-    # For each operation and size: [calls, latencies in ms, bandwidths, bandwidths]
-    return sum(sum(record[1]) for sizes in of_operations for record in sizes.values()) / 1e3

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ValidationError
 from pipeline.base.errors import UserError, nearest
 from pipeline.config import Config
 from pipeline.config.checks import require
-from pipeline.ranks import Launch
+from pipeline.engine.network import precision_of
+from pipeline.ranks import Ranks
 
 # DeepSpeed ignores an unknown top-level key in silence, so the known ones are listed here.
 OWN_KEYS = (
@@ -72,6 +73,21 @@ SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
     "data_types": DATA_TYPES,
 }
 STAGE_3_KEYS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+
+
+def read_settings(config: Config, world_size: int | None = None) -> dict[str, Any]:
+    """Return the settings of the run's DeepSpeed JSON, checked with those of the run.
+
+    Args:
+        config: the run.
+        world_size: ranks, where they are known already.
+
+    Raises:
+        UserError: for a file that is missing, or settings that cannot work.
+    """
+    settings = read_deepspeed_json(Path(config.engine.deepspeed_config))
+    check_settings(settings, config, world_size)
+    return settings
 
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
@@ -247,13 +263,13 @@ def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
         return {name: name in ALL_OPS and bool(ALL_OPS[name].is_compatible()) for name in names}
 
 
-def complete_settings(settings: dict[str, Any], config: Config, launch: Launch) -> dict[str, Any]:
+def complete_settings(settings: dict[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's settings: those of the JSON file, and those that follow from the run's YAML."""
     return settings | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.train.accumulation(launch.data_size),
+        "gradient_accumulation_steps": config.train.accumulation(ranks.data_size),
         "gradient_clipping": config.optimizer.gradient_clip,
-        "bf16": {"enabled": launch.precision == "bf16"},
+        "bf16": {"enabled": precision_of(config, ranks.device) == "bf16"},
         "steps_per_print": 2**31,
         # Its throughput timer would wait for the device at every step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},

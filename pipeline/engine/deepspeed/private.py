@@ -1,16 +1,121 @@
-"""Where ZeRO keeps the fp32 weights of a rank, and how the forward pass gets them."""
+"""Every name of DeepSpeed's that its documentation does not promise; no other module touches one.
+
+`check_names` looks for all of them when an engine is built, so that another version of DeepSpeed fails at the
+start, by the name that it lacks, and not in the middle of a run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, Protocol
 
+import deepspeed
+import deepspeed.comm
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
+from pipeline.base.errors import UserError
 from pipeline.engine.weights import Piece
 
 REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it waits for the norm and skips the step
+
+MODULE_NAMES = (
+    "ops.__compatible_ops__",
+    "comm.comm.timers",
+    "comm.comm.comms_logger.comms_dict",
+    "comm.comm.comms_logger.log_all",
+)
+ENGINE_NAMES = (
+    "checkpoint_engine",
+    "_copy_recovery_script",
+    "_config.load_universal_checkpoint",
+    "optimizer.optimizer.state",
+)
+OPTIMIZER_NAMES = {
+    1: (
+        "single_partition_of_fp32_groups",
+        "bit16_groups",
+        "update_lp_params",
+        "scaled_global_norm",
+        "check_grad_overflow",
+        "check_overflow",
+    ),
+    3: (
+        "fp32_partitioned_groups_flat",
+        "fp16_groups",
+        "_get_param_partition_rank",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_get_norm_groups",
+    ),
+}
+OPTIMIZER_NAMES[2] = OPTIMIZER_NAMES[1]
+
+
+def check_names(engine: Any, stage: int) -> None:
+    """Raise a `UserError` for the first name that this version of DeepSpeed lacks.
+
+    Args:
+        engine: what `deepspeed.initialize` returned.
+        stage: of ZeRO, 1 to 3.
+    """
+    wanted = {"": MODULE_NAMES, "engine.": ENGINE_NAMES, "engine.optimizer.": OPTIMIZER_NAMES[stage]}
+    owners = {"": deepspeed, "engine.": engine, "engine.optimizer.": engine.optimizer}
+    for owner, names in wanted.items():
+        for name in names:
+            try:
+                attrgetter(name)(owners[owner])
+            except AttributeError:
+                version = f"DeepSpeed {deepspeed.__version__}, at ZeRO stage {stage}"
+                remedy = "install the version that requirements.txt names"
+                raise UserError(f"{version}, has no {owner}{name}: {remedy}.") from None
+
+
+def leave_out_op(name: str) -> None:
+    """Make DeepSpeed do without one of its compiled kernels."""
+    deepspeed.ops.__compatible_ops__[name] = False
+
+
+def save_through(engine: Any, writer: TorchCheckpointEngine) -> None:
+    """Hand what `engine.save_checkpoint` saves to `writer`, and nothing else to the disk."""
+    engine.checkpoint_engine = writer
+    # A recovery script that DeepSpeed copies beside its files: one more write that can fail on one rank.
+    engine._copy_recovery_script = lambda folder: None
+
+
+@contextlib.contextmanager
+def loading_universal(engine: Any) -> Iterator[None]:
+    """Let an engine load a universal checkpoint, and plain ones again afterwards."""
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+    # All states share one counter then, which torch's AdamW would advance once for each of them.
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+def time_collectives_with(timers: Any) -> None:
+    """Let DeepSpeed's communication log measure by `timers`."""
+    deepspeed.comm.comm.timers = timers
+
+
+def log_collectives() -> None:
+    """Print DeepSpeed's table of timed collectives."""
+    deepspeed.comm.comm.comms_logger.log_all()
+
+
+def seconds_in_collectives() -> float:
+    """Return what this rank's timed collectives took, the wait for other ranks included."""
+    of_operations = deepspeed.comm.comm.comms_logger.comms_dict.values()
+    # For each operation and size: [calls, latencies in ms, bandwidths, bandwidths]
+    return sum(sum(record[1]) for sizes in of_operations for record in sizes.values()) / 1e3
 
 
 class Shards(Protocol):
@@ -20,7 +125,7 @@ class Shards(Protocol):
         """Return this rank's flat fp32 tensors, which the optimizer updates in place."""
 
     def pieces(self, names: Mapping[nn.Parameter, str]) -> list[Piece]:
-        """Return what of which parameter is in `weights`."""
+        """Return the parameter and range behind each slice of `weights`."""
 
     def publish(self) -> None:
         """Make the forward pass use `weights` as they are now; every rank calls this."""

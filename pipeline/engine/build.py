@@ -1,0 +1,82 @@
+"""Which engine a run has, from its settings; and the weights that either engine has saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.engine.ema import open_average
+from pipeline.engine.plain import PlainEngine, open_plain_weights
+from pipeline.engine.protocol import Engine
+from pipeline.engine.weights import StoredWeights
+from pipeline.model.batch import Vocabulary
+from pipeline.ranks import Ranks
+
+
+def build_engine(config: Config, ranks: Ranks, vocabulary: Vocabulary) -> Engine:
+    """Return the configured engine around a new model.
+
+    Raises:
+        UserError: for a plain engine on several ranks, or DeepSpeed settings that cannot work.
+    """
+    if config.engine.kind == "plain":
+        return PlainEngine(config, ranks, vocabulary)
+    engine: Engine = _deepspeed().DeepSpeedEngine(config, ranks, vocabulary)
+    return engine
+
+
+def engine_settings(config: Config, world_size: int | None = None) -> dict[str, Any]:
+    """Return the settings of DeepSpeed's JSON, checked with those of the run; none for the plain engine.
+
+    Args:
+        config: the run.
+        world_size: ranks, where they are known already.
+
+    Raises:
+        UserError: for a file that is missing, or settings that cannot work.
+    """
+    if config.engine.kind == "plain":
+        return {}
+    settings: dict[str, Any] = _deepspeed().read_settings(config, world_size)
+    return settings
+
+
+def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
+    """Say which of DeepSpeed's kernels can be compiled on this machine."""
+    compatible: dict[str, bool] = _deepspeed().compatible_ops(names)
+    return compatible
+
+
+def _deepspeed() -> ModuleType:
+    """Import DeepSpeed's side only where it is needed: plain runs start faster without."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from pipeline.engine import deepspeed
+
+    return deepspeed
+
+
+def open_weights(folder: Path, averaged: bool = False) -> StoredWeights:
+    """Return the fp32 weights by name that an engine of either kind saved in `folder`, still on the disk.
+
+    Args:
+        folder: where the files of `Engine.snapshot` are, written at any number of ranks.
+        averaged: the moving average of the weights instead (`ema.has_average` says whether there is one).
+    """
+    if averaged:
+        return open_average(folder)
+    weights = open_plain_weights(folder)
+    if weights is None:
+        weights = _deepspeed().open_sharded_weights(folder)
+    return weights
+
+
+def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
+    """Return all of `open_weights`, on the CPU."""
+    return {name: weight.read() for name, weight in open_weights(folder, averaged).items()}

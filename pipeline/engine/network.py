@@ -1,0 +1,54 @@
+"""The module that an engine trains: initial weights, compiled blocks, precision."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Literal
+
+import torch
+
+from pipeline.base.errors import UserError
+from pipeline.config import Config
+from pipeline.model.batch import Vocabulary
+from pipeline.model.sequence import WHOLE, WholeSequence
+from pipeline.model.transformer import MaskedDiffusionModel
+
+
+def make_model(
+    config: Config, vocabulary: Vocabulary, sequence: WholeSequence = WHOLE
+) -> MaskedDiffusionModel:
+    """Return the model with initial weights drawn from the run's seed, computing what `sequence` says."""
+    torch.manual_seed(config.train.seed)
+    recompute = config.engine.activation_checkpointing
+    return MaskedDiffusionModel(config.model, vocabulary, recompute, sequence)
+
+
+def compile_blocks(config: Config, model: MaskedDiffusionModel, device: torch.device) -> None:
+    """Compile each transformer block where ``engine.compile`` asks for it, at its first use.
+
+    The blocks are the same code, so that one program serves all of them, and they stay where they are: the
+    names of the weights do not change. There is a program for each kind of mask, for training and evaluation,
+    for the first shape and for any other; beyond torch's limit of 8, blocks run as they are.
+
+    Raises:
+        UserError: where there is no compiler.
+    """
+    if not config.engine.compile:
+        return
+    variable, compiler = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
+    name = os.environ.get(variable, compiler)
+    if shutil.which(name) is None:
+        raise UserError(
+            f"engine.compile is true, but there is no {name} on the PATH, which torch.compile needs: install "
+            f"it, name another in {variable}, or set engine.compile to false."
+        )
+    for block in model.model.layers:
+        block.compile()
+
+
+def precision_of(config: Config, device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return the precision of weights and activations in forward and backward; optimizer states are fp32."""
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    return "bf16" if device.type == "cuda" else "fp32"

@@ -1,0 +1,137 @@
+"""The plain engine: one process of plain torch, for debugging, and the oracle of sharded training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.errors import UserError
+from pipeline.config import Config
+from pipeline.engine.ema import WeightAverage, file_name
+from pipeline.engine.network import compile_blocks, make_model, precision_of
+from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
+from pipeline.engine.snapshot import HostCopy
+from pipeline.engine.weights import Piece, StoredWeight, StoredWeights, copy_pieces, squared_norm
+from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
+from pipeline.ranks import Ranks
+
+PLAIN_FILE = "plain.pt"
+
+
+class PlainEngine:
+    """One process of plain torch: for debugging, and the oracle that sharded training is compared with."""
+
+    def __init__(self, config: Config, ranks: Ranks, vocabulary: Vocabulary) -> None:
+        """Make model and optimizer; see `build_engine`."""
+        if ranks.world_size > 1:
+            raise UserError(
+                f"engine.kind is 'plain' on {ranks.world_size} ranks: it runs in one process. Start one "
+                "process, or set engine.kind to 'deepspeed'."
+            )
+        self.ranks = ranks
+        self.precision = precision_of(config, ranks.device)
+        self.sharding = "none"
+        self.accumulation = config.train.accumulation(1)
+        self.clip = config.optimizer.gradient_clip
+        model = make_model(config, vocabulary).to(ranks.device)
+        compile_blocks(config, model, ranks.device)
+        self.model: nn.Module = model
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.optimizer), **adamw_settings(config.optimizer)
+        )
+        self.host_copy = HostCopy()
+        self.average: WeightAverage | None = None
+        if config.optimizer.ema_decay is not None:
+            weights = list(self.model.parameters())
+            self.average = WeightAverage(config.optimizer.ema_decay, weights, self.pieces())
+
+    def pieces(self) -> list[Piece]:
+        """Return every parameter as one piece."""
+        named = enumerate(self.model.named_parameters())
+        return [Piece(name, tuple(p.shape), 0, number, 0, p.numel()) for number, (name, p) in named]
+
+    def start_from(self, weights: StoredWeights) -> None:
+        """See `Engine`."""
+        copy_pieces(weights, list(self.model.parameters()), self.pieces())
+        if self.average is not None:
+            self.average.restart()
+
+    def forward(self, batch: MaskedBatch) -> HeadOutput:
+        """See `Engine`; bf16 is torch's autocast here."""
+        enabled = self.precision == "bf16"
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=enabled):
+            output: HeadOutput = self.model(batch)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`."""
+        (loss / self.accumulation).backward()
+
+    def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+        """See `Engine`."""
+        limit = self.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if accept is None or accept(norm):
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batch: MaskedBatch) -> HeadOutput:
+        """See `Engine`."""
+        return self.forward(batch)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """See `Engine`."""
+        assert self.average is not None, "optimizer.ema_decay is not set"
+        self.average.exchange()
+        yield
+        self.average.exchange()
+
+    def squared_norm(self) -> Tensor:
+        """See `Engine`; there is one rank."""
+        return squared_norm(list(self.model.parameters()), self.pieces(), self.ranks.device)
+
+    def take_communication_share(self) -> float | None:
+        """See `Engine`; there is one rank."""
+        return None
+
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """See `Engine`."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        states: dict[str, Any] = {PLAIN_FILE: state}
+        if self.average is not None:
+            states[file_name(0)] = self.average.state_dict()
+        return {name: self.host_copy(name, state) for name, state in states.items()}
+
+    def load(self, folder: Path, world_size: int) -> None:
+        """See `Engine`."""
+        state = torch.load(folder / PLAIN_FILE, map_location=self.ranks.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        settings = hyper_parameters(self.optimizer)
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_hyper_parameters(self.optimizer, settings)
+        if self.average is not None:
+            self.average.load(folder, 0)
+
+    def close(self) -> None:
+        """See `Engine`."""
+
+
+def open_plain_weights(folder: Path) -> StoredWeights | None:
+    """Return the fp32 weights by name that a plain engine saved in `folder`, still on the disk; else None."""
+    path = folder / PLAIN_FILE
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return {name: StoredWeight.of(tensor) for name, tensor in state["model"].items()}

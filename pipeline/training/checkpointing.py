@@ -1,0 +1,83 @@
+"""When a run saves, and where it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.base.errors import Failure
+from pipeline.chains.slots import SlotGroup
+from pipeline.checkpoint import FORMAT, Identity, Manifest, Saver
+from pipeline.config import Config
+from pipeline.engine.protocol import Engine
+from pipeline.resilience.stop import Stop
+from pipeline.resilience.watchdog import Watchdog
+from pipeline.training.state import TrainState
+from pipeline.training.step_log import StepLog
+
+
+def resume(
+    folder: Path, saved: Manifest, engine: Engine, groups: Sequence[SlotGroup], state: TrainState
+) -> None:
+    """Take up weights, chains and state of a checkpoint; every rank calls this."""
+    checkpoint.load(folder, saved, engine, groups)
+    state.step, state.tokens, state.held_out_loss = saved.step, saved.tokens, saved.held_out_loss
+    state.window.restore(saved.guard)
+    if engine.ranks.is_first:
+        other = saved.world_size != engine.ranks.world_size
+        ranks = f", written by {saved.world_size} ranks" if other else ""
+        print(f"resumed from {folder} (step {saved.step}{ranks})", flush=True)
+
+
+class Checkpoints:
+    """Saves the run every ``checkpoint.interval`` steps, at the last step and when it is to stop."""
+
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        state: TrainState,
+        saver: Saver,
+        log: StepLog,
+        stop: Stop,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config = config
+        self.identity = identity
+        self.state = state
+        self.saver = saver
+        self.log = log
+        self.stop = stop
+        self.watchdog = watchdog
+
+    def after_step(self) -> None:
+        """Save, if it is due."""
+        if self.stop.agreed or self.state.due(self.config.checkpoint.interval):
+            self.save()
+
+    def save(self) -> None:
+        """Save the run as it is; every rank calls this."""
+        self.watchdog.enter("save")
+        self.log.sync()
+        state, world_size = self.state, self.saver.engine.ranks.world_size
+        manifest = Manifest(
+            FORMAT, state.step, state.tokens, world_size, *self.identity, state.held_out_loss,
+            state.window.to_json(),
+        )  # fmt: skip
+        with self.log.recorder.apart(state.step, "checkpoint_stall"):
+            self.saver.save(manifest)
+
+    def finish(self) -> None:
+        """Wait until the last save is on the disk.
+
+        Raises:
+            Failure: when the last step of the run could not be saved: its weights would be lost.
+        """
+        self.watchdog.enter("save")
+        self.saver.wait()
+        if self.saver.problem is not None and self.state.is_done and not self.stop.agreed:
+            raise Failure(
+                f"the last step, {self.state.step}, is trained but not saved: {self.saver.problem} Put it "
+                "right, and start the same command again: it resumes from the newest checkpoint."
+            )

@@ -1,0 +1,251 @@
+"""From settings to a run that is ready to train: each thing is built from what is passed to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline import checkpoint, objectives
+from pipeline.base.errors import UserError
+from pipeline.base.progress import Progress
+from pipeline.chains.slots import SlotGroup, make_groups
+from pipeline.chains.stream import SlotStream
+from pipeline.checkpoint import Identity, Manifest, Saver
+from pipeline.config import Config
+from pipeline.data.blend import describe_order, write_order
+from pipeline.data.datasets import Datasets, build_datasets, data_fingerprint
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.engine.build import build_engine
+from pipeline.engine.protocol import Engine
+from pipeline.huggingface.initial import open_initial_weights
+from pipeline.model.batch import Vocabulary
+from pipeline.monitor.example_log import ExampleLog
+from pipeline.monitor.history import noted
+from pipeline.monitor.recorder import Recorder
+from pipeline.monitor.stragglers import Stragglers
+from pipeline.monitor.writers import require_wandb
+from pipeline.ranks import Ranks
+from pipeline.resilience.guard import Guard
+from pipeline.resilience.signals import StopSignals
+from pipeline.resilience.skipped import SkipLog
+from pipeline.resilience.stop import Stop
+from pipeline.resilience.watchdog import Watchdog
+from pipeline.training.checkpointing import Checkpoints, resume
+from pipeline.training.preflight import check_run, check_validation, read_vocabulary
+from pipeline.training.recovery import Recovery
+from pipeline.training.scheduled import ScheduledTask, Tasks, read_tasks
+from pipeline.training.state import TrainState
+from pipeline.training.step_log import StepLog
+from pipeline.training.validation import Validation
+
+
+class Component(Protocol):
+    """What is done between the steps, by something that knows when it is due."""
+
+    def after_step(self) -> None:
+        """Do it, if it is due after the step that was just trained; every rank calls this."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that the loop uses.
+
+    Attributes:
+        config: the run; its micro-batch fits the number of ranks.
+        engine: weights, gradients, steps.
+        turns: this rank's chains: for each turn a group for each micro-batch.
+        state: how far the run has come.
+        guard: what judges each update before it is made.
+        stop: whether the run is to stop.
+        watchdog: what ends a run that hangs.
+        log: curves and terminal.
+        recovery: what follows a refused update.
+        evaluations: what is measured between steps.
+        checkpoints: when the run saves.
+    """
+
+    config: Config
+    engine: Engine
+    turns: list[list[SlotGroup]]
+    state: TrainState
+    guard: Guard
+    stop: Stop
+    watchdog: Watchdog
+    log: StepLog
+    recovery: Recovery
+    evaluations: tuple[Component, ...]
+    checkpoints: Checkpoints
+
+    def groups_of(self, step: int) -> list[SlotGroup]:
+        """Return the chains that `step` trains, a group for each micro-batch."""
+        return self.turns[(step - 1) % len(self.turns)]
+
+    def outcome(self) -> str:
+        """Return how the process ended, if it was no error."""
+        if self.state.is_done and not self.stop.agreed:
+            return "done"
+        failed = self.checkpoints.saver.problem is not None
+        saved = "and NOT saved (the reason is above)" if failed else "and saved"
+        return f"stopped after step {self.state.step} {saved}"
+
+
+def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) -> Training:
+    """Return a run that is ready for its next step; what it holds open is closed by `stack`.
+
+    What can be refused is refused first: an engine takes long to build, and the examples of a large corpus
+    longer.
+
+    Raises:
+        UserError: on every rank, for the first thing that keeps the run from starting.
+    """
+    config = fit_micro_batch(config, ranks)
+    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+    vocabulary = _check(config, tokenizer, ranks)
+    engine = build_engine(config, ranks, vocabulary)
+    stack.callback(engine.close)
+    _take_folder(Path(config.run_dir), ranks, stack)
+    fingerprint = data_fingerprint(config.data, tokenizer, config.train.seed)
+    batch_size = config.train.global_batch_size
+    identity = Identity(engine.sharding, batch_size, vocabulary._asdict(), fingerprint)
+    found = _find_start(config, identity, ranks)
+    if found is None and config.train.initial_weights is not None:
+        _start_from(Path(config.train.initial_weights), config, vocabulary, engine)
+    tasks = read_tasks(config, tokenizer, ranks)
+    data = _open_data(config, tokenizer, ranks)
+    return _assemble(config, tokenizer, engine, identity, found, tasks, data, signals, stack)
+
+
+def _assemble(
+    config: Config,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    identity: Identity,
+    found: tuple[Path, Manifest] | None,
+    tasks: Sequence[ScheduledTask],
+    data: Datasets,
+    signals: StopSignals,
+    stack: ExitStack,
+) -> Training:
+    """Begin the chains or resume them from a checkpoint, and open what is written on the way."""
+    run_dir, ranks, state = Path(config.run_dir), engine.ranks, TrainState(config.train.steps)
+    stream = SlotStream(data.train, config.slots, config.train.seed, config.data.workers)
+    stack.callback(stream.close)
+    skipped = SkipLog(run_dir, ranks)
+    stream.exclude(skipped.excluded())
+    schedule = objectives.build(config, tokenizer.mask, data.has_padding)
+    turns = make_groups(config, ranks, stream, schedule)
+    groups = [group for turn in turns for group in turn]
+    if found is not None:
+        resume(*found, engine, groups, state)
+    log = _open_log(config, identity.vocabulary["rows"], engine, stream, groups, skipped, state)
+    stack.callback(log.close)
+    watchdog = Watchdog(config.watchdog, run_dir, ranks.rank, config.engine.kind != "plain")
+    stack.callback(watchdog.close)
+    saver = Saver(config, engine, groups, log.progress.say)
+    stack.callback(saver.close)
+    stop = Stop(ranks, lambda: signals.received)
+    guard = Guard(config.guard, config.optimizer.gradient_clip, state.window, stop)
+    checkpoints = Checkpoints(config, identity, state, saver, log, stop, watchdog)
+
+    def stopped() -> bool:
+        watchdog.enter("evaluation")
+        return stop.ask()
+
+    averaged = config.optimizer.ema_decay is not None
+    evaluations = (
+        Validation(config, engine, data.valid, schedule, tokenizer, state, log, stopped),
+        Tasks(tasks, engine, averaged, state, log, stop, stopped),
+    )
+    recovery = Recovery(config, state, guard, stream, skipped, groups, checkpoints)
+    training = Training(
+        config, engine, turns, state, guard, stop, watchdog, log, recovery, evaluations, checkpoints
+    )
+    if ranks.is_first:
+        before = log.recorder.lost_steps, log.recorder.last_sign
+        stack.enter_context(noted(run_dir, state.step, ranks.world_size, *before, training.outcome))
+    return training
+
+
+def _check(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Vocabulary:
+    """Return the model's vocabulary; raise a `UserError` for what would end the run, now or in a week."""
+    if config.monitor.wandb:
+        require_wandb()
+    check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
+    return read_vocabulary(config, tokenizer)
+
+
+def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
+    """Return the configuration with a micro-batch that fits the number of ranks; say so if it is smaller."""
+    wanted, train = config.train, config.train.fitted(ranks.data_size, ranks.sequence_size)
+    if ranks.is_first and train.micro_batch_size != wanted.micro_batch_size:
+        print(
+            f"train.micro_batch_size is {train.micro_batch_size} instead of {wanted.micro_batch_size}: it "
+            f"must divide the {wanted.global_batch_size // ranks.data_size} sequences of a rank and step",
+            flush=True,
+        )
+    return dataclasses.replace(config, train=train)
+
+
+def _take_folder(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
+    """Make sure that no other run works on the folder, and clear up after one that was killed."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    problem = None
+    if ranks.is_first:
+        try:
+            stack.callback(checkpoint.RunLock(run_dir).release)
+            checkpoint.clear(run_dir)
+        except UserError as error:
+            problem = str(error)
+    ranks.agree(problem)
+
+
+def _find_start(config: Config, identity: Identity, ranks: Ranks) -> tuple[Path, Manifest] | None:
+    """Return the newest whole checkpoint of the run, where there is one and the run may resume from it."""
+    found = checkpoint.newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
+    if found is not None:
+        checkpoint.check_continues(*found, identity, config)
+    return found
+
+
+def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: Engine) -> None:
+    """Put given weights in place of the random ones."""
+    weights = open_initial_weights(folder, config.model, vocabulary, Path(config.data.tokenizer))
+    engine.start_from(weights)
+    if engine.ranks.is_first:
+        print(f"starting from the weights in {folder}", flush=True)
+
+
+def _open_data(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Datasets:
+    """Build the examples, or load their indices; show and write what each dataset gives to an epoch."""
+    run_dir = Path(config.run_dir)
+    cache = Path(config.data.cache) if config.data.cache else run_dir / "dataset_cache"
+    data = build_datasets(config.data, tokenizer, config.train.seed, cache)
+    check_validation(config, data.valid is not None)
+    if ranks.is_first:
+        write_order(run_dir, data.shares, data.fingerprint)
+        print(describe_order(data.shares), flush=True)
+    return data
+
+
+def _open_log(
+    config: Config,
+    vocabulary_rows: int,
+    engine: Engine,
+    stream: SlotStream,
+    groups: Sequence[SlotGroup],
+    skipped: SkipLog,
+    state: TrainState,
+) -> StepLog:
+    """Open curves and terminal; what an interrupted run wrote beyond the present step is dropped."""
+    ranks, first_step = engine.ranks, state.step + 1
+    progress = Progress(state.last_step, state.step, "step", enabled=ranks.is_first)
+    stragglers = Stragglers(ranks, stream)
+    recorder = Recorder(config, vocabulary_rows, engine, groups, stragglers, first_step)
+    examples = None
+    if config.train.log_samples:
+        examples = ExampleLog(Path(config.run_dir), ranks, stream, first_step)
+    return StepLog(state, config.train.log_interval, recorder, examples, skipped, progress)

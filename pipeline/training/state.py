@@ -1,0 +1,46 @@
+"""How far a run has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.resilience.guard import Window
+
+
+@dataclass
+class TrainState:
+    """What the loop changes from step to step; weights and chains are elsewhere.
+
+    Attributes:
+        last_step: steps of the whole run, ``train.steps``.
+        step: optimizer steps done.
+        tokens: tokens seen, over all steps and ranks.
+        held_out_loss: measured after this very step, or none.
+        window: what the guard compares the next steps with.
+    """
+
+    last_step: int
+    step: int = 0
+    tokens: int = 0
+    held_out_loss: float | None = None
+    window: Window = field(default_factory=Window)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step is trained."""
+        return self.step >= self.last_step
+
+    def advance(self, tokens: int) -> None:
+        """Count a step that was trained on so many tokens."""
+        self.step += 1
+        self.tokens += tokens
+        self.held_out_loss = None
+
+    def due(self, interval: int) -> bool:
+        """Say whether something done every `interval` steps (0: never), and at the last one, is due now.
+
+        Within a row of refused steps it is not: they may end in a return to the checkpoint before.
+        """
+        if interval == 0 or self.step == 0:
+            return False
+        return self.is_done or (self.step % interval == 0 and not self.window.in_a_row)

@@ -1,0 +1,88 @@
+"""What is written and shown step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pipeline.base.progress import Progress
+from pipeline.chains.slots import SlotGroup
+from pipeline.monitor.example_log import ExampleLog
+from pipeline.monitor.recorder import Recorder
+from pipeline.resilience.skipped import SkipLog
+from pipeline.training.state import TrainState
+
+
+class StepLog:
+    """Curves, the examples of each step, and the terminal."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        interval: int,
+        recorder: Recorder,
+        examples: ExampleLog | None,
+        skipped: SkipLog,
+        progress: Progress,
+    ) -> None:
+        """Take what is written to.
+
+        Args:
+            state: of the run.
+            interval: steps between two lines, ``train.log_interval``.
+            recorder: the curves.
+            examples: which examples each step was trained on, where that is asked for.
+            skipped: the refused steps.
+            progress: the terminal.
+        """
+        self.state = state
+        self.interval = interval
+        self.recorder = recorder
+        self.examples = examples
+        self.skipped = skipped
+        self.progress = progress
+
+    def begin_step(self, groups: Sequence[SlotGroup]) -> None:
+        """Note the examples that the next step is about to be trained on."""
+        if self.examples is not None:
+            self.examples.write(self.state.step + 1, groups)
+
+    def collect(self, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
+        """Remember the step that was just trained; nothing waits for the device."""
+        self.recorder.collect(self.state.step, loss, gradient_norm, learning_rate)
+
+    def after_step(self) -> None:
+        """Show how far the run is, with the figures of the interval when they are due."""
+        self.progress.advance(self.state.step)
+        if self.state.is_done or self.state.step % self.interval == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetch, write and show the figures of the steps since the last time; every rank calls this."""
+        if not self.recorder.pending:
+            return
+        values = self.recorder.flush(self.skipped.skipped())
+        self.progress.report(
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def sync(self) -> None:
+        """Bring every figure up to this step to the disk, before a checkpoint claims the step."""
+        self.flush()
+        self.recorder.sync()
+        self.skipped.sync()
+
+    def reopen(self) -> None:
+        """Drop what was written beyond the present step, after a rollback."""
+        self.recorder.open(self.state.step + 1)
+        if self.examples is not None:
+            self.examples.open(self.state.step + 1)
+
+    def close(self) -> None:
+        """Write what is buffered, and take the progress bar away."""
+        self.progress.close()
+        self.recorder.close()
+        if self.examples is not None:
+            self.examples.close()
