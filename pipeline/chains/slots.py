@@ -55,18 +55,23 @@ class SlotGroup:
         self.statistics = ChainStatistics(objectives.longest, device)
         self.trained = np.zeros_like(self.slots)  # sequences that each slot was trained on
         self.age = torch.zeros_like(self.numbers)  # steps that the present sequences were trained on
-        self._begin(np.zeros(len(slots), dtype=np.int64))
+        self._begin(np.zeros(len(slots), dtype=np.int64), first_step)
         objective = objectives.at(first_step)
         first = objective.first_stage(self.numbers, first_step)
-        state = objective.begin(self.examples, first[:, None], first_step)
+        state = objective.begin(self.chains, first[:, None], first_step)
         self._enter(state, torch.zeros_like(first, dtype=torch.bool))
 
-    def _begin(self, cursors: np.ndarray) -> None:
-        """Read the examples at `cursors` [B] or, where those are left out, after them; and the next ones."""
+    @property
+    def examples(self) -> Examples:
+        """The clean sequences that the chains walk through now."""
+        return self.chains.examples
+
+    def _begin(self, cursors: np.ndarray, step: int) -> None:
+        """Read the examples at `cursors` [B], or after them where those are left out, and the next ones."""
         rows = range(len(self.slots))
         self.cursors = self._admitted(rows, cursors)
         self.next_cursors = self._admitted(rows, self.cursors + 1)
-        self.examples = self._read(rows, self.cursors)
+        self.chains = self.objectives.at(step).layout.chains(self._read(rows, self.cursors))
         self.following = self._read(rows, self.next_cursors)
 
     def _admitted(self, rows: Sequence[int], cursors: np.ndarray) -> np.ndarray:
@@ -108,25 +113,24 @@ class SlotGroup:
         """Return the batch of the current states; `step` is the optimizer step, 1 is the first."""
         rows = self._settle()
         self.trained = self.cursors + 1
-        return model_input(self.objectives.at(step), self.examples, self.state, rows, step)
+        return model_input(self.objectives.at(step), self.chains, self.state, rows, step)
 
     def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
         """Move the chains on with the scores of the same forward that the loss came from."""
         next_step = step + self.interval
         now, then = self.objectives.at(step), self.objectives.at(next_step)
         scores = Scores.of(output, batch.rows, self.state.masked)
-        state, ended, reveals = now.advance(self.examples, self.state, scores, step, next_step)
+        state, ended, reveals = now.advance(self.chains, self.state, scores, step, next_step)
         begin_at = torch.zeros_like(self.numbers)
         if then is not now:  # a change of objective ends every chain
             ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, next_step)
-        fresh = then.begin(self.following, begin_at[:, None], next_step)
-        chains = now.layout.chains(self.examples)
-        walk = Walk(self.examples, chains, self.state, self.age, ended, reveals)
+        fresh = then.begin(then.layout.chains(self.following), begin_at[:, None], next_step)
+        walk = Walk(self.chains, self.state, self.age, ended, reveals)
         self.statistics.add(walk, batch, output)
         self.age = torch.where(ended, 0, self.age + 1)
         state = fresh if then is not now else state.replaced(ended, fresh)
         self.trained_ids = self.examples.ids
-        self.examples = self.examples.replaced(ended, self.following)
+        self.chains = then.layout.chains(self.examples.replaced(ended, self.following))
         self._enter(state, ended)
 
     def begun(self) -> tuple[int, int]:
@@ -152,14 +156,14 @@ class SlotGroup:
         """
         if not np.array_equal(state["slots"], self.slots):
             raise ValueError("the state belongs to other slots")
-        self._begin(state["cursors"])
+        next_step = step + (self.first_step - step) % self.interval
+        self._begin(state["cursors"], next_step)
         length = self.examples.tokens.shape[1]
         masked = np.unpackbits(state["masked"], axis=1, count=length).astype(bool)
         chains = ChainState(
             torch.from_numpy(masked).to(self.device), torch.from_numpy(state["stage"]).to(self.device)
         )
-        next_step = step + (self.first_step - step) % self.interval
-        fresh = self.objectives.at(next_step).begin(self.examples, torch.zeros_like(chains.stage), next_step)
+        fresh = self.objectives.at(next_step).begin(self.chains, torch.zeros_like(chains.stage), next_step)
         left_out = torch.from_numpy(self.cursors != state["cursors"]).to(self.device)
         chains = chains.replaced(left_out, fresh)
         age = state.get("age", np.zeros_like(self.slots))  # older checkpoints have none

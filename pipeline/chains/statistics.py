@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import PROMPT, Examples
+from pipeline.data.examples import PROMPT
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.objective import Chains, ChainState, Reveals
 
@@ -33,15 +33,13 @@ class Walk(NamedTuple):
     """One training step of the chains of B sequences.
 
     Attributes:
-        examples: the clean sequences.
-        chains: how they are cut into chains.
+        chains: the clean sequences, and how they are cut into chains.
         state: masks and stages that the step was trained on.
         age: [B] int64, earlier steps that were trained on each sequence since it came into its slot.
         ended: [B] bool, sequences that leave their slot after the step.
         reveals: what the chains reveal after the step, where the objective does.
     """
 
-    examples: Examples
     chains: Chains
     state: ChainState
     age: Tensor
@@ -120,9 +118,9 @@ class ChainStatistics:
         one, only_bin = torch.ones_like(walk.age[:1]), torch.zeros_like(walk.age[:1])  # [1]
         totals = {
             "steps": one,
-            "masked_fraction": (count.sum(dim=1) / walk.examples.answer_length).double().mean(),
+            "masked_fraction": (count.sum(dim=1) / chains.examples.answer_length).double().mean(),
             "mean_stage": (state.stage * live).sum() / live.sum().clamp(min=1),
-            "prompt": (walk.examples.roles == PROMPT).sum(dim=1).double().mean(),
+            "prompt": (chains.examples.roles == PROMPT).sum(dim=1).double().mean(),
             "chains_ended": walk.ended.sum(),
             "length_sum": ((walk.age + 1) * walk.ended).sum(),
         }
@@ -133,7 +131,7 @@ class ChainStatistics:
 
         tenth = (TENTHS * count - 1).div(length.clamp(min=1), rounding_mode="floor")  # (0, 0.1] is the first
         rows = batch.rows
-        width = walk.examples.tokens.shape[1]
+        width = chains.index.shape[1]
         chain = rows // width * chains.count + chains.index.flatten()[rows]  # [R], in the flattened [B, N]
         nll, confidence = output.nll, output.confidence  # [R]
         for name, bins in (

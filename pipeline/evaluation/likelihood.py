@@ -24,9 +24,9 @@ from pipeline.base.errors import UserError
 from pipeline.data.examples import Examples
 from pipeline.decoding import Loaded
 from pipeline.decoding.batching import MaskedSequence, stack
-from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
+from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.autoregressive import Autoregressive
-from pipeline.objectives.objective import Attention, Chains, ChainState, Layout, Objective, model_input
+from pipeline.objectives.objective import Chains, ChainState, Layout, Objective, model_input
 from pipeline.objectives.random_masking import RandomMasking
 
 Evaluate = Callable[[MaskedBatch], HeadOutput]
@@ -54,23 +54,22 @@ class LikelihoodMasks(RandomMasking):
         """Return how many masks each chain [B, N] has, where they are all taken; 1 elsewhere."""
         return torch.where(self.enumerated(chains), (1 << chains.length.clamp(max=62)) - 1, 1).clamp(min=1)
 
-    def ratio(self, examples: Examples, chains: Chains, stage: Tensor) -> Tensor:
+    def ratio(self, chains: Chains, stage: Tensor) -> Tensor:
         """Return the number [B, N] in [0, 1) of which n = 1 + floor(ratio x L)."""
         length = chains.length.clamp(min=1)
-        stratified = (stage + super().ratio(examples, chains, stage)) / self.draws
+        stratified = (stage + super().ratio(chains, stage)) / self.draws
         each = (stage * length // self.draws + 0.5) / length
         return torch.where(length <= self.draws, each, stratified)
 
-    def draw(self, examples: Examples, chains: Chains, stage: Tensor) -> Tensor:
+    def draw(self, chains: Chains, stage: Tensor) -> Tensor:
         """Return the masks [B, L] bool of draws `stage` [B, N]."""
         bits = chains.spread(1 + stage % self.masks(chains))  # the number of a mask has a bit a position
         counted = (bits >> chains.rank.clamp(0, 62)) & 1 == 1
-        drawn = super().draw(examples, chains, stage)
+        drawn = super().draw(chains, stage)
         return chains.answer & torch.where(chains.spread(self.enumerated(chains)), counted, drawn)
 
-    def weights(self, examples: Examples, state: ChainState) -> Tensor:
+    def weights(self, chains: Chains, state: ChainState) -> Tensor:
         """Return the share [B, L] float64 of each masked position in the estimate that all D draws make."""
-        chains = self.layout.chains(examples)
         draws, length, masks = self.draws, chains.length.clamp(min=1), self.masks(chains)
         n = chains.sums(state.masked).clamp(min=1)
         of_n = _ceil(n * draws, length) - _ceil((n - 1) * draws, length)  # draws with n positions
@@ -89,47 +88,6 @@ def _log_choose(length: Tensor, n: Tensor) -> Tensor:
     """Return the logarithm of the number of ways to choose n of `length`, float64."""
     top, bottom = length.double() + 1, n.double() + 1
     return torch.lgamma(top) - torch.lgamma(bottom) - torch.lgamma(top - n)
-
-
-@dataclass(frozen=True)
-class _Restricted:
-    """A layout of which only some positions are scored; the others are given.
-
-    Attributes:
-        layout: how sequences look to the model.
-        scored: [B, L] bool.
-    """
-
-    layout: Layout
-    scored: Tensor
-
-    @property
-    def mask_id(self) -> int:
-        """See `Layout`."""
-        return self.layout.mask_id
-
-    @property
-    def attention(self) -> Attention:
-        """See `Layout`."""
-        return self.layout.attention
-
-    @property
-    def block_size(self) -> int | None:
-        """See `Layout`."""
-        return self.layout.block_size
-
-    def chains(self, examples: Examples) -> Chains:
-        """See `Layout`."""
-        chains = self.layout.chains(examples)
-        return Chains(chains.index.masked_fill(~self.scored, chains.count), chains.count)
-
-    def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
-        """See `Layout`."""
-        return self.layout.batch(examples, masked, weights, rows, step)
-
-    def decoding(self, examples: Examples) -> Visibility:
-        """See `Layout`."""
-        return self.layout.decoding(examples)
 
 
 @dataclass(frozen=True)
@@ -184,17 +142,19 @@ def estimate(
     each = 1 if exact else draws
     device, (count, length) = examples.tokens.device, examples.tokens.shape
     totals = torch.zeros(2, count * each, dtype=torch.float64, device=device)  # of all chains, of the random
+    objective: Objective = Autoregressive(layout) if exact else LikelihoodMasks(seed, layout, draws)
     for start in range(0, count * each, batch_size):
         place = torch.arange(start, min(start + batch_size, count * each), device=device)
         row = place // each
         part = Examples(examples.tokens[row], examples.roles[row], examples.ids[row])
-        seen = layout if scored is None else _Restricted(layout, scored[row])
-        objective: Objective = Autoregressive(seen) if exact else LikelihoodMasks(seed, seen, draws)
-        state = objective.begin(part, place[:, None] % each, step)
-        inputs = model_input(objective, part, state, int(state.masked.sum()), step)
+        chains = layout.chains(part)
+        if scored is not None:
+            chains = chains.restricted(scored[row])
+        state = objective.begin(chains, place[:, None] % each, step)
+        inputs = model_input(objective, chains, state, int(state.masked.sum()), step)
         weights, random = torch.ones_like(state.masked, dtype=torch.float64), torch.zeros_like(state.masked)
         if isinstance(objective, LikelihoodMasks):
-            weights, chains = objective.weights(part, state), seen.chains(part)
+            weights = objective.weights(chains, state)
             random = ~chains.spread(objective.enumerated(chains))
         nll = evaluate(inputs).nll.double() * weights.flatten()[inputs.rows]  # [R]
         of_random = nll * random.flatten()[inputs.rows]

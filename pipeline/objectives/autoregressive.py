@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import Examples
-from pipeline.objectives.objective import ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
+from pipeline.objectives.objective import (
+    Chains,
+    ChainState,
+    Layout,
+    Objective,
+    Reveals,
+    Scores,
+    mean_over_chains,
+)
 
 
 class Autoregressive:
@@ -21,19 +28,19 @@ class Autoregressive:
         """Return zeros [B]: there are no stages."""
         return torch.zeros_like(slots)
 
-    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
         """Return every answer position."""
-        return ChainState(self.layout.chains(examples).answer, stage)
+        return ChainState(chains.answer, stage)
 
-    def weights(self, examples: Examples, state: ChainState) -> Tensor:
+    def weights(self, chains: Chains, state: ChainState) -> Tensor:
         """Return 1/L_eff, shared out equally over sequences."""
-        return mean_over_chains(self.layout.chains(examples), state.masked)
+        return mean_over_chains(chains, state.masked)
 
     def advance(
-        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Change nothing and end every sequence."""
-        return state, torch.ones_like(examples.ids, dtype=torch.bool), None
+        return state, torch.ones_like(chains.examples.ids, dtype=torch.bool), None
 
     def held_out(self) -> Objective:
         """Return this objective: its loss is the exact negative log-likelihood, divided by L_eff."""

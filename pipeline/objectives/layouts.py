@@ -45,7 +45,7 @@ class Whole:
 
     def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
-        return Chains(torch.where(self.answer(examples), 0, 1), 1)
+        return Chains(examples, torch.where(self.answer(examples), 0, 1), 1)
 
     def answer(self, examples: Examples) -> Tensor:
         """Return [B, L] bool: the positions that may be masked."""
@@ -99,7 +99,7 @@ class Blocks(Whole):
     def chains(self, examples: Examples) -> Chains:
         """See `Layout`."""
         answer, count = self.answer(examples), -(-examples.tokens.shape[1] // self.size)
-        return Chains(torch.where(answer, (answer.cumsum(dim=1) - 1) // self.size, count), count)
+        return Chains(examples, torch.where(answer, (answer.cumsum(dim=1) - 1) // self.size, count), count)
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.data.examples import Examples
 from pipeline.objectives import noise
-from pipeline.objectives.objective import ChainState, Objective, Reveals, Scores
+from pipeline.objectives.objective import Chains, ChainState, Objective, Reveals, Scores
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
 
@@ -22,7 +22,7 @@ class Mixture:
 
     def __init__(self, chains: ProgressiveUnmasking, random: RandomMasking, share: float) -> None:
         """Mix `chains` with `share` (0 to 1) of `random`; both have the same layout."""
-        self.chains = chains
+        self.progressive = chains
         self.random = random
         self.share = share
         self.layout = chains.layout
@@ -30,36 +30,36 @@ class Mixture:
 
     def is_random(self, examples: Examples) -> Tensor:
         """Return [B] bool: the sequences under random masks."""
-        return noise.uniform(self.chains.seed, noise.MIXTURE, examples.ids) < self.share
+        return noise.uniform(self.progressive.seed, noise.MIXTURE, examples.ids) < self.share
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return staggered stages [B]."""
-        return self.chains.first_stage(slots, step)
+        return self.progressive.first_stage(slots, step)
 
-    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
         """Return the beginnings of both kinds, each where it belongs."""
-        random = self.random.begin(examples, stage, step)
-        return self.chains.begin(examples, stage, step).replaced(self.is_random(examples), random)
+        random = self.random.begin(chains, stage, step)
+        return self.progressive.begin(chains, stage, step).replaced(self.is_random(chains.examples), random)
 
-    def weights(self, examples: Examples, state: ChainState) -> Tensor:
+    def weights(self, chains: Chains, state: ChainState) -> Tensor:
         """Return the weights of both kinds, each where it belongs."""
-        random, chains = self.random.weights(examples, state), self.chains.weights(examples, state)
-        return torch.where(self.is_random(examples)[:, None], random, chains)
+        random, progressive = self.random.weights(chains, state), self.progressive.weights(chains, state)
+        return torch.where(self.is_random(chains.examples)[:, None], random, progressive)
 
     def advance(
-        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Move the chains on, and draw the random masks of the next stage."""
-        chains, ended, reveals = self.chains.advance(examples, state, scores, step, next_step)
-        stages = self.chains.stages
+        progressive, ended, reveals = self.progressive.advance(chains, state, scores, step, next_step)
+        stages = self.progressive.stages
         stage = stages.following(state.stage, step, next_step)
-        random = self.random.begin(examples, stage, next_step)
-        where = self.is_random(examples)
+        random = self.random.begin(chains, stage, next_step)
+        where = self.is_random(chains.examples)
         ended = torch.where(where, stage[:, 0] >= stages(next_step), ended)
         assert reveals is not None
-        of_chains = Reveals(*(count.masked_fill(where, 0) for count in reveals))
-        return chains.replaced(where, random), ended, of_chains
+        of_progressive = Reveals(*(count.masked_fill(where, 0) for count in reveals))
+        return progressive.replaced(where, random), ended, of_progressive
 
     def held_out(self) -> Objective:
         """Return random masking with the masks of every held-out loss."""
-        return self.chains.held_out()
+        return self.progressive.held_out()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -14,30 +15,36 @@ from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility
 
 @dataclass
 class Chains:
-    """Which chain each position belongs to: one for a whole answer, or one for each of its blocks.
+    """How B sequences are cut into chains: one for a whole answer, or one for each of its blocks.
 
     Attributes:
+        examples: the clean sequences.
         index: [B, L] int64, number of the position's chain; `count` where it belongs to none (a prompt).
         count: N, the chains that a row may have; some of them may be without positions.
     """
 
+    examples: Examples
     index: Tensor
     count: int
 
-    @property
+    @cached_property
     def answer(self) -> Tensor:
         """[B, L] bool: the positions that may be masked."""
         return self.index < self.count
 
-    @property
+    @cached_property
     def length(self) -> Tensor:
         """[B, N] int64: L_eff of each chain."""
         return self.sums(self.answer)
 
-    @property
+    @cached_property
     def rank(self) -> Tensor:
         """[B, L] int64: how many positions of its chain stand before each position."""
         return self.answer.cumsum(dim=1) - 1 - self.spread(self.length.cumsum(dim=1) - self.length)
+
+    def restricted(self, positions: Tensor) -> Chains:
+        """Return the chains of `positions` [B, L] bool alone; the others are given, as a prompt is."""
+        return Chains(self.examples, self.index.masked_fill(~positions, self.count), self.count)
 
     def sums(self, positions: Tensor) -> Tensor:
         """Return how many of `positions` [B, L] bool lie in each chain, [B, N] int64."""
@@ -185,14 +192,14 @@ class Objective(Protocol):
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return the stage [B] at which the chains of slots [B] start when the objective itself does."""
 
-    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
         """Return new chains at `stage` [B, N], ready for `step`, before the model has seen them."""
 
-    def weights(self, examples: Examples, state: ChainState) -> Tensor:
+    def weights(self, chains: Chains, state: ChainState) -> Tensor:
         """Return the share of each masked position in the loss, [B, L] float32."""
 
     def advance(
-        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Move every chain on after training on `state` at `step`; it will be trained next at `next_step`.
 
@@ -205,12 +212,10 @@ class Objective(Protocol):
         """Return the objective of the held-out loss: the same masks whatever was trained with, or when."""
 
 
-def model_input(
-    objective: Objective, examples: Examples, state: ChainState, rows: int, step: int
-) -> MaskedBatch:
+def model_input(objective: Objective, chains: Chains, state: ChainState, rows: int, step: int) -> MaskedBatch:
     """Return the batch that an objective trains on at `step`; `rows` positions are masked in all."""
-    weights = objective.weights(examples, state)
-    batch = objective.layout.batch(examples, state.masked, weights, rows, step)
+    weights = objective.weights(chains, state)
+    batch = objective.layout.batch(chains.examples, state.masked, weights, rows, step)
     return batch._replace(scores=objective.needs)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import Examples
 from pipeline.objectives import noise
 from pipeline.objectives.objective import (
     Chains,
@@ -54,38 +53,34 @@ class ProgressiveUnmasking:
         """Return staggered stages [B], so that every stage is present in every batch from the start."""
         return slots % self.stages(step)
 
-    def target_count(self, examples: Examples, chains: Chains, stage: Tensor, step: int) -> Tensor:
+    def target_count(self, chains: Chains, stage: Tensor, step: int) -> Tensor:
         """Return how many positions of each chain [B, N] are to be unmasked at `stage` [B, N] of `step`."""
-        ids, number = examples.ids[:, None], chain_numbers(chains)
+        ids, number = chains.examples.ids[:, None], chain_numbers(chains)
         jitter = noise.uniform(self.seed, noise.STAGE_TARGET, ids, number, stage)
         fraction = (stage + jitter) / self.stages(step)
         length = chains.length
         return torch.minimum(torch.floor(fraction * length + 0.5).to(torch.int64), length - 1)
 
-    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
         """Return chains with the count of `stage` [B, N] revealed, by the policy's order or at random."""
-        chains = self.layout.chains(examples)
         stage = stage.expand(-1, chains.count).contiguous()
-        count = self.target_count(examples, chains, stage, step)
-        revealed = chains.take_highest(chains.answer, self.policy.initial(self.seed, examples), count)
+        count = self.target_count(chains, stage, step)
+        revealed = chains.take_highest(chains.answer, self.policy.initial(self.seed, chains.examples), count)
         return ChainState(chains.answer & ~revealed, stage)
 
-    def weights(self, examples: Examples, state: ChainState) -> Tensor:
+    def weights(self, chains: Chains, state: ChainState) -> Tensor:
         """Return 1 / (masked positions of the chain), shared out equally over chains and sequences."""
-        return mean_over_chains(self.layout.chains(examples), state.masked)
+        return mean_over_chains(chains, state.masked)
 
     def advance(
-        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """Reveal the highest ranked masked positions of each chain up to the next stage's count."""
-        chains = self.layout.chains(examples)
         length, final = chains.length, self.stages(next_step)
         stage = self.stages.following(state.stage, step, next_step)
         unmasked = length - chains.sums(state.masked)
-        count = (
-            self.target_count(examples, chains, stage, next_step) - unmasked
-        )  # below 0: it has more already
-        ranking = self.policy.ranking(self.seed, examples, scores)
+        count = self.target_count(chains, stage, next_step) - unmasked  # below 0: it has more already
+        ranking = self.policy.ranking(self.seed, chains.examples, scores)
         masked = ranked = state.masked & ~chains.take_highest(state.masked, ranking, count)
         if self.threshold is not None:
             masked = masked & ~(scores.confidence > self.threshold)

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.data.examples import Examples
 from pipeline.objectives import noise
 from pipeline.objectives.objective import (
     Chains,
@@ -64,27 +63,31 @@ class RandomMasking:
         """Return zeros [B]: there are no stages."""
         return torch.zeros_like(slots)
 
-    def ratio(self, examples: Examples, chains: Chains, stage: Tensor) -> Tensor:
+    def ratio(self, chains: Chains, stage: Tensor) -> Tensor:
         """Return the number [B, N] in [0, 1) that decides how much of each chain is masked.
 
         Stratified, it is (u + i/S) mod 1 for slot i of S, with one u for all slots: sequence s + S c is the
         c-th of slot s, so each round of S sequences covers [0, 1) evenly.
         """
-        ids, number = examples.ids[:, None], chain_numbers(chains)
+        ids, number = chains.examples.ids[:, None], chain_numbers(chains)
         if self.strata is None:
             return noise.uniform(self.seed, noise.MASK_RATIO, ids, number, stage)
         shared = noise.uniform(self.seed, noise.MASK_RATIO, ids // self.strata, number, stage)
         return (shared + (ids % self.strata).double() / self.strata) % 1.0
 
-    def draw(self, examples: Examples, chains: Chains, stage: Tensor) -> Tensor:
+    def draw(self, chains: Chains, stage: Tensor) -> Tensor:
         """Return masks [B, L] bool for `stage` [B, N], each stage with a draw of its own; none is empty."""
-        ratio = self.ratio(examples, chains, stage)
-        positions, stages = positions_like(examples.tokens), chains.spread(stage)
-        order = noise.uniform(self.seed, noise.MASK_POSITIONS, examples.ids[:, None], positions, stages)
+        ratio = self.ratio(chains, stage)
+        positions, stages = positions_like(chains.index), chains.spread(stage)
+        order = noise.uniform(
+            self.seed, noise.MASK_POSITIONS, chains.examples.ids[:, None], positions, stages
+        )
         if self.count == "uniform":
             return chains.take_highest(chains.answer, order, 1 + (ratio * chains.length).to(torch.int64))
         # The first masked position is geometric, cut off at L_eff; each behind it is masked independently.
-        u = noise.uniform(self.seed, noise.FIRST_MASKED, examples.ids[:, None], chain_numbers(chains), stage)
+        u = noise.uniform(
+            self.seed, noise.FIRST_MASKED, chains.examples.ids[:, None], chain_numbers(chains), stage
+        )
         length = chains.length.clamp(min=1)
         log_kept = torch.log(ratio)  # log (1 - t)
         first = torch.log1p(u * torch.expm1(length * log_kept)) / log_kept
@@ -92,38 +95,36 @@ class RandomMasking:
         behind = chains.rank - chains.spread(first)  # [B, L]
         return chains.answer & ((behind == 0) | ((behind > 0) & (order >= chains.spread(ratio))))
 
-    def begin(self, examples: Examples, stage: Tensor, step: int) -> ChainState:
+    def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
         """Return the masks of `stage` [B, N]; with complementary pairs odd stages complete the ones before.
 
         The complement of a full mask is empty: the full mask is repeated, so that every n is as likely as
         without pairs.
         """
-        chains = self.layout.chains(examples)
         stage = stage.expand(-1, chains.count).contiguous()
         if not self.complementary:
-            return ChainState(self.draw(examples, chains, stage), stage)
-        masked = self.draw(examples, chains, stage - stage % 2)
+            return ChainState(self.draw(chains, stage), stage)
+        masked = self.draw(chains, stage - stage % 2)
         others = chains.answer & ~masked
         second = (stage % 2 == 1) & (chains.sums(others) > 0)  # [B, N]
         return ChainState(torch.where(chains.spread(second), others, masked), stage)
 
-    def weights(self, examples: Examples, state: ChainState) -> Tensor:
+    def weights(self, chains: Chains, state: ChainState) -> Tensor:
         """Return what each masked position weighs by the rule of `count`."""
-        chains = self.layout.chains(examples)
         if self.count == "uniform":
             return mean_over_chains(chains, state.masked)
-        ratio, length = self.ratio(examples, chains, state.stage), chains.length.clamp(min=1)
+        ratio, length = self.ratio(chains, state.stage), chains.length.clamp(min=1)
         not_empty = -torch.expm1(length * torch.log(ratio))  # 1 - (1 - t)^L_eff
         return mean_over_chains(chains, state.masked, not_empty / ((1 - ratio) * length))
 
     def advance(
-        self, examples: Examples, state: ChainState, scores: Scores, step: int, next_step: int
+        self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """End every sequence, or go on to the complement of its mask."""
-        ended = torch.ones_like(examples.ids, dtype=torch.bool)
+        ended = torch.ones_like(chains.examples.ids, dtype=torch.bool)
         if not self.complementary:
             return state, ended, None
-        return self.begin(examples, state.stage + 1, next_step), ended & (state.stage[:, 0] % 2 == 1), None
+        return self.begin(chains, state.stage + 1, next_step), ended & (state.stage[:, 0] % 2 == 1), None
 
     def held_out(self) -> Objective:
         """Return random masking with the masks of every held-out loss."""

@@ -47,10 +47,11 @@ def held_out_loss(
     for batch, counted in _batches(ranks, dataset, examples, batch_size):
         if stopped():
             return None
-        state = objective.begin(batch, torch.zeros(batch_size, 1, dtype=torch.int64), step)
-        rows = int(state.masked.sum())  # on the CPU still
-        batch, state = batch.to(ranks.device), state.to(ranks.device)
-        inputs = model_input(objective, batch, state, rows, step)
+        chains = objective.layout.chains(batch)  # on the CPU still
+        state = objective.begin(chains, torch.zeros(batch_size, 1, dtype=torch.int64), step)
+        rows = int(state.masked.sum())
+        chains, state = objective.layout.chains(batch.to(ranks.device)), state.to(ranks.device)
+        inputs = model_input(objective, chains, state, rows, step)
         nll = engine.evaluate(inputs).nll.double()
         weights = inputs.weights.double() * counted.double()[inputs.rows // state.masked.shape[1]]
         total[0] += (nll * weights).sum() * batch_size

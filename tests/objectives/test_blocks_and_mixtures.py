@@ -141,7 +141,7 @@ def test_a_switch_begins_every_chain_anew(first: str, second: str, kinds: tuple[
         if number == at:
             assert (group.cursors == before + 1).all()
             fresh = group.objectives.at(at).first_stage(torch.arange(SLOTS), at)[:, None]
-            expected = group.objectives.at(at).begin(group.examples, fresh, at)
+            expected = group.objectives.at(at).begin(group.chains, fresh, at)
             assert group.state.masked.equal(expected.masked)
             assert group.state.stage.equal(expected.stage)
             assert second != "puma" or group.state.stage.unique().tolist() == list(range(stages))
@@ -189,14 +189,15 @@ def test_position_0_is_given_where_predictions_are_shifted() -> None:
     group.examples.roles[0, 0] = 2  # an answer of one token at position 0
     group.examples.roles[1, :2] = 2  # an answer that begins at position 0
     objective = group.objectives.at(1)
-    state = objective.begin(group.examples, torch.zeros(SLOTS, 1, dtype=torch.int64), 1)
+    chains = objective.layout.chains(group.examples)
+    state = objective.begin(chains, torch.zeros(SLOTS, 1, dtype=torch.int64), 1)
     assert not state.masked[:, 0].any()
     assert not state.masked[0].any()
-    assert objective.layout.chains(group.examples).length[1] == group.examples.answer_length[1] - 1
+    assert chains.length[1] == group.examples.answer_length[1] - 1
     group.state = state
-    weights = objective.weights(group.examples, state)
+    weights = objective.weights(chains, state)
     assert weights[state.masked].isfinite().all()
     zeros = torch.zeros(SLOTS, WIDTH)
-    _, ended, _ = objective.advance(group.examples, state, Scores(zeros), 1, 2)
+    _, ended, _ = objective.advance(chains, state, Scores(zeros), 1, 2)
     assert ended.tolist()[0]
     assert not ended.all()

@@ -79,7 +79,7 @@ def walk(objective: Objective, scores: Callable[[torch.Tensor, torch.Tensor], to
     x0 = torch.from_numpy(SEQUENCES[drawn])
     examples = Examples(x0, torch.full(x0.shape, ANSWER, dtype=torch.int8), torch.arange(COUNT))
     chains = objective.layout.chains(examples)
-    state = objective.begin(examples, torch.zeros(COUNT, 1, dtype=torch.int64), 1)
+    state = objective.begin(chains, torch.zeros(COUNT, 1, dtype=torch.int64), 1)
     ended = torch.zeros(COUNT, dtype=torch.bool)
     seen = torch.zeros(COUNT, len(INPUTS), dtype=torch.bool)
     for step in range(1, 3 * STAGES):
@@ -90,7 +90,7 @@ def walk(objective: Objective, scores: Callable[[torch.Tensor, torch.Tensor], to
             everything = torch.where(chains.index == number, scores(inputs, x0), everything)
             live = ~ended & (state.masked & (chains.index == number)).any(dim=1)
             seen[torch.arange(COUNT)[live], code(inputs)[live]] = True
-        state, over, _ = objective.advance(examples, state, Scores(*everything), step, step + 1)
+        state, over, _ = objective.advance(chains, state, Scores(*everything), step, step + 1)
         ended |= over
     assert ended.all(), "every chain has ended"
     which = torch.from_numpy(drawn)

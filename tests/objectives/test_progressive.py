@@ -118,7 +118,7 @@ def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     objective = case.objective()
     first_step = data.draw(st.integers(1, 8))
     first = [data.draw(st.integers(0, case.stages(first_step) - 1)) for _ in case.answers]
-    state = objective.begin(case.examples, torch.tensor(first)[:, None], first_step)
+    state = objective.begin(LAYOUT.chains(case.examples), torch.tensor(first)[:, None], first_step)
     chains = [
         oracles.Chain(case.seed, example, answer, case.stages, case.threshold, case.policy)
         for example, answer in zip(case.examples.ids.tolist(), case.answers, strict=True)
@@ -129,7 +129,7 @@ def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     for step in range(first_step, first_step + bound):
         given_scores = scores(case, step)
         before = masked_sets(state)
-        state, ended, _ = objective.advance(case.examples, state, given_scores, step, step + 1)
+        state, ended, _ = objective.advance(LAYOUT.chains(case.examples), state, given_scores, step, step + 1)
         for row, chain in enumerate(chains):
             if chain.ended:
                 continue
@@ -155,7 +155,7 @@ def test_stage_targets_stay_in_their_stage(length: int, stages: int) -> None:
     examples = Examples(torch.zeros(count, length, dtype=torch.int64), roles, torch.arange(count))
     objective = ProgressiveUnmasking(3, LAYOUT, StageSchedule(stages), POLICIES["confidence"])
     for stage in range(stages):
-        target = objective.target_count(examples, LAYOUT.chains(examples), torch.full((count, 1), stage), 1)
+        target = objective.target_count(LAYOUT.chains(examples), torch.full((count, 1), stage), 1)
         low, high = int(stage / stages * length + 0.5), int((stage + 1) / stages * length + 0.5)
         assert (target >= min(low, length - 1)).all()
         assert (target <= min(high, length - 1)).all()
@@ -178,10 +178,11 @@ def test_ranking_never_sees_the_truth(case: Case) -> None:
     objective = case.objective()
     other = Examples(case.examples.tokens.flip(0) * 0 + 7, case.examples.roles, case.examples.ids)
     stage = torch.zeros(len(case.answers), 1, dtype=torch.int64)
-    one, two = objective.begin(case.examples, stage, 1), objective.begin(other, stage, 1)
+    of_one, of_two = LAYOUT.chains(case.examples), LAYOUT.chains(other)
+    one, two = objective.begin(of_one, stage, 1), objective.begin(of_two, stage, 1)
     for step in range(1, 9):
-        one, *_ = objective.advance(case.examples, one, scores(case, step), step, step + 1)
-        two, *_ = objective.advance(other, two, scores(case, step), step, step + 1)
+        one, *_ = objective.advance(LAYOUT.chains(case.examples), one, scores(case, step), step, step + 1)
+        two, *_ = objective.advance(of_two, two, scores(case, step), step, step + 1)
         assert torch.equal(one.masked, two.masked)
 
 

@@ -41,7 +41,7 @@ def positions(state: ChainState, row: int) -> set[int]:
 def test_uniform_counts_equal_the_oracle(length: int, seed: int, strata: int | None, stage: int) -> None:
     """Stratified or not; each stage has a draw of its own."""
     examples = answers_only(5, length)
-    state = RandomMasking(seed, LAYOUT, strata=strata).begin(examples, zeros(5) + stage, 1)
+    state = RandomMasking(seed, LAYOUT, strata=strata).begin(LAYOUT.chains(examples), zeros(5) + stage, 1)
     for row in range(5):
         answer = list(range(1, length + 1))
         assert positions(state, row) == oracles.random_mask(seed, row, answer, stage, strata=strata)
@@ -53,8 +53,8 @@ def test_bernoulli_masks_and_weights_equal_the_oracle(length: int, seed: int, st
     """Never empty, whatever t; the weights are those of the loss divided by t L, times P(not empty)."""
     examples = answers_only(5, length)
     objective = RandomMasking(seed, LAYOUT, "bernoulli", strata)
-    state = objective.begin(examples, zeros(5), 1)
-    weights = objective.weights(examples, state)
+    state = objective.begin(LAYOUT.chains(examples), zeros(5), 1)
+    weights = objective.weights(LAYOUT.chains(examples), state)
     for row in range(5):
         masked, weight = oracles.bernoulli_mask(seed, row, list(range(1, length + 1)), strata)
         assert positions(state, row) == masked
@@ -69,8 +69,8 @@ def test_blocks_are_masked_independently(length: int, size: int, seed: int) -> N
     """Each block has a number of its own; the loss is the mean over its sequence's blocks."""
     examples, layout = answers_only(4, length), Blocks(3, False, size=size)
     objective = RandomMasking(seed, layout)
-    state = objective.begin(examples, zeros(4), 1)
-    weights = objective.weights(examples, state)
+    state = objective.begin(layout.chains(examples), zeros(4), 1)
+    weights = objective.weights(layout.chains(examples), state)
     starts = range(1, length + 1, size)
     for row in range(4):
         expected = set()
@@ -109,17 +109,17 @@ def test_every_form_is_unbiased(count: str, strata: int | None, complementary: b
     lookup = np.zeros(2**length)
     for mask, value in table.items():
         lookup[sum(1 << (i - 1) for i in mask)] = value / len(mask)  # of each masked position
-    examples = answers_only(100_000, length)
+    chains = LAYOUT.chains(answers_only(100_000, length))
     objective = RandomMasking(2, LAYOUT, count, strata, complementary)  # type: ignore[arg-type]
-    state = objective.begin(examples, zeros(100_000), 1)
+    state = objective.begin(chains, zeros(100_000), 1)
     losses, rounds = np.zeros(100_000), 0
     while True:
         assert state.masked.any(dim=1).all()
         codes = (state.masked[:, 1:].long() << torch.arange(length)).sum(dim=1).numpy()
-        weights = (objective.weights(examples, state) * state.masked).sum(dim=1).double().numpy() * 100_000
+        weights = (objective.weights(chains, state) * state.masked).sum(dim=1).double().numpy() * 100_000
         losses += weights * lookup[codes]
         rounds += 1
-        state, ended, _ = objective.advance(examples, state, Scores(torch.zeros(1)), rounds, rounds + 1)
+        state, ended, _ = objective.advance(chains, state, Scores(torch.zeros(1)), rounds, rounds + 1)
         if ended.all():
             break
         assert not ended.any()
@@ -130,7 +130,7 @@ def test_every_form_is_unbiased(count: str, strata: int | None, complementary: b
 
 def test_count_and_positions_are_uniform() -> None:
     examples = answers_only(20_000, 10)
-    masked = RandomMasking(1, LAYOUT).begin(examples, zeros(20_000), 1).masked
+    masked = RandomMasking(1, LAYOUT).begin(LAYOUT.chains(examples), zeros(20_000), 1).masked
     assert not masked[:, 0].any(), "a prompt is never masked"
     counts = np.bincount(masked.sum(dim=1).numpy(), minlength=11)
     assert counts[0] == 0, "no sequence without a mask"
@@ -143,9 +143,10 @@ def test_bernoulli_counts_are_uniform_and_positions_alike() -> None:
     """With t ~ U(0, 1) each number of masks is as likely, given that there is one, and each position."""
     examples = answers_only(20_000, 10)
     objective = RandomMasking(1, LAYOUT, "bernoulli")
-    masked = objective.begin(examples, zeros(20_000), 1).masked[:, 1:]
+    masked = objective.begin(LAYOUT.chains(examples), zeros(20_000), 1).masked[:, 1:]
     weights = objective.weights(
-        examples, ChainState(masked=torch.nn.functional.pad(masked, (1, 0)), stage=zeros(20_000))
+        LAYOUT.chains(examples),
+        ChainState(masked=torch.nn.functional.pad(masked, (1, 0)), stage=zeros(20_000)),
     )
     total = weights.amax(dim=1).double() * 20_000 * masked.sum(dim=1)  # sum of the weights of a sequence
     each = torch.stack([total[masked.sum(dim=1) == n].sum() for n in range(1, 11)]) / 20_000
@@ -161,11 +162,11 @@ def test_strata_cover_the_ratios_evenly(count: str) -> None:
     examples = answers_only(slots * rounds, 6)
     objective = RandomMasking(9, LAYOUT, count, strata=slots)  # type: ignore[arg-type]
     chains = LAYOUT.chains(examples)
-    ratios = objective.ratio(examples, chains, zeros(slots * rounds)).view(rounds, slots)
+    ratios = objective.ratio(chains, zeros(slots * rounds)).view(rounds, slots)
     offsets = (ratios * slots % 1.0).numpy()
     assert (np.sort((ratios * slots).long().numpy()) == np.arange(slots)).all()
     assert len(np.unique(offsets[:, 0].round(6))) == rounds, "each round has a shift of its own"
-    plain = RandomMasking(9, LAYOUT, count).ratio(examples, chains, zeros(slots * rounds))  # type: ignore[arg-type]
+    plain = RandomMasking(9, LAYOUT, count).ratio(chains, zeros(slots * rounds))  # type: ignore[arg-type]
     assert len(np.unique((plain.view(rounds, slots)[0] * slots).long())) < slots
 
 
@@ -173,28 +174,30 @@ def test_pairs_are_complementary() -> None:
     """The second mask is the complement of the first; a full mask, whose complement is empty, comes twice."""
     examples = answers_only(500, 3)
     objective = RandomMasking(0, LAYOUT, complementary=True)
-    first = objective.begin(examples, zeros(500), 1)
-    second, ended, _ = objective.advance(examples, first, Scores(torch.zeros(1)), 1, 2)
+    first = objective.begin(LAYOUT.chains(examples), zeros(500), 1)
+    second, ended, _ = objective.advance(LAYOUT.chains(examples), first, Scores(torch.zeros(1)), 1, 2)
     assert not ended.any()
     full = first.masked.sum(dim=1) == 3
     assert 100 < int(full.sum()) < 250
     assert second.masked[full].equal(first.masked[full])
     assert (second.masked ^ first.masked)[~full].equal(examples.answer[~full])
-    _, ended, _ = objective.advance(examples, second, Scores(torch.zeros(1)), 2, 3)
+    _, ended, _ = objective.advance(LAYOUT.chains(examples), second, Scores(torch.zeros(1)), 2, 3)
     assert ended.all()
 
 
 def test_every_sequence_lasts_one_step() -> None:
     examples = answers_only(4, 3)
     objective = RandomMasking(0, LAYOUT)
-    state = objective.begin(examples, zeros(4), 1)
-    _, ended, _ = objective.advance(examples, state, Scores(torch.zeros(4, 4)), 1, 2)
+    state = objective.begin(LAYOUT.chains(examples), zeros(4), 1)
+    _, ended, _ = objective.advance(LAYOUT.chains(examples), state, Scores(torch.zeros(4, 4)), 1, 2)
     assert ended.all()
 
 
 def test_held_out_masks_are_the_same_in_every_run() -> None:
     """Whatever the seed, the form and the step: held-out losses can be compared."""
     examples = answers_only(50, 9)
-    one = RandomMasking(1, LAYOUT, "bernoulli", 8).held_out().begin(examples, zeros(50), 1)
-    two = RandomMasking(2, LAYOUT, complementary=True).held_out().begin(examples, zeros(50), 900)
+    one = RandomMasking(1, LAYOUT, "bernoulli", 8).held_out().begin(LAYOUT.chains(examples), zeros(50), 1)
+    two = (
+        RandomMasking(2, LAYOUT, complementary=True).held_out().begin(LAYOUT.chains(examples), zeros(50), 900)
+    )
     assert one.masked.equal(two.masked)

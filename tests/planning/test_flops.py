@@ -52,8 +52,9 @@ def batch_of(config: Config, prompt: int = 0, step: int = 1) -> MaskedBatch:
     roles[:, :prompt] = PROMPT
     examples = Examples(torch.randint(5, ROWS, (SEQUENCES, LENGTH)), roles, torch.arange(SEQUENCES))
     objective = objectives.build(config, MASK, False).at(step)
-    state = objective.begin(examples, torch.zeros(SEQUENCES, 1, dtype=torch.int64), step)
-    return model_input(objective, examples, state, int(state.masked.sum()), step)
+    chains = objective.layout.chains(examples)
+    state = objective.begin(chains, torch.zeros(SEQUENCES, 1, dtype=torch.int64), step)
+    return model_input(objective, chains, state, int(state.masked.sum()), step)
 
 
 def counted(config: Config, batch: MaskedBatch) -> int:

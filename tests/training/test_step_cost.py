@@ -91,7 +91,7 @@ class Training:
     def recorder(self, run_dir: Path) -> Recorder:
         """Return what records the next steps."""
         config = replace(self.config, run_dir=str(run_dir))
-        stragglers = Stragglers(self.engine, self.stream)
+        stragglers = Stragglers(self.engine.ranks, self.stream)
         return Recorder(config, SIZE, self.engine, self.groups, stragglers, self.steps + 1)
 
     def on_host(self) -> list[torch.Tensor]:

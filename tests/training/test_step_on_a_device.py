@@ -79,17 +79,17 @@ def walk(model: MaskedDiffusionModel, examples: Examples, schedule: ObjectiveSch
     numbers = torch.arange(SLOTS, device=DEVICE)
     age, start = torch.zeros_like(numbers), schedule.at(1)
     statistics = ChainStatistics(schedule.longest, DEVICE)
-    state = start.begin(examples, start.first_stage(numbers, 1)[:, None], 1)
+    state = start.begin(start.layout.chains(examples), start.first_stage(numbers, 1)[:, None], 1)
     for step in (1, 2, 3):
         now, then = schedule.at(step), schedule.at(step + 1)
-        batch = model_input(now, examples, state, ROWS, step)
+        batch = model_input(now, now.layout.chains(examples), state, ROWS, step)
         output = model(batch)
         output.loss.backward()
         scores = Scores.of(output, batch.rows, state.masked)
-        following, ended, reveals = now.advance(examples, state, scores, step, step + 1)
+        following, ended, reveals = now.advance(now.layout.chains(examples), state, scores, step, step + 1)
         stage = then.first_stage(numbers, step + 1) if then is not now else torch.zeros_like(numbers)
-        fresh = then.begin(examples, stage[:, None], step + 1)
-        statistics.add(Walk(examples, now.layout.chains(examples), state, age, ended, reveals), batch, output)
+        fresh = then.begin(then.layout.chains(examples), stage[:, None], step + 1)
+        statistics.add(Walk(now.layout.chains(examples), state, age, ended, reveals), batch, output)
         state = fresh if then is not now else following.replaced(ended, fresh)
     assert output.confidence.dtype == output.nll.dtype == torch.float32
     return [state.masked, state.stage, statistics.sums, output.nll, output.confidence]
