@@ -24,13 +24,13 @@ SETTINGS = """
 def test_two_agents_equal_one(tmp_path: Path) -> None:
     """Two torchrun agents of one process each, as on two nodes, train as one agent of two processes does."""
     one, two = str(tmp_path / "one.pt"), str(tmp_path / "two.pt")
-    result = run_program(STEPS, one, "3", *SETTINGS, ranks=2)
+    result = run_program(STEPS, one, "3", "-", *SETTINGS, ranks=2)
     assert result.returncode == 0, result.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     place = ["--master_addr=127.0.0.1", f"--master_port={free_ports(1)[0]}"]
     agents = [
         subprocess.Popen(
-            [*command, *place, f"--node_rank={node}", STEPS, two, "3", *SETTINGS],
+            [*command, *place, f"--node_rank={node}", STEPS, two, "3", "-", *SETTINGS],
             cwd=ROOT,
             env=environment_of_ranks(),
         )

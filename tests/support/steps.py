@@ -1,6 +1,10 @@
-"""Run training steps on synthetic pairs and write losses and final weights; started by the tests.
+"""Run training steps on synthetic pairs and write what came of them; started by the tests.
 
-usage: steps.py OUTPUT.pt STEPS [--section.key value ...]
+usage: steps.py OUTPUT.pt STEPS LEADER.pt|- [--section.key value ...]
+
+The chains reveal by the scores that LEADER.pt, the output of one process, has for the same slot and step. Two
+engines round differently, and scores that nearly tie are ranked differently then: chains that followed each
+engine's own scores would part, and with them all that is compared.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ import torch
 from pipeline import config as configuration
 from pipeline import objectives
 from pipeline.base.files import write_hashed
-from pipeline.chains.slots import make_groups
+from pipeline.chains.slots import SlotGroup, make_groups
 from pipeline.chains.stream import SlotStream
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, stack_examples
 from pipeline.engine.build import build_engine, read_weights
 from pipeline.engine.plain import PlainEngine
 from pipeline.evaluation.likelihood import estimate
-from pipeline.model.batch import Vocabulary
+from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
+from pipeline.objectives.objective import Scores
 from pipeline.ranks import join_ranks
 from pipeline.train import train_step
 from pipeline.training.learning_rate import learning_rate
@@ -47,13 +52,51 @@ def weights_of(engine: PlainEngine) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in engine.model.named_parameters()}
 
 
-def main(output: str, steps: int, arguments: list[str]) -> None:
+class Notes:
+    """What this rank's slots show and score at each step, and the scores that their chains follow.
+
+    Attributes:
+        values: "masked" and each score by name, [steps, S, L]; NaN where another rank holds the slot.
+    """
+
+    def __init__(self, steps: int, slots: int, leader: dict[str, torch.Tensor] | None) -> None:
+        self.shape = steps, slots, LENGTH
+        self.leader = leader
+        self.values: dict[str, torch.Tensor] = {}
+
+    def put(self, name: str, step: int, slots: Array, values: torch.Tensor) -> None:
+        """Note `values` [B, L] of `slots` [B]."""
+        self.values.setdefault(name, torch.full(self.shape, torch.nan))[step - 1, slots] = values.float()
+
+    def attach(self, group: SlotGroup) -> None:
+        """Note every step of `group`, and let its chains follow the leader."""
+        advance = group.advance
+
+        def noted(batch: MaskedBatch, output: HeadOutput, step: int) -> None:
+            masked = group.state.masked
+            self.put("masked", step, group.slots, masked)
+            own = {k: v for k, v in vars(Scores.of(output, batch.rows, masked)).items() if v is not None}
+            for name, values in own.items():
+                self.put(name, step, group.slots, values)
+            if self.leader is not None:
+                led = {name: self.leader[name][step - 1, group.slots].flatten() for name in own}
+                output = output._replace(**{name: values[batch.rows] for name, values in led.items()})
+            advance(batch, output, step)
+
+        group.advance = noted  # type: ignore[method-assign]
+
+
+def main(output: str, steps: int, leader: str, arguments: list[str]) -> None:
     config = configuration.load(["--run_dir", "unused", "--data.prefixes", "[unused]", *arguments])
     ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
     ranks.connect()
     engine = build_engine(config, ranks, Vocabulary(VOCABULARY, VOCABULARY, MASK))
     stream = SlotStream(SyntheticPairs(), config.slots, config.train.seed, workers=1)
     groups = make_groups(config, ranks, stream, objectives.build(config, MASK, True))[0]
+    led_by = None if leader == "-" else torch.load(leader, weights_only=True)["notes"][0]
+    notes = Notes(steps, config.slots, led_by)
+    for group in groups:
+        notes.attach(group)
     losses, norms, history = [], [], []
     if isinstance(engine, PlainEngine):
         history.append(weights_of(engine))
@@ -77,9 +120,10 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
     folder = Path(output + ".model")
     for name, state in engine.snapshot(folder).items():
         write_hashed(folder / name, partial(torch.save, state))
-    engine.ranks.barrier()
+    everywhere = ranks.all_gather(notes.values)
     if ranks.is_first:
-        result = {"losses": losses, "norms": norms, "averaged_nll": averaged, "history": history}
+        result = {"notes": everywhere, "sequence_size": ranks.sequence_size}
+        result |= {"losses": losses, "norms": norms, "averaged_nll": averaged, "history": history}
         result |= {"nll": likelihood.nll, "standard_error": likelihood.standard_error}
         result["communication_share"] = engine.take_communication_share()
         result |= {"weights": read_weights(folder), "average": read_weights(folder, averaged=True)}
@@ -89,4 +133,4 @@ def main(output: str, steps: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])
