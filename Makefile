@@ -39,10 +39,11 @@ test-slurm: $(VENV)/.installed-dev ## Run the job chain on a real two-node SLURM
 	    { echo "SLURM is missing: apt-get install slurm-wlm munge, or, as root, make test-slurm SLURM_INSTALL=1"; exit 2; }
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy) and the shell scripts (shellcheck).
+lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy), imports (import-linter) and shell scripts (shellcheck).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example tools/completion.bash .ci/run
 
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.

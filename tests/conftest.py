@@ -31,7 +31,7 @@ def same_signals() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """Take back what a test sets: a run fills in a launcher's variables, and later runs would believe them."""
+    """Restore the environment: a run sets a launcher's variables, and later runs would believe them."""
     with mock.patch.dict(os.environ):
         yield
 

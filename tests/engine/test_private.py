@@ -1,0 +1,78 @@
+"""DeepSpeed's private names: all of them in one module, found in this version, and missed by name."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.base.errors import UserError
+from pipeline.engine.deepspeed import private
+from support.programs import ROOT, run_program
+
+FOLDER = ROOT / "pipeline/engine/deepspeed"
+BUILD = """
+import sys
+from pipeline import config as configuration
+from pipeline.engine.deepspeed import DeepSpeedEngine
+from pipeline.model.batch import Vocabulary
+from pipeline.ranks import join_ranks
+
+config = configuration.load(sys.argv[1:])
+DeepSpeedEngine(config, join_ranks("cpu"), Vocabulary(16, 16, 3))
+print("every name was found")
+"""
+# Of the objects that private.py looks into; what it reads beside the names of its tables is public.
+OWNERS = {"deepspeed": private.MODULE_NAMES, "engine": private.ENGINE_NAMES}
+OWNERS["self.optimizer"] = private.OPTIMIZER_NAMES[1] + private.OPTIMIZER_NAMES[3]
+PUBLIC = {"deepspeed": {"__version__"}, "engine": set[str](), "self.optimizer": set[str]()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_this_version_has_every_name(tmp_path: Path, stage: int) -> None:
+    """An engine looks for the names when it is built; what is missing is in the error."""
+    settings = tmp_path / "zero.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    arguments = ["--run_dir", "x", "--data.prefixes", "[x]", "--engine.device", "cpu"]
+    arguments += ["--engine.deepspeed_config", str(settings)]
+    result = run_program("-c", BUILD, *arguments)
+    assert "every name was found" in result.stdout, result.stderr
+
+
+def test_a_name_that_is_missing_is_named() -> None:
+    state = SimpleNamespace(state={})
+    optimizer = SimpleNamespace(**dict.fromkeys(private.OPTIMIZER_NAMES[3], 0), optimizer=state)
+    engine = SimpleNamespace(checkpoint_engine=0, _copy_recovery_script=0, optimizer=optimizer)
+    engine._config = SimpleNamespace(load_universal_checkpoint=False)
+    private.check_names(engine, 3)
+    del optimizer._get_norm_groups
+    with pytest.raises(UserError, match=r"at ZeRO stage 3, has no engine\.optimizer\._get_norm_groups"):
+        private.check_names(engine, 3)
+
+
+def attributes(module: Path) -> set[str]:
+    """Return every chain of attributes in a module and every beginning of one, such as engine.optimizer."""
+    tree = ast.parse(module.read_text())
+    return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_the_tables_hold_what_private_py_touches() -> None:
+    everything = attributes(FOLDER / "private.py")
+    for owner, names in OWNERS.items():
+        found = {name.removeprefix(f"{owner}.") for name in everything if name.startswith(f"{owner}.")}
+        assert set(names) <= found, "a table has a name that nothing touches"
+        known = {name for name in found for each in names if f"{each}.".startswith(f"{name}.")}
+        known |= {name for name in found for each in names if name.startswith(f"{each}.")}  # of what it gives
+        assert found - known == PUBLIC[owner], "private.py touches a name that no table has"
+
+
+def test_no_other_module_touches_a_private_name() -> None:
+    for module in FOLDER.glob("*.py"):
+        if module.name != "private.py":
+            hidden = {name for name in attributes(module) if re.search(r"\._(?!_)", name)}
+            assert {name for name in hidden if not name.startswith("self._")} == set(), module.name
