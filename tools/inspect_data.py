@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.base.cli import ToolParser, in_colours, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
+from pipeline.base.extras import extra
 from pipeline.base.files import sha256_of
 from pipeline.data.facts import DatasetFacts, read_facts
 from pipeline.data.indexed import (
@@ -76,10 +77,8 @@ def verify(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> list[str]:
 
 def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
     """Write a histogram of the documents' lengths as a picture."""
-    try:
+    with extra("plots", "--histogram"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--histogram needs matplotlib: pip install matplotlib.") from None
     step = 2 if facts.kind == "pairs" else 1
     lengths = np.asarray(index.lengths).reshape(-1, step).sum(axis=1, dtype=np.int64)
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import Literal
 
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from pipeline.base.errors import UserError
 from pipeline.cluster.health import check_folder, check_gpus
@@ -30,7 +32,8 @@ from pipeline.planning.gpus import GIB, gpu_of_device
 from pipeline.ranks import free_port
 from pipeline.training.preflight import check_run
 
-PYTHONS = ((3, 10), (3, 12))  # pyproject.toml
+DISTRIBUTION = "puma-pipeline"  # pip writes what pyproject.toml declares into its metadata
+LOCKS = ("requirements.txt", "requirements-dev.txt")
 SPEED_BYTES = 2**26
 SLOW_MEGABYTES = 100.0  # a second, below which checkpoints become a burden
 TIMEOUT = 120.0  # seconds for two processes to add up a tensor
@@ -55,38 +58,72 @@ class Finding:
     remedy: str = ""
 
 
-def check_python() -> Iterator[Finding]:
-    """Compare the interpreter."""
-    lowest, highest = (".".join(map(str, bound)) for bound in PYTHONS)
-    good = PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]
-    yield Finding(
-        "Python",
-        "ok" if good else "failed",
-        platform.python_version(),
-        "" if good else f"install Python {lowest} to {highest} and call make with PYTHON=/path/to/it",
-    )
+def check_packages(root: Path) -> Iterator[Finding]:
+    """Compare Python and the packages with the ranges of pyproject.toml and with the tested versions.
+
+    One line names all packages that are as tested. Every other one has a line of its own.
+    """
+    try:
+        about = metadata(DISTRIBUTION)
+    except PackageNotFoundError:
+        yield Finding(DISTRIBUTION, "failed", "is not installed", f"pip install --editable {root}")
+        return
+    yield _check_python(platform.python_version(), SpecifierSet(about["Requires-Python"]))
+    tested = read_pins([root / name for name in LOCKS])
+    as_tested = []
+    for each, extra in _declared(about.get_all("Provides-Extra") or []):
+        found = _version(each.name)
+        wanted = f"pip install '{each.name}{each.specifier}'"
+        if found is None and extra:
+            remedy = f"pip install '{DISTRIBUTION}[{extra}]' where it is wanted"
+            yield Finding(each.name, "warning", f"is not installed: the extra {extra!r} needs it", remedy)
+        elif found is None:
+            yield Finding(each.name, "failed", "is missing", wanted)
+        elif not each.specifier.contains(found, prereleases=True):
+            state: State = "warning" if extra else "failed"
+            yield Finding(each.name, state, f"{found} is outside of {each.specifier}", wanted)
+        elif (pin := tested.get(canonicalize_name(each.name))) and pin.contains(found, prereleases=True):
+            as_tested.append(f"{each.name} {found}")
+        else:
+            of_the_lock = f", not the tested {pin}" if pin else ""
+            yield Finding(each.name, "ok", f"{found} is in the range {each.specifier}{of_the_lock}")
+    yield Finding("packages", "ok", f"{len(as_tested)} as tested: {', '.join(as_tested)}")
 
 
-def check_packages(requirements: Path) -> Iterator[Finding]:
-    """Compare the installed packages with the pins of requirements.txt."""
-    lines = (line.split("#")[0].strip() for line in requirements.read_text(encoding="utf-8").splitlines())
-    wanted = [Requirement(line) for line in lines if line]
-    wanted = [each for each in wanted if each.marker is None or each.marker.evaluate()]
-    bad = []
-    for each in wanted:
-        try:
-            found = version(each.name)
-        except PackageNotFoundError:
-            bad.append(f"{each.name} is missing")
-            continue
-        if not each.specifier.contains(found.split("+")[0], prereleases=True):
-            bad.append(f"{each.name} is {found} instead of {each.specifier}")
-    remedy = f"pip install -r {requirements}; other versions may give other numbers"
-    if bad:
-        missing = any(problem.endswith("missing") for problem in bad)
-        yield Finding("packages", "failed" if missing else "warning", "; ".join(bad), remedy)
-    else:
-        yield Finding("packages", "ok", f"{len(wanted)} as pinned")
+def read_pins(locks: Sequence[Path]) -> dict[str, SpecifierSet]:
+    """Return the versions that requirements files pin for this interpreter, by normalised name."""
+    lines = (line for path in locks for line in path.read_text(encoding="utf-8").splitlines())
+    pins = (Requirement(text) for line in lines if (text := line.partition("#")[0].strip()))
+    return {
+        canonicalize_name(pin.name): pin.specifier
+        for pin in pins
+        if pin.marker is None or pin.marker.evaluate()
+    }
+
+
+def _check_python(found: str, wanted: SpecifierSet) -> Finding:
+    if wanted.contains(found, prereleases=True):
+        return Finding("Python", "ok", found)
+    remedy = f"install Python {wanted} and call make with PYTHON=/path/to/it"
+    return Finding("Python", "failed", f"{found} is outside of {wanted}", remedy)
+
+
+def _declared(extras: Sequence[str]) -> Iterator[tuple[Requirement, str]]:
+    """Yield what this interpreter needs, with the extra that needs it ("" for none); not for development."""
+    for line in requires(DISTRIBUTION) or []:
+        each = Requirement(line)
+        for extra in ("", *extras):
+            if each.marker is None or each.marker.evaluate({"extra": extra}):
+                if extra != "dev":
+                    yield each, extra
+                break
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def check_devices() -> Iterator[Finding]:
@@ -274,8 +311,7 @@ def all_checks(
 ) -> list[Callable[[], Iterator[Finding]]]:
     """Return the checks in their order; the slow one comes last."""
     checks: list[Callable[[], Iterator[Finding]]] = [
-        check_python,
-        lambda: check_packages(root / "requirements.txt"),
+        lambda: check_packages(root),
         check_devices,
         check_compilers,
         lambda: check_ops(config),

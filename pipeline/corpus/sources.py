@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Literal
 from backports import zstd
 
 from pipeline.base.errors import UserError
+from pipeline.base.extras import extra
 
 Format = Literal["lines", "text", "parquet", "arrow", "hub"]
 FORMATS: dict[str, Format] = {
@@ -251,7 +252,8 @@ def open_file(source: Source) -> tuple[BinaryIO, BinaryIO]:
 @functools.cache
 def load_hub(hub: Hub) -> Any:
     """Return the builder of a dataset; raise a `UserError` when `datasets` cannot find it or its split."""
-    import datasets  # takes seconds, and most corpora are files
+    with extra("hub", "--hub-dataset"):
+        import datasets  # takes seconds, and most corpora are files
 
     try:
         builder = datasets.load_dataset_builder(hub.name, hub.config, revision=hub.revision)

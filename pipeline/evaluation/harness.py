@@ -18,20 +18,22 @@ import torch
 
 from pipeline.base.cli import fail, run
 from pipeline.base.errors import UserError
+from pipeline.base.extras import extra
 from pipeline.decoding import SamplingSettings, load_model
 from pipeline.decoding.batching import MaskedSequence, up_to_end
 from pipeline.decoding.completing import fill_sequences
 from pipeline.evaluation.likelihood import DRAWS, score_answers
 
 try:
-    from lm_eval.__main__ import cli_evaluate
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ModuleNotFoundError as missing:
+    with extra("eval", "pipeline.evaluation.harness"):
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.instance import Instance
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.registry import register_model
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except UserError as missing:
     if __name__ == "__main__":
-        fail(f"{missing.name} is missing, of the lm-evaluation-harness: pip install lm_eval==0.4.13")
+        fail(str(missing))
     raise
 
 Tokens = list[int]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import time
 import uuid
@@ -18,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from pipeline import config as configuration
-from pipeline.base.errors import UserError
+from pipeline.base.extras import extra
 from pipeline.base.files import append, keep_lines
 from pipeline.chains.statistics import Histogram
 from pipeline.config import Config
@@ -229,9 +228,6 @@ class WeightsAndBiases:
 
 def require_wandb() -> ModuleType:
     """Return the module wandb; raise a `UserError` where it is not installed."""
-    try:
-        return importlib.import_module("wandb")
-    except ImportError:
-        raise UserError(
-            "monitor.wandb is true, but wandb is not installed: pip install wandb, or set it to false."
-        ) from None
+    with extra("wandb", "monitor.wandb"):
+        import wandb
+    return wandb

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import setup
-from pipeline.cluster.setup import Finding, all_checks, check_file_system, check_packages, check_python
+from pipeline.cluster.setup import Finding, all_checks, check_file_system, check_packages
 from support.programs import ROOT, run_here
 from support.runs import command
 from tools import check_setup
@@ -74,25 +74,86 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml" in run_here(check_setup.main, ["--config", "nowhere.yaml"], capsys).complaint()
 
 
-def test_packages_are_compared_with_their_pins(tmp_path: Path) -> None:
-    pins = tmp_path / "requirements.txt"
-    pins.write_text('pytest==0.1  # a comment\nnumpy>=1.0\nnumpy==9; python_version < "3.0"\n')
-    [finding] = check_packages(pins)
-    assert finding.state == "warning"
-    assert finding.fact.startswith("pytest is ")
-    assert finding.fact.endswith("instead of ==0.1")
-    pins.write_text("no-such-package-at-all==1.0\n")
-    [finding] = check_packages(pins)
-    assert (finding.state, finding.fact) == ("failed", "no-such-package-at-all is missing")
-    assert "pip install -r" in finding.remedy
-    assert [each.state for each in check_packages(ROOT / "requirements.txt")] == ["ok"]
+PYPROJECT = """
+Name: puma-pipeline
+Requires-Python: >=3.10,<3.13
+Provides-Extra: pictures
+Provides-Extra: dev
+Requires-Dist: as-tested<3,>=1
+Requires-Dist: Of.A.Cluster<3,>=1
+Requires-Dist: not_in_the_lock>=1
+Requires-Dist: too-old<3,>=2
+Requires-Dist: missing>=1
+Requires-Dist: of-another-python>=1; python_version < "3"
+Requires-Dist: painter>=1; extra == "pictures"
+Requires-Dist: brush>=2; extra == "pictures"
+Requires-Dist: linter>=1; extra == "dev"
+"""
+LOCK = """
+as_tested==2.0  # a comment
+of-a-cluster==2.0
+too-old==2.0; python_version >= "3"
+too-old==9.0; python_version < "3"
+"""
 
 
-def test_an_old_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup.sys, "version_info", (3, 9, 1))
-    [finding] = check_python()
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a checkout; the interpreter finds invented packages, as pip would have described them."""
+    (tmp_path / "requirements.txt").write_text(LOCK)
+    (tmp_path / "requirements-dev.txt").write_text("painter==1.5\n")
+    installed = {
+        "as-tested": "2.0+cpu",
+        "of-a-cluster": "1.5a0+cluster",
+        "not-in-the-lock": "7",
+        "too-old": "1.9",
+        "brush": "1.0",
+    }
+    for name, version in installed.items():
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+    folder = tmp_path / "puma_pipeline-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.4{PYPROJECT}Version: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_packages_are_tested_in_their_range_or_outside(packages: Path) -> None:
+    _, *findings = check_packages(packages)
+    found = {each.what: (each.state, each.fact, each.remedy) for each in findings}
+    assert found == {
+        "packages": ("ok", "1 as tested: as-tested 2.0+cpu", ""),
+        "Of.A.Cluster": ("ok", "1.5a0+cluster is in the range <3,>=1, not the tested ==2.0", ""),
+        "not_in_the_lock": ("ok", "7 is in the range >=1", ""),
+        "too-old": ("failed", "1.9 is outside of <3,>=2", "pip install 'too-old<3,>=2'"),
+        "missing": ("failed", "is missing", "pip install 'missing>=1'"),
+        "painter": (
+            "warning",
+            "is not installed: the extra 'pictures' needs it",
+            "pip install 'puma-pipeline[pictures]' where it is wanted",
+        ),
+        "brush": ("warning", "1.0 is outside of >=2", "pip install 'brush>=2'"),
+    }
+
+
+@pytest.mark.usefixtures("packages")
+def test_another_interpreter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert next(check_packages(tmp_path)).state == "ok"
+    for version in ("3.9.1", "3.13.0"):
+        monkeypatch.setattr(setup.platform, "python_version", lambda version=version: version)
+        finding = next(check_packages(tmp_path))
+        assert (finding.state, finding.fact) == ("failed", f"{version} is outside of <3.13,>=3.10")
+        assert "PYTHON=" in finding.remedy
+
+
+def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkout is found by PYTHONPATH alone."""
+    monkeypatch.setattr(setup, "DISTRIBUTION", "no-such-distribution")
+    [finding] = check_packages(tmp_path)
     assert finding.state == "failed"
-    assert "3.10 to 3.12" in finding.remedy
+    assert finding.remedy == f"pip install --editable {tmp_path}"
 
 
 def test_a_file_system_without_locks_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,4 +180,4 @@ def test_states_are_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_configuration_is_checked_only_where_there_is_one() -> None:
-    assert len(all_checks(ROOT, [], None)) == 7
+    assert len(all_checks(ROOT, [], None)) == 6

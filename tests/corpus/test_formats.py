@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def test_a_streamed_dataset_gives_the_same_tokens(
     arguments[1] = str(tmp_path / "nowhere")
     complaint = run_here(preprocess_data.main, arguments, capsys).complaint()
     assert "nowhere cannot be loaded" in complaint
+
+
+def test_a_streamed_dataset_without_the_package_is_one_line(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
+    arguments = command(corpus, tmp_path / "d")
+    arguments[:2] = ["--hub-dataset", "a/b"]
+    complaint = run_here(preprocess_data.main, arguments, capsys).complaint()
+    assert complaint.startswith("error: --hub-dataset needs datasets, ")
+    assert "'puma-pipeline[hub]'" in complaint
 
 
 STRANGE = [

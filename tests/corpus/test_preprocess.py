@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import multiprocessing.context
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -346,6 +347,11 @@ def test_inspect_shows_and_verifies(
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
     more = ["--histogram", str(tmp_path / "h.pngs")]
     assert "h.pngs: Format 'pngs'" in run_here(inspect_data.main, [str(prefix), *more], capsys).complaint()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
+        complaint = run_here(inspect_data.main, [str(prefix), *more], capsys).complaint()
+        assert complaint.startswith("error: --histogram needs matplotlib, ")
+        assert "'puma-pipeline[plots]'" in complaint
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert "\033[32m" in run_here(inspect_data.main, [str(prefix)], capsys).output
     content = bytearray(Path(f"{prefix}.bin").read_bytes())

@@ -120,7 +120,9 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(Path(harness.__file__)), run_name="__main__")
     assert ended.value.code == 2
-    assert "pip install lm_eval" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: pipeline.evaluation.harness needs lm_eval, ")
+    assert "'puma-pipeline[eval]'" in error
 
 
 def test_the_harness_runs_local_tasks(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
