@@ -1,10 +1,10 @@
-"""Slots: the chains of one micro-batch, from the examples they walk through to the batches they give.
+"""Slots hold the chains of a micro-batch: examples go in, training batches come out.
 
-A slot always holds a chain. When the chain ends, the slot's next example, which is already on the device,
-takes its place by a `torch.where`: nothing waits for the device. Which slots have ended travels to the host
-behind the backward pass, and is read when the following step needs it.
+A slot always holds a chain. The next example of each slot is prefetched to the device, so replacing a
+finished chain is a `torch.where`, without a host sync. The flags of finished slots travel to the host during
+the backward pass; the next step reads them.
 
-There are as many slots as sequences in a global batch, or several times as many, which take turns.
+There are as many slots as sequences in a global batch or, with ``objective.turns``, a multiple of that.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class SlotGroup:
         """Begin the first chains of each slot, at staggered stages.
 
         Args:
-            slots: the numbers of the B slots.
-            stream: where their examples come from.
-            objectives: what masks them, at each step.
-            device: where the chains live.
-            first_step: the step that these slots are first trained at.
-            interval: steps from one training to the next.
+            slots: numbers of the B slots.
+            stream: source of their examples.
+            objectives: objective of each step.
+            device: device of the chains.
+            first_step: first optimizer step that trains these slots.
+            interval: steps between two trainings of these slots, ``objective.turns``.
         """
         self.slots = np.asarray(slots, dtype=np.int64)
         self.stream = stream
@@ -53,8 +53,8 @@ class SlotGroup:
         self.device = device
         self.first_step, self.interval = first_step, interval
         self.statistics = ChainStatistics(objectives.longest, device)
-        self.trained = np.zeros_like(self.slots)  # sequences that each slot was trained on
-        self.age = torch.zeros_like(self.numbers)  # steps that the present sequences were trained on
+        self.trained = np.zeros_like(self.slots)  # examples that each slot has been trained on
+        self.age = torch.zeros_like(self.numbers)  # steps that the current examples have been trained on
         self._begin(np.zeros(len(slots), dtype=np.int64), first_step)
         objective = objectives.at(first_step)
         first = objective.first_stage(self.numbers, first_step)
@@ -63,11 +63,11 @@ class SlotGroup:
 
     @property
     def examples(self) -> Examples:
-        """The clean sequences that the chains walk through now."""
+        """The clean sequences of the current chains."""
         return self.chains.examples
 
     def _begin(self, cursors: np.ndarray, step: int) -> None:
-        """Read the examples at `cursors` [B], or after them where those are left out, and the next ones."""
+        """Read the examples at `cursors` [B], or the next that are not left out; prefetch those that follow."""
         rows = range(len(self.slots))
         self.cursors = self._admitted(rows, cursors)
         self.next_cursors = self._admitted(rows, self.cursors + 1)
@@ -82,7 +82,7 @@ class SlotGroup:
         return self.stream.read(self.slots[list(rows)].tolist(), cursors.tolist()).to(self.device)
 
     def _enter(self, state: ChainState, ended: Tensor) -> None:
-        """Make `state` the current one, and send what the host must know of it on its way."""
+        """Make `state` the current one, and start the copy of what the host needs to know of it."""
         self.state = state
         report = torch.cat([ended, state.masked.sum()[None]])  # [B + 1] int64
         on_gpu = self.device.type == "cuda"
@@ -93,9 +93,9 @@ class SlotGroup:
             self._arrived.record()
 
     def _settle(self) -> int:
-        """Read ahead for the slots whose chain has ended; return the masked positions of the next batch."""
+        """Prefetch for the slots whose chain has ended; return the number of masked positions."""
         if self._arrived is not None:
-            self._arrived.synchronize()  # recorded before the last backward pass: long done
+            self._arrived.synchronize()  # recorded before the last backward pass: already done
         *ended, masked = self._report.tolist()
         rows = [row for row, flag in enumerate(ended) if flag]
         if rows:
@@ -103,20 +103,20 @@ class SlotGroup:
             self.next_cursors[rows] = self._admitted(rows, self.cursors[rows] + 1)
             fresh = self._read(rows, self.next_cursors[rows])
             where = torch.tensor(rows, pin_memory=self.device.type == "cuda")
-            where = where.to(self.device, non_blocking=True)  # from pageable memory it would wait
+            where = where.to(self.device, non_blocking=True)  # a copy from pageable memory would wait
             for old, new in zip(vars(self.following).values(), vars(fresh).values(), strict=True):
                 old.index_copy_(0, where, new)
             self._report[:-1] = 0
         return int(masked)
 
     def inputs(self, step: int) -> MaskedBatch:
-        """Return the batch of the current states; `step` is the optimizer step, 1 is the first."""
+        """Return the batch of the current chains for optimizer step `step` (1 is the first)."""
         rows = self._settle()
         self.trained = self.cursors + 1
         return model_input(self.objectives.at(step), self.chains, self.state, rows, step)
 
     def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
-        """Move the chains on with the scores of the same forward that the loss came from."""
+        """Advance the chains by the scores of the forward that gave the loss: no second forward."""
         next_step = step + self.interval
         now, then = self.objectives.at(step), self.objectives.at(next_step)
         scores = Scores.of(output, batch.rows, self.state.masked)
@@ -134,12 +134,12 @@ class SlotGroup:
         self._enter(state, ended)
 
     def begun(self) -> tuple[int, int]:
-        """Return how many sequences these slots were trained on, and how many of them in the first epoch."""
-        of_slot = -(-(self.stream.size - self.slots) // self.stream.slots)  # positions of each in an epoch
+        """Return how many examples these slots were trained on, and how many of them in the first epoch."""
+        of_slot = -(-(self.stream.size - self.slots) // self.stream.slots)  # examples of each in an epoch
         return int(self.trained.sum()), int(np.minimum(self.trained, of_slot).sum())
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the whole state, by slot: the examples themselves are read again from the cursors."""
+        """Return the state, a slot a row; a resumed run reads the examples again by their cursors."""
         self._settle()
         return {
             "slots": self.slots,
@@ -150,9 +150,9 @@ class SlotGroup:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray], step: int) -> None:
-        """Go on with the first turn from `step` on, from what `state_dict` returned for the same slots.
+        """Restore what `state_dict` returned for the same slots, to be trained next at `step` or later.
 
-        Chains of examples that are left out by now give way to new ones of the next example.
+        Chains whose examples have been left out since begin anew on the next example.
         """
         if not np.array_equal(state["slots"], self.slots):
             raise ValueError("the state belongs to other slots")
@@ -169,14 +169,14 @@ class SlotGroup:
         age = state.get("age", np.zeros_like(self.slots))  # older checkpoints have none
         self.age = torch.where(left_out, 0, torch.from_numpy(age).to(self.device))
         self.trained = state["cursors"] + (age > 0)
-        self.statistics.take()  # of steps that the run has gone back on
+        self.statistics.take()  # drops those of steps that are trained again
         self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
 
 
 def make_groups(
     config: Config, ranks: Ranks, stream: SlotStream, objectives: ObjectiveSchedule
 ) -> list[list[SlotGroup]]:
-    """Return the chains of this rank: for each turn (``objective.turns``) a group for each micro-batch."""
+    """Return this rank's chains: for each turn (``objective.turns``) one group per micro-batch."""
     train, turns = config.train, config.objective.turns
     parts = slots_of_rank(ranks.data_rank, train.accumulation(ranks.data_size), train.micro_batch_size)
     return [
@@ -192,7 +192,7 @@ def make_groups(
 
 
 def slots_of_rank(rank: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:
-    """Return the slot numbers of each micro-batch of a rank: consecutive ones, dealt in rank order."""
+    """Return the slot numbers of each micro-batch of a rank: consecutive, in rank order."""
     first = rank * accumulation * micro_batch_size
     return [
         list(range(first + i * micro_batch_size, first + (i + 1) * micro_batch_size))

@@ -1,7 +1,7 @@
-"""What the chains and their scores look like: sums in bins, added up on the device and read once an interval.
+"""Statistics of chains and scores: sums in bins, added up on the device and read once an interval.
 
-Every sum has a fixed place in one tensor. A step adds to all of them by a single scatter; no operation has a
-size that the host would have to wait for.
+Every sum has a fixed place in one tensor, and a step adds to all of them by a single scatter. No operation
+has a data-dependent size, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOTALS = (
     "length_sum",
     *(f"reveals_{name}" for name in Reveals._fields),
 )
-_TIE = 1e-5  # nats: what rounding may put between two sums of the same logits
+_TIE = 1e-5  # nats: largest rounding difference between two sums of the same logits
 
 
 class Walk(NamedTuple):
@@ -35,9 +35,9 @@ class Walk(NamedTuple):
     Attributes:
         chains: the clean sequences, and how they are cut into chains.
         state: masks and stages that the step was trained on.
-        age: [B] int64, earlier steps that were trained on each sequence since it came into its slot.
-        ended: [B] bool, sequences that leave their slot after the step.
-        reveals: what the chains reveal after the step, where the objective does.
+        age: [B] int64, steps that each example has been trained on before this one.
+        ended: [B] bool, examples that leave their slot after the step.
+        reveals: what the chains reveal after the step, if the objective reveals at all.
     """
 
     chains: Chains
@@ -48,21 +48,21 @@ class Walk(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """How many fell between each two of the edges."""
+    """Counts between consecutive edges."""
 
     edges: list[float]
     counts: list[float]
 
 
 class ChainFigures(NamedTuple):
-    """What the sums of an interval come to.
+    """Figures of an interval.
 
     Attributes:
         scalars: figures by name.
-        bins: for each name a figure for each bin into which something fell, by what the bin holds.
+        bins: by name, a figure for each bin that is not empty.
         histograms: by name.
-        masked_rows: masked positions of a step, over all ranks.
-        prompt_length: mean tokens of a prompt.
+        masked_rows: masked positions per step, over all ranks.
+        prompt_length: mean tokens per prompt.
     """
 
     scalars: dict[str, float]
@@ -73,14 +73,14 @@ class ChainFigures(NamedTuple):
 
 
 class ChainStatistics:
-    """The sums of one group of slots since they were last taken."""
+    """Sums over one group of slots since they were last taken."""
 
     def __init__(self, longest: int, device: torch.device) -> None:
         """Begin with zeros.
 
         Args:
-            longest: the most steps that a sequence lasts, which is also the largest number of stages.
-            device: where the chains live.
+            longest: most steps that an example is trained on, which is also the largest number of stages.
+            device: device of the chains.
         """
         self.longest = longest
         self.bins = min(longest, MOST_BINS)
@@ -104,7 +104,7 @@ class ChainStatistics:
         self.sums = torch.zeros(total, dtype=torch.float64, device=device)
 
     def add(self, walk: Walk, batch: MaskedBatch, output: HeadOutput) -> None:
-        """Add one step of the group; nothing here waits for the device."""
+        """Add one step of the group, without waiting for the device."""
         places: list[Tensor] = []
         values: list[Tensor] = []
 
@@ -143,7 +143,7 @@ class ChainStatistics:
         bins = (confidence * TENTHS).long().clamp(0, TENTHS - 1)
         put("confidence_count", bins, one)
         put("confidence_sum", bins, confidence)
-        put("confidence_correct", bins, nll + confidence.log() < _TIE)  # the truth is as likely as any token
+        put("confidence_correct", bins, nll + confidence.log() < _TIE)  # x0 is the likeliest token
 
         age = self._bin(walk.age)
         put("age", age, one)
@@ -151,21 +151,21 @@ class ChainStatistics:
         self.sums.scatter_add_(0, torch.cat(places), torch.cat(values))
 
     def _bin(self, values: Tensor) -> Tensor:
-        """Return the bins of stages or ages from 0 to `longest` - 1."""
+        """Return the bins of stages or ages, which are below `longest`."""
         return (values * self.bins // self.longest).clamp(0, self.bins - 1)
 
     def take(self) -> Tensor:
-        """Return the sums since the last call, still on the device; those of all groups and ranks add up."""
+        """Return the sums since the last call, on the device; those of all groups and ranks can be added."""
         taken, self.sums = self.sums, torch.zeros_like(self.sums)
         return taken
 
     def figures(self, sums: list[float], steps: int, sequence_size: int = 1) -> ChainFigures:
-        """Return what added sums come to.
+        """Return the figures of added sums.
 
         Args:
-            sums: `take` of all groups and ranks, added up.
+            sums: sum of `take` over all groups and ranks.
             steps: optimizer steps in them.
-            sequence_size: ranks that hold the same chains, and count each of them once.
+            sequence_size: ranks that hold, and count, the same chains.
         """
         part = {name: sums[place] for name, place in self.places.items()}
         total = {name: part[name][0] for name in TOTALS}

@@ -1,8 +1,8 @@
-"""The slots' sub-streams: every example once an epoch, whatever rank, accumulation or thread reads it.
+"""Streams of examples, one per slot: each example once an epoch, at any world size and accumulation.
 
-The endless stream of examples is numbered: position p is example p mod N of epoch p div N, in an order of the
-epoch's own. Slot s of S reads the positions s, s + S, s + 2S, ...; the number of sequences that a slot has
-begun, its cursor, is all that has to be remembered.
+Position p of the endless stream is example p mod N of epoch p div N, and each epoch has its own permutation.
+Slot s of S reads the positions s, s + S, s + 2S, ... Its cursor, the number of chains that it has begun, is
+the whole state.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pipeline.base.errors import Failure
 from pipeline.data.examples import Array, ExampleDataset, Examples, stack_examples
 
 _ROUNDS = 4
-_EPOCHS = 256  # whose permutations are remembered; those under way are far fewer
+_EPOCHS = 256  # permutations kept; far fewer epochs are in use at once
 
 
 class Permutation:
     """A keyed pseudo-random permutation of 0..size-1 in constant memory.
 
-    A Feistel network over the smallest even number of bits that holds `size`, walked until the value falls
-    inside (Black and Rogaway 2002, Ciphers with arbitrary finite domains): at most 4 walks on average.
+    A Feistel network over the smallest even number of bits that holds `size`, applied until the value is
+    below `size` (cycle walking; Black and Rogaway 2002, Ciphers with arbitrary finite domains): at most 4
+    times on average.
     """
 
     def __init__(self, size: int, *key: int) -> None:
@@ -34,7 +35,7 @@ class Permutation:
         self.keys = [int(k) for k in np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)]
 
     def __call__(self, index: int) -> int:
-        """Return where `index` (0 <= index < size) goes."""
+        """Return the image of `index`, 0 <= index < size."""
         mask = (1 << self.half) - 1
         while True:
             left, right = index >> self.half, index & mask
@@ -48,22 +49,22 @@ class Permutation:
 
 
 class SlotStream:
-    """Reads the examples of any slot by cursor, one ahead of the reader."""
+    """Reads the examples of any slot by cursor, and prefetches the next one of each."""
 
     def __init__(self, dataset: ExampleDataset, slots: int, seed: int, workers: int) -> None:
         """Make the stream.
 
         Args:
-            dataset: the examples of an epoch.
-            slots: S, the number of slots over all ranks (the global batch size).
-            seed: seed of the order.
-            workers: reading threads; 0 reads when asked. The examples are the same for any number.
+            dataset: examples of an epoch.
+            slots: S, slots over all ranks.
+            seed: seed of the permutations.
+            workers: prefetching threads; with 0, `read` itself reads. It does not change the examples.
         """
         self.dataset = dataset
         self.slots = slots
         self.size = len(dataset)
         self._permutation = lru_cache(_EPOCHS)(lambda epoch: Permutation(self.size, seed, epoch))
-        self._ahead: dict[int, tuple[int, Future[dict[str, Array]]]] = {}  # by slot: position, its example
+        self._ahead: dict[int, tuple[int, Future[dict[str, Array]]]] = {}  # slot: (position, example)
         self._waited = 0.0
         self._excluded: frozenset[int] = frozenset()
         self._pool = ThreadPoolExecutor(workers, "samples") if workers else None
@@ -74,10 +75,10 @@ class SlotStream:
         return self._permutation(epoch)(offset)
 
     def exclude(self, examples: Iterable[int]) -> None:
-        """Leave out these examples of every epoch from now on; slots go on to the next of their sub-stream.
+        """Leave these examples out of every epoch; slots skip to the next example of their stream.
 
         Raises:
-            Failure: when half of the examples or more would be left out: it is not they who are to blame.
+            Failure: when that is half of the examples or more: then the examples are not the cause.
         """
         self._excluded = frozenset(examples)
         if 2 * len(self._excluded) >= self.size:
@@ -87,7 +88,7 @@ class SlotStream:
             )
 
     def admitted(self, slots: Sequence[int], cursors: Sequence[int]) -> list[int]:
-        """Return for each slot the first cursor, from `cursors` on, whose example is not left out."""
+        """Return for each slot the first cursor, at or after its own, whose example is not left out."""
         admitted = []
         for slot, cursor in zip(slots, cursors, strict=True):
             while self._excluded and self.index(slot + cursor * self.slots) in self._excluded:
@@ -99,13 +100,13 @@ class SlotStream:
         return self.dataset[self.index(position)]
 
     def read(self, slots: Sequence[int], cursors: Sequence[int]) -> Examples:
-        """Return the examples at `cursors` of `slots`, on the CPU, and begin to read those that follow."""
+        """Return the examples at `cursors` of `slots`, on the CPU, and prefetch those that follow."""
         began = time.perf_counter()
         positions = [s + c * self.slots for s, c in zip(slots, cursors, strict=True)]
         rows = []
         for slot, position in zip(slots, positions, strict=True):
             expected, ahead = self._ahead.pop(slot, (None, None))
-            if ahead is None or expected != position:  # examples that are left out were read in vain
+            if ahead is None or expected != position:  # the prefetched one has been left out since
                 rows.append(self._read(position))
             else:
                 rows.append(ahead.result())
@@ -117,7 +118,7 @@ class SlotStream:
         return examples
 
     def take_waited(self) -> float:
-        """Return the seconds that `read` has taken since the last call."""
+        """Return the seconds spent in `read` since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 

@@ -1,4 +1,4 @@
-"""Ways of masking, on one seam (base.py); this is the one place that knows them by name."""
+"""The ways of masking. Only this module knows them by name; the seam is `Objective` in objective.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def build(config: Config, mask_id: int, has_padding: bool) -> ObjectiveSchedule:
     Args:
         config: the run.
         mask_id: the mask token M.
-        has_padding: whether the model must be told of padding positions.
+        has_padding: whether the model needs a padding mask.
     """
     settings = config.objective
     first_steps = (1,) if settings.switch_step is None else (1, settings.switch_step)
@@ -31,9 +31,9 @@ def build(config: Config, mask_id: int, has_padding: bool) -> ObjectiveSchedule:
 
 
 def decoding_layout(config: Config, mask_id: int, step: int) -> Layout:
-    """Return how sequences are shown to a model that has come to `step`, when it fills them.
+    """Return the layout in which a model trained for `step` steps fills sequences.
 
-    Sequences of a batch differ in length whatever the training data were, so padding is always told.
+    It always has a padding mask: prompts of a batch differ in length, whatever the training data were.
     """
     return build(config, mask_id, has_padding=True).at(max(1, step)).layout
 
@@ -58,7 +58,7 @@ def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Ob
 
 
 def stages_at(settings: ObjectiveConfig, step: int) -> int | None:
-    """Return K at `step` (1 is the first); nothing where the objective has no stages."""
+    """Return K at `step` (1 is the first); None where the objective has no stages."""
     return stage_schedule(settings)(step) if settings.kind_at(step) == "puma" else None
 
 

@@ -1,4 +1,4 @@
-"""Autoregressive training: every answer position is predicted from those before it."""
+"""Autoregressive training: every answer position is predicted from the positions before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.objectives.objective import (
 
 
 class Autoregressive:
-    """All answer positions are in the loss; every sequence lasts one step. The layout is causal."""
+    """Every answer position is in the loss, and every sequence lasts one step. The layout is causal."""
 
     needs: tuple[str, ...] = ()
 
@@ -33,15 +33,15 @@ class Autoregressive:
         return ChainState(chains.answer, stage)
 
     def weights(self, chains: Chains, state: ChainState) -> Tensor:
-        """Return 1/L_eff, shared out equally over sequences."""
+        """Return 1 / L_eff, averaged over sequences."""
         return mean_over_chains(chains, state.masked)
 
     def advance(
         self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
-        """Change nothing and end every sequence."""
+        """End every sequence."""
         return state, torch.ones_like(chains.examples.ids, dtype=torch.bool), None
 
     def held_out(self) -> Objective:
-        """Return this objective: its loss is the exact negative log-likelihood, divided by L_eff."""
+        """Return this objective: its loss is the exact negative log-likelihood divided by L_eff."""
         return self

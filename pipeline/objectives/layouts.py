@@ -1,4 +1,4 @@
-"""What a sequence looks like to the chains and to the model: whole, in blocks, or from left to right."""
+"""Layouts: sequences as one chain, in blocks, or from left to right."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.objectives.objective import Attention, Chains, positions_like
 
 @dataclass(frozen=True)
 class Whole:
-    """One chain for the whole answer; every position sees every other, at once or by and by.
+    """One chain for the whole answer; attention is bidirectional, or becomes so during annealing.
 
     Attributes:
         mask_id: the mask token M.
-        has_padding: whether the model must be told of padding positions.
-        first_given: position 0 is never masked: the model reads a prediction at the position before.
+        has_padding: whether the model needs a padding mask.
+        first_given: position 0 is never masked, since a shifted model predicts a token at the one before.
         annealing_steps: steps from causal to bidirectional attention (DiffuLLaMA, arXiv 2410.17891).
-        annealing_start: the first of them.
-        seed: seed of which positions are seen meanwhile.
+        annealing_start: first of these steps.
+        seed: seed of the attention during annealing.
     """
 
     mask_id: int
@@ -48,7 +48,7 @@ class Whole:
         return Chains(examples, torch.where(self.answer(examples), 0, 1), 1)
 
     def answer(self, examples: Examples) -> Tensor:
-        """Return [B, L] bool: the positions that may be masked."""
+        """Return the positions that may be masked, [B, L] bool."""
         return examples.answer & (positions_like(examples.tokens) >= int(self.first_given))
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
@@ -58,8 +58,10 @@ class Whole:
         return batch._replace(visibility=self.annealed(examples, step))
 
     def annealed(self, examples: Examples, step: int) -> Visibility:
-        """Return what is seen at `step`: of what is behind a position, each with a probability that grows
-        from 0 to 1, drawn anew at each step and alike for all sequences.
+        """Return the attention at `step` of the annealing.
+
+        A position sees each later one with a probability that grows from 0 to 1. It is drawn anew at each
+        step, for all sequences at once.
         """
         done = step - self.annealing_start
         if done >= self.annealing_steps:
@@ -76,12 +78,12 @@ class Whole:
 
 @dataclass(frozen=True)
 class Blocks(Whole):
-    """Block diffusion: a chain for each block of the answer, conditioned on the clean blocks before it.
+    """Block diffusion: one chain per block of the answer, conditioned on the clean blocks before it.
 
     All blocks are trained in one forward on [xt ; x0] (BD3-LM, arXiv 2503.09573).
 
     Attributes:
-        size: tokens of a block; the last one of an answer may be shorter.
+        size: tokens of a block; the last block of an answer may be shorter.
     """
 
     size: int = 1
@@ -107,7 +109,7 @@ class Blocks(Whole):
         return batch._replace(visibility=self.decoding(examples)._replace(clean_ids=examples.tokens))
 
     def decoding(self, examples: Examples) -> Visibility:
-        """See `Layout`; a prompt is a block of its own before the others, padding one behind them."""
+        """See `Layout`; the prompt is one block before the others, the padding one after them."""
         chains = self.chains(examples)
         outside = torch.where(examples.roles == PADDING, chains.count + 1, 0)
         return Visibility(torch.where(chains.answer, chains.index + 1, outside))
@@ -123,7 +125,7 @@ class LeftToRight(Whole):
         return "causal"
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
-        """See `Layout`; nothing is masked in the input, because no position sees what is predicted there."""
+        """See `Layout`; the input has no masks, since no position sees the token that it predicts."""
         batch = super().batch(examples, masked, weights, rows, step)
         return batch._replace(input_ids=examples.tokens, visibility=self.decoding(examples))
 

@@ -1,4 +1,4 @@
-"""Chains of PUMA mixed with a share of sequences under random masks."""
+"""PUMA chains, with a share of the sequences under random masks instead."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pipeline.objectives.random_masking import RandomMasking
 
 
 class Mixture:
-    """A given share of the sequences, decided for each by its noise, shows a fresh random mask at each stage.
+    """A share of the sequences, chosen by their noise, shows a fresh random mask at each stage.
 
-    They last as many stages as a chain of standard mode, so the share is that of the sequences and of the
-    training inputs alike, and both kinds use their sequences at the same rate. With a threshold chains are
-    shorter, and the random share of the inputs is larger than that of the sequences.
+    They last as many stages as a chain of standard mode, so the share holds for sequences and training inputs
+    alike. With a threshold chains are shorter, and the random share of the inputs is larger.
     """
 
     def __init__(self, chains: ProgressiveUnmasking, random: RandomMasking, share: float) -> None:
-        """Mix `chains` with `share` (0 to 1) of `random`; both have the same layout."""
+        """Mix `chains` with a share (0 to 1) of `random`, which has the same layout."""
         self.progressive = chains
         self.random = random
         self.share = share
@@ -29,7 +28,7 @@ class Mixture:
         self.needs = chains.needs
 
     def is_random(self, examples: Examples) -> Tensor:
-        """Return [B] bool: the sequences under random masks."""
+        """Return the sequences under random masks, [B] bool."""
         return noise.uniform(self.progressive.seed, noise.MIXTURE, examples.ids) < self.share
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
@@ -37,19 +36,19 @@ class Mixture:
         return self.progressive.first_stage(slots, step)
 
     def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
-        """Return the beginnings of both kinds, each where it belongs."""
+        """Begin both kinds, each for its own sequences."""
         random = self.random.begin(chains, stage, step)
         return self.progressive.begin(chains, stage, step).replaced(self.is_random(chains.examples), random)
 
     def weights(self, chains: Chains, state: ChainState) -> Tensor:
-        """Return the weights of both kinds, each where it belongs."""
+        """Return the weights of both kinds, each for its own sequences."""
         random, progressive = self.random.weights(chains, state), self.progressive.weights(chains, state)
         return torch.where(self.is_random(chains.examples)[:, None], random, progressive)
 
     def advance(
         self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
-        """Move the chains on, and draw the random masks of the next stage."""
+        """Advance the chains, and draw the random masks of the next stage."""
         progressive, ended, reveals = self.progressive.advance(chains, state, scores, step, next_step)
         stages = self.progressive.stages
         stage = stages.following(state.stage, step, next_step)
@@ -61,5 +60,5 @@ class Mixture:
         return progressive.replaced(where, random), ended, of_progressive
 
     def held_out(self) -> Objective:
-        """Return random masking with the masks of every held-out loss."""
+        """Return the random masking of the held-out loss."""
         return self.progressive.held_out()

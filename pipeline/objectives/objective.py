@@ -1,4 +1,4 @@
-"""The seam between the trainer and a way of masking."""
+"""The seam between training and a way of masking."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Chains:
 
     Attributes:
         examples: the clean sequences.
-        index: [B, L] int64, number of the position's chain; `count` where it belongs to none (a prompt).
-        count: N, the chains that a row may have; some of them may be without positions.
+        index: [B, L] int64, chain of each position; `count` for positions of no chain, such as a prompt.
+        count: N, chains of a row; some may have no positions.
     """
 
     examples: Examples
@@ -39,7 +39,7 @@ class Chains:
 
     @cached_property
     def rank(self) -> Tensor:
-        """[B, L] int64: how many positions of its chain stand before each position."""
+        """[B, L] int64: positions of the same chain before each position."""
         return self.answer.cumsum(dim=1) - 1 - self.spread(self.length.cumsum(dim=1) - self.length)
 
     def restricted(self, positions: Tensor) -> Chains:
@@ -47,17 +47,17 @@ class Chains:
         return Chains(self.examples, self.index.masked_fill(~positions, self.count), self.count)
 
     def sums(self, positions: Tensor) -> Tensor:
-        """Return how many of `positions` [B, L] bool lie in each chain, [B, N] int64."""
+        """Count the `positions` [B, L] bool of each chain: [B, N] int64."""
         totals = self.index.new_zeros(len(self.index), self.count + 1)
         return totals.scatter_add_(1, self.index, positions.long())[:, : self.count]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return at each position [B, L] the value of its chain, from `values` [B, N]; 0 outside."""
+        """Return the value of its chain at each position, [B, L] from `values` [B, N]; 0 outside of chains."""
         outside = values.new_zeros(len(values), 1)
         return torch.cat([values, outside], dim=1).gather(1, self.index)
 
     def take_highest(self, candidates: Tensor, scores: Tensor, count: Tensor) -> Tensor:
-        """Choose in each chain the `count` [B, N] candidates with the highest scores; see `take_highest`."""
+        """Choose the `count` [B, N] candidates of each chain with the highest scores; see `take_highest`."""
         if self.count == 1:
             return take_highest(candidates, scores, count[:, 0])
         by_score = _falling(candidates, scores)
@@ -69,10 +69,10 @@ class Chains:
 
 @dataclass
 class ChainState:
-    """Where the chains of B sequences stand.
+    """State of the chains of B sequences.
 
     Attributes:
-        masked: [B, L] bool, the positions of the next input that are to be predicted.
+        masked: [B, L] bool, masked positions of the next input.
         stage: [B, N] int64.
     """
 
@@ -93,12 +93,12 @@ class ChainState:
 
 @dataclass
 class Scores:
-    """What the model thinks of its predictions at the masked positions of xt; it has not seen the truth.
+    """Scores of the predictions at the masked positions of xt. None of them depends on x0.
 
     Attributes:
-        confidence: [B, L] float32, max_v p(v | xt); -inf at other positions, as in the other scores.
-        margin: [B, L] float32, the highest probability less the second; where the objective asks for it.
-        entropy: [B, L] float32, in nats; where the objective asks for it.
+        confidence: [B, L] float32, max_v p(v | xt); -inf at unmasked positions, as in the other scores.
+        margin: [B, L] float32, highest minus second probability; None unless the objective needs it.
+        entropy: [B, L] float32, nats; None unless the objective needs it.
     """
 
     confidence: Tensor
@@ -125,12 +125,12 @@ class Scores:
 
 
 class Reveals(NamedTuple):
-    """What the chains of B sequences reveal from one step to the next; for the curves alone.
+    """Positions revealed between two steps; used for curves only.
 
     Attributes:
-        chains: [B] int64, the chains that go on.
-        ranked: [B] int64, positions that they reveal because the policy ranks them highest.
-        by_threshold: [B] int64, positions that they reveal besides, for a confidence above the threshold.
+        chains: [B] int64, chains that have not ended.
+        ranked: [B] int64, positions that these reveal by the ranking of the policy.
+        by_threshold: [B] int64, further positions that they reveal by a confidence above the threshold.
     """
 
     chains: Tensor
@@ -142,7 +142,7 @@ Attention = Literal["bidirectional", "blocks", "causal"]
 
 
 class Layout(Protocol):
-    """How a sequence is cut into chains, and what input the model gets for a set of masked positions."""
+    """Cuts sequences into chains, and makes the model's input for a set of masked positions."""
 
     @property
     def mask_id(self) -> int:
@@ -150,11 +150,11 @@ class Layout(Protocol):
 
     @property
     def attention(self) -> Attention:
-        """Whether a position sees all others, its own block and those before it, or those before it alone."""
+        """Which positions each position sees: all, its own block and earlier ones, or earlier positions."""
 
     @property
     def block_size(self) -> int | None:
-        """Tokens of a block; none where the attention is not by blocks."""
+        """Tokens of a block; None unless the attention is by blocks."""
 
     def chains(self, examples: Examples) -> Chains:
         """Return the chains of the answers."""
@@ -164,70 +164,69 @@ class Layout(Protocol):
 
         Args:
             examples: the clean sequences.
-            masked: [B, L] bool, the positions to be predicted.
-            weights: [B, L] float32, the share of each of them in the loss.
-            rows: how many they are; known on the host.
-            step: the optimizer step, 1 is the first.
+            masked: [B, L] bool, positions to predict.
+            weights: [B, L] float32, weight of each masked position in the loss.
+            rows: number of masked positions, known on the host.
+            step: optimizer step, 1 is the first.
         """
 
     def decoding(self, examples: Examples) -> Visibility:
-        """Return which positions see which others when a sampler fills the answers, block after block."""
+        """Return which positions see which others while a sampler fills the answers, block after block."""
 
 
 class Objective(Protocol):
     """Decides which positions of each sequence are masked, from one training step to the next.
 
-    All methods are pure functions of their arguments, run on the device of their tensors and never wait for
-    it, so a chain is the same whatever rank, device or run holds it. `step` is the optimizer step, 1 is the
-    first; it is the same on every rank.
+    All methods are pure functions, run on the device of their arguments and never wait for it. So a chain is
+    the same on any rank, on any device and in any run. `step` is the optimizer step, 1 is the first.
 
     Attributes:
-        layout: how sequences are cut into chains and shown to the model.
-        needs: which of "margin" and "entropy" `advance` reads besides the confidence.
+        layout: cuts sequences into chains and shows them to the model.
+        needs: "margin" or "entropy", where `advance` reads them besides the confidence.
     """
 
     layout: Layout
     needs: tuple[str, ...]
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
-        """Return the stage [B] at which the chains of slots [B] start when the objective itself does."""
+        """Return the stage [B] of the chains of slots [B] at the first step of the objective."""
 
     def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
-        """Return new chains at `stage` [B, N], ready for `step`, before the model has seen them."""
+        """Begin chains at `stage` [B, N] for `step`; no scores exist yet."""
 
     def weights(self, chains: Chains, state: ChainState) -> Tensor:
-        """Return the share of each masked position in the loss, [B, L] float32."""
+        """Return the weight of each masked position in the loss, [B, L] float32."""
 
     def advance(
         self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
-        """Move every chain on after training on `state` at `step`; it will be trained next at `next_step`.
+        """Advance every chain after training on `state` at `step`, for its next training at `next_step`.
 
         Returns:
-            The state for that step; [B] bool: sequences that have ended, whose state the caller
-            replaces; and what was revealed, where this objective reveals at all.
+            The next state; [B] bool, sequences that have ended, which the caller replaces; and what was
+            revealed, None for objectives that do not reveal.
         """
 
     def held_out(self) -> Objective:
-        """Return the objective of the held-out loss: the same masks whatever was trained with, or when."""
+        """Return the objective of the held-out loss: its masks depend on the examples alone."""
 
 
 def model_input(objective: Objective, chains: Chains, state: ChainState, rows: int, step: int) -> MaskedBatch:
-    """Return the batch that an objective trains on at `step`; `rows` positions are masked in all."""
+    """Return the batch of an objective at `step`; `rows` is the number of masked positions."""
     weights = objective.weights(chains, state)
     batch = objective.layout.batch(chains.examples, state.masked, weights, rows, step)
     return batch._replace(scores=objective.needs)
 
 
 class ObjectiveSchedule:
-    """The objective of each step: one for the whole run, or several after each other."""
+    """The objective of each step: one for the whole run, or one after another."""
 
     def __init__(self, longest: int, *parts: tuple[int, Objective]) -> None:
-        """Begin each objective at its step; the first of them begins at step 1.
+        """Make the schedule.
 
         Args:
-            longest: the most steps that a sequence lasts in this run.
-            parts: the objectives.
+            longest: most steps that an example is trained on before its slot moves on.
+            parts: (first step, objective), the first of them from step 1.
         """
         self.longest = longest
         self.parts = parts
@@ -238,14 +237,14 @@ class ObjectiveSchedule:
 
 
 def mean_over_chains(chains: Chains, masked: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Return weights [B, L] float32 whose loss is a mean over sequences, over chains and over positions.
+    """Return weights [B, L] float32 that make the loss a mean over sequences, chains and positions.
 
-    A position weighs factor / (masked positions of its chain x chains of its sequence with a mask x B).
+    The weight of a position is factor / (chains of its sequence that have a mask x B).
 
     Args:
-        chains: the chains.
+        chains: the chains of B sequences.
         masked: [B, L] bool.
-        factor: [B, N] float, replaces 1 / (masked positions of the chain) where given.
+        factor: [B, N] float; by default 1 / (masked positions of the chain).
     """
     count = chains.sums(masked)
     each = 1.0 / count if factor is None else factor
@@ -259,12 +258,12 @@ def positions_like(tokens: Tensor) -> Tensor:
 
 
 def take_highest(candidates: Tensor, scores: Tensor, count: Tensor) -> Tensor:
-    """Choose in each row the `count` candidates with the highest scores; ties go to the lower position.
+    """Choose the `count` candidates of each row with the highest scores; ties go to the lower position.
 
     Args:
         candidates: [B, L] bool.
-        scores: [B, L] float32 or float64; bf16 would tie where the model does not.
-        count: [B] int64, any value; at most all candidates of the row are chosen.
+        scores: [B, L] float32 or float64; bf16 would tie scores that differ.
+        count: [B] int64, any value: below 0 means none, too high means all.
 
     Returns:
         [B, L] bool, a subset of `candidates`.
@@ -273,11 +272,11 @@ def take_highest(candidates: Tensor, scores: Tensor, count: Tensor) -> Tensor:
 
 
 def _falling(candidates: Tensor, scores: Tensor) -> Tensor:
-    """Return the order [B, L] of the scores, highest first; what is no candidate comes last."""
+    """Return the order [B, L] of the scores, highest first; positions that are no candidates come last."""
     return torch.argsort(scores.masked_fill(~candidates, -torch.inf), dim=1, descending=True, stable=True)
 
 
 def _inverse(order: Tensor) -> Tensor:
-    """Return the place [B, L] of each position in `order` [B, L]."""
+    """Return the inverse [B, L] of the permutations `order` [B, L]."""
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)

@@ -21,13 +21,13 @@ from pipeline.objectives.stages import StageSchedule
 
 
 class ProgressiveUnmasking:
-    """Teacher-forced chains of K stages.
+    """Teacher-forced chains of K stages (arXiv 2602.10314).
 
-    At stage j a chain has round(r L_eff) answer positions unmasked, r ~ U[j/K, (j+1)/K), at most L_eff - 1. A
-    step reveals the masked positions that the policy ranks highest, always with the true tokens. With a
-    threshold, positions of a higher confidence are revealed too and the stage follows the unmasked fraction.
-    A stage number only ever grows, so a chain ends within K steps, whatever L_eff, K and the threshold. A
-    sequence ends when all its chains have; one that ends earlier is left without a mask.
+    At stage j, round(r L_eff) answer positions of a chain are unmasked, r ~ U[j/K, (j+1)/K), at most L_eff -
+    1. A step reveals the masked positions that the policy ranks highest, always with the true tokens. With a
+    threshold it also reveals every position of a higher confidence, and the stage follows the unmasked
+    fraction. Stages only grow, so a chain ends within K steps, whatever L_eff, K and the threshold. A
+    sequence ends when its last chain does; chains that end earlier have no masks from then on.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class ProgressiveUnmasking:
         """Make the objective.
 
         Args:
-            seed: seed of the chains' noise.
-            layout: how sequences are cut into chains.
-            stages: K.
+            seed: seed of the noise.
+            layout: cuts sequences into chains.
+            stages: K by step.
             policy: what is revealed first.
-            threshold: confidence above which everything is revealed; none = standard mode.
+            threshold: confidence above which every position is revealed; None = standard mode.
         """
         self.seed = seed
         self.layout = layout
@@ -50,11 +50,11 @@ class ProgressiveUnmasking:
         self.needs = policy.needs
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
-        """Return staggered stages [B], so that every stage is present in every batch from the start."""
+        """Return staggered stages [B], so that every batch holds all stages from the start."""
         return slots % self.stages(step)
 
     def target_count(self, chains: Chains, stage: Tensor, step: int) -> Tensor:
-        """Return how many positions of each chain [B, N] are to be unmasked at `stage` [B, N] of `step`."""
+        """Return the unmasked positions of each chain, [B, N] int64, at `stage` [B, N] of `step`."""
         ids, number = chains.examples.ids[:, None], chain_numbers(chains)
         jitter = noise.uniform(self.seed, noise.STAGE_TARGET, ids, number, stage)
         fraction = (stage + jitter) / self.stages(step)
@@ -62,20 +62,20 @@ class ProgressiveUnmasking:
         return torch.minimum(torch.floor(fraction * length + 0.5).to(torch.int64), length - 1)
 
     def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
-        """Return chains with the count of `stage` [B, N] revealed, by the policy's order or at random."""
+        """Begin chains with the positions of `stage` [B, N] revealed, in the initial order of the policy."""
         stage = stage.expand(-1, chains.count).contiguous()
         count = self.target_count(chains, stage, step)
         revealed = chains.take_highest(chains.answer, self.policy.initial(self.seed, chains.examples), count)
         return ChainState(chains.answer & ~revealed, stage)
 
     def weights(self, chains: Chains, state: ChainState) -> Tensor:
-        """Return 1 / (masked positions of the chain), shared out equally over chains and sequences."""
+        """Return 1 / (masked positions of the chain), averaged over chains and sequences."""
         return mean_over_chains(chains, state.masked)
 
     def advance(
         self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
-        """Reveal the highest ranked masked positions of each chain up to the next stage's count."""
+        """Reveal the highest ranked masked positions of each chain, up to the count of its next stage."""
         length, final = chains.length, self.stages(next_step)
         stage = self.stages.following(state.stage, step, next_step)
         unmasked = length - chains.sums(state.masked)
@@ -96,5 +96,5 @@ class ProgressiveUnmasking:
         return ChainState(masked & going_on, stage), ended.all(dim=1), reveals
 
     def held_out(self) -> Objective:
-        """Return random masking with the masks of every held-out loss."""
+        """Return the random masking of the held-out loss."""
         return held_out_masking(self.layout)

@@ -1,4 +1,4 @@
-"""Random masking, the baseline: each step masks a random subset of each answer."""
+"""Random masking, the baseline: every step masks a random subset of each answer."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class RandomMasking:
     position with probability t, each weighing 1/(t L_eff) (LLaDA, arXiv 2502.09992, equation 3). Both have
     the same expectation, the usual bound on the negative log-likelihood divided by L_eff.
 
-    A Bernoulli mask may be empty, which would waste the forward of its sequence. Here it is drawn from those
-    that are not, and weighs P(not empty) = 1 - (1 - t)^L_eff times as much: as an empty mask has no loss, the
-    expectation is the same, and the weight is never above 1.
+    An empty Bernoulli mask would waste a forward. Masks are therefore drawn given that they are not empty,
+    and weigh P(not empty) = 1 - (1 - t)^L_eff times as much. An empty mask has no loss, so the expectation is
+    the same, and no weight exceeds 1.
     """
 
     needs: tuple[str, ...] = ()
@@ -48,9 +48,9 @@ class RandomMasking:
 
         Args:
             seed: seed of the masks.
-            layout: how sequences are cut into chains.
-            count: how many positions are masked.
-            strata: slots of the global batch, over which t is stratified; none = each draws its own.
+            layout: cuts sequences into chains.
+            count: distribution of the number of masked positions.
+            strata: slots of the global batch, over which t is stratified; None = independent draws.
             complementary: train on each mask and, in the next step, on its complement.
         """
         self.seed = seed
@@ -64,10 +64,10 @@ class RandomMasking:
         return torch.zeros_like(slots)
 
     def ratio(self, chains: Chains, stage: Tensor) -> Tensor:
-        """Return the number [B, N] in [0, 1) that decides how much of each chain is masked.
+        """Return a number in [0, 1) for each chain, [B, N], that sets its mask ratio.
 
-        Stratified, it is (u + i/S) mod 1 for slot i of S, with one u for all slots: sequence s + S c is the
-        c-th of slot s, so each round of S sequences covers [0, 1) evenly.
+        Stratified, it is (u + i/S) mod 1 for slot i of S, with one u for all slots. Example s + S c is the
+        c-th of slot s, so each round of S examples covers [0, 1) evenly.
         """
         ids, number = chains.examples.ids[:, None], chain_numbers(chains)
         if self.strata is None:
@@ -76,7 +76,7 @@ class RandomMasking:
         return (shared + (ids % self.strata).double() / self.strata) % 1.0
 
     def draw(self, chains: Chains, stage: Tensor) -> Tensor:
-        """Return masks [B, L] bool for `stage` [B, N], each stage with a draw of its own; none is empty."""
+        """Return masks [B, L] bool for `stage` [B, N], independent between stages and never empty."""
         ratio = self.ratio(chains, stage)
         positions, stages = positions_like(chains.index), chains.spread(stage)
         order = noise.uniform(
@@ -96,9 +96,9 @@ class RandomMasking:
         return chains.answer & ((behind == 0) | ((behind > 0) & (order >= chains.spread(ratio))))
 
     def begin(self, chains: Chains, stage: Tensor, step: int) -> ChainState:
-        """Return the masks of `stage` [B, N]; with complementary pairs odd stages complete the ones before.
+        """Return the masks of `stage` [B, N]; of complementary pairs, odd stages hold the complements.
 
-        The complement of a full mask is empty: the full mask is repeated, so that every n is as likely as
+        The complement of a full mask is empty. The full mask is repeated then, so every n is as likely as
         without pairs.
         """
         stage = stage.expand(-1, chains.count).contiguous()
@@ -110,7 +110,7 @@ class RandomMasking:
         return ChainState(torch.where(chains.spread(second), others, masked), stage)
 
     def weights(self, chains: Chains, state: ChainState) -> Tensor:
-        """Return what each masked position weighs by the rule of `count`."""
+        """Return the weights that belong to the distribution `count`."""
         if self.count == "uniform":
             return mean_over_chains(chains, state.masked)
         ratio, length = self.ratio(chains, state.stage), chains.length.clamp(min=1)
@@ -120,22 +120,22 @@ class RandomMasking:
     def advance(
         self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int
     ) -> tuple[ChainState, Tensor, Reveals | None]:
-        """End every sequence, or go on to the complement of its mask."""
+        """End every sequence, or continue with the complement of its mask."""
         ended = torch.ones_like(chains.examples.ids, dtype=torch.bool)
         if not self.complementary:
             return state, ended, None
         return self.begin(chains, state.stage + 1, next_step), ended & (state.stage[:, 0] % 2 == 1), None
 
     def held_out(self) -> Objective:
-        """Return random masking with the masks of every held-out loss."""
+        """Return the random masking of the held-out loss."""
         return held_out_masking(self.layout)
 
 
 def chain_numbers(chains: Chains) -> Tensor:
-    """Return [N] int64, the counter by which the noise tells the chains of a sequence apart."""
+    """Return [N] int64, the counter of the noise that differs between the chains of a sequence."""
     return torch.arange(chains.count, device=chains.index.device)
 
 
 def held_out_masking(layout: Layout) -> Objective:
-    """Return random masking whose masks depend on the example alone: the same in every run, at every step."""
+    """Return random masking whose masks depend on the example alone, in every run and at every step."""
     return RandomMasking(HELD_OUT_SEED, layout)
