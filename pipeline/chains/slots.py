@@ -67,7 +67,7 @@ class SlotGroup:
         return self.chains.examples
 
     def _begin(self, cursors: np.ndarray, step: int) -> None:
-        """Read the examples at `cursors` [B], or the next that are not left out; prefetch those that follow."""
+        """Read the examples at `cursors` [B], or the next ones not left out; prefetch the following ones."""
         rows = range(len(self.slots))
         self.cursors = self._admitted(rows, cursors)
         self.next_cursors = self._admitted(rows, self.cursors + 1)

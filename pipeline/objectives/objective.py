@@ -52,7 +52,7 @@ class Chains:
         return totals.scatter_add_(1, self.index, positions.long())[:, : self.count]
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return the value of its chain at each position, [B, L] from `values` [B, N]; 0 outside of chains."""
+        """Spread the `values` [B, N] of chains over their positions, [B, L]; 0 outside of chains."""
         outside = values.new_zeros(len(values), 1)
         return torch.cat([values, outside], dim=1).gather(1, self.index)
 
