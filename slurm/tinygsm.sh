@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's 125M text run by one command, from raw files to a score on GSM8K: docs/tinygsm.md.
+# The paper's 125M text run by one command, from raw files to a score on GSM8K: docs/tutorials/tinygsm.md.
 #
 #   slurm/tinygsm.sh TINYGSM GSM8K_TEST TOKENIZER [options of tools/submit.py, such as --nodes 1 --dry-run]
 #

@@ -1,4 +1,4 @@
-"""Plan every shipped configuration and write the table of docs/presets.md."""
+"""Plan every shipped configuration and write the table of docs/explanation/presets.md."""
 
 from __future__ import annotations
 

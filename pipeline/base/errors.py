@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# Exit codes of every program; docs/fault_tolerance.md says what a launcher makes of them.
+# Exit codes of every program; docs/reference/exit_codes.md says what a launcher makes of them.
 EXIT_DONE = 0
 EXIT_FAILED = 1  # a defect, or training that diverged: the same command would fail again
 EXIT_BAD_INPUT = 2  # a setting, file or argument that the user can put right

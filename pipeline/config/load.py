@@ -187,7 +187,7 @@ def _explained(message: str) -> str:
     if keys and values and hint is not None:
         choices = [str(choice) for choice in typing.get_args(hint)]
         return (
-            f"{': '.join(keys)} is {values[-1]}: it must be {_described(hint)}.{nearest(values[-1], choices)}"
+            f"{': '.join(keys)} is {values[-1]}: it must be {described(hint)}.{nearest(values[-1], choices)}"
         )
     unknown, known = re.search(r"Option '(.+?)' is not accepted", message), _keys_of(hint)
     if unknown is not None and known:
@@ -204,7 +204,7 @@ def _keys_of(hint: Any) -> dict[str, Any]:
     return known_keys(typing.cast(type, entry)) if dataclasses.is_dataclass(entry) else {}
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
     """Return a type in words."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
@@ -213,7 +213,7 @@ def _described(hint: Any) -> str:
         entries = "[{key: value}]" if dataclasses.is_dataclass(parts[0]) else "[a, b]"
         return f"a list, such as {'[1, 2]' if parts[0] is float else entries}"
     if parts:  # X | None
-        return " or ".join(_described(part) for part in parts)
+        return " or ".join(described(part) for part in parts)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
     return names.get(hint, str(hint))
 

@@ -1,4 +1,4 @@
-"""The shipped configurations, what each is planned for, and the table of them (docs/presets.md)."""
+"""The shipped configurations, what each is planned for, and the table of them (docs/explanation/presets.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.planning.memory import Zero
 from pipeline.planning.plan_report import duration
 from pipeline.planning.run_plan import SECONDS_A_DAY, Assumptions, Planner, RunPlan
 
-DOCUMENT = Path("docs/presets.md")
+DOCUMENT = Path("docs/explanation/presets.md")
 BEGIN, END = "<!-- table: tools/plan_presets.py -->\n", "<!-- end of table -->\n"
 
 

@@ -51,7 +51,7 @@ def test_command_line_overrides_yaml(good: str) -> None:
     ],
 )
 def test_objectives_that_work(good: str, arguments: str) -> None:
-    """Everything that docs/method.md offers is accepted, together where it goes together."""
+    """Everything that docs/explanation/method.md offers is accepted, together where it goes together."""
     configuration.load(["--config", good, *arguments.split()])
 
 

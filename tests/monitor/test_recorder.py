@@ -64,7 +64,7 @@ def test_every_curve_is_there_once(run_dir: Path) -> None:
 
 def test_every_curve_is_documented(run_dir: Path) -> None:
     """By its name, or by a pattern with an ellipsis for bins and for what a chart joins."""
-    named = re.findall(r"`([a-z_]+/?[^` ]*)`( \.\.\.)?", (ROOT / "docs/tensorboard.md").read_text())
+    named = re.findall(r"`([a-z_]+/?[^` ]*)`( \.\.\.)?", (ROOT / "docs/reference/curves.md").read_text())
     exact = {name for name, more in named if not more and not name.endswith("...")}
     groups = {name.partition("/")[0] for name, more in named if more or name.endswith("...")}
     for tag in events(run_dir).Tags()["scalars"]:

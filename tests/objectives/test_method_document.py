@@ -1,4 +1,4 @@
-"""docs/method.md: the tests that it names exist, the settings that it shows are accepted."""
+"""docs/explanation/method.md: the tests that it names exist, the settings that it shows are accepted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from pipeline import config
 from support.programs import ROOT
 
-TEXT = (ROOT / "docs/method.md").read_text()
+TEXT = (ROOT / "docs/explanation/method.md").read_text()
 
 
 def test_every_test_that_the_document_names_exists() -> None:

@@ -191,7 +191,7 @@ def test_the_plan_is_what_two_ranks_need(case: str) -> None:
 
 
 def test_the_committed_figures_are_within_15_percent() -> None:
-    """What docs/performance.md says of benchmarks/results/plan_memory.json."""
+    """What docs/explanation/performance.md says of benchmarks/results/plan_memory.json."""
     results = json.loads((ROOT / "benchmarks/results/plan_memory.json").read_text())["cases"]
     assert set(results) == set(plan_memory.CASES)
     for name, case in results.items():

@@ -29,7 +29,7 @@ def test_every_configuration_loads(path: Path) -> None:
     config = configuration.load(["--config", str(path)])
     assert (ROOT / config.engine.deepspeed_config).is_file()
     if config.model.vocab_size is not None:
-        assert path.stem in {preset.name for preset in PRESETS}, "it has a row in docs/presets.md"
+        assert path.stem in {preset.name for preset in PRESETS}, "it has a row in docs/explanation/presets.md"
         size = count_parameters(config, config.model.vocab_size).count
         assert size == PARAMETERS.get(path.stem, size)
 

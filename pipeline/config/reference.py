@@ -1,0 +1,65 @@
+"""The settings reference as Markdown, from the dataclasses and their docstrings: ``make reference``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from typing import Any
+
+import yaml
+from docstring_parser import parse
+
+from pipeline.config.load import Config, described
+from pipeline.config.run import TaskConfig
+
+HEAD = """\
+# Settings
+
+<!-- Written by `make reference` from the dataclasses in pipeline/config/. Edit their docstrings, not this page. -->
+
+Every key of a run's YAML, by section. `--section.key VALUE` on the command line overrides the file. Unknown keys, values
+out of range and settings without effect are refused before a run starts. `python -m pipeline.train --help` prints the same.
+"""
+
+
+def page() -> str:
+    """Return the reference: the run's own keys, and a table for each section."""
+    sections = typing.get_type_hints(Config)
+    parts = [HEAD, _section("run", Config)]
+    parts += [_section(name, hint) for name, hint in sections.items() if dataclasses.is_dataclass(hint)]
+    parts.append(_section("evaluation.tasks", TaskConfig))
+    return "\n".join(parts)
+
+
+def _section(name: str, cls: Any) -> str:
+    """Return heading, description and table of one dataclass; its own sections are left out."""
+    documented = parse(cls.__doc__)
+    help_of = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
+    lines = [
+        f"## {name}",
+        "",
+        (documented.short_description or "").strip(),
+        "",
+        "| key | value | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(hints[item.name]):
+            cells = [f"`{item.name}`", described(hints[item.name]), _default(item), help_of[item.name]]
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(item: dataclasses.Field[Any]) -> str:
+    """Return the default as YAML writes it."""
+    if item.default_factory is not dataclasses.MISSING:
+        return f"`{item.default_factory()}`"
+    if item.default is dataclasses.MISSING:
+        return "required"
+    return f"`{yaml.safe_dump(item.default).splitlines()[0]}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
