@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slurm lint format clean
+.PHONY: help install demo test test-slurm lint format reference clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -49,6 +49,10 @@ lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy), imports (impor
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(VENV)/.installed ## Write docs/reference/settings.md from the settings' docstrings.
+	$(BIN)/python -m pipeline.config.reference > docs/reference/.settings.md
+	@mv docs/reference/.settings.md docs/reference/settings.md
 
 clean: ## Remove .venv and caches; runs/ is kept.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

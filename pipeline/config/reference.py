@@ -16,10 +16,11 @@ from pipeline.config.run import TaskConfig
 HEAD = """\
 # Settings
 
-<!-- Written by `make reference` from the dataclasses in pipeline/config/. Edit their docstrings, not this page. -->
+<!-- Written by `make reference` from the docstrings in pipeline/config/: edit those, not this page. -->
 
-Every key of a run's YAML, by section. `--section.key VALUE` on the command line overrides the file. Unknown keys, values
-out of range and settings without effect are refused before a run starts. `python -m pipeline.train --help` prints the same.
+Every key of a run's YAML, by section. `--section.key VALUE` on the command line overrides the file. Unknown
+keys, values out of range and settings without effect are refused before a run starts.
+`python -m pipeline.train --help` prints the same.
 """
 
 

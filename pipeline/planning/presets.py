@@ -1,4 +1,4 @@
-"""The shipped configurations, what each is planned for, and the table of them (docs/explanation/presets.md)."""
+"""The shipped configurations, what each is planned for, and their table in docs/explanation/presets.md."""
 
 from __future__ import annotations
 
