@@ -14,6 +14,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline.cluster.submission import absolute_paths
+from pipeline.config.load import flatten
 from support.programs import ROOT, Outcome, run_here
 from tools import make_sudoku, preprocess_data, submit, train_tokenizer
 
@@ -236,7 +237,7 @@ def test_every_path_becomes_absolute(made: Path) -> None:
         configuration.load(["--config", str(made / "run.yaml"), *settings]), Path("/base")
     )
     assert [task.data for task in config.evaluation.tasks] == ["/base/e"]
-    leaves = configuration.loading.flatten(dataclasses.asdict(config))
+    leaves = flatten(dataclasses.asdict(config))
     del paths["evaluation.tasks"]
     assert {name: leaves[name] for name in paths} == {
         "run_dir": "/base/r", "data.tokenizer": "/base/t", "data.prefixes": ["/base/p", "/q"],
