@@ -14,6 +14,7 @@ import yaml
 
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser
+from pipeline.base.errors import UserError
 from pipeline.config import reference
 from pipeline.config.load import check_keys, flatten, known_keys
 from support.documents import PAGES, anchors, blocks, commands, links, prose, text_of, words
@@ -132,8 +133,8 @@ def test_every_command_is_accepted(
         for part in command.split(" && "):
             try:
                 accept(words(part))
-            except SystemExit:
-                pytest.fail(f"{part}\n{capsys.readouterr().err}")
+            except (SystemExit, UserError) as error:
+                pytest.fail(f"{part}\n{error}\n{capsys.readouterr().err}")
 
 
 def accept(command: list[str]) -> None:
