@@ -1,4 +1,4 @@
-"""Ranks: who this process is among its peers, and what the processes tell each other."""
+"""Ranks: the place of this process among its peers, and the exchange between them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TIME_LIMIT = timedelta(minutes=10)  # of a collective: torch's own default for N
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers. Every rank calls each method that exchanges something.
+    """This process among its peers. Every rank calls the methods that exchange something.
 
     Attributes:
-        rank: number of the process, 0 to world_size - 1.
-        world_size: processes in all.
-        local_rank: number of the process on its node.
-        device: where it computes.
+        rank: index of the process, 0 to world_size - 1.
+        world_size: number of processes.
+        local_rank: index of the process on its node.
+        device: device of the computation.
         sequence_size: consecutive ranks that share their sequences (sequence parallelism).
     """
 
@@ -39,25 +39,25 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks, and writes, for all."""
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     @property
     def data_rank(self) -> int:
-        """Number of the group of ranks that trains on the same sequences."""
+        """Index of this rank's group, the ranks that train on the same sequences."""
         return self.rank // self.sequence_size
 
     @property
     def data_size(self) -> int:
-        """How many such groups there are: the global batch is divided among them."""
+        """Number of such groups; the global batch is divided among them."""
         return self.world_size // self.sequence_size
 
     def connect(self, backend: str | None = None, time_limit: timedelta = TIME_LIMIT) -> None:
-        """Join the process group; a process alone needs none.
+        """Join the process group; a single process needs none.
 
         Args:
             backend: of torch.distributed; by default NCCL on GPUs, gloo otherwise.
-            time_limit: seconds that a rank waits for the others in a collective.
+            time_limit: longest wait for the other ranks in a collective.
         """
         if self.world_size > 1 and not dist.is_initialized():
             backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
@@ -69,7 +69,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -97,13 +97,13 @@ class Ranks:
         return reduced
 
     def first_problem(self, problem: str | None) -> str | None:
-        """Return the problem of the lowest rank that has one."""
+        """Return the problem of the lowest rank that has one, on every rank."""
         return next((each for each in self.all_gather(problem) if each is not None), None)
 
     def agree(self, problem: str | None) -> None:
         """Raise a `UserError` on every rank when `problem` is not None on one.
 
-        What one rank alone finds wrong must stop all of them: the others would wait for it for ever.
+        An error on one rank must stop all: the others would wait for it forever.
         """
         found = self.first_problem(problem)
         if found is not None:
@@ -111,14 +111,14 @@ class Ranks:
 
 
 def join_ranks(device: Literal["auto", "cuda", "cpu"] = "auto", sequence_size: int = 1) -> Ranks:
-    """Return this process among its peers, as torchrun, the deepspeed launcher or srun started it.
+    """Return this process among its peers, as started by torchrun, the deepspeed launcher or srun.
 
     Args:
-        device: ``engine.device``; auto = a GPU where there is one.
+        device: ``engine.device``; auto = a GPU if there is one.
         sequence_size: ``engine.sequence_parallel_size``.
 
     Raises:
-        UserError: when a GPU is asked for and there is none, or the ranks cannot be grouped.
+        UserError: when the GPU is missing, or ``sequence_size`` does not divide the number of ranks.
     """
     rank, world_size, local_rank = join_launch()
     if device == "cuda" and not torch.cuda.is_available():
@@ -132,16 +132,16 @@ def join_ranks(device: Literal["auto", "cuda", "cpu"] = "auto", sequence_size: i
         )
     place = torch.device("cpu")
     if device != "cpu" and torch.cuda.is_available():
-        # A task of srun may see its own GPU alone.
+        # Under srun, a task may see only its own GPU.
         place = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(place)
     return Ranks(rank, world_size, local_rank, place, sequence_size)
 
 
 def join_launch() -> tuple[int, int, int]:
-    """Return rank, number of ranks and rank on the node, set by a launcher or srun; alone otherwise.
+    """Return rank, world size and local rank from the launcher or srun; 0, 1, 0 without one.
 
-    Fills in the environment variables that torch.distributed reads.
+    Sets the environment variables that torch.distributed reads.
     """
     environment = os.environ
     if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -172,7 +172,7 @@ def _first_host(node_list: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

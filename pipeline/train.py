@@ -36,10 +36,10 @@ def train_step(
         This rank's loss [], the mean over its micro-batches, and the global gradient norm [].
     """
     parts = []
-    for group in groups:  # one a micro-batch, each with its own chains
-        batch = group.inputs(step)  # xt: the examples with the masks of their chains
+    for group in groups:  # one per micro-batch
+        batch = group.inputs(step)  # xt: examples under the masks of their chains
         output = engine.forward(batch)
-        group.advance(batch, output, step)  # reveals x0 by the scores of this same forward: no second one
+        group.advance(batch, output, step)  # reveals x0 by the scores of this forward: there is no second one
         engine.backward(output.loss)
         parts.append(output.loss.detach())
     losses = torch.stack(parts)
@@ -47,19 +47,21 @@ def train_step(
 
 
 def train(run: Training) -> bool:
-    """Train to the last step; return False when the run was asked to stop before. Either way it is saved.
+    """Train to the last step, or until a rank is asked to stop; return whether the last step is done.
+
+    The run is saved in either case.
 
     Raises:
         Failure: when the last step could not be saved.
     """
     config, state = run.config, run.state
-    for evaluation in run.evaluations:  # what a stop cut short after the step of the checkpoint
+    for evaluation in run.evaluations:  # those that a stop cut short after the last save
         evaluation.after_step()
     while not (state.is_done or run.stop.agreed):
         step = state.step + 1
         run.watchdog.enter("step")
         if step == config.objective.switch_step:
-            run.guard.forget()  # another objective has another loss
+            run.guard.forget()  # its window is of the last objective's losses
         groups = run.groups_of(step)
         run.log.begin_step(groups)
         rate = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)

@@ -1,4 +1,4 @@
-"""Which engine a run has, from its settings; and the weights that either engine has saved."""
+"""Build the configured engine; open the weights that an engine of either kind saved."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def build_engine(config: Config, ranks: Ranks, vocabulary: Vocabulary) -> Engine
 
 
 def engine_settings(config: Config, world_size: int | None = None) -> dict[str, Any]:
-    """Return the settings of DeepSpeed's JSON, checked with those of the run; none for the plain engine.
+    """Return the settings of DeepSpeed's JSON, checked against the run; empty for the plain engine.
 
     Args:
         config: the run.
-        world_size: ranks, where they are known already.
+        world_size: number of ranks, if known.
 
     Raises:
-        UserError: for a file that is missing, or settings that cannot work.
+        UserError: for a missing file, or settings that cannot work.
     """
     if config.engine.kind == "plain":
         return {}
@@ -49,13 +49,13 @@ def engine_settings(config: Config, world_size: int | None = None) -> dict[str, 
 
 
 def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
-    """Say which of DeepSpeed's kernels can be compiled on this machine."""
+    """Return which of DeepSpeed's kernels can be compiled on this machine."""
     compatible: dict[str, bool] = _deepspeed().compatible_ops(names)
     return compatible
 
 
 def _deepspeed() -> ModuleType:
-    """Import DeepSpeed's side only where it is needed: plain runs start faster without."""
+    """Import DeepSpeed only when it is needed: plain runs start faster without it."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from pipeline.engine import deepspeed
 
@@ -63,11 +63,11 @@ def _deepspeed() -> ModuleType:
 
 
 def open_weights(folder: Path, averaged: bool = False) -> StoredWeights:
-    """Return the fp32 weights by name that an engine of either kind saved in `folder`, still on the disk.
+    """Return the fp32 weights by name that an engine of either kind saved in `folder`; nothing is read yet.
 
     Args:
-        folder: where the files of `Engine.snapshot` are, written at any number of ranks.
-        averaged: the moving average of the weights instead (`ema.has_average` says whether there is one).
+        folder: folder of the files of `Engine.snapshot`, from any world size.
+        averaged: open the moving average of the weights instead (see `ema.has_average`).
     """
     if averaged:
         return open_average(folder)
@@ -78,5 +78,5 @@ def open_weights(folder: Path, averaged: bool = False) -> StoredWeights:
 
 
 def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
-    """Return all of `open_weights`, on the CPU."""
+    """Read all of `open_weights` to the CPU."""
     return {name: weight.read() for name, weight in open_weights(folder, averaged).items()}

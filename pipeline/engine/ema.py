@@ -1,7 +1,7 @@
-"""The exponential moving average of the weights, sharded as the weights are: nothing is gathered.
+"""Exponential moving average (EMA) of the weights, sharded like the weights: nothing is gathered.
 
-Each rank averages the fp32 elements that its optimizer updates, and saves them under the parameter's name
-with their place in it, so an average can be read at any world size and by any engine.
+Each rank averages the fp32 elements that its optimizer updates, and saves them by parameter name and offset.
+So an average can be read at any world size and by any engine.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ FILES = "ema_*.pt"
 
 
 class WeightAverage:
-    """average <- d x average + (1 - d) x weights after every update, with d rising to its final value.
+    """average <- d x average + (1 - d) x weights after every update.
 
-    d = min(decay, (1 + n) / (10 + n)) after n earlier updates, as in the score-based diffusion codes (Song et
-    al. 2021, arXiv 2011.13456): at a plain 0.9999 the initial weights would still be 90% of the average after
-    1,000 steps.
+    d = min(decay, (1 + n) / (10 + n)) after n earlier updates, as in the code of Song et al. 2021 (arXiv
+    2011.13456). With a constant 0.9999, the initial weights would still be 90% of the average after 1,000
+    steps.
     """
 
     def __init__(self, decay: float, weights: Sequence[Tensor], pieces: Sequence[Piece]) -> None:
-        """Begin the average at the present weights.
+        """Begin the average at the current weights.
 
         Args:
             decay: final d, between 0 and 1.
-            weights: this rank's fp32 weights, updated in place by the optimizer, of any shape.
-            pieces: what of which parameter is in them.
+            weights: this rank's fp32 weights, of any shape; the optimizer updates them in place.
+            pieces: the parameter and range behind each slice of `weights`.
         """
         self.decay = decay
         self.weights = [weight.detach() for weight in weights]
@@ -43,20 +43,20 @@ class WeightAverage:
         self.restart()
 
     def restart(self) -> None:
-        """Begin at the present weights."""
+        """Begin again at the current weights."""
         self.updates = 0
         self.average = [weight.clone() for weight in self.weights]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of one more step."""
+        """Add the weights of one more step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, self.weights, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Swap weights and average in place; a second call puts both back, bit for bit."""
+        """Swap weights and average in place; a second call restores both bit for bit."""
         for weight, average in zip(self.weights, self.average, strict=True):
             kept = weight.clone()
             weight.copy_(average)
@@ -79,7 +79,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, folder: Path, rank: int) -> None:
-        """Read this rank's part from the files of any number of ranks; begin anew where there are none.
+        """Read this rank's part from the files of any number of ranks; without files, begin again.
 
         Raises:
             UserError: when a file is damaged or missing.
@@ -89,7 +89,7 @@ class WeightAverage:
             self.restart()
             return
         files = _Files(paths[rank : rank + 1])
-        if not files.hold(self.pieces):  # written by another number of ranks, or another ZeRO stage
+        if not files.hold(self.pieces):  # another world size or ZeRO stage wrote them
             files = _Files(paths)
         for name, target in self.state().items():
             target.copy_(files.read(name, self.pieces[name].offset, len(target)))
@@ -102,12 +102,12 @@ def file_name(rank: int) -> str:
 
 
 def has_average(folder: Path) -> bool:
-    """Say whether an engine saved an average in `folder`."""
+    """Return whether `folder` holds an average that an engine saved."""
     return any(folder.glob(FILES))
 
 
 def open_average(folder: Path) -> StoredWeights:
-    """Return the averaged fp32 weights by name that an engine saved in `folder`, still on the disk.
+    """Return the averaged fp32 weights by name that an engine saved in `folder`; nothing is read yet.
 
     Raises:
         UserError: when a file is damaged or missing, at the latest when a weight is read.
@@ -121,7 +121,7 @@ def open_average(folder: Path) -> StoredWeights:
 
 
 class _Files:
-    """Files of an average, read as one; what is not asked for stays on the disk."""
+    """The files of an average, read as one; elements are read only when needed."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -132,14 +132,14 @@ class _Files:
             try:
                 state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-                raise UserError(f"{path} is damaged ({error}): go on from an older checkpoint.") from None
+                raise UserError(f"{path} is damaged ({error}): resume from an older checkpoint.") from None
             self.updates = state["updates"]
             for name, piece in state["pieces"].items():
                 self.shapes[name] = piece["shape"]
                 self.found.setdefault(name, []).append((piece["offset"], piece["elements"]))
 
     def hold(self, pieces: Mapping[str, Piece]) -> bool:
-        """Say whether these files have every piece as it is asked for."""
+        """Return whether these files hold exactly `pieces`."""
         return all(
             [(offset, len(elements)) for offset, elements in self.found.get(name, [])]
             == [(wanted.offset, wanted.length)]
@@ -157,6 +157,6 @@ class _Files:
         if len(elements) != count:
             raise UserError(
                 f"{self.paths[0].parent} holds {len(elements)} of {count} averaged elements of {name}: a "
-                f"file {FILES} is missing, or of another model. Go on from an older checkpoint."
+                f"file {FILES} is missing, or of another model. Resume from an older checkpoint."
             )
         return elements

@@ -18,21 +18,27 @@ from pipeline.model.transformer import MaskedDiffusionModel
 def make_model(
     config: Config, vocabulary: Vocabulary, sequence: WholeSequence = WHOLE
 ) -> MaskedDiffusionModel:
-    """Return the model with initial weights drawn from the run's seed, computing what `sequence` says."""
+    """Return the model with random weights from the run's seed.
+
+    Args:
+        config: the run.
+        vocabulary: sizes of the vocabulary.
+        sequence: the part of each sequence that this rank computes (sequence parallelism).
+    """
     torch.manual_seed(config.train.seed)
     recompute = config.engine.activation_checkpointing
     return MaskedDiffusionModel(config.model, vocabulary, recompute, sequence)
 
 
 def compile_blocks(config: Config, model: MaskedDiffusionModel, device: torch.device) -> None:
-    """Compile each transformer block where ``engine.compile`` asks for it, at its first use.
+    """Compile each transformer block at its first use, if ``engine.compile`` is set.
 
-    The blocks are the same code, so that one program serves all of them, and they stay where they are: the
-    names of the weights do not change. There is a program for each kind of mask, for training and evaluation,
-    for the first shape and for any other; beyond torch's limit of 8, blocks run as they are.
+    All blocks share one program, and the names of the weights do not change. Each kind of mask, training and
+    evaluation, the first shape and any other take a program of their own; beyond torch's limit of 8, blocks
+    run without compilation.
 
     Raises:
-        UserError: where there is no compiler.
+        UserError: when there is no compiler.
     """
     if not config.engine.compile:
         return

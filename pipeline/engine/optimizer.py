@@ -10,15 +10,15 @@ from pipeline.config import OptimizerConfig
 
 
 def is_decayed(name: str) -> bool:
-    """Say whether weight decay is for this parameter: a matrix other than the embedding.
+    """Return whether weight decay applies to a parameter: to matrices other than the embedding.
 
-    By name, because under ZeRO-3 a parameter's shape is that of an empty shard.
+    By name, because under ZeRO-3 a parameter has the shape of an empty shard.
     """
     return not (name.endswith(".bias") or "norm." in name or "embed_tokens." in name)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups: decayed parameters, and those that are not."""
+    """Return AdamW's parameter groups: with weight decay, and without."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
-    """Return the arguments of AdamW besides the parameters."""
+    """Return AdamW's arguments apart from the parameters."""
     return {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
 
 
@@ -41,10 +41,10 @@ def hyper_parameters(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def set_hyper_parameters(optimizer: Any, settings: list[dict[str, Any]]) -> None:
-    """Put back what `hyper_parameters` returned.
+    """Restore what `hyper_parameters` returned.
 
-    Loading a state brings the settings of the run that wrote it, and DeepSpeed's universal checkpoints bring
-    those of the first group to all of them: the run's own configuration is what counts.
+    A loaded state carries the settings of the run that wrote it, and DeepSpeed's universal checkpoints copy
+    those of the first group to every group. The configuration of the current run must win.
     """
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)

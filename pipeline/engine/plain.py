@@ -24,10 +24,10 @@ PLAIN_FILE = "plain.pt"
 
 
 class PlainEngine:
-    """One process of plain torch: for debugging, and the oracle that sharded training is compared with."""
+    """One process of plain torch, for debugging and as the oracle of sharded training; see `Engine`."""
 
     def __init__(self, config: Config, ranks: Ranks, vocabulary: Vocabulary) -> None:
-        """Make model and optimizer; see `build_engine`."""
+        """Make model and optimizer."""
         if ranks.world_size > 1:
             raise UserError(
                 f"engine.kind is 'plain' on {ranks.world_size} ranks: it runs in one process. Start one "
@@ -129,7 +129,7 @@ class PlainEngine:
 
 
 def open_plain_weights(folder: Path) -> StoredWeights | None:
-    """Return the fp32 weights by name that a plain engine saved in `folder`, still on the disk; else None."""
+    """Return the fp32 weights by name that a plain engine saved in `folder`, or None; nothing is read yet."""
     path = folder / PLAIN_FILE
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Copies of a rank's state in host memory: training goes on while they are written."""
+"""Copies of a rank's state in host memory, written to the disk while training continues."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor
 class HostCopy:
     """Copies states to host memory, into the same buffers each time.
 
-    One copy exists at a time: a new one overwrites the last. The buffers cost the size of the state for as
-    long as the run lasts; fresh memory would make every copy several times slower, and pinned memory lets a
-    GPU copy at the full speed of its bus.
+    A new copy overwrites the last one. The buffers take the size of the state for the whole run; fresh memory
+    would make every copy several times slower. They are pinned, so a GPU copies at the full speed of its bus.
     """
 
     def __init__(self) -> None:
@@ -27,8 +26,8 @@ class HostCopy:
         """Return a copy of `state` (nested dictionaries, lists and tuples of tensors and plain values).
 
         Args:
-            name: what is copied; the copies of different names live side by side.
-            state: what to copy. Tensors that share memory share it in the copy too.
+            name: name of the copy; copies of different names exist side by side.
+            state: what to copy. Tensors that share memory share it in the copy, too.
         """
         self._shared.clear()
         copied = self._copy(name, state)

@@ -1,4 +1,4 @@
-"""Weights on the disk, read one at a time: no process has to hold a whole model to convert or to start it."""
+"""Weights on the disk, read one at a time, so that no process needs to hold a whole model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipeline.base.errors import UserError
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight that stays on the disk until it is read.
+    """A weight on the disk.
 
     Attributes:
         shape: of the whole weight.
         dtype: type of its numbers.
-        read: returns it on the CPU; every call reads it again.
+        read: reads it to the CPU, at every call.
     """
 
     shape: tuple[int, ...]
@@ -28,7 +28,7 @@ class StoredWeight:
 
     @classmethod
     def of(cls, tensor: Tensor) -> StoredWeight:
-        """Wrap a tensor, such as one mapped from a file."""
+        """Wrap a tensor, for example one mapped from a file."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
@@ -41,10 +41,10 @@ class Piece(NamedTuple):
     Attributes:
         name: of the parameter.
         shape: of the whole parameter.
-        offset: first element, counted in the flattened parameter.
-        tensor: number of the weight tensor that holds it.
-        start: first element, counted in that flattened tensor.
-        length: how many elements.
+        offset: first element in the flattened parameter.
+        tensor: index of the weight tensor that holds it.
+        start: first element in that flattened tensor.
+        length: number of elements.
     """
 
     name: str
@@ -60,7 +60,7 @@ def copy_pieces(weights: StoredWeights, targets: Sequence[Tensor], pieces: Seque
     """Copy each piece of `weights` to its place in `targets`; one weight is read at a time.
 
     Raises:
-        UserError: for a weight that is missing or of another shape.
+        UserError: for a weight that is missing or has the wrong shape.
     """
     for piece in pieces:
         weight = weights.get(piece.name)
@@ -79,9 +79,9 @@ def squared_norm(weights: Sequence[Tensor], pieces: Sequence[Piece], device: tor
     """Return the sum of the squares of the elements of `pieces`, [] float64 on `device`.
 
     Args:
-        weights: this rank's weight tensors; what pads them belongs to no piece.
-        pieces: what of which parameter is in them.
-        device: where the sum is wanted.
+        weights: this rank's weight tensors; padding belongs to no piece.
+        pieces: the parameter and range behind each slice of `weights`.
+        device: device of the result.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for piece in pieces:

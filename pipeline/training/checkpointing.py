@@ -1,4 +1,4 @@
-"""When a run saves, and where it resumes."""
+"""When a run saves, and how it resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.training.step_log import StepLog
 def resume(
     folder: Path, saved: Manifest, engine: Engine, groups: Sequence[SlotGroup], state: TrainState
 ) -> None:
-    """Take up weights, chains and state of a checkpoint; every rank calls this."""
+    """Restore weights, chains and state from a checkpoint; every rank calls this."""
     checkpoint.load(folder, saved, engine, groups)
     state.step, state.tokens, state.held_out_loss = saved.step, saved.tokens, saved.held_out_loss
     state.window.restore(saved.guard)
@@ -31,7 +31,7 @@ def resume(
 
 
 class Checkpoints:
-    """Saves the run every ``checkpoint.interval`` steps, at the last step and when it is to stop."""
+    """Saves the run every ``checkpoint.interval`` steps, at the last step and before it stops."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class Checkpoints:
         self.watchdog = watchdog
 
     def after_step(self) -> None:
-        """Save, if it is due."""
+        """Save, if a save is due."""
         if self.stop.agreed or self.state.due(self.config.checkpoint.interval):
             self.save()
 
     def save(self) -> None:
-        """Save the run as it is; every rank calls this."""
+        """Save the current state; every rank calls this."""
         self.watchdog.enter("save")
         self.log.sync()
         state, world_size = self.state, self.saver.engine.ranks.world_size
@@ -72,7 +72,7 @@ class Checkpoints:
         """Wait until the last save is on the disk.
 
         Raises:
-            Failure: when the last step of the run could not be saved: its weights would be lost.
+            Failure: when the last step could not be saved, since its weights would be lost.
         """
         self.watchdog.enter("save")
         self.saver.wait()

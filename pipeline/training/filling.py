@@ -1,4 +1,4 @@
-"""Decoding by the engine that trains, whatever its sharding: the likeliest tokens, most confident first."""
+"""Greedy decoding by the engine that trains, under any sharding: most confident positions first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Stopped(Exception):
 class EngineNetwork:
     """The model of an engine; see `pipeline.decoding.network.Network` for the methods.
 
-    All ranks run as many forwards as the one that needs most, as ZeRO-3 needs, so no sequence leaves early.
+    ZeRO-3 needs as many forwards on each rank, so no sequence leaves early.
     """
 
     drops_rows = False
@@ -51,14 +51,14 @@ class EngineNetwork:
         weights = torch.zeros(now.masked.shape, device=now.masked.device)
         batch = self.layout.batch(now.examples, now.masked, weights, int(now.masked.sum()), self.step)
         output = self.engine.evaluate(batch._replace(scores=("likeliest",)))
-        where = torch.isin(batch.rows, rows)  # behind an end of sequence, nothing is filled
+        where = torch.isin(batch.rows, rows)  # positions behind an end of sequence stay masked
         likeliest = output.likeliest
         assert likeliest is not None
         self.tokens = likeliest[where]
         self.found = HeadOutput(output.loss, output.nll[where], output.confidence[where])
 
     def output(self, needs: tuple[str, ...]) -> HeadOutput:
-        """See `Network`; the confidence is all that there is."""
+        """See `Network`; it has the confidence only."""
         return self.found
 
     def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
@@ -78,21 +78,21 @@ def fill(
 ) -> tuple[Tensor, Tensor] | None:
     """Fill the positions `masked` [B, L] with the likeliest tokens, the most confident first.
 
-    Every rank calls this, with sequences of its own or the same.
+    Every rank calls this, with the same or different sequences.
 
     Args:
-        engine: what runs the model.
-        examples: tokens and roles; tokens at masked positions mean nothing.
+        engine: runs the model.
+        examples: tokens and roles; tokens at masked positions are not used.
         masked: [B, L] bool.
-        layout: how the objective shows sequences to the model; its blocks are filled in turn.
-        step: the optimizer step that the model has come to.
-        at_once: tokens filled in each sequence at a forward; from left to right always one.
-        stopped: asked before every forward whether to give up; all ranks must answer alike.
-        stop: the end-of-sequence token; what is behind one that is filled in is left alone.
+        layout: shows sequences to the model; its blocks are filled one after another.
+        step: current optimizer step.
+        at_once: tokens filled per sequence and forward; always one from left to right.
+        stopped: whether to stop, asked before every forward; all ranks must agree.
+        stop: the end-of-sequence token; positions behind a filled one are left masked.
 
     Returns:
-        Tokens [B, L] and the forward [B, L] at which each was filled, -1 where nothing was; nothing at all
-        when it was given up.
+        Tokens [B, L], and the forward [B, L] that filled each of them, -1 at other positions; None after a
+        stop.
     """
     examples = replace(examples, tokens=examples.tokens.clone())
     now = Sequences.start(examples, masked, layout.decoding(examples), None)

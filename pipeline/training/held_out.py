@@ -1,4 +1,4 @@
-"""Held-out loss: the same examples under the same random masks, whatever the objective, run or world size."""
+"""Held-out loss: the same examples under the same random masks, in any run and at any world size."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def held_out_loss(
     others, as ZeRO-3 needs.
 
     Args:
-        engine: what runs the model.
+        engine: runs the model.
         dataset: validation examples.
-        examples: how many of them are used, at most.
-        batch_size: sequences a forward.
-        objective: what masks them, one input for each example (`Objective.held_out`).
-        step: the optimizer step that the model has come to.
-        stopped: asked before every forward whether to give up; all ranks must answer alike.
+        examples: number of examples to use, at most.
+        batch_size: sequences per forward.
+        objective: masks them, one input per example (`Objective.held_out`).
+        step: current optimizer step.
+        stopped: whether to stop, asked before every forward; all ranks must agree.
 
     Returns:
-        The loss; nothing when it was given up.
+        The loss; None after a stop.
     """
     ranks = engine.ranks
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -72,20 +72,20 @@ def held_out_bound(
 ) -> float | None:
     """Return the bound on the negative log-likelihood, nats a token of the answers (`likelihood.estimate`).
 
-    It is more exact than the held-out loss, and weighs tokens alike instead of sequences.
+    It is more precise than the held-out loss, and a mean over tokens instead of sequences.
 
     Args:
         engine: see `held_out_loss`, as `dataset`, `examples`, `batch_size` and `step`.
         dataset: see there.
         examples: see there.
         batch_size: see there.
-        layout: how the objective shows sequences to the model.
+        layout: shows sequences to the model.
         step: see there.
-        draws: masks of each example, even.
-        stopped: asked before every forward; it gives up after at most `draws` more.
+        draws: masks per example, an even number.
+        stopped: see there; up to `draws` more forwards follow.
 
     Returns:
-        The bound; nothing when it was given up.
+        The bound; None after a stop.
     """
     ranks = engine.ranks
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)

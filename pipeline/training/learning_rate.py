@@ -10,9 +10,9 @@ from pipeline.config import ScheduleConfig
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """Return the learning rate of `step` (1 is the first) in a run of `steps` steps.
 
-    Linear warm-up reaches `peak` at step ``warmup_steps``. cosine then falls along half a cosine to
-    ``final_ratio x peak`` at the last step; wsd stays at the peak and falls linearly to the same value over
-    the last ``decay_steps`` (Hu et al. 2024, MiniCPM, arXiv 2404.06395).
+    Linear warm-up reaches `peak` at step ``warmup_steps``. Then cosine decays along half a cosine to
+    ``final_ratio x peak`` at the last step. wsd stays at the peak, and decays linearly to that value over the
+    last ``decay_steps`` steps (Hu et al. 2024, MiniCPM, arXiv 2404.06395).
     """
     if step < schedule.warmup_steps:
         return peak * step / schedule.warmup_steps

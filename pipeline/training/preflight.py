@@ -1,4 +1,4 @@
-"""What is looked at before anything of a run starts: data, weights, DeepSpeed's settings, disk space."""
+"""Checks before a run starts: data, initial weights, DeepSpeed's settings, disk space."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipeline.planning.run_plan import checkpoint_bytes, kept_checkpoints
 
 
 def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True) -> None:
-    """Raise a `UserError` for the first thing that would end the run, now or in a week.
+    """Raise a `UserError` for the first problem that would end the run, now or later.
 
     Args:
         config: the run.
         tokenizer: its tokenizer.
-        world_size: ranks, where they are known already.
-        disk: look for disk space too; one rank does.
+        world_size: number of ranks, if known.
+        disk: also check the disk space; one rank does.
     """
     check_samples(config, check_data(config.data, tokenizer))
     check_engine(config, tokenizer, world_size, disk)
@@ -36,7 +36,7 @@ def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = Non
 def check_engine(
     config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True
 ) -> None:
-    """Do what `check_run` does without the training data, for a run whose data are still to be made."""
+    """Check what `check_run` does, apart from the training data: they may not exist yet."""
     for number, task in enumerate(config.evaluation.tasks):
         if not Path(task.data).is_file():
             raise UserError(
@@ -51,7 +51,7 @@ def check_engine(
 
 
 def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
-    """Return the model's vocabulary; raise a `UserError` where the data has more tokens than the model."""
+    """Return the model's vocabulary; raise a `UserError` if the tokenizer has more tokens than the model."""
     tokens = tokenizer.vocab_size
     rows = config.model.rows_for(tokens)
     if rows < tokens:
@@ -63,14 +63,14 @@ def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
 
 
 def check_initial_weights(config: Config, vocabulary: Vocabulary) -> None:
-    """Raise a `UserError` when a run that has no checkpoint cannot start from its initial weights."""
+    """Raise a `UserError` if a run without checkpoints cannot start from its initial weights."""
     folder = config.train.initial_weights
     if folder is not None and not checkpoints(Path(config.run_dir)):
         open_initial_weights(Path(folder), config.model, vocabulary, Path(config.data.tokenizer))
 
 
 def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
-    """Raise a `UserError` for too few training examples for the slots, or none for an evaluation."""
+    """Raise a `UserError` for fewer training examples than slots, or no validation examples."""
     train, valid, test = (float(share) for share in config.data.split.split(","))
     check_validation(config, valid > 0)
     share, length = train / (train + valid + test), config.data.sequence_length
@@ -87,7 +87,7 @@ def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
 
 
 def check_validation(config: Config, exists: bool) -> None:
-    """Raise a `UserError` when evaluation is asked for and no validation example `exists`."""
+    """Raise a `UserError` if evaluations are on and no validation example `exists`."""
     if config.evaluation.interval and not exists:
         drops = config.data.too_long == "drop"
         fitting = f" of up to {config.data.sequence_length} tokens" if drops else ""
@@ -99,9 +99,9 @@ def check_validation(config: Config, exists: bool) -> None:
 
 
 def check_disk(config: Config, zero: Zero, vocabulary_rows: int) -> None:
-    """Raise a `UserError` when the checkpoints that are kept at once cannot be stored.
+    """Raise a `UserError` if the disk has no room for the checkpoints that exist at once.
 
-    A run that has a checkpoint is not asked: a disk that is full for a while is for its saves to survive.
+    Only for a run without checkpoints: later, saves survive a disk that is full for a while.
     """
     run_dir = Path(config.run_dir).absolute()
     if checkpoints(run_dir):

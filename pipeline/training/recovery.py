@@ -1,4 +1,4 @@
-"""What follows when the guard refuses an update: the step is skipped, and after several the run goes back."""
+"""After the guard refuses an update: skip the step, and roll back after several in a row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.training.state import TrainState
 
 
 class Recovery:
-    """Skips refused steps, and goes back to the newest checkpoint after too many in a row."""
+    """Skips refused steps; rolls back to the newest checkpoint after too many in a row."""
 
     def __init__(
         self,
@@ -35,12 +35,12 @@ class Recovery:
 
         Args:
             config: the run.
-            state: of the run.
-            guard: what refuses.
-            stream: what leaves out the examples of refused steps.
-            skipped: where refused steps are noted.
+            state: progress of the run.
+            guard: refuses updates.
+            stream: leaves out the examples of refused steps.
+            skipped: log of refused steps.
             groups: all chains of this rank.
-            checkpoints: where the run goes back to.
+            checkpoints: checkpoints of the run.
         """
         self.config = config
         self.state = state
@@ -51,12 +51,12 @@ class Recovery:
         self.checkpoints = checkpoints
 
     def rolled_back(self, trained: Sequence[SlotGroup]) -> bool:
-        """Note the last step where the guard refused it; say whether the run had to go back for it.
+        """Log the last step if the guard refused it; return whether the run was rolled back.
 
-        Every rank calls this after each step, with the chains that the step was trained on.
+        Every rank calls this after each step, with the chains that the step trained.
 
         Raises:
-            Failure: when there is no checkpoint to go back to, or it was gone back to too often.
+            Failure: when there is no checkpoint, or ``guard.max_rollbacks`` is used up.
         """
         problem, log = self.guard.problem, self.checkpoints.log
         if problem is None:
@@ -72,7 +72,7 @@ class Recovery:
         return True
 
     def _examples(self, trained: Sequence[SlotGroup]) -> list[int]:
-        """Return the numbers of the examples that a step was trained on, over all ranks."""
+        """Return the numbers of the examples that a step trained, over all ranks."""
         ranks = self.checkpoints.saver.engine.ranks
         ids = torch.full((self.stream.slots,), -1, device=ranks.device)
         for group in trained:
@@ -80,7 +80,7 @@ class Recovery:
         return [self.stream.index(position) for position in ranks.max(ids).tolist() if position >= 0]
 
     def _roll_back(self) -> None:
-        """Resume from the newest checkpoint, and leave out the examples of the steps that were refused."""
+        """Resume from the newest checkpoint, without the examples of the refused steps."""
         step, in_a_row = self.state.step, self.state.window.in_a_row
         engine, log = self.checkpoints.saver.engine, self.checkpoints.log
         self.checkpoints.watchdog.enter("rollback")
@@ -89,7 +89,7 @@ class Recovery:
         found = checkpoint.newest(Path(self.config.run_dir), engine.ranks, verify)
         limit = self.config.guard.max_rollbacks
         if found is None or self.skipped.rollbacks_to(found[1].step) >= limit:
-            before = "no checkpoint exists" if found is None else f"{found[0]} was gone back to {limit} times"
+            before = "no checkpoint exists" if found is None else f"{limit} rollbacks to {found[0]} failed"
             raise Failure(
                 f"{in_a_row} steps in a row were refused up to step {step}, and {before} "
                 f"(guard.max_rollbacks): {self.guard.problem}. See {self.skipped.path}; a lower "
@@ -99,8 +99,8 @@ class Recovery:
         self.stream.exclude(self.skipped.excluded())
         resume(*found, engine, self.groups, self.state)
         self.guard.problem = None
-        self.state.window.in_a_row = 0  # a checkpoint saved within the row would count on
+        self.state.window.in_a_row = 0  # the checkpoint may have been saved within the row
         log.reopen()
         log.progress.say(
-            f"went back from step {step} to {found[0]}, without the examples of the skipped steps"
+            f"rolled back from step {step} to {found[0]}, without the examples of the skipped steps"
         )

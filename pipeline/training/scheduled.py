@@ -1,4 +1,4 @@
-"""Accuracies on tasks while a model is trained, by the engine that trains it."""
+"""Task accuracies during training, measured by the engine that trains."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ScheduledTask:
     """One task with its items.
 
     Attributes:
-        settings: what is measured, and when.
-        total: items; those whose prompt leaves no room for an answer count as wrong.
+        settings: what to measure, and when.
+        total: number of items; those whose prompt leaves no room for an answer count as wrong.
     """
 
     def __init__(self, settings: TaskConfig, config: Config, tokenizer: Tokenizer) -> None:
@@ -54,12 +54,12 @@ class ScheduledTask:
         """Return the accuracy and its 95% interval by the names of their curves; every rank calls this.
 
         Args:
-            engine: what runs the model.
-            step: the optimizer step that the model has come to.
-            stopped: asked before every forward whether to give up; all ranks must answer alike.
+            engine: runs the model.
+            step: current optimizer step.
+            stopped: whether to stop, asked before every forward; all ranks must agree.
 
         Returns:
-            The figures; nothing when it was given up.
+            The figures; None after a stop.
         """
         ranks, count = engine.ranks, len(self.items)
         batch_size = self.config.train.micro_batch_size
@@ -116,13 +116,13 @@ class Tasks:
         """Take what a measurement needs.
 
         Args:
-            tasks: what is measured.
-            engine: what runs the model.
+            tasks: the tasks of the run.
+            engine: runs the model.
             averaged: whether the engine keeps averaged weights.
-            state: of the run.
-            log: where the accuracies are written.
+            state: progress of the run.
+            log: receives the accuracies.
             stop: whether the run is to stop.
-            stopped: asked before every forward whether to give up; all ranks must answer alike.
+            stopped: whether to stop, asked before every forward; all ranks must agree.
         """
         self.tasks = tasks
         self.engine = engine
@@ -135,8 +135,7 @@ class Tasks:
     def after_step(self) -> None:
         """Measure the tasks that are due.
 
-        A stop cuts it short. The resumed run calls this again before its first step, which measures what is
-        missing.
+        A stop cuts it short; the resumed run calls this again before its first step, for what is missing.
         """
         step, recorder = self.state.step, self.log.recorder
         for task in self.tasks:

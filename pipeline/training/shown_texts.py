@@ -1,4 +1,4 @@
-"""What the model writes in the place of validation examples, by the engine that trains it."""
+"""Texts that the model writes during training: validation examples with their answers filled anew."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.monitor.texts import ShownText
 from pipeline.objectives.objective import Layout
 from pipeline.training.filling import fill
 
-FORWARDS = 32  # for a whole text
-IN_TURN = 64  # tokens of a text that is written block by block, or from left to right
+FORWARDS = 32  # of a whole text
+IN_TURN = 64  # tokens written block by block, or from left to right
 
 
 def write_texts(
@@ -30,20 +30,19 @@ def write_texts(
 ) -> list[ShownText]:
     """Mask the answers of the first examples, or the second half where there is no prompt, and fill them in.
 
-    The likeliest tokens are taken, those of the highest confidence first. Every rank calls this and runs the
-    same forwards, as ZeRO-3 needs.
+    The likeliest tokens are taken, most confident first. Every rank calls this.
 
     Args:
-        engine: what runs the model.
+        engine: runs the model.
         dataset: validation examples.
-        count: how many of them.
-        layout: how the objective shows sequences to the model.
-        tokenizer: of the model.
-        step: the optimizer step that the model has come to.
-        stopped: asked before every forward whether to give up; all ranks must answer alike.
+        count: number of examples.
+        layout: shows sequences to the model.
+        tokenizer: tokenizer of the model.
+        step: current optimizer step.
+        stopped: whether to stop, asked before every forward; all ranks must agree.
 
     Returns:
-        The texts; none when it was given up.
+        The texts; none after a stop.
     """
     if count == 0:
         return []
@@ -58,9 +57,9 @@ def write_texts(
 
 
 def to_be_written(examples: Examples, layout: Layout) -> Tensor:
-    """Return [B, L] bool: the answer or, where there is no prompt, its second half.
+    """Return the positions to write, [B, L] bool: the answer or, without a prompt, its second half.
 
-    Where nothing is seen of what is behind, the first `IN_TURN` tokens are enough.
+    With causal attention, or attention by blocks, the first `IN_TURN` tokens of it.
     """
     answer = layout.chains(examples).answer
     has_prompt = (examples.roles == PROMPT).any(dim=1, keepdim=True)
@@ -71,7 +70,7 @@ def to_be_written(examples: Examples, layout: Layout) -> Tensor:
 
 
 def _shown(tokenizer: Tokenizer, tokens: Sequence[int], order: Sequence[int], step: int) -> ShownText:
-    """Return a row as text, up to its last written token or the first end of sequence among them."""
+    """Return a row as text, up to its last written token or its first written end of sequence."""
     written = [place for place, number in enumerate(order) if number >= 0]
     ends = [place for place in written if tokens[place] == tokenizer.eos]
     end = min([1 + max(written, default=-1), *ends])

@@ -1,4 +1,4 @@
-"""From settings to a run that is ready to train: each thing is built from what is passed to it."""
+"""Build a run from its settings. Everything that a part needs is an argument of what builds it."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ from pipeline.training.validation import Validation
 
 
 class Component(Protocol):
-    """What is done between the steps, by something that knows when it is due."""
+    """Work between two steps that knows when it is due."""
 
     def after_step(self) -> None:
-        """Do it, if it is due after the step that was just trained; every rank calls this."""
+        """Do what is due after the step that was just trained; every rank calls this."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Everything that the loop uses.
+    """Everything that the training loop uses.
 
     Attributes:
-        config: the run; its micro-batch fits the number of ranks.
-        engine: weights, gradients, steps.
-        turns: this rank's chains: for each turn a group for each micro-batch.
-        state: how far the run has come.
-        guard: what judges each update before it is made.
+        config: the run; its micro-batch fits the world size.
+        engine: executes the steps.
+        turns: this rank's chains: for each turn one group per micro-batch.
+        state: progress of the run.
+        guard: judges each update before it happens.
         stop: whether the run is to stop.
-        watchdog: what ends a run that hangs.
+        watchdog: ends a run that hangs.
         log: curves and terminal.
-        recovery: what follows a refused update.
-        evaluations: what is measured between steps.
-        checkpoints: when the run saves.
+        recovery: handles refused updates.
+        evaluations: measures between steps.
+        checkpoints: saves the run.
     """
 
     config: Config
@@ -81,11 +81,11 @@ class Training:
     checkpoints: Checkpoints
 
     def groups_of(self, step: int) -> list[SlotGroup]:
-        """Return the chains that `step` trains, a group for each micro-batch."""
+        """Return the chains that `step` trains, one group per micro-batch."""
         return self.turns[(step - 1) % len(self.turns)]
 
     def outcome(self) -> str:
-        """Return how the process ended, if it was no error."""
+        """Return how the process ended, unless by an error."""
         if self.state.is_done and not self.stop.agreed:
             return "done"
         failed = self.checkpoints.saver.problem is not None
@@ -94,13 +94,12 @@ class Training:
 
 
 def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) -> Training:
-    """Return a run that is ready for its next step; what it holds open is closed by `stack`.
+    """Return a run that is ready for its next step; `stack` closes what it holds open.
 
-    What can be refused is refused first: an engine takes long to build, and the examples of a large corpus
-    longer.
+    Checks come first: an engine takes long to build, and the example indices of a large corpus longer.
 
     Raises:
-        UserError: on every rank, for the first thing that keeps the run from starting.
+        UserError: on every rank, for the first reason why the run cannot start.
     """
     config = fit_micro_batch(config, ranks)
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
@@ -130,7 +129,7 @@ def _assemble(
     signals: StopSignals,
     stack: ExitStack,
 ) -> Training:
-    """Begin the chains or resume them from a checkpoint, and open what is written on the way."""
+    """Begin the chains or resume them from the checkpoint `found`, and build what surrounds the loop."""
     run_dir, ranks, state = Path(config.run_dir), engine.ranks, TrainState(config.train.steps)
     stream = SlotStream(data.train, config.slots, config.train.seed, config.data.workers)
     stack.callback(stream.close)
@@ -171,7 +170,7 @@ def _assemble(
 
 
 def _check(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Vocabulary:
-    """Return the model's vocabulary; raise a `UserError` for what would end the run, now or in a week."""
+    """Return the model's vocabulary; raise a `UserError` for what would end the run, now or later."""
     if config.monitor.wandb:
         require_wandb()
     check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
@@ -179,7 +178,7 @@ def _check(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Vocabulary:
 
 
 def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
-    """Return the configuration with a micro-batch that fits the number of ranks; say so if it is smaller."""
+    """Return the configuration with a micro-batch that fits the world size; print it if it is smaller."""
     wanted, train = config.train, config.train.fitted(ranks.data_size, ranks.sequence_size)
     if ranks.is_first and train.micro_batch_size != wanted.micro_batch_size:
         print(
@@ -191,7 +190,7 @@ def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
 
 
 def _take_folder(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
-    """Make sure that no other run works on the folder, and clear up after one that was killed."""
+    """Lock the run folder, and remove what a killed run left half-written."""
     run_dir.mkdir(parents=True, exist_ok=True)
     problem = None
     if ranks.is_first:
@@ -204,7 +203,7 @@ def _take_folder(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
 
 
 def _find_start(config: Config, identity: Identity, ranks: Ranks) -> tuple[Path, Manifest] | None:
-    """Return the newest whole checkpoint of the run, where there is one and the run may resume from it."""
+    """Return the newest whole checkpoint of the run, or None; check that the run may resume from it."""
     found = checkpoint.newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
     if found is not None:
         checkpoint.check_continues(*found, identity, config)
@@ -212,7 +211,7 @@ def _find_start(config: Config, identity: Identity, ranks: Ranks) -> tuple[Path,
 
 
 def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: Engine) -> None:
-    """Put given weights in place of the random ones."""
+    """Replace the random weights by those in `folder`."""
     weights = open_initial_weights(folder, config.model, vocabulary, Path(config.data.tokenizer))
     engine.start_from(weights)
     if engine.ranks.is_first:
@@ -220,7 +219,7 @@ def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: En
 
 
 def _open_data(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Datasets:
-    """Build the examples, or load their indices; show and write what each dataset gives to an epoch."""
+    """Build or load the example indices; print and write each dataset's share of an epoch."""
     run_dir = Path(config.run_dir)
     cache = Path(config.data.cache) if config.data.cache else run_dir / "dataset_cache"
     data = build_datasets(config.data, tokenizer, config.train.seed, cache)
@@ -240,7 +239,7 @@ def _open_log(
     skipped: SkipLog,
     state: TrainState,
 ) -> StepLog:
-    """Open curves and terminal; what an interrupted run wrote beyond the present step is dropped."""
+    """Open curves and terminal; drop what an interrupted run wrote beyond the current step."""
     ranks, first_step = engine.ranks, state.step + 1
     progress = Progress(state.last_step, state.step, "step", enabled=ranks.is_first)
     stragglers = Stragglers(ranks, stream)

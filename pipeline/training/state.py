@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pipeline.resilience.guard import Window
 
 @dataclass
 class TrainState:
-    """What the loop changes from step to step; weights and chains are elsewhere.
+    """What changes from step to step, apart from weights and chains.
 
     Attributes:
         last_step: steps of the whole run, ``train.steps``.
         step: optimizer steps done.
         tokens: tokens seen, over all steps and ranks.
-        held_out_loss: measured after this very step, or none.
+        held_out_loss: measured after this step; None if it was not.
         window: what the guard compares the next steps with.
     """
 
@@ -31,15 +31,15 @@ class TrainState:
         return self.step >= self.last_step
 
     def advance(self, tokens: int) -> None:
-        """Count a step that was trained on so many tokens."""
+        """Count a step on `tokens` tokens."""
         self.step += 1
         self.tokens += tokens
         self.held_out_loss = None
 
     def due(self, interval: int) -> bool:
-        """Say whether something done every `interval` steps (0: never), and at the last one, is due now.
+        """Return whether work done every `interval` steps (0 = never), and at the last step, is due now.
 
-        Within a row of refused steps it is not: they may end in a return to the checkpoint before.
+        It is not while steps are refused in a row, since they may end in a rollback.
         """
         if interval == 0 or self.step == 0:
             return False

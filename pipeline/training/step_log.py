@@ -1,4 +1,4 @@
-"""What is written and shown step by step."""
+"""Curves, examples and terminal output, step by step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.training.state import TrainState
 
 
 class StepLog:
-    """Curves, the examples of each step, and the terminal."""
+    """Writes curves and the examples of each step, and shows progress on the terminal."""
 
     def __init__(
         self,
@@ -26,14 +26,14 @@ class StepLog:
         skipped: SkipLog,
         progress: Progress,
     ) -> None:
-        """Take what is written to.
+        """Make the log.
 
         Args:
-            state: of the run.
+            state: progress of the run.
             interval: steps between two lines, ``train.log_interval``.
-            recorder: the curves.
-            examples: which examples each step was trained on, where that is asked for.
-            skipped: the refused steps.
+            recorder: writes the curves.
+            examples: writes the examples of each step; None unless ``train.log_samples`` is set.
+            skipped: log of refused steps.
             progress: the terminal.
         """
         self.state = state
@@ -44,22 +44,22 @@ class StepLog:
         self.progress = progress
 
     def begin_step(self, groups: Sequence[SlotGroup]) -> None:
-        """Note the examples that the next step is about to be trained on."""
+        """Write the examples of the next step."""
         if self.examples is not None:
             self.examples.write(self.state.step + 1, groups)
 
     def collect(self, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
-        """Remember the step that was just trained; nothing waits for the device."""
+        """Remember the figures of the last step, without waiting for the device."""
         self.recorder.collect(self.state.step, loss, gradient_norm, learning_rate)
 
     def after_step(self) -> None:
-        """Show how far the run is, with the figures of the interval when they are due."""
+        """Show the progress; write and show the figures of the interval when they are due."""
         self.progress.advance(self.state.step)
         if self.state.is_done or self.state.step % self.interval == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Fetch, write and show the figures of the steps since the last time; every rank calls this."""
+        """Fetch, write and show the figures since the last flush; every rank calls this."""
         if not self.recorder.pending:
             return
         values = self.recorder.flush(self.skipped.skipped())
@@ -69,19 +69,19 @@ class StepLog:
         )
 
     def sync(self) -> None:
-        """Bring every figure up to this step to the disk, before a checkpoint claims the step."""
+        """Bring every figure up to this step to the disk, before a checkpoint of the step exists."""
         self.flush()
         self.recorder.sync()
         self.skipped.sync()
 
     def reopen(self) -> None:
-        """Drop what was written beyond the present step, after a rollback."""
+        """Drop what was written beyond the current step, after a rollback."""
         self.recorder.open(self.state.step + 1)
         if self.examples is not None:
             self.examples.open(self.state.step + 1)
 
     def close(self) -> None:
-        """Write what is buffered, and take the progress bar away."""
+        """Flush buffers and remove the progress bar."""
         self.progress.close()
         self.recorder.close()
         if self.examples is not None:

@@ -1,4 +1,4 @@
-"""The evaluations of a run on its validation examples, when they are due."""
+"""Evaluations on the validation examples during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.training.step_log import StepLog
 
 
 class Validation:
-    """Held-out loss and bound, and texts that the model writes, every ``evaluation.interval`` steps."""
+    """Measures loss and bound, and lets the model write texts, every ``evaluation.interval`` steps."""
 
     def __init__(
         self,
@@ -33,13 +33,13 @@ class Validation:
 
         Args:
             config: the run.
-            engine: what runs the model.
-            valid: validation examples, where there are any.
-            objectives: the objective of each step.
-            tokenizer: of the model.
-            state: of the run.
-            log: where the figures are written.
-            stopped: asked before every forward whether to give up; all ranks must answer alike.
+            engine: runs the model.
+            valid: validation examples, or None.
+            objectives: objective of each step.
+            tokenizer: tokenizer of the model.
+            state: progress of the run.
+            log: receives the figures.
+            stopped: whether to stop, asked before every forward; all ranks must agree.
         """
         self.config = config
         self.engine = engine
@@ -51,9 +51,9 @@ class Validation:
         self.stopped = stopped
 
     def after_step(self) -> None:
-        """Measure, if it is due; with the averaged weights too, where they are kept.
+        """Evaluate if it is due, also with the averaged weights if the run keeps them.
 
-        A stop cuts it short. The resumed run calls this again before its first step.
+        A stop cuts it short; the resumed run calls this again before its first step.
         """
         step, recorder = self.state.step, self.log.recorder
         written = self.state.held_out_loss is not None or "held_out/loss" in recorder.written_at(step)
@@ -73,7 +73,7 @@ class Validation:
             self.log.progress.say(f"step {step}: {facts} nats a masked token")
 
     def _measure(self, valid: ExampleDataset, prefix: str = "") -> dict[str, float | None]:
-        """Return loss and bound by the present weights; nothing after a stop."""
+        """Return loss and bound with the current weights; None after a stop."""
         settings, batch_size, step = (
             self.config.evaluation,
             self.config.train.micro_batch_size,
@@ -88,7 +88,7 @@ class Validation:
         return {f"held_out/{prefix}{name}": value for name, value in found.items()}
 
     def _write_texts(self, valid: ExampleDataset) -> None:
-        """Write what the model puts in the place of some validation examples; nothing after a stop."""
+        """Let the model rewrite some validation examples; write nothing after a stop."""
         count, step = min(self.config.monitor.texts, len(valid)), self.state.step
         layout = self.objectives.at(step).layout
         texts = write_texts(self.engine, valid, count, layout, self.tokenizer, step, self.stopped)

@@ -89,7 +89,7 @@ def test_rollback_leaves_the_samples_out(data: Path, tmp_path: Path) -> None:
     assert (back["step"], back["rollback_to"]) == (skips[-1]["step"], 4)
     assert back["excluded"] == sorted({example for entry in skips for example in entry["samples"]})
     assert bad in back["excluded"]
-    assert "went back from step" in result.stdout
+    assert "rolled back from step" in result.stdout
     after = samples_of(tmp_path / "run")
     assert sorted(after) == list(range(1, 25))
     assert not any(set(back["excluded"]) & set(after[step]) for step in range(5, 25))

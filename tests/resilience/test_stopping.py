@@ -236,7 +236,7 @@ def test_the_process_group_is_signalled(data: Path, tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "and saved: the same command goes on" in output
+    assert "and saved: the same command resumes" in output
     assert not any(rank.is_running() for rank in ranks)
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert saved.name.startswith("step_")

@@ -29,7 +29,7 @@ _WORKERS = 4  # processes of a conversion
 
 
 class SnapshotWriter(TorchCheckpointEngine):
-    """Takes the place of DeepSpeed's writer of files: keeps copies in host memory of what it is given."""
+    """Replaces DeepSpeed's file writer: keeps copies in host memory instead of writing."""
 
     def __init__(self, engine: Any) -> None:
         """Become the checkpoint engine of a DeepSpeed engine."""
@@ -39,24 +39,24 @@ class SnapshotWriter(TorchCheckpointEngine):
         save_through(engine, self)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make nothing: folders are made when the files are written."""
+        """Do nothing: folders are made when the files are written."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Copy instead of writing; DeepSpeed calls this."""
         self.keep(f"{TAG}/{os.path.basename(path)}", state_dict)
 
     def keep(self, name: str, state: Any) -> None:
-        """Copy a state that is to become the file `name`."""
+        """Copy a state that becomes the file `name`."""
         self.states[name] = self.host_copy(name, state)
 
     def take(self) -> dict[str, Any]:
-        """Return what has been saved since the last time, by file name."""
+        """Return the states saved since the last call, by file name."""
         states, self.states = self.states, {}
         return states
 
 
 def universal_folder(folder: Path) -> Path:
-    """Return where the form for any world size of a snapshot in STEP/model is kept: beside STEP."""
+    """Return the folder of the universal form of a snapshot in STEP/model: beside STEP."""
     step = folder.parent
     return step.with_name(f"universal_{step.name}")
 
@@ -64,7 +64,7 @@ def universal_folder(folder: Path) -> Path:
 def make_universal(folder: Path, ranks: Ranks) -> Path:
     """Convert the files of a sharded snapshot by DeepSpeed's ds_to_universal, once; every rank calls this.
 
-    The first rank converts in a process of its own and tells the others every second how far it is: a
+    The first rank converts in a separate process, and the ranks exchange its state every second. A single
     collective that waited for the end would run into its time limit.
 
     Args:
@@ -75,7 +75,7 @@ def make_universal(folder: Path, ranks: Ranks) -> Path:
         A folder that `loading_universal` is for.
 
     Raises:
-        UserError: when there is no room, or DeepSpeed fails.
+        UserError: when the disk is too small, or DeepSpeed fails.
     """
     final = universal_folder(folder)
     if ranks.all_gather(final.is_dir())[0]:
@@ -94,7 +94,7 @@ def make_universal(folder: Path, ranks: Ranks) -> Path:
 
 
 def _convert(folder: Path, final: Path) -> str | None:
-    """Return what went wrong, if anything."""
+    """Convert; return the problem, if any."""
     size = sum(path.stat().st_size for path in (folder / TAG).iterdir())
     free = shutil.disk_usage(folder).free
     if free < 3 * size:  # fragments, their merged form, and this snapshot's small files again
@@ -110,7 +110,7 @@ def _convert(folder: Path, final: Path) -> str | None:
     command += ["--input_folder", str(folder / TAG), "--output_folder", str(writing / TAG)]
     command += ["--num_extract_workers", str(_WORKERS), "--num_merge_workers", str(_WORKERS)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    # In a session of its own: a signal that asks the ranks to stop would end it, and look like its failure.
+    # A new session: a signal that stops the ranks would end the conversion, and look like its failure.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
     if done.returncode != 0:
         shutil.rmtree(writing, ignore_errors=True)
@@ -125,9 +125,9 @@ def _convert(folder: Path, final: Path) -> str | None:
 
 
 def open_sharded_weights(folder: Path) -> StoredWeights:
-    """Return the fp32 weights of a `DeepSpeedEngine`'s snapshot, put together one by one as they are read.
+    """Return the fp32 weights of a `DeepSpeedEngine`'s snapshot, joined from their shards when they are read.
 
-    Only what is read comes into memory; but ZeRO 1 and 2 cut through parameters: DeepSpeed joins all at once.
+    Under ZeRO-3 only that weight comes into memory. ZeRO-1 and 2 cut through parameters: DeepSpeed joins all.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)

@@ -29,12 +29,12 @@ from pipeline.model.sequence import WHOLE
 from pipeline.ranks import Ranks
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# Serves inference only, and would be compiled at the start of every CPU run: a compiler may be missing.
+# It serves inference only, but every CPU run would compile it at its start, and a compiler may be missing.
 leave_out_op("deepspeed_shm_comm")
 
 
 class DeepSpeedEngine:
-    """The Engine of every real run; see `pipeline.engine.protocol.Engine` for the methods."""
+    """The engine of real runs; see `pipeline.engine.protocol.Engine` for the methods."""
 
     def __init__(self, config: Config, ranks: Ranks, vocabulary: Vocabulary) -> None:
         """Make the model, in shards under ZeRO-3 (zero.Init), and its optimizer."""
@@ -70,12 +70,12 @@ class DeepSpeedEngine:
             self.average = WeightAverage(config.optimizer.ema_decay, weights, pieces)
 
     def _on_nvme(self) -> bool:
-        """Say whether weights or optimizer states are offloaded to NVMe."""
+        """Return whether weights or optimizer states are offloaded to NVMe."""
         parts = (self.zero.get(f"offload_{part}") or {} for part in ("optimizer", "param"))
         return any(part.get("device") == "nvme" for part in parts)
 
     def start_from(self, weights: StoredWeights) -> None:
-        """See `Engine`; each rank reads the parts that it keeps, and nothing is gathered."""
+        """See `Engine`; each rank reads the parts that it holds."""
         copy_pieces(weights, self.shards.weights(), self.shards.pieces(self.names))
         self.shards.publish()
         if self.average is not None:
@@ -88,8 +88,8 @@ class DeepSpeedEngine:
         return output
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine`; DeepSpeed counts micro-batches by its own calls of step."""
-        # The mean is over all ranks, and the ranks of a sequence-parallel group have one loss among them.
+        """See `Engine`; DeepSpeed counts micro-batches by the calls of its step."""
+        # DeepSpeed averages over all ranks, but those of a sequence-parallel group share one loss.
         self.engine.backward(loss * self.ranks.sequence_size)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
@@ -106,8 +106,8 @@ class DeepSpeedEngine:
         return self.norm
 
     def _accept(self, norm: Tensor) -> bool:
-        """Pass on DeepSpeed's question whether to update the weights."""
-        self.norm = norm.to(self.ranks.device)  # that of offloaded gradients is on the CPU
+        """Decide for DeepSpeed whether to update the weights."""
+        self.norm = norm.to(self.ranks.device)  # on the CPU for offloaded gradients
         return self.accept is None or self.accept(self.norm)
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class DeepSpeedEngine:
             with loading_universal(self.engine):
                 path, _ = self.engine.load_checkpoint(str(universal), tag=TAG)
         if path is None:
-            raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to go on from an older one.")
+            raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to resume from an older one.")
         set_hyper_parameters(self.engine.optimizer, settings)
         if self.average is not None:
             self.average.load(folder, self.ranks.rank)

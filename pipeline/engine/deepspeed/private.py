@@ -1,7 +1,7 @@
-"""Every name of DeepSpeed's that its documentation does not promise; no other module touches one.
+"""All uses of DeepSpeed's undocumented names; no other module touches one.
 
-`check_names` looks for all of them when an engine is built, so that another version of DeepSpeed fails at the
-start, by the name that it lacks, and not in the middle of a run.
+`check_names` looks for all of them when an engine is built. A version of DeepSpeed that lacks one fails at
+the start, by that name, and not in the middle of a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import UserError
 from pipeline.engine.weights import Piece
 
-REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it waits for the norm and skips the step
+REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it skips the step
 
 MODULE_NAMES = (
     "ops.__compatible_ops__",
@@ -76,14 +76,14 @@ def check_names(engine: Any, stage: int) -> None:
 
 
 def leave_out_op(name: str) -> None:
-    """Make DeepSpeed do without one of its compiled kernels."""
+    """Keep DeepSpeed from compiling one of its kernels."""
     deepspeed.ops.__compatible_ops__[name] = False
 
 
 def save_through(engine: Any, writer: TorchCheckpointEngine) -> None:
-    """Hand what `engine.save_checkpoint` saves to `writer`, and nothing else to the disk."""
+    """Let `engine.save_checkpoint` hand its states to `writer`, and write nothing itself."""
     engine.checkpoint_engine = writer
-    # A recovery script that DeepSpeed copies beside its files: one more write that can fail on one rank.
+    # DeepSpeed copies a recovery script beside its files: one more write that can fail on one rank.
     engine._copy_recovery_script = lambda folder: None
 
 
@@ -95,7 +95,7 @@ def loading_universal(engine: Any) -> Iterator[None]:
         yield
     finally:
         engine._config.load_universal_checkpoint = False
-    # All states share one counter then, which torch's AdamW would advance once for each of them.
+    # All states then share one step counter, which torch's AdamW would advance once per state.
     for state in engine.optimizer.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
@@ -112,7 +112,7 @@ def log_collectives() -> None:
 
 
 def seconds_in_collectives() -> float:
-    """Return what this rank's timed collectives took, the wait for other ranks included."""
+    """Return the seconds of this rank's timed collectives, including the wait for other ranks."""
     of_operations = deepspeed.comm.comm.comms_logger.comms_dict.values()
     # For each operation and size: [calls, latencies in ms, bandwidths, bandwidths]
     return sum(sum(record[1]) for sizes in of_operations for record in sizes.values()) / 1e3
@@ -128,23 +128,23 @@ class Shards(Protocol):
         """Return the parameter and range behind each slice of `weights`."""
 
     def publish(self) -> None:
-        """Make the forward pass use `weights` as they are now; every rank calls this."""
+        """Make the forward pass use the current `weights`; every rank calls this."""
 
     def judge(self, accept: Callable[[Tensor], bool]) -> None:
-        """Let `accept` decide on each update by the global gradient norm [].
+        """Let `accept` decide about each update by the global gradient norm [].
 
-        A norm that is not finite reaches it as one that is infinite or negative. A refused step leaves
-        weights and optimizer state as they were.
+        A norm that is not finite reaches it as infinite or negative. A refused step changes neither weights
+        nor optimizer state.
         """
 
 
 def find_shards(optimizer: Any, stage: int) -> Shards:
-    """Return the shards of DeepSpeed's `optimizer` for a ZeRO stage."""
+    """Return the shards of DeepSpeed's `optimizer` at a ZeRO stage."""
     return _OptimizerShards(optimizer) if stage < 3 else _ParameterShards(optimizer)
 
 
 class _OptimizerShards:
-    """ZeRO 1 and 2: a rank holds a run of each parameter group, which begins and ends anywhere."""
+    """ZeRO-1 and 2: a rank holds a contiguous part of each flattened parameter group."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -174,13 +174,13 @@ class _OptimizerShards:
             return norm if accept(norm) else norm.new_tensor(REFUSED)
 
         self.optimizer.scaled_global_norm = judged
-        # The norm shows what is not finite; a pass over all gradients before it would keep it from us.
+        # The norm shows non-finite gradients; DeepSpeed's own check before it would skip the step unasked.
         self.optimizer.check_grad_overflow = True
         self.optimizer.check_overflow = lambda **_: None
 
 
 class _ParameterShards:
-    """ZeRO 3: a rank holds an equal part of every parameter, the last ones padded."""
+    """ZeRO-3: a rank holds an equal part of every parameter, the last one padded."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -202,10 +202,10 @@ class _ParameterShards:
 
     def publish(self) -> None:
         """Copy the fp32 shards over the working ones, as DeepSpeed's own step and load do."""
-        self.optimizer.checkpoint_event_prologue()  # gives up gathered parameters
+        self.optimizer.checkpoint_event_prologue()  # releases gathered parameters
         for number in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        self.optimizer.checkpoint_event_epilogue()  # gathers the small ones that are always kept whole
+        self.optimizer.checkpoint_event_epilogue()  # gathers the small parameters that stay whole
 
     def judge(self, accept: Callable[[Tensor], bool]) -> None:
         norms_of = self.optimizer._get_norm_groups

@@ -1,4 +1,4 @@
-"""What DeepSpeed measures about the first steps: FLOPs module by module, and every collective."""
+"""DeepSpeed's measurements of single steps: FLOPs by module, and time in collectives."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ COMMUNICATION_FILE = "communication.txt"
 
 
 class _Timers(SynchronizedWallClockTimer):
-    """Timers that give the time of their last start alone.
+    """Timers that forget earlier measurements at each start.
 
-    The communication log of DeepSpeed 0.19.8 never resets its timers: it would record for each collective the
-    sum of all so far.
+    The communication log of DeepSpeed 0.19.8 never resets its timers, and would record for each collective
+    the sum of all before.
     """
 
     class Timer(SynchronizedWallClockTimer.Timer):
         """One timer."""
 
         def start(self) -> None:
-            """Forget what was measured, and start."""
+            """Forget earlier measurements, and start."""
             self.event_timers.clear()
             super().start()
 
 
 class Profiler:
-    """Measures the steps that the configuration names, and costs nothing at any other.
+    """Measures the steps that the configuration names; other steps cost nothing.
 
     DeepSpeed's own switches (flops_profiler and comms_logger in its JSON) would wait for the device at every
-    step of the run, and keep the time of every collective in memory.
+    step, and keep the time of every collective in memory.
     """
 
     def __init__(self, config: Config, engine: deepspeed.DeepSpeedEngine) -> None:
-        """Begin to time collectives, where that is asked for."""
+        """Start to time collectives, if ``profiling.communication_steps`` is set."""
         self.config = config.profiling
         self.folder = Path(config.run_dir)
         self.engine = engine
@@ -62,7 +62,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Measure the forward inside, when its turn has come."""
+        """Measure the forward inside, if it is the first of step ``profiling.flops_step``."""
         self.forwards += 1
         if self.step == self.forwards == 1:
             self.began = time.perf_counter()
@@ -72,7 +72,7 @@ class Profiler:
         profiler = FlopsProfiler(self.engine.module, self.engine)
         linear = F.linear
         profiler.start_profile()
-        if linear.__module__.startswith("deepspeed"):  # of zero.Init: its own matmul is counted already
+        if linear.__module__.startswith("deepspeed"):  # patched by zero.Init; its matmul is counted already
             F.linear = linear
         yield
         profiler.stop_profile()
@@ -80,7 +80,7 @@ class Profiler:
         profiler.end_profile()
 
     def end_step(self) -> None:
-        """Count a step; after the last one with timed collectives, write their table."""
+        """Count a step; write the table of collectives after the last step that timed them."""
         if self.step == self.config.communication_steps:
             deepspeed.comm.configure(enabled=False)
             self.communication_share = seconds_in_collectives() / (time.perf_counter() - self.began)

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: ZeRO and communication from a JSON file, everything else from the run's YAML."""
+"""DeepSpeed's settings: ZeRO and communication from a JSON file, all others from the run's YAML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.config.checks import require
 from pipeline.engine.network import precision_of
 from pipeline.ranks import Ranks
 
-# DeepSpeed ignores an unknown top-level key in silence, so the known ones are listed here.
+# DeepSpeed silently ignores unknown top-level keys; these are the known ones.
 OWN_KEYS = (
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -61,7 +61,7 @@ YAML_KEYS = {
 }
 
 
-# Sections that DeepSpeed reads key by key, without a model of their own.
+# Sections that DeepSpeed reads key by key, without a pydantic model.
 DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
 CHECKPOINT = (*CHECKPOINT_DEFAULT_DICT, "load_universal", "use_node_local_storage", "parallel_write")
 SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
@@ -80,10 +80,10 @@ def read_settings(config: Config, world_size: int | None = None) -> dict[str, An
 
     Args:
         config: the run.
-        world_size: ranks, where they are known already.
+        world_size: number of ranks, if known.
 
     Raises:
-        UserError: for a file that is missing, or settings that cannot work.
+        UserError: for a missing file, or settings that cannot work.
     """
     settings = read_deepspeed_json(Path(config.engine.deepspeed_config))
     check_settings(settings, config, world_size)
@@ -94,8 +94,8 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """Return the ZeRO and communication settings of a DeepSpeed JSON file.
 
     Raises:
-        UserError: for a missing or damaged file, a key that DeepSpeed does not know, or one whose place is
-            the run's YAML; for a value that it refuses, and for settings that contradict each other.
+        UserError: for a missing or damaged file, a key that DeepSpeed does not know or that belongs to the
+            run's YAML, a value that DeepSpeed refuses, and settings that contradict each other.
     """
     if not path.is_file():
         raise UserError(f"engine.deepspeed_config: {path} does not exist; see ds_configs/.")
@@ -129,7 +129,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; refuse a key that is given twice, of which JSON takes the last in silence."""
+    """Return a JSON object; refuse duplicate keys, of which json silently takes the last."""
     for position, (key, _) in enumerate(pairs):
         if key in (before for before, _ in pairs[:position]):
             raise ValueError(f"{key!r} is given twice")
@@ -163,7 +163,7 @@ def _check_section(path: Path, name: str, section: Any, known: type[BaseModel] |
 
 
 def _known_keys(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
-    """Return the keys that a section of DeepSpeed's takes, with the models of those that are sections."""
+    """Return the keys of a DeepSpeed section, with the models of those that are sections themselves."""
     keys: dict[str, type[BaseModel] | None] = {}
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
@@ -176,7 +176,7 @@ def _known_keys(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
 
 
 def _check_zero(path: Path, zero: dict[str, Any]) -> None:
-    """Raise a `UserError` for settings of zero_optimization that have no effect or contradict each other."""
+    """Raise a `UserError` for settings of zero_optimization without effect or in contradiction."""
     stage = zero["stage"]
     for key, value in zero.items():
         only_3 = key.startswith("stage3_") or (key in STAGE_3_KEYS and value not in (False, 0, 1))
@@ -214,12 +214,12 @@ def _check_zero(path: Path, zero: dict[str, Any]) -> None:
 
 
 def check_settings(settings: Mapping[str, Any], config: Config, world_size: int | None = None) -> None:
-    """Raise a `UserError` where DeepSpeed's settings contradict those of the run.
+    """Raise a `UserError` when DeepSpeed's settings contradict those of the run.
 
     Args:
         settings: of a DeepSpeed JSON, checked by `read_deepspeed_json`.
         config: the run.
-        world_size: ranks, where they are known already.
+        world_size: number of ranks, if known.
     """
     path, zero = config.engine.deepspeed_config, settings["zero_optimization"]
     for part in ("optimizer", "param"):
@@ -258,19 +258,19 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
 
 
 def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
-    """Say which of DeepSpeed's kernels can be compiled on this machine; what stands in the way is printed."""
+    """Return which of DeepSpeed's kernels can be compiled on this machine; DeepSpeed prints the obstacles."""
     with contextlib.redirect_stdout(sys.stderr):
         return {name: name in ALL_OPS and bool(ALL_OPS[name].is_compatible()) for name in names}
 
 
 def complete_settings(settings: dict[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Return DeepSpeed's settings: those of the JSON file, and those that follow from the run's YAML."""
+    """Return DeepSpeed's settings: those of the JSON, and those that follow from the run's YAML."""
     return settings | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.accumulation(ranks.data_size),
         "gradient_clipping": config.optimizer.gradient_clip,
         "bf16": {"enabled": precision_of(config, ranks.device) == "bf16"},
         "steps_per_print": 2**31,
-        # Its throughput timer would wait for the device at every step.
+        # DeepSpeed's throughput timer would wait for the device at every step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }

@@ -1,9 +1,8 @@
 """Sequence parallelism: DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509) for bidirectional attention.
 
-Consecutive ranks form groups of N. A group trains on the same sequences; each of its ranks computes L / N
-positions of them. Around the attention an all-to-all exchanges positions for heads, so that each rank has
-every position of heads / N heads. The masked rows are divided among the group anew: how many are masked in
-one part of the sequence or another makes no difference.
+Groups of N consecutive ranks train on the same sequences; each rank computes L / N positions. Around the
+attention, an all-to-all exchanges positions for heads, so that each rank has all positions of heads / N
+heads. The masked rows are divided evenly among the group, wherever in the sequence they are.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pipeline.model.sequence import WholeSequence
 
 
 def form_group(size: int) -> Any:
-    """Divide the ranks into groups of `size` consecutive ones; return this rank's. Every rank calls this."""
+    """Divide the ranks into groups of `size` consecutive ones; return the group of this rank."""
     world_size, rank = deepspeed.comm.get_world_size(), deepspeed.comm.get_rank()
     groups = [
         deepspeed.comm.new_group(list(range(first, first + size))) for first in range(0, world_size, size)
@@ -48,7 +47,7 @@ class _Gather(torch.autograd.Function):
 
 
 class UlyssesSequence(WholeSequence):
-    """A share of the positions; see `WholeSequence` for the methods."""
+    """Computes a share of the positions; see `WholeSequence` for the methods."""
 
     def __init__(self, size: int) -> None:
         """Join a group of `size` consecutive ranks; every rank calls this."""
@@ -59,7 +58,7 @@ class UlyssesSequence(WholeSequence):
         self.exchange = DistributedAttention(self._attend, self.group, scatter_idx=2, gather_idx=1)
 
     def own(self, x: Tensor, dim: int) -> Tensor:
-        """See `WholeSequence`; the last ranks have less, or nothing, where N does not divide the length."""
+        """See `WholeSequence`; if N does not divide the length, the last ranks have fewer positions."""
         each = -(-x.shape[dim] // self.size)
         first = min(self.rank * each, x.shape[dim])
         return x.narrow(dim, first, min(each, x.shape[dim] - first))
