@@ -19,7 +19,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def complete(words: str, folder: Path, cache: Path) -> str:
+def complete(words: str, folder: Path, cache: Path, activated: bool = True) -> str:
     """Return what Tab offers behind `words` in a folder."""
     script = f"""
         source {ROOT}/tools/completion.bash
@@ -28,7 +28,7 @@ def complete(words: str, folder: Path, cache: Path) -> str:
         echo "${{COMPREPLY[*]}}"
     """
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}" if activated else os.defpath,
         "XDG_CACHE_HOME": str(cache),
     }
     result = subprocess.run(
@@ -51,6 +51,12 @@ def complete(words: str, folder: Path, cache: Path) -> str:
 def test_options_are_offered(words: str, offered: str, cache: Path) -> None:
     """Of the project's programs; bash itself completes everything else."""
     assert complete(words, ROOT, cache) == offered
+
+
+def test_an_environment_need_not_be_active(cache: Path) -> None:
+    """The interpreter that is written out answers for its programs."""
+    words = f"{sys.executable} tools/merge_datasets.py --out"
+    assert complete(words, ROOT, cache, activated=False) == "--output-prefix"
 
 
 def test_options_follow_the_modules_that_give_them(tmp_path: Path, cache: Path) -> None:

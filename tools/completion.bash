@@ -1,6 +1,7 @@
 # Completes the options of the project's programs in bash: source tools/completion.bash
 #
-# They are read from --help, once for each program: the first Tab at one takes as long as that.
+# They are read from --help, once for each program: the first Tab at one takes as long as that, further ones some
+# hundredths of a second. argcomplete would start the program at every Tab, and most import torch for 2 seconds.
 # shellcheck shell=bash
 
 _puma_options() { # SOURCE COMMAND...: its options, from a file in the cache unless the code has changed since
@@ -16,13 +17,14 @@ _puma_options() { # SOURCE COMMAND...: its options, from a file in the cache unl
 }
 
 _puma_complete() {
-    local word=${COMP_WORDS[COMP_CWORD]} place options
+    local word=${COMP_WORDS[COMP_CWORD]} python=python place options
     COMPREPLY=()
     [[ $word == -* ]] || return 0
+    [[ ${COMP_WORDS[0]} == */* ]] && python=${COMP_WORDS[0]%/*}/python # of .venv/bin, which need not be active
     for place in "${!COMP_WORDS[@]}"; do
         case ${COMP_WORDS[place]} in
-        *tools/*.py) options=$(_puma_options "${COMP_WORDS[place]}" python "${COMP_WORDS[place]}") ;;
-        pipeline.train) [ -d pipeline/config ] && options=$(_puma_options pipeline/config python -m pipeline.train) ;;
+        *tools/*.py) options=$(_puma_options "${COMP_WORDS[place]}" "$python" "${COMP_WORDS[place]}") ;;
+        pipeline.train) [ -d pipeline/config ] && options=$(_puma_options pipeline/config "$python" -m pipeline.train) ;;
         *) continue ;;
         esac
         mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
