@@ -1,8 +1,8 @@
-"""Every setting of a run, its unit, its check and its remedy; no other module parses settings.
+"""Define, parse and check every setting of a run; no other module parses settings.
 
-A run is described by a YAML file with one section for each dataclass here. Any key can be overridden on the
-command line (``--train.steps 1000``). `load` returns a checked `Config`; what is wrong becomes one
-`UserError` that names the key, the value and the remedy.
+A YAML file describes a run, with one section per dataclass below. The command line can override any key
+(``--train.steps 1000``). `load` returns a checked `Config`, or raises one `UserError` that names the key, the
+value and the remedy.
 """
 
 from pipeline.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""How a setting is refused: one line that names the key, the value and the remedy."""
+"""Reject invalid settings with a one-line error that names the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(section: str, config: Any, *keys: str) -> None:
-    """Raise a `UserError` for the first of `keys` that is set and not above zero."""
+    """Raise a `UserError` for the first of `keys` that is set but not above zero."""
     for key in keys:
         value = getattr(config, key)
         require(value is None or value > 0, f"{section}.{key} is {value}: it must be above 0.")

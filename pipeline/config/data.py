@@ -1,4 +1,4 @@
-"""Settings of the data."""
+"""Training data settings."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pipeline.config.checks import require, require_positive
 
 @dataclass
 class DataConfig:
-    """What the model is trained on.
+    """Training data.
 
     Args:
-        tokenizer: Folder of the tokenizer (tools/train_tokenizer.py).
-        prefixes: Datasets as written by tools/preprocess_data.py, each a path without .bin/.idx.
-        kind: pairs = one document of prompt and answer is an example; packed = text is cut into examples of
-            sequence_length tokens.
-        sequence_length: Tokens in an example.
-        weights: Share of each prefix in a blend; without it every example of each is used once an epoch.
-        temperature: Instead of weights: shares in proportion to tokens^(1/temperature). 1 = by size, more =
-            more of the small ones.
-        max_epochs: Most times that the examples of each prefix come in an epoch of a blend with weights or a
-            temperature; the others give more instead.
+        tokenizer: Tokenizer folder (tools/train_tokenizer.py).
+        prefixes: Datasets written by tools/preprocess_data.py; each is a path without .bin/.idx.
+        kind: pairs = each document is a prompt and an answer and becomes one example; packed = documents are
+            concatenated and cut into examples of sequence_length tokens.
+        sequence_length: Tokens per example.
+        weights: Sampling weight of each prefix in the blend; none = use every example once per epoch.
+        temperature: Instead of weights, sample each prefix in proportion to its tokens^(1/temperature). 1 =
+            by size; higher values favour small datasets; none = off.
+        max_epochs: For each prefix, the maximum number of times that one epoch of the blend repeats its
+            examples; the other prefixes fill the gap. Requires weights or temperature; none = no limit.
         split: Shares of the documents for training, validation and test.
-        padding: What follows a short answer: ignored = never seen by the model; eos_targets = end-of-sequence
-            tokens that are part of the answer, so that the model learns where to stop.
-        too_long: What to do with a pair longer than sequence_length: error or drop.
-        cache: Folder of the built example indices; by default dataset_cache in the run folder.
-        workers: Threads that read examples ahead; 0 reads in the training thread.
+        padding: What follows an answer shorter than its example: ignored = padding that the model never
+            sees; eos_targets = end-of-sequence tokens that count as part of the answer, so that the model
+            learns where to stop.
+        too_long: Action for a pair longer than sequence_length: error = stop; drop = leave it out.
+        cache: Folder for the example indices; none = dataset_cache in the run folder.
+        workers: Threads that prefetch examples; 0 = read in the training thread.
     """
 
     tokenizer: str = "data/tokenizer"
@@ -45,7 +46,7 @@ class DataConfig:
     workers: int = 2
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require_positive("data", self, "sequence_length")
         require(self.workers >= 0, f"data.workers is {self.workers}: it must be 0 or more.")
         require(
@@ -55,8 +56,8 @@ class DataConfig:
         repeated = [prefix for prefix in self.prefixes if self.prefixes.count(prefix) > 1]
         require(
             not repeated,
-            f"data.prefixes names {', '.join(repeated[:1])} more than once: name it once, and set "
-            "data.weights to use it more often.",
+            f"data.prefixes names {', '.join(repeated[:1])} more than once: list it once, and set "
+            "data.weights to sample it more often.",
         )
         for key, unset in (("padding", "ignored"), ("too_long", "error")):
             value = getattr(self, key)
@@ -75,11 +76,11 @@ class DataConfig:
         require_positive("data", self, "temperature")
         require(
             self.weights is None or self.temperature is None,
-            f"data.weights and data.temperature ({self.temperature}) are both set: give one of them.",
+            f"data.weights and data.temperature ({self.temperature}) are both set: keep one of them.",
         )
         require(
             self.max_epochs is None or self.weights is not None or self.temperature is not None,
-            f"data.max_epochs is {self.max_epochs}, but every example comes once an epoch: set data.weights "
+            f"data.max_epochs is {self.max_epochs}, but each epoch uses every example once: set data.weights "
             "or data.temperature too, or leave it out.",
         )
         parts = self.split.split(",")

@@ -1,4 +1,4 @@
-"""From a YAML file and a command line to a checked `Config`, and back."""
+"""Turn a YAML file and a command line into a checked `Config`, and back."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Config:
     """A run.
 
     Args:
-        run_dir: Folder of checkpoints, TensorBoard events and the resolved configuration; a run that finds
-            its checkpoints there goes on from the newest.
+        run_dir: Run folder, for checkpoints, TensorBoard events and the resolved configuration. If it holds
+            checkpoints, training resumes from the newest.
     """
 
     run_dir: str
@@ -51,11 +51,11 @@ class Config:
 
     @property
     def slots(self) -> int:
-        """How many sequences are under way at a time, over all ranks."""
+        """The number of examples in flight at any time, over all ranks."""
         return self.train.global_batch_size * self.objective.turns
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")
         for section in (self.data, self.model, self.optimizer, self.train):
             section.check()
@@ -71,7 +71,7 @@ class Config:
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every key of the configuration in dotted form, sections included."""
+    """Return the type of every dotted configuration key, sections included."""
     keys: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
         keys[prefix + name] = hint
@@ -81,7 +81,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by their dotted keys."""
+    """Flatten nested dictionaries into one with dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -92,7 +92,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A loader that refuses a key that is given twice; YAML would take the last one in silence."""
+    """A YAML loader that rejects duplicate keys; the default one silently keeps the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node."""
@@ -105,7 +105,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping of a YAML file; raise a `UserError` naming the file and line otherwise."""
+    """Return the mapping in a YAML file; raise a `UserError` with the file and line if it is not valid."""
     require(path.is_file(), f"configuration {path} does not exist: give --config the path of a YAML file.")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
@@ -118,21 +118,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_keys(keys: Sequence[str], where: str) -> None:
-    """Raise a `UserError` with the nearest known key for the first unknown one."""
+    """Raise a `UserError` for the first unknown key, and suggest the nearest known one."""
     known = known_keys()
     for key in keys:
         require(key in known, f"{where}: unknown key {key!r}.{nearest(key, known)}")
 
 
-_QUESTIONS = ("--help", "--evaluation.tasks.help", "--print_config")  # are answered, and nothing is run
+_QUESTIONS = ("--help", "--evaluation.tasks.help", "--print_config")  # options that print something and exit
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """Return the command line of `pipeline.train`, with help from the docstrings above."""
+    """Return the parser of `pipeline.train`; its help texts are the docstrings of the config dataclasses."""
     parser = jsonargparse.ArgumentParser(
         prog="python -m pipeline.train",
         usage="%(prog)s --config configs/X.yaml [--section.key VALUE ...]",
-        description="Pretrain a masked diffusion model; an interrupted run goes on by the same command.",
+        description="Pretrain a masked diffusion model. The same command resumes an interrupted run.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the run (configs/).")
@@ -141,14 +141,14 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 
 def load(arguments: Sequence[str]) -> Config:
-    """Return the checked configuration of a command line, ``--config X.yaml [--section.key value ...]``.
+    """Return the checked configuration for a command line, ``--config X.yaml [--section.key value ...]``.
 
     Raises:
-        UserError: for a missing or damaged file, an unknown key or a value that cannot work.
+        UserError: if a file is missing or damaged, a key is unknown or a value is invalid.
     """
-    # The deepspeed launcher adds --local_rank=N of its own, and says the same in the environment.
+    # The deepspeed launcher appends --local_rank=N, which is also in the environment.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
-    require(bool(arguments), "give --config, the YAML of a run, such as configs/tiny_text.yaml.")
+    require(bool(arguments), "give --config and the YAML of a run, such as configs/tiny_text.yaml.")
     files, overrides = [], False
     for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
@@ -175,9 +175,9 @@ def load(arguments: Sequence[str]) -> Config:
 
 
 def _explained(message: str) -> str:
-    """Return jsonargparse's report of several lines as one, in words: the key, the value, and what it takes.
+    """Rewrite jsonargparse's multi-line error as one line: the key, the value and the accepted values.
 
-    The key may be of an entry of a list: that of the entry follows that of the list.
+    For an entry of a list, the message names the key of the list and then the key of the entry.
     """
     keys = re.findall(r'Parser key "(.+?)"', message)
     values = re.findall(r"(?:Got|Given) value: (.*)", message)
@@ -193,19 +193,19 @@ def _explained(message: str) -> str:
     if unknown is not None and known:
         return f"{': '.join(keys)}: {unknown[0]}.{nearest(unknown[1], known)} Known: {', '.join(known)}."
     if message.startswith("unrecognized arguments"):
-        return f"{message}. Give the YAML by --config, and each setting as --section.key VALUE."
+        return f"{message}. Give the YAML file by --config, and each setting as --section.key VALUE."
     lines = [line.strip(" -") for line in message.splitlines() if "given class_path" not in line]
     return re.sub(r'Parser key "(.+?)"', r"\1", " ".join(line for line in lines if line))
 
 
 def _keys_of(hint: Any) -> dict[str, Any]:
-    """Return the keys of a section, or of the entries of a list of sections; none for any other type."""
+    """Return the keys of a section, or of the sections in a list; empty for any other type."""
     entry = (*typing.get_args(hint), hint)[0]
     return known_keys(typing.cast(type, entry)) if dataclasses.is_dataclass(entry) else {}
 
 
 def described(hint: Any) -> str:
-    """Return a type in words."""
+    """Describe a type in words."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, parts))}"
@@ -214,10 +214,10 @@ def described(hint: Any) -> str:
         return f"a list, such as {'[1, 2]' if parts[0] is float else entries}"
     if parts:  # X | None
         return " or ".join(described(part) for part in parts)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
     return names.get(hint, str(hint))
 
 
 def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML that `load` reads back to an equal `Config`."""
+    """Return the resolved configuration as YAML; `load` reads it back to an equal `Config`."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,4 +1,4 @@
-"""Settings of the network."""
+"""Network settings."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from pipeline.config.checks import require, require_positive
 
 @dataclass
 class ModelConfig:
-    """A transformer with the parameter names of Qwen2, Qwen3 and Llama.
+    """Transformer with the parameter names of Qwen2, Qwen3 and Llama.
 
     Args:
         layers: Transformer blocks.
         hidden_size: Width of the residual stream.
         heads: Query heads.
-        kv_heads: Key and value heads (grouped-query attention); by default as many as heads.
-        head_size: Width of a head; by default hidden_size / heads.
+        kv_heads: Key and value heads (grouped-query attention); none = heads.
+        head_size: Width of a head; none = hidden_size / heads.
         intermediate_size: Width of the SwiGLU.
-        vocab_size: Rows of the embedding; by default the tokenizer's, rounded up to a multiple of 8.
-        tie_embeddings: Use the embedding as output matrix.
-        attention_bias: Biases on the query, key and value projections (Qwen2 has them).
-        qk_norm: RMSNorm of each head's queries and keys (Qwen3 has it).
+        vocab_size: Rows of the embedding; none = the tokenizer's vocabulary size, rounded up to a multiple
+            of 8.
+        tie_embeddings: Use the embedding as the output matrix.
+        attention_bias: Add biases to the query, key and value projections (as in Qwen2).
+        qk_norm: Apply RMSNorm to the queries and keys of each head (as in Qwen3).
         rope_theta: Base of the rotary position embedding.
-        rope_factor: Turn slow rotations slower by this factor, as Llama 3.1 does (8) and 3.2 (32); 1 = none.
-        rope_original_length: Sequence length by which rope_factor tells slow from fast.
+        rope_factor: Slow down low-frequency rotations by this factor (Llama 3.1 uses 8, Llama 3.2 uses 32);
+            1 = off.
+        rope_original_length: Sequence length that separates low from high frequencies for rope_factor.
         norm_eps: Epsilon of RMSNorm.
         init_std: Standard deviation of the initial weights.
-        prediction: Where position i is predicted: same = at i; shifted = at i - 1, as in the causal models
-            that weights may come from. Position 0 is then always given.
+        prediction: Hidden state that predicts position i: same = the one at i; shifted = the one at i - 1,
+            as in causal models whose weights can be imported. With shifted, position 0 is never masked.
     """
 
     layers: int = 4
@@ -51,7 +53,7 @@ class ModelConfig:
 
     @property
     def head_width(self) -> int:
-        """The width of a head, given or not."""
+        """The width of a head: head_size, or its default."""
         return self.head_size or self.hidden_size // self.heads
 
     def rows_for(self, tokens: int) -> int:
@@ -59,7 +61,7 @@ class ModelConfig:
         return self.vocab_size or -(-tokens // 8) * 8
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         positive = (
             "layers",
             "hidden_size",
@@ -74,22 +76,22 @@ class ModelConfig:
         )
         require(
             self.init_std <= 0.5,
-            f"model.init_std is {self.init_std}: an untrained model would be certain of its predictions, "
-            "give 0.5 or less, such as 0.02.",
+            f"model.init_std is {self.init_std}: an untrained model would be overconfident; give 0.5 "
+            "or less, such as 0.02.",
         )
         require(
             self.rope_factor >= 1, f"model.rope_factor is {self.rope_factor}: it must be 1 (none) or more."
         )
         require(
             (self.head_size or 2) % 2 == 0,
-            f"model.head_size is {self.head_size}: it must be even, because rotary embeddings turn pairs of "
-            "a head's dimensions.",
+            f"model.head_size is {self.head_size}: it must be even, because rotary embeddings rotate pairs "
+            "of dimensions.",
         )
         require(
             self.head_size is not None or self.hidden_size % (2 * self.heads) == 0,
             f"model.hidden_size is {self.hidden_size}: it must be a multiple of 2 x model.heads = "
-            f"{2 * self.heads}, because rotary embeddings turn pairs of a head's dimensions. Or give "
-            "model.head_size.",
+            f"{2 * self.heads}, because rotary embeddings rotate pairs of dimensions. Change it, or "
+            "set model.head_size.",
         )
         require(
             self.heads % (self.kv_heads or self.heads) == 0,

@@ -1,4 +1,4 @@
-"""Settings of what is shown and recorded while a run lasts."""
+"""Monitoring settings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pipeline.config.checks import require
 
 @dataclass
 class MonitorConfig:
-    """Curves beyond TensorBoard and metrics.jsonl, which every run writes.
+    """Monitoring beyond TensorBoard and metrics.jsonl, which every run writes.
 
     Args:
-        texts: Validation examples whose answer, or second half, the model writes at each evaluation, shown in
-            the order of unmasking. 0 = none.
-        wandb: Also send the curves to Weights & Biases (pip install wandb).
-        wandb_project: Project of the run there; its name is that of the run folder.
+        texts: Validation examples to complete at each evaluation; the model writes the answer, or the second
+            half of packed text, and the log shows the order of unmasking. 0 = off.
+        wandb: Also log to Weights & Biases (pip install wandb).
+        wandb_project: Weights & Biases project; the run takes the name of the run folder.
     """
 
     texts: int = 2
@@ -23,6 +23,6 @@ class MonitorConfig:
     wandb_project: str = "puma"
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require(self.texts >= 0, f"monitor.texts is {self.texts}: it must be 0 or more.")
         require(bool(self.wandb_project), "monitor.wandb_project is empty: give it a name.")

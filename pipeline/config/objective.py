@@ -1,4 +1,4 @@
-"""Settings of what the network is trained to do."""
+"""Training objective settings."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ Kind = Literal["puma", "random_masking", "autoregressive"]
 
 @dataclass
 class ObjectiveConfig:
-    """How training inputs are masked.
+    """Training objective.
 
     Args:
-        kind: puma = progressive unmasking; random_masking = a random subset of each answer; autoregressive =
-            the next token, from left to right.
-        switch_to: Objective that takes over at switch_step; the settings below serve both.
-        switch_step: First step of switch_to; every chain begins anew there.
-        policy: What a PUMA chain reveals first: the highest confidence (probability of the likeliest token),
-            the highest margin (that less the second likeliest's), the lowest entropy, or, whatever the model
-            thinks, a random order or left to right.
-        stages: K, the number of stages of a PUMA chain.
-        stages_increment: Stages added at each increase of K; 0 = K never changes.
-        stages_first_increase: First step with more stages.
-        stages_interval: Steps between two increases.
-        stages_maximum: The largest K; none = no limit.
-        threshold: Also reveal every position with a confidence above this; none = standard mode.
-        random_share: Share of the PUMA chains that show a fresh random mask at each of their stages instead.
-        turns: Keep this many times the global batch of PUMA chains under way, and train each only every so
-            many steps: consecutive steps then have no sequence in common.
-        mask_count: Positions that random masking masks: uniform = n out of 1 to all, each number as likely,
-            with a loss of 1/n each; bernoulli = each with probability t, uniform in (0, 1), with 1/(t L).
-        stratified: Spread t (or n/L) evenly over the global batch, which lowers the variance.
-        complementary: Train on each random mask and, in the next step, on its complement.
-        block_size: Block diffusion: cut answers into blocks of this many tokens, each with a chain of its own
-            and conditioned on the clean blocks before it; none = one chain an answer.
-        attention_annealing_steps: Begin masked training with causal attention, for weights of a causal model,
-            and let each position see more of those behind it, until it sees all after this many steps.
+        kind: puma = progressive unmasking; random_masking = a random subset of each answer is masked;
+            autoregressive = next-token prediction from left to right.
+        switch_to: Objective to switch to at switch_step; the settings below apply to both. none = no switch.
+        switch_step: First step of switch_to; all chains restart there.
+        policy: Which masked positions a PUMA chain reveals first: confidence = highest probability of the
+            most likely token; margin = largest gap between the two most likely tokens; entropy = lowest
+            entropy; random and left_to_right = that order, whatever the model predicts.
+        stages: Number of stages K of a PUMA chain.
+        stages_increment: Stages added at each increase of K; 0 = constant K.
+        stages_first_increase: First step with the increased K.
+        stages_interval: Steps between two increases of K.
+        stages_maximum: Upper limit of K; none = no limit.
+        threshold: Also reveal every position with a confidence above this probability; none = standard mode.
+        random_share: Share of PUMA chains that use a fresh random mask at every stage instead.
+        turns: Keep turns x train.global_batch_size PUMA chains in flight and train each of them every
+            turns-th step, so that consecutive steps share no example. 1 = train every chain at every step.
+        mask_count: Number of positions that random masking masks: uniform = n drawn uniformly from 1 to the
+            answer length L, loss weight 1/n per position; bernoulli = each position with probability t, t
+            uniform in (0, 1), loss weight 1/(t L).
+        stratified: Spread t (or n/L) evenly over the global batch, which lowers the variance of the loss.
+        complementary: Train on each random mask and, at the next step, on its complement.
+        block_size: Block diffusion: split answers into blocks of this many tokens, each with its own chain
+            and conditioned on the clean blocks before it. none = one chain per answer.
+        attention_annealing_steps: Start masked training with causal attention, to continue from causal
+            weights, and let each position attend to more and more later positions until attention is
+            bidirectional after this many steps. 0 = bidirectional from the start.
     """
 
     kind: Kind = "puma"
@@ -61,16 +63,16 @@ class ObjectiveConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The objectives that the run comes to."""
+        """The objectives of the run, in order."""
         return (self.kind,) if self.switch_to is None else (self.kind, self.switch_to)
 
     def kind_at(self, step: int) -> Kind:
-        """Return the objective of `step`; 1 is the first."""
+        """Return the objective at `step`; the first step is 1."""
         switched = self.switch_to is not None and self.switch_step is not None and step >= self.switch_step
         return self.switch_to if switched else self.kind  # type: ignore[return-value]
 
     def check(self, prediction: str, sequence_length: int, steps: int) -> None:
-        """Raise a `UserError` for the first setting that cannot work with the others, or has no effect."""
+        """Raise a `UserError` for the first setting that is invalid or has no effect."""
         growth = ("stages_first_increase", "stages_interval", "stages_maximum")
         require_positive("objective", self, "stages", *growth, "turns", "block_size")
         self._check_switch(steps)
@@ -87,11 +89,11 @@ class ObjectiveConfig:
         )
         require(
             self.switch_to != self.kind,
-            f"objective.switch_to is {self.switch_to}, which is objective.kind itself: name another.",
+            f"objective.switch_to is {self.switch_to}, which is objective.kind itself: choose another one.",
         )
         require(
             self.switch_step is None or 2 <= self.switch_step <= steps,
-            f"objective.switch_step is {self.switch_step}: it must lie between 2 and train.steps = {steps}.",
+            f"objective.switch_step is {self.switch_step}: it must be between 2 and train.steps = {steps}.",
         )
 
     def _check_stages(self) -> None:
@@ -108,11 +110,12 @@ class ObjectiveConfig:
             )
             require(
                 value is not None or not grows or key not in growth,
-                f"objective.stages_increment is {self.stages_increment}: give objective.{key}, too.",
+                f"objective.stages_increment is {self.stages_increment}: set objective.{key} too.",
             )
         require(
             self.stages_maximum is None or self.stages_maximum >= self.stages,
-            f"objective.stages_maximum is {self.stages_maximum}, below objective.stages = {self.stages}.",
+            f"objective.stages_maximum is {self.stages_maximum}, below objective.stages = {self.stages}: raise "
+            "it, or set it to null for no limit.",
         )
 
     def _check_chains(self) -> None:
@@ -123,8 +126,8 @@ class ObjectiveConfig:
         )
         require(
             self.threshold is None or self.policy not in ("random", "left_to_right"),
-            f"objective.threshold is {self.threshold}: it reveals by confidence, against objective.policy = "
-            f"{self.policy!r}. Set it to null, or take another policy.",
+            f"objective.threshold is {self.threshold}: it reveals by confidence, which conflicts with "
+            f"objective.policy = {self.policy!r}. Set it to null, or choose another policy.",
         )
         require(
             0 <= self.random_share < 1,
@@ -146,8 +149,8 @@ class ObjectiveConfig:
             self._require_kind(key, getattr(self, key) != unset, masks, "random_masking")
         require(
             not self.complementary or self.mask_count == "uniform",
-            "objective.complementary with objective.mask_count = 'bernoulli': pairs are drawn by number. Set "
-            "objective.mask_count to uniform.",
+            "objective.complementary with objective.mask_count = 'bernoulli': pairs are drawn by "
+            "their number of masked positions. Set objective.mask_count to uniform.",
         )
 
     def _check_visibility(self, prediction: str, sequence_length: int) -> None:
@@ -161,7 +164,7 @@ class ObjectiveConfig:
         require(
             self.block_size is None or self.block_size < sequence_length,
             f"objective.block_size is {self.block_size}: it must be below data.sequence_length = "
-            f"{sequence_length}; leave it out for one block.",
+            f"{sequence_length}; leave it out for a single block.",
         )
         anneal = self.attention_annealing_steps
         require(anneal >= 0, f"objective.attention_annealing_steps is {anneal}: it must be 0 or more.")
@@ -169,7 +172,7 @@ class ObjectiveConfig:
         require(
             anneal == 0 or self.block_size is None,
             f"objective.attention_annealing_steps is {anneal}, and objective.block_size is {self.block_size}"
-            ": blocks see what is before them only. Set one of the two.",
+            ": blocks never attend to later blocks. Set one of the two.",
         )
 
     def _require_kind(self, key: str, is_set: bool, is_used: bool, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings of what happens when something goes wrong."""
+"""Fault tolerance settings."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pipeline.config.checks import require, require_positive
 
 @dataclass
 class GuardConfig:
-    """Updates that would harm the weights are not made.
+    """Guard that skips updates which would harm the weights.
 
     Args:
-        spike_limit: Also skip a step whose loss or gradient norm lies so many robust standard deviations
-            above the median of the last 128 steps; 0 = skip only what is not finite.
-        skips_before_rollback: Go back to the last checkpoint after so many skipped steps in a row, without
-            the examples that were in them.
-        max_rollbacks: Stop when that has happened so many times at one checkpoint.
+        spike_limit: Skip a step whose loss or gradient norm exceeds the median of the last 128 steps by this
+            many robust standard deviations; 0 = skip only steps with a loss or norm that is not finite.
+        skips_before_rollback: Roll back to the newest checkpoint after this many skipped steps in a row, and
+            exclude their examples from then on.
+        max_rollbacks: Stop with an error instead of rolling back more than this many times to the same
+            checkpoint.
     """
 
     spike_limit: float = 50.0
@@ -24,7 +25,7 @@ class GuardConfig:
     max_rollbacks: int = 2
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require(self.spike_limit >= 0, f"guard.spike_limit is {self.spike_limit}: it must be 0 or more.")
         require_positive("guard", self, "skips_before_rollback")
         require(
@@ -34,14 +35,14 @@ class GuardConfig:
 
 @dataclass
 class WatchdogConfig:
-    """A run in which nothing moves any more says where it stands, and ends with the code to be requeued.
+    """Watchdog that writes the stack traces of a hanging run and exits with the requeue code.
 
     Args:
-        factor: Limit for a step, a batch of an evaluation or a save, as a multiple of the median time it took
-            so far in this process; 0 = no watchdog.
-        minimum: The limit is never below this, in seconds.
-        first: Limit where nothing has been measured yet, in seconds; the first step compiles and reads most.
-            Never less for a save, the last of which waits until all is written.
+        factor: Time limit of a step, an evaluation batch or a save, as a multiple of its median duration so
+            far in this process; 0 = no watchdog.
+        minimum: Lower bound of the time limit, in seconds.
+        first: Time limit before any duration is known, in seconds; the first step compiles and reads the
+            most. Also the lower bound for saves, because the last save waits until everything is on disk.
     """
 
     factor: float = 20.0
@@ -49,11 +50,11 @@ class WatchdogConfig:
     first: float = 1800.0
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require(self.factor >= 0, f"watchdog.factor is {self.factor}: it must be 0 or more.")
         require(
             self.factor == 0 or self.factor > 1,
-            f"watchdog.factor is {self.factor}: half of all healthy steps take longer than the median, give "
-            "more than 1, such as 20, or 0 for no watchdog.",
+            f"watchdog.factor is {self.factor}: half of all healthy steps take longer than the median; "
+            "give more than 1, such as 20, or 0 for no watchdog.",
         )
         require_positive("watchdog", self, "minimum", "first")

@@ -1,4 +1,4 @@
-"""Settings of what happens between the steps: checkpoints, evaluation, profiles."""
+"""Checkpoint, evaluation and profiling settings."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pipeline.config.training import EngineConfig
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved, and what is kept.
+    """Checkpoints.
 
     Args:
         interval: Steps between two checkpoints; the last step is always saved.
-        asynchronous: Write behind the training, from a copy in host memory; false = train on when all is on
-            the disk.
-        keep: Newest checkpoints that are kept.
-        keep_every: Also keep for ever those whose step is a multiple of this; 0 = none.
-        keep_best: Also keep so many with the lowest held-out loss; needs evaluations at the saved steps.
-        max_failed_saves: Stop after so many failed saves in a row (full disk, lost permission).
-        verify_hashes: Before going on from a checkpoint, read every file and compare its hash; false = sizes
-            only.
+        asynchronous: Write in the background from a copy in host memory; false = training waits until the
+            checkpoint is on disk.
+        keep: Number of newest checkpoints to keep.
+        keep_every: Also keep, forever, every checkpoint whose step is a multiple of this; 0 = none.
+        keep_best: Also keep this many checkpoints with the lowest held-out loss; requires an evaluation at
+            every saved step. 0 = none.
+        max_failed_saves: Stop after this many failed saves in a row (disk full, permission lost).
+        verify_hashes: Before resuming, read every checkpoint file and compare its hash; false = compare
+            sizes only.
     """
 
     interval: int = 1000
@@ -34,36 +35,36 @@ class CheckpointConfig:
     verify_hashes: bool = True
 
     def check(self, evaluation_interval: int) -> None:
-        """Raise a `UserError` for the first setting that cannot work with evaluations at such an interval."""
+        """Raise a `UserError` for the first setting that is invalid or conflicts with evaluation.interval."""
         require_positive("checkpoint", self, "interval", "keep", "max_failed_saves")
         for key in ("keep_every", "keep_best"):
             value = getattr(self, key)
             require(value >= 0, f"checkpoint.{key} is {value}: it must be 0 or more.")
         require(
             self.keep_every % self.interval == 0,
-            f"checkpoint.keep_every is {self.keep_every}: make it a multiple of checkpoint.interval = "
-            f"{self.interval}, or no checkpoint is ever at such a step.",
+            f"checkpoint.keep_every is {self.keep_every}: it must be a multiple of checkpoint.interval = "
+            f"{self.interval}, because only those steps are saved.",
         )
         require(
             self.keep_best == 0 or (evaluation_interval > 0 and self.interval % evaluation_interval == 0),
-            f"checkpoint.keep_best is {self.keep_best}, but checkpoint.interval = {self.interval} is no "
-            f"multiple of evaluation.interval = {evaluation_interval}: the saved steps would have no "
-            "held-out loss.",
+            f"checkpoint.keep_best is {self.keep_best}, but checkpoint.interval = {self.interval} is "
+            f"not a multiple of evaluation.interval = {evaluation_interval}: make it one, so that every "
+            "saved step has a held-out loss.",
         )
 
 
 @dataclass
 class TaskConfig:
-    """A task of `tools/evaluate.py` whose accuracy is measured during training.
+    """A task of `tools/evaluate.py` to evaluate during training.
 
     Args:
-        task: How answers are judged.
-        data: File of its items: of GSM8K with question and answer, else with prompt and answer.
-        interval: Steps between two measurements; the last step always has one.
-        samples: Items used, at most: the first ones.
-        tokens_per_step: Tokens filled at a decoding step, the most confident first.
-        length: Tokens of an answer; none = the task's own, or all that fit.
-        name: Of its curves, evaluation/NAME/accuracy; none = the task.
+        task: How answers are scored.
+        data: File of items: question and answer for GSM8K, prompt and answer for the other tasks.
+        interval: Steps between two evaluations; the last step is always evaluated.
+        samples: Maximum number of items; the first ones in the file are used.
+        tokens_per_step: Tokens unmasked per decoding step, most confident first.
+        length: Maximum answer length in tokens; none = the task's default, or all that fit.
+        name: Name of the curves, evaluation/NAME/accuracy; none = the task's name.
     """
 
     task: Literal["sudoku", "gsm8k-program", "gsm8k-number", "exact"]
@@ -76,19 +77,20 @@ class TaskConfig:
 
     @property
     def curve(self) -> str:
-        """What the curves are called."""
+        """The tag prefix of its curves."""
         return f"evaluation/{self.name or self.task}"
 
 
 @dataclass
 class EvaluationConfig:
-    """What is measured during training.
+    """Evaluation during training.
 
     Args:
         interval: Steps between two measurements of the held-out loss; 0 = none.
-        samples: Validation examples used for it, at most; always the same ones under the same masks.
-        bound_draws: Also estimate the bound on the negative log-likelihood of these examples, with so many
-            masks of each (an even number), which takes as many forwards. 0 = none.
+        samples: Maximum number of validation examples for the held-out loss; examples and masks are the same
+            every time.
+        bound_draws: Also estimate the NLL bound of these examples with this many masks per example (an even
+            number), at the cost of as many forward passes. 0 = none.
         tasks: Tasks whose accuracy is measured, such as [{task: sudoku, data: held_out.jsonl}].
     """
 
@@ -98,13 +100,13 @@ class EvaluationConfig:
     tasks: list[TaskConfig] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require(self.interval >= 0, f"evaluation.interval is {self.interval}: it must be 0 or more.")
         require_positive("evaluation", self, "samples")
         require(
             self.bound_draws >= 0 and self.bound_draws % 2 == 0,
-            f"evaluation.bound_draws is {self.bound_draws}: give an even number, the standard error needs "
-            "pairs; or 0 for none.",
+            f"evaluation.bound_draws is {self.bound_draws}: the standard error needs pairs of masks; give an "
+            "even number, or 0 for none.",
         )
         curves: set[str] = set()
         for number, task in enumerate(self.tasks):
@@ -112,38 +114,38 @@ class EvaluationConfig:
             require_positive(f"evaluation.tasks[{number}]", task, *keys)
             require(
                 task.curve not in curves,
-                f"evaluation.tasks[{number}].name is {task.name}, but there are curves {task.curve} already: "
-                "give each task a name of its own.",
+                f"evaluation.tasks[{number}].name is {task.name}, but another task already has the curve "
+                f"{task.curve}: give each task its own name.",
             )
             curves.add(task.curve)
 
 
 @dataclass
 class ProfilingConfig:
-    """What DeepSpeed measures about the first steps of a start of the program.
+    """DeepSpeed profiles of the first steps after the program starts.
 
     Args:
-        flops_step: The step, counted from the start of the program, whose first forward is measured module
-            by module on the first rank; 0 = none. The report is RUN_DIR/flops_profile.txt.
-        communication_steps: How many steps have their collectives timed, counted from the start; 0 = none.
-            Those steps wait for the device at every collective. The table is RUN_DIR/communication.txt.
+        flops_step: Profile the first forward pass of this step, module by module, on rank 0; counted from
+            the start of the program. The report is RUN_DIR/flops_profile.txt. 0 = off.
+        communication_steps: Time the collectives of this many steps, counted from the start of the program;
+            each collective then waits for the device. The table is RUN_DIR/communication.txt. 0 = off.
     """
 
     flops_step: int = 0
     communication_steps: int = 0
 
     def check(self, engine: EngineConfig) -> None:
-        """Raise a `UserError` for the first setting that cannot work with the engine."""
+        """Raise a `UserError` for the first setting that is invalid or conflicts with the engine's."""
         for key in ("flops_step", "communication_steps"):
             value = getattr(self, key)
             require(value >= 0, f"profiling.{key} is {value}: it must be 0 or more.")
             require(
                 value == 0 or engine.kind == "deepspeed",
-                f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: DeepSpeed measures it, set "
-                "engine.kind to 'deepspeed'.",
+                f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: only DeepSpeed measures it; "
+                "set engine.kind to 'deepspeed'.",
             )
         require(
             self.flops_step == 0 or not engine.compile,
-            f"profiling.flops_step is {self.flops_step}, but engine.compile is true: the modules inside a "
-            "compiled block cannot be measured. Set one of them to 0 or false.",
+            f"profiling.flops_step is {self.flops_step}, but engine.compile is true: modules inside a "
+            "compiled block cannot be profiled. Set profiling.flops_step to 0 or engine.compile to false.",
         )

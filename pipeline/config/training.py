@@ -1,4 +1,4 @@
-"""Settings of the steps: optimizer, schedule, batch, engine."""
+"""Optimizer, schedule, batch and engine settings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Recompute = Literal["none", "swiglu", "blocks"]
 
 @dataclass
 class OptimizerConfig:
-    """AdamW.
+    """AdamW optimizer.
 
     Args:
         learning_rate: Peak learning rate.
         weight_decay: Decoupled weight decay.
-        decay_norms_and_embeddings: Decay norm weights, biases and the embedding too.
+        decay_norms_and_embeddings: Also decay norm weights, biases and the embedding.
         beta1: Decay rate of the first moment.
         beta2: Decay rate of the second moment.
-        eps: Term added to the denominator.
-        gradient_clip: Largest global gradient norm; 0 = no clipping.
-        ema_decay: Keep a moving average of the weights with this decay, such as 0.9999, for evaluation and
-            export; none = no average.
+        eps: Epsilon added to the denominator.
+        gradient_clip: Maximum global gradient norm; 0 = no clipping.
+        ema_decay: Decay of an exponential moving average of the weights for evaluation and export, such as
+            0.9999; none = no average.
     """
 
     learning_rate: float = 3e-4
@@ -38,17 +38,17 @@ class OptimizerConfig:
     ema_decay: float | None = None
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require_positive("optimizer", self, "learning_rate", "eps")
         require(
             self.learning_rate <= HIGHEST_LEARNING_RATE,
-            f"optimizer.learning_rate is {self.learning_rate}: AdamW moves every weight by about so much a "
-            f"step, give {HIGHEST_LEARNING_RATE} or less, such as 3e-4.",
+            f"optimizer.learning_rate is {self.learning_rate}: AdamW moves every weight by about that much "
+            f"per step; give {HIGHEST_LEARNING_RATE} or less, such as 3e-4.",
         )
         require(
             self.learning_rate * self.weight_decay < HIGHEST_LEARNING_RATE,
             f"optimizer.weight_decay is {self.weight_decay}: with optimizer.learning_rate = "
-            f"{self.learning_rate} a step would take more than a tenth off every weight. Lower it.",
+            f"{self.learning_rate}, each step would shrink every weight by more than a tenth. Lower it.",
         )
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
@@ -65,13 +65,13 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over the steps.
+    """Learning rate schedule.
 
     Args:
-        kind: cosine = warm-up, then half a cosine; wsd = warm-up, stable, linear decay at the end.
+        kind: cosine = warm-up, then cosine decay; wsd = warm-up, constant, then linear decay at the end.
         warmup_steps: Steps of linear warm-up.
         decay_steps: Steps of the final decay (wsd only).
-        final_ratio: Learning rate at the last step, as a share of the peak.
+        final_ratio: Learning rate at the last step, as a fraction of the peak.
     """
 
     kind: Literal["cosine", "wsd"] = "cosine"
@@ -80,7 +80,7 @@ class ScheduleConfig:
     final_ratio: float = 0.1
 
     def check(self, steps: int) -> None:
-        """Raise a `UserError` for the first setting that cannot work in a run of `steps` steps."""
+        """Raise a `UserError` for the first setting that is invalid in a run of `steps` steps."""
         for key in ("warmup_steps", "decay_steps"):
             value = getattr(self, key)
             require(value >= 0, f"schedule.{key} is {value}: it must be 0 or more.")
@@ -102,18 +102,18 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
-    """The run itself.
+    """Training loop.
 
     Args:
         steps: Optimizer steps.
-        global_batch_size: Sequences a step over all ranks.
-        micro_batch_size: Sequences a forward on one rank, at most: lowered where it does not divide a rank's
-            share of the global batch. The accumulation follows.
-        seed: Seed of the initial weights, the order of the examples and every mask.
-        log_interval: Steps between two lines and TensorBoard points.
-        log_samples: Write which examples each step was trained on to samples/ in the run folder; slower.
-        initial_weights: Folder of tools/import_hf.py or tools/export_hf.py with the weights that the run
-            begins at; by default they are random.
+        global_batch_size: Examples per optimizer step, over all ranks.
+        micro_batch_size: Maximum examples per forward pass on one rank; lowered to the next divisor of the
+            rank's share of the global batch. Gradient accumulation makes up the rest.
+        seed: Seed of the initial weights, the example order and all masks.
+        log_interval: Steps between two log lines and two writes of the metrics.
+        log_samples: Write the examples that each step was trained on to samples/ in the run folder; slower.
+        initial_weights: Start from the weights in this folder, written by tools/import_hf.py or
+            tools/export_hf.py; none = random weights.
     """
 
     steps: int = 1000
@@ -125,27 +125,27 @@ class TrainConfig:
     initial_weights: str | None = None
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work."""
+        """Raise a `UserError` for the first invalid setting."""
         require_positive("train", self, "steps", "global_batch_size", "micro_batch_size", "log_interval")
         require(0 <= self.seed < 2**31, f"train.seed is {self.seed}: it must be at least 0 and below 2^31.")
 
     def fitted(self, data_size: int, sequence_size: int = 1) -> TrainConfig:
-        """Return these settings with the largest micro-batch, up to the given one, that fits the ranks.
+        """Return these settings with micro_batch_size lowered to a divisor of a rank's share.
 
-        The global batch stays as it is: a run goes on with the same losses on more or fewer ranks.
+        The global batch stays the same, so a run resumes with the same losses on more or fewer ranks.
 
         Args:
-            data_size: ranks among which the batch is divided; those of a sequence-parallel group count once.
-            sequence_size: ranks of such a group.
+            data_size: number of data-parallel ranks; a sequence-parallel group counts as one.
+            sequence_size: ranks per sequence-parallel group.
 
         Raises:
-            UserError: when the sequences of a step cannot be dealt evenly.
+            UserError: if the global batch does not divide evenly among the ranks.
         """
         total, ranks = self.global_batch_size, data_size * sequence_size
         possible = [str(n * sequence_size) for n in range(1, total + 1) if total % n == 0]
         require(
             str(ranks) in possible,
-            f"train.global_batch_size = {total} sequences cannot be dealt evenly to {ranks} ranks: start "
+            f"train.global_batch_size = {total} examples cannot be split evenly over {ranks} ranks: start "
             f"{', '.join(possible)} ranks, or begin a new run with another global batch.",
         )
         share = total // data_size
@@ -153,27 +153,27 @@ class TrainConfig:
         return replace(self, micro_batch_size=fitting)
 
     def accumulation(self, data_size: int) -> int:
-        """Return the micro-batches that a rank runs a step; these settings must be `fitted`."""
+        """Return the micro-batches per step and rank; call this on `fitted` settings."""
         return self.global_batch_size // (data_size * self.micro_batch_size)
 
 
 @dataclass
 class EngineConfig:
-    """What executes the steps.
+    """Execution engine.
 
     Args:
-        kind: deepspeed, or plain = one process of plain torch, for debugging.
-        deepspeed_config: DeepSpeed JSON with ZeRO and communication settings (ds_configs/).
-        device: auto = GPU where there is one.
+        kind: deepspeed; or plain = a single process of plain PyTorch, for debugging.
+        deepspeed_config: DeepSpeed JSON with the ZeRO and communication settings (ds_configs/).
+        device: auto = GPU if available, otherwise CPU.
         precision: auto = bf16 on GPUs, fp32 on CPUs.
-        activation_checkpointing: What is computed again in the backward instead of being kept; the results
-            are the same. swiglu = the element-wise products inside each SwiGLU: a quarter less memory than
-            with none, at 1% of the time; blocks = all but the input of each transformer block: least
-            memory, a third more time there.
-        compile: Compile each transformer block by torch.compile, which joins its element-wise operations;
-            takes up to a minute at the start and when shapes change. Needs a compiler; not with ZeRO-3.
-        sequence_parallel_size: Consecutive ranks that share their sequences, each with an equal part of the
-            positions (DeepSpeed-Ulysses): for sequences too long for one GPU.
+        activation_checkpointing: Activations to recompute in the backward pass instead of keeping them; the
+            results are identical. swiglu = the element-wise products inside each SwiGLU, a quarter less
+            memory than none for 1% of the time; blocks = everything but the input of each transformer
+            block, the least memory, a third more time in the blocks.
+        compile: Compile each transformer block with torch.compile, which fuses its element-wise operations.
+            Takes up to a minute at the start and when shapes change. Needs a compiler; not with ZeRO-3.
+        sequence_parallel_size: Consecutive ranks that split the same sequences, each with an equal part of
+            the positions (DeepSpeed-Ulysses), for sequences too long for one GPU. 1 = off.
     """
 
     kind: Literal["deepspeed", "plain"] = "deepspeed"
@@ -185,13 +185,13 @@ class EngineConfig:
     sequence_parallel_size: int = 1
 
     def check(self, model: ModelConfig, sequence_length: int) -> None:
-        """Raise a `UserError` for the first setting that cannot work with the model and its sequences."""
+        """Raise a `UserError` for the first setting that is invalid for the model and sequence length."""
         size = self.sequence_parallel_size
         require_positive("engine", self, "sequence_parallel_size")
         require(
             size == 1 or self.kind == "deepspeed",
-            f"engine.sequence_parallel_size is {size}, but engine.kind is {self.kind!r}: one of the two must "
-            "change, to 1 or to 'deepspeed'.",
+            f"engine.sequence_parallel_size is {size}, but engine.kind is {self.kind!r}: set the size to 1, "
+            "or engine.kind to 'deepspeed'.",
         )
         for key, value in (
             ("model.heads", model.heads),

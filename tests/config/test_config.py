@@ -226,7 +226,9 @@ def test_bad_yaml_is_one_line_with_file(tmp_path: Path, content: str, parts: lis
 def test_global_batch_must_divide(good: str) -> None:
     train = configuration.load(["--config", good]).train
     assert [train.accumulation(world_size) for world_size in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(UserError, match=r"train.global_batch_size = 8 .*to 3 ranks: start 1, 2, 4, 8 ranks"):
+    with pytest.raises(
+        UserError, match=r"train.global_batch_size = 8 .*over 3 ranks: start 1, 2, 4, 8 ranks"
+    ):
         train.fitted(3)
 
 

@@ -166,7 +166,10 @@ def test_bad_tasks_are_refused_at_the_start(
 def test_two_tasks_need_two_names(train: Callable[..., Outcome], items: Path, tmp_path: Path) -> None:
     tasks = json.dumps([{"task": "exact", "data": str(items)}] * 2)
     complaint = train(tmp_path, "--evaluation.tasks", tasks).complaint()
-    assert "evaluation.tasks[1].name is None, but there are curves evaluation/exact already" in complaint
+    assert (
+        "evaluation.tasks[1].name is None, but another task already has the curve evaluation/exact"
+        in complaint
+    )
 
 
 def test_every_task_can_be_scheduled() -> None:
