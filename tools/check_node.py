@@ -1,6 +1,6 @@
-"""Check the nodes of a job before training (slurm/pretrain.sbatch).
+"""Check the nodes of a job before training (called by slurm/pretrain.sbatch).
 
-GPUs, disk, the files that the training reads, the clock, a short all-reduce.
+Checks GPUs, disk, the files that training reads, the clock and a short all-reduce between the nodes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pipeline.cluster.health import bad_nodes, check_alone, check_together, trai
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write this node's report, or print the bad nodes among all."""
+    """Check this node and write its report, or print the bad nodes of a set of reports."""
     parser = ToolParser(__doc__ or "")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--report", type=Path, help="check this node, and write NODE.json into this folder")
+    what.add_argument("--report", type=Path, help="check this node and write NODE.json to this folder")
     what.add_argument(
-        "--summary", type=Path, help="print the bad nodes of such a folder, separated by commas"
+        "--summary", type=Path, help="print the bad nodes in such a folder, separated by commas"
     )
-    parser.add_argument("--nodes", default="", help="with --summary: the nodes that must have reported")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that a node must show")
+    parser.add_argument("--nodes", default="", help="with --summary: nodes that must have a report")
+    parser.add_argument("--gpus", type=int, default=0, help="number of GPUs that a node must have")
     parser.add_argument("--folder", nargs="*", type=Path, default=[], help="folders that must be writable")
     parser.add_argument(
         "--settings",
         nargs=argparse.REMAINDER,
         default=[],
-        help="last: the arguments of pipeline.train, whose files must be readable",
+        help="must come last: arguments of pipeline.train, whose files must be readable",
     )
     options = parser.parse_args(arguments)
     if options.summary is not None:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_report(options.report, report)
     nodes = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if nodes > 1:
-        # One above the port of the training: that one must be free when it starts.
+        # Training uses MASTER_PORT itself, which must be free when it starts.
         port = int(os.environ.get("MASTER_PORT", "29500")) + 1
         address = f"tcp://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{port}"
         check_together(report, int(os.environ["SLURM_PROCID"]), nodes, address)

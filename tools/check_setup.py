@@ -1,6 +1,7 @@
-"""Is everything in place for a run: packages, GPUs, compilers, file system, SLURM, with --config the data.
+"""Check that this machine is ready: packages, GPUs, compilers, file system, SLURM; with --config, also a run.
 
-Each line says ok, warning (only some runs need it) or failed, with the remedy; exit code 1 when one failed.
+Each line is ok, warning (only some runs are affected) or failed, with a remedy. The exit code is 1 if a check
+failed.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ COLOURS = {"ok": 32, "warning": 33, "failed": 31}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what is found; return the exit code."""
+    """Print the findings; return the exit code."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--config", help="YAML of a run: its settings, data and tokenizer are checked too")
+    parser.add_argument("--config", help="also check the settings, data and tokenizer of this run's YAML")
     add_overrides(parser)
-    parser.add_argument("--folder", nargs="*", type=Path, default=[Path()], help="where runs will be written")
+    parser.add_argument("--folder", nargs="*", type=Path, default=[Path()], help="folders for runs")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     config = None
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def line(finding: Finding) -> str:
-    """Return a finding as text, its state in colour on a terminal."""
+    """Format a finding as one line, with a coloured state on a terminal."""
     state = f"{finding.state:8}"
     if in_colours(sys.stdout):
         state = f"\033[1;{COLOURS[finding.state]}m{state}\033[0m"

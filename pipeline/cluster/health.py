@@ -1,7 +1,7 @@
-"""Is a node fit for a long job: GPUs, disk, inputs, clock, and a short all-reduce with the others.
+"""Check that a node is fit for a long job: GPUs, disk, inputs, clock, and a short all-reduce.
 
-Every node writes ``REPORT/NODE.json``, first what it finds out alone and then what the nodes find out
-together, so that a node which hangs or dies in between is known by what is missing.
+Each node writes ``REPORT/NODE.json`` twice: after its own checks, and again after the checks between nodes. A
+node that hangs or dies in between is identified by its missing results.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ TIMEOUT = timedelta(seconds=120)
 
 @dataclass
 class NodeReport:
-    """What is known of a node.
+    """The health of a node.
 
     Attributes:
-        node: its name.
-        problems: reasons to keep away from it.
-        gpus: GPUs that it shows.
-        all_reduce_gigabytes_per_second: bus bandwidth with the other nodes; None where it was not measured.
-        together: what went wrong between the nodes, which is no single node's fault.
-        unreadable: files of the training that it cannot read: its own fault only if another node can.
+        node: node name.
+        problems: reasons to exclude the node.
+        gpus: number of visible GPUs.
+        all_reduce_gigabytes_per_second: bus bandwidth with the other nodes; None if not measured.
+        together: failure of the checks between nodes, which cannot be blamed on one node.
+        unreadable: training inputs that the node cannot read; a problem only if another node can read them.
     """
 
     node: str
@@ -57,12 +57,12 @@ class NodeReport:
 
 
 def check_alone(gpus: int, folders: Sequence[Path], inputs: Sequence[Path] = ()) -> NodeReport:
-    """Return what a node finds out alone.
+    """Run the checks that need no other node.
 
     Args:
-        gpus: how many GPUs it must show.
-        folders: folders that must be writable and have space.
-        inputs: files that the training reads; see `training_inputs`.
+        gpus: number of GPUs that must be visible; 0 skips the GPU checks.
+        folders: folders that must be writable and have free space.
+        inputs: files that training reads; see `training_inputs`.
     """
     report = NodeReport(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
     if gpus:
@@ -74,9 +74,9 @@ def check_alone(gpus: int, folders: Sequence[Path], inputs: Sequence[Path] = ())
 
 
 def training_inputs(settings: Sequence[str]) -> list[Path]:
-    """Return what every node must read for a run, from the arguments of `pipeline.train`.
+    """Return the files that every node must be able to read, given the arguments of `pipeline.train`.
 
-    Of settings that are wrong it is the YAML alone: what is wrong with them is for the training to say.
+    For invalid settings this is the YAML alone: training itself reports the error.
     """
     paths = [Path(path) for option, path in pairwise(settings) if option == "--config"]
     with contextlib.suppress(UserError):
@@ -91,7 +91,7 @@ def training_inputs(settings: Sequence[str]) -> list[Path]:
 
 
 def check_folder(folder: Path) -> list[str]:
-    """Return what is wrong with a folder that must be writable, replace files whole and have space."""
+    """Return the problems of a folder that must be writable, replace files atomically and have space."""
     probe = folder / f".health_{socket.gethostname()}_{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,12 +102,12 @@ def check_folder(folder: Path) -> list[str]:
     except OSError as error:
         return [f"{folder} cannot be written: {error.strerror}"]
     if free < FREE_GIBIBYTES:
-        return [f"{folder} has {free:.2f} GiB free, {FREE_GIBIBYTES:g} are needed"]
+        return [f"{folder} has {free:.2f} GiB free, {FREE_GIBIBYTES:g} GiB are needed"]
     return []
 
 
 def check_gpus(problems: list[str], wanted: int) -> int:
-    """Note what is wrong with the GPUs, and return their number."""
+    """Append the problems of the GPUs to `problems`, and return the number of GPUs."""
     try:
         lines = _ask_nvidia("--query-gpu=index,memory.used,temperature.gpu")
         strays = _ask_nvidia("--query-compute-apps=pid,process_name")
@@ -127,19 +127,19 @@ def check_gpus(problems: list[str], wanted: int) -> int:
 
 
 def _ask_nvidia(query: str) -> list[str]:
-    """Return the lines that nvidia-smi answers to a query."""
+    """Return the lines that nvidia-smi prints for a query."""
     command = ["nvidia-smi", "--format=csv,noheader,nounits", query]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
 
 
 def check_together(report: NodeReport, rank: int, world_size: int, address: str) -> None:
-    """Compare the clocks and time an all-reduce over one process a node; results go into `report`.
+    """Compare clocks and time an all-reduce with one process per node; write the results to `report`.
 
     Args:
-        report: of this node.
-        rank: number of this node.
-        world_size: nodes.
-        address: ``tcp://HOST:PORT`` of the first one.
+        report: report of this node.
+        rank: index of this node.
+        world_size: number of nodes.
+        address: ``tcp://HOST:PORT`` of the first node.
     """
     on_gpu = report.gpus > 0 and torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -165,9 +165,9 @@ def check_together(report: NodeReport, rank: int, world_size: int, address: str)
 
 
 def _time_all_reduce(device: torch.device, world_size: int, repeats: int = 5) -> float:
-    """Return the bus bandwidth (GB/s) of an all-reduce, as nccl-tests define it."""
+    """Return the bus bandwidth (GB/s) of an all-reduce, as defined by nccl-tests."""
     numbers = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
-    dist.all_reduce(numbers)  # connections are made by the first one
+    dist.all_reduce(numbers)  # warm-up: the first one opens the connections
     started = time.perf_counter()
     for _ in range(repeats):
         dist.all_reduce(numbers)
@@ -178,15 +178,15 @@ def _time_all_reduce(device: torch.device, world_size: int, repeats: int = 5) ->
 
 
 def write_report(folder: Path, report: NodeReport) -> None:
-    """Write a node's report."""
+    """Write the report of a node."""
     with replacing(folder / f"{report.node}.json") as file:
         file.write(json.dumps(dataclasses.asdict(report), indent=2).encode() + b"\n")
 
 
 def bad_nodes(folder: Path, nodes: Sequence[str]) -> dict[str, str]:
-    """Return the nodes to keep away from, with the reason: a problem, or no report.
+    """Return the nodes to exclude, each with its reason: its problems, or a missing report.
 
-    What no node can read is no node's fault: the training ends with the reason.
+    A file that no node can read excludes no node: training reports it.
     """
     paths = {node: folder / f"{node}.json" for node in nodes}
     reports = {
@@ -198,11 +198,11 @@ def bad_nodes(folder: Path, nodes: Sequence[str]) -> dict[str, str]:
     bad = {}
     for node in nodes:
         if node not in reports:
-            bad[node] = "no report: it did not start the check, or died in it"
+            bad[node] = "no report: it did not start the check, or died during it"
             continue
         problems = list(reports[node].problems)
         problems += [
-            f"cannot read {path}, which other nodes can"
+            f"cannot read {path}, which other nodes can read"
             for path in reports[node].unreadable
             if path not in nowhere
         ]

@@ -1,4 +1,4 @@
-"""The chain of jobs from a corpus to an exported model: what each needs, and what comes after what."""
+"""The chain of jobs from a corpus to an exported model: their options, arguments and dependencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.config.checks import require
 from pipeline.data.tokenizer import Tokenizer
 
-# Each stage, and the one that must have ended well before it; where that is left out, the one before that.
+# Each stage, and the stage it depends on. If that one is not submitted, the dependency moves up the chain.
 STAGES: dict[str, str | None] = {
     "preprocess": None,
     "merge": "preprocess",
@@ -24,17 +24,17 @@ STAGES: dict[str, str | None] = {
 
 @dataclass
 class Request:
-    """What a user asks for.
+    """The chain of jobs that the user requests.
 
     Attributes:
-        config: the run.
-        stages: names out of STAGES.
+        config: configuration of the run.
+        stages: names from STAGES.
         nodes: nodes of the pretraining job.
-        shards: array tasks of the preprocessing.
-        corpus: arguments of tools/preprocess_data.py besides tokenizer and output prefix.
-        evaluation: arguments of tools/evaluate.py besides the checkpoint and the output.
-        evaluated_checkpoints: how many of the newest checkpoints are evaluated.
-        export: folder of the exported model.
+        shards: array tasks of the preprocessing job.
+        corpus: arguments of tools/preprocess_data.py, without tokenizer and output prefix.
+        evaluation: arguments of tools/evaluate.py, without checkpoint and output.
+        evaluated_checkpoints: number of newest checkpoints to evaluate.
+        export: folder for the exported model; None = RUN/export.
     """
 
     config: Config
@@ -49,14 +49,14 @@ class Request:
 
 @dataclass
 class Job:
-    """One sbatch.
+    """One sbatch job.
 
     Attributes:
-        stage: its name; the script is slurm/STAGE.sbatch.
-        options: of sbatch, without the dependency.
-        arguments: of the script.
-        after: the stage that must have ended well before; None = nothing.
-        id: SLURM's number, once it is submitted.
+        stage: stage name; the script is slurm/STAGE.sbatch.
+        options: options of sbatch, without the dependency.
+        arguments: arguments of the script.
+        after: the stage that must succeed first; None = no dependency.
+        id: SLURM job id, once submitted.
     """
 
     stage: str
@@ -66,16 +66,16 @@ class Job:
     id: int | None = None
 
     def command(self, code: Path, dependency: str | None = None) -> list[str]:
-        """Return the command that submits the job; `code` is the folder that holds slurm/."""
+        """Return the command that submits the job; `code` is the folder that contains slurm/."""
         depends = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
         script = str(code / "slurm" / f"{self.stage}.sbatch")
         return ["sbatch", "--parsable", *self.options, *depends, script, *self.arguments]
 
 
 def check_request(request: Request, site: Site) -> None:
-    """Raise a `UserError` for the first thing that would make a job of the chain fail.
+    """Raise a `UserError` for the first problem that would make a job of the chain fail.
 
-    Checks the stages, the batch against the ranks, and that everything exists which no stage makes.
+    Checks the stages, the global batch against the ranks, and that every input exists that no stage creates.
     """
     config, stages = request.config, request.stages
     for stage in stages:
@@ -83,15 +83,15 @@ def check_request(request: Request, site: Site) -> None:
             stage in STAGES,
             f"--stages: unknown stage {stage!r}.{nearest(stage, STAGES)} Known: {', '.join(STAGES)}.",
         )
-    require(bool(stages), f"--stages is empty: name some of {', '.join(STAGES)}.")
+    require(bool(stages), f"--stages is empty: name at least one of {', '.join(STAGES)}.")
     for name, value in (("--nodes", request.nodes), ("--shards", request.shards)):
         require(value > 0, f"{name} is {value}: it must be 1 or more.")
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     if "preprocess" in stages or "merge" in stages:
         require(
             len(config.data.prefixes) == 1,
-            f"data.prefixes names {len(config.data.prefixes)} datasets: the preprocess and merge stages make "
-            "one; submit them for each dataset on its own, and then pretrain with all.",
+            f"data.prefixes names {len(config.data.prefixes)} datasets: the preprocess and merge stages "
+            "build only one. Submit these two stages once per dataset, then pretrain with all of them.",
         )
     if "preprocess" in stages:
         require(
@@ -106,11 +106,11 @@ def check_request(request: Request, site: Site) -> None:
         ranks = request.nodes * site.tasks_per_node
         require(
             ranks % sequence_size == 0,
-            f"--nodes {request.nodes} with {site.tasks_per_node} tasks a node are {ranks} ranks: they cannot "
-            f"be grouped by engine.sequence_parallel_size = {sequence_size}.",
+            f"--nodes {request.nodes} with {site.tasks_per_node} tasks per node is {ranks} ranks: it must be "
+            f"a multiple of engine.sequence_parallel_size = {sequence_size}.",
         )
         config.train.fitted(ranks // sequence_size, sequence_size)
-        from pipeline.training import preflight  # imports torch, which status and cancel do not need
+        from pipeline.training import preflight  # imports torch; status and cancel do not need it
 
         made_before = {"preprocess", "merge"} & set(stages)
         check = preflight.check_engine if made_before else preflight.check_run
@@ -124,13 +124,13 @@ def check_request(request: Request, site: Site) -> None:
         raise UserError(f"--export {request.export} exists: remove it, or name another folder.")
 
 
-def make_plan(request: Request, site: Site, run_dir: Path, config_path: Path) -> list[Job]:
-    """Return the jobs in the order in which they are submitted.
+def make_jobs(request: Request, site: Site, run_dir: Path, config_path: Path) -> list[Job]:
+    """Return the jobs of the chain in submission order.
 
     Args:
         request: a checked request.
-        site: the cluster.
-        run_dir: absolute run folder.
+        site: settings of the cluster.
+        run_dir: absolute path of the run folder.
         config_path: absolute path of the resolved configuration.
     """
     config = request.config
@@ -181,7 +181,7 @@ def _stage_before(stage: str, stages: Sequence[str]) -> str | None:
 
 
 def draw(jobs: Sequence[Job]) -> str:
-    """Return the dependency graph as text, one job a line, indented below the one it waits for."""
+    """Draw the dependency graph as text: one job per line, indented below the job it waits for."""
     lines = []
 
     def below(parent: str | None, depth: int) -> None:

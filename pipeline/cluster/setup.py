@@ -1,4 +1,4 @@
-"""Is everything in place for a run on this machine: packages, GPUs, compilers, file system, SLURM, data."""
+"""Check that this machine is ready for a run: packages, GPUs, compilers, file system, SLURM, data."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from pipeline.training.preflight import check_run
 DISTRIBUTION = "puma-pipeline"  # pip writes what pyproject.toml declares into its metadata
 LOCKS = ("requirements.txt", "requirements-dev.txt")
 SPEED_BYTES = 2**26
-SLOW_MEGABYTES = 100.0  # a second, below which checkpoints become a burden
-TIMEOUT = 120.0  # seconds for two processes to add up a tensor
+SLOW_MEGABYTES = 100.0  # per second; below this, checkpoints slow the run down
+TIMEOUT = 120.0  # seconds for an all-reduce between two processes
 
 State = Literal["ok", "warning", "failed"]
 
@@ -46,10 +46,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        what: the thing.
-        state: ok, warning = only some runs need it, failed = runs would fail.
+        what: what was checked.
+        state: ok; warning = only some runs are affected; failed = runs would fail.
         fact: what was found.
-        remedy: what to do about it; empty where it is ok.
+        remedy: what to do about it; empty if ok.
     """
 
     what: str
@@ -127,13 +127,13 @@ def _version(package: str) -> str | None:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Look at GPUs, CUDA and NCCL."""
+    """Check GPUs, CUDA and NCCL."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     driver = not hidden and (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists())
     if not torch.cuda.is_available():
         fact = f"torch {torch.__version__} sees no GPU"
         if driver:
-            remedy = "the driver is there: install the CUDA build of torch, and look at CUDA_VISIBLE_DEVICES"
+            remedy = "a driver is installed: install the CUDA build of torch, and check CUDA_VISIBLE_DEVICES"
             yield Finding("GPUs", "failed", fact, remedy)
         else:
             yield Finding("GPUs", "warning", fact, "training runs on the CPU: enough for a trial only")
@@ -145,9 +145,9 @@ def check_devices() -> Iterator[Finding]:
     if driver and shutil.which("nvidia-smi"):
         check_gpus(problems, len(names))
     if len(set(names)) > 1:
-        problems.append(f"different kinds: {', '.join(sorted(set(names)))}")
+        problems.append(f"mixed GPU types: {', '.join(sorted(set(names)))}")
     state: State = "warning" if problems else "ok"
-    yield Finding("GPUs", state, "; ".join([fact, *problems]), "free them of other work" if problems else "")
+    yield Finding("GPUs", state, "; ".join([fact, *problems]), "stop other work on them" if problems else "")
     if gpu_of_device(names[0]) is None:
         yield Finding(
             "peak rate",
@@ -161,19 +161,19 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_compilers() -> Iterator[Finding]:
-    """Look for what compiles DeepSpeed's kernels and flex_attention."""
+    """Look for the compilers of DeepSpeed's kernels and of flex_attention."""
     for program, needed in (
         ("g++", "offloading (DeepSpeedCPUAdam) and engine.compile"),
         ("ninja", "offloading"),
         ("nvcc", "DeepSpeed's CUDA kernels (quantised collectives)"),
     ):
         path = shutil.which(program)
-        remedy = "" if path else f"install it, or load its module: needed for {needed} alone"
+        remedy = "" if path else f"install it or load its module; only needed for {needed}"
         yield Finding(program, "ok" if path else "warning", path or "not on the PATH", remedy)
 
 
 def check_ops(config: Config | None) -> Iterator[Finding]:
-    """Ask DeepSpeed for the kernels that the offload settings need; without a configuration, for all."""
+    """Check that DeepSpeed can compile its kernels; those that `config` needs must compile."""
     wanted = {"cpu_adam": "offload_optimizer", "async_io": "NVMe", "quantizer": "quantised collectives"}
     needed: set[str] = set()
     if config is not None and config.engine.kind == "deepspeed":
@@ -188,20 +188,18 @@ def check_ops(config: Config | None) -> Iterator[Finding]:
             yield Finding(f"DeepSpeed {name}", "ok", "can be compiled")
         else:
             state: State = "failed" if name in needed else "warning"
-            remedy = "see `ds_report`; a compiler, libaio-dev or the CUDA toolkit is missing"
-            yield Finding(f"DeepSpeed {name}", state, f"cannot be compiled: for {wanted[name]}", remedy)
+            remedy = "run `ds_report`: a compiler, libaio-dev or the CUDA toolkit is missing"
+            yield Finding(f"DeepSpeed {name}", state, f"cannot be compiled; used for {wanted[name]}", remedy)
 
 
 def check_file_system(folder: Path) -> Iterator[Finding]:
-    """Try what checkpoints need in a folder: a rename that replaces, locks, speed to the disk."""
+    """Check what checkpoints need from a folder: atomic replacement, locks, write speed."""
     problems = check_folder(folder)
     if problems:
-        yield Finding(
-            f"{folder}", "failed", "; ".join(problems), "name a folder with space that you may write"
-        )
+        yield Finding(f"{folder}", "failed", "; ".join(problems), "choose a writable folder with free space")
         return
     yield Finding(
-        f"{folder}", "ok", f"files are replaced whole, {shutil.disk_usage(folder).free / GIB:,.0f} GiB free"
+        f"{folder}", "ok", f"atomic replacement works, {shutil.disk_usage(folder).free / GIB:,.0f} GiB free"
     )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".setup_") as temporary:
         locked = _locks(Path(temporary) / "lock")
@@ -209,20 +207,20 @@ def check_file_system(folder: Path) -> Iterator[Finding]:
             f"{folder}: locks",
             "ok" if locked else "warning",
             "work" if locked else "have no effect on this file system",
-            "" if locked else "two runs in one folder are told apart by signs of life alone (35 s)",
+            "" if locked else "a second run in the same folder is then detected only by heartbeats (35 s)",
         )
         speed = _write_megabytes_per_second(Path(temporary) / "data")
     slow = speed < SLOW_MEGABYTES
     yield Finding(
         f"{folder}: speed",
         "warning" if slow else "ok",
-        f"{speed:,.0f} MB/s written and synchronised by one process",
-        "a checkpoint will take long: look for a faster file system" if slow else "",
+        f"{speed:,.0f} MB/s written and synced by one process",
+        "checkpoints will be slow: use a faster file system" if slow else "",
     )
 
 
 def _locks(path: Path) -> bool:
-    """Say whether a second descriptor is kept from a lock."""
+    """Return whether a lock keeps a second descriptor out."""
     with path.open("w") as first, path.open("w") as second:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -246,12 +244,12 @@ def _write_megabytes_per_second(path: Path) -> float:
 
 
 def check_slurm(root: Path) -> Iterator[Finding]:
-    """Look for SLURM and the settings of the site."""
+    """Look for SLURM and the site settings."""
     if shutil.which("sbatch") is None:
         yield Finding("SLURM", "warning", "sbatch is not on the PATH", "only tools/submit.py needs it")
         return
     answer = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
-    answer = answer or "sbatch does not tell its version"
+    answer = answer or "sbatch does not report its version"
     there = (root / SITE_FILE).is_file()
     remedy = "" if there else f"copy {SITE_FILE}.example to {SITE_FILE} and fill it in"
     yield Finding(
@@ -260,20 +258,18 @@ def check_slurm(root: Path) -> Iterator[Finding]:
 
 
 def check_configuration(config: Config) -> Iterator[Finding]:
-    """Check a run with its data and tokenizer."""
+    """Check the settings of a run against its data and tokenizer."""
     try:
         check_run(config, Tokenizer.load(Path(config.data.tokenizer)))
     except UserError as error:
         fact, _, remedy = str(error).rpartition(": ")
         yield Finding("configuration", "failed", fact or str(error), remedy)
     else:
-        yield Finding(
-            "configuration", "ok", f"{config.run_dir}: settings, data and tokenizer belong together"
-        )
+        yield Finding("configuration", "ok", f"{config.run_dir}: settings, data and tokenizer are consistent")
 
 
 def check_two_ranks(root: Path) -> Iterator[Finding]:
-    """Let two processes add up a tensor, by the health check of nodes: on two GPUs, or on the CPU."""
+    """Run the node health check with two processes, on two GPUs or on the CPU."""
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 1
     port = free_port()
     with tempfile.TemporaryDirectory() as temporary:
@@ -302,14 +298,14 @@ def check_two_ranks(root: Path) -> Iterator[Finding]:
     if len(rates) == 2 and None not in rates:
         yield Finding(what, "ok", f"{min(rates):.2f} GB/s")
         return
-    said = " ".join(" ".join(errors).split())[-300:] or "one did not answer"
-    yield Finding(what, "failed", said, "look at NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, and firewalls")
+    said = " ".join(" ".join(errors).split())[-300:] or "one process did not answer"
+    yield Finding(what, "failed", said, "check NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME, and firewalls")
 
 
 def all_checks(
     root: Path, folders: list[Path], config: Config | None
 ) -> list[Callable[[], Iterator[Finding]]]:
-    """Return the checks in their order; the slow one comes last."""
+    """Return the checks in order, the slow one last."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         lambda: check_packages(root),
         check_devices,

@@ -1,4 +1,4 @@
-"""What is particular to a cluster: slurm/site.env, read as bash reads it."""
+"""Settings of the cluster: slurm/site.env, evaluated by bash."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Site:
     """The settings of slurm/site.env that shape the jobs.
 
     Attributes:
-        gpus_per_node: GPUs asked for on each node of the pretraining job.
-        tasks_per_node: ranks on each node.
-        cpus_per_task: cores of a task.
-        times: time limit of each kind of job, as sbatch takes it; None = that of the partition.
-        seconds_to_save: how long before the time limit the pretraining job is told to stop.
-        options: further options of every sbatch.
-        environment: variables with which sbatch is called (SBATCH_ACCOUNT and its like).
+        gpus_per_node: GPUs requested on each node of the pretraining job.
+        tasks_per_node: ranks per node.
+        cpus_per_task: cores per task.
+        times: time limit of each kind of job in sbatch's format; None = the partition's limit.
+        seconds_to_save: seconds before the time limit at which the pretraining job is told to stop.
+        options: additional sbatch options of every job.
+        environment: environment variables of sbatch (SBATCH_ACCOUNT and so on).
     """
 
     gpus_per_node: int
@@ -38,10 +38,10 @@ class Site:
 
 
 def read_site(root: Path) -> Site:
-    """Return the settings of ``root``/slurm/site.env; without the file, those of one node without GPUs.
+    """Return the settings in ``root``/slurm/site.env, or defaults for nodes without GPUs if it is missing.
 
     Raises:
-        UserError: when bash cannot read the file, or a number in it is none.
+        UserError: if bash cannot read the file, or a number in it is not a whole number.
     """
     path = root / SITE_FILE
     environment = dict(os.environ) | {"PUMA_CODE": str(root), "SLURM_SUBMIT_DIR": str(root)}
@@ -57,7 +57,7 @@ def read_site(root: Path) -> Site:
             item.split("=", 1) for item in result.stdout.decode(errors="replace").split("\0") if "=" in item
         )
         environment = dict(pairs)
-    # What was set for reading the file must not reach the jobs, which set it for themselves.
+    # Set only to evaluate the file; the jobs set their own.
     for name in ("PUMA_CODE", "SLURM_SUBMIT_DIR"):
         environment.pop(name, None)
     return Site(

@@ -1,4 +1,4 @@
-"""How a submitted chain stands: SLURM's word on the jobs, the journal that they write, the run's metrics."""
+"""Report the status of a submitted chain, from SLURM, the journal of the jobs and the run's metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TAIL_BYTES = 2**16
 
 @dataclass
 class StageStatus:
-    """One row of the table: stage, job, state, restarts, and what else is known."""
+    """One row of the status table: stage, job, state, restarts and details."""
 
     stage: str
     job: str
@@ -31,14 +31,14 @@ class StageStatus:
 
 
 def read_status(run_dir: Path) -> list[StageStatus]:
-    """Return how each stage of a run stands; raise a `UserError` when it was not submitted."""
+    """Return the status of each stage of a run; raise a `UserError` if the run was not submitted."""
     journal = _read_journal(run_dir)
     rows = []
     for job in read_submission(run_dir).jobs:
         tasks = _ask_slurm(job)
         state = _summary([task["JobState"] for task in tasks]) if tasks else ""
         last = journal.get(job.stage, "")
-        if not state:  # SLURM forgets finished jobs after some minutes
+        if not state:  # SLURM forgets finished jobs after a few minutes
             state = {"ended 0": "COMPLETED"}.get(
                 last[:7], "FAILED" if last.startswith("ended") else "UNKNOWN"
             )
@@ -49,14 +49,14 @@ def read_status(run_dir: Path) -> list[StageStatus]:
 
 
 def _summary(states: list[str]) -> str:
-    """Return one word for the tasks of an array: what they have in common, or how many are done."""
+    """Summarise the states of array tasks: the common state, or how many have completed."""
     if len(set(states)) == 1:
         return states[0]
     return f"{sum(state == 'COMPLETED' for state in states)}/{len(states)} COMPLETED"
 
 
 def _ask_slurm(job: Job) -> list[dict[str, str]]:
-    """Return the fields that SLURM knows of a job and its array tasks; nothing when it has forgotten it."""
+    """Return the fields that scontrol shows for a job and its array tasks; empty if SLURM forgot the job."""
     command = ["scontrol", "show", "job", "-o", str(job.id)]
     try:
         result = subprocess.run(command, capture_output=True, text=True)
@@ -70,14 +70,14 @@ def _ask_slurm(job: Job) -> list[dict[str, str]]:
 
 
 def _read_journal(run_dir: Path) -> dict[str, str]:
-    """Return the last thing that each stage noted."""
+    """Return the last journal entry of each stage."""
     path = run_dir / "slurm" / "journal.tsv"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {fields[1]: fields[4] for fields in (line.split("\t") for line in lines) if len(fields) == 5}
 
 
 def describe_training(run_dir: Path) -> str:
-    """Return step, tokens, loss and time left of a run, from its metrics."""
+    """Describe the progress of a run from its metrics: step, tokens, loss and time left."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return "no step yet"
@@ -91,7 +91,7 @@ def describe_training(run_dir: Path) -> str:
         return "no step yet"
     step, steps = int(losses[-1]["step"]), config.train.steps
     a_step = config.train.global_batch_size * config.data.sequence_length
-    loss = losses[-1]["loss"]  # JSON has null for what is not finite
+    loss = losses[-1]["loss"]  # a loss that is not finite is null in JSON
     facts = (
         f"step {step:,}/{steps:,}  {step * a_step:,} tokens  loss {math.nan if loss is None else loss:.4f}"
     )
@@ -103,7 +103,7 @@ def describe_training(run_dir: Path) -> str:
 
 
 def as_table(rows: list[StageStatus]) -> str:
-    """Return rows as aligned text with a heading."""
+    """Format rows as aligned text with a heading."""
     cells = [("stage", "job", "state", "restarts", ""), *(tuple(vars(row).values()) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(5)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)

@@ -1,8 +1,8 @@
-"""Submitting a chain of jobs, and what is remembered of it in the run folder.
+"""Submit a chain of jobs, and record it in the run folder.
 
-``RUN/slurm/submission.json`` lists the jobs with their numbers; ``RUN/slurm/journal.tsv`` is written by the
-jobs themselves; they run the code in ``RUN/code`` with the settings of ``RUN/slurm/config.yaml``, so that a
-change of the checkout does not change a run that is under way.
+``RUN/slurm/submission.json`` lists the jobs with their ids. The jobs write ``RUN/slurm/journal.tsv``. They
+run the code in ``RUN/code`` with the settings in ``RUN/slurm/config.yaml``, so later changes of the checkout
+do not affect a submitted run.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ CODE = (
 
 @dataclass
 class Submission:
-    """A submitted chain.
+    """A submitted chain of jobs.
 
     Attributes:
-        directory: where sbatch was called; relative paths of the arguments mean this folder.
-        jobs: the jobs with their numbers.
+        directory: working directory of sbatch; relative paths in the arguments refer to it.
+        jobs: the jobs with their ids.
     """
 
     directory: str
     jobs: list[Job]
 
     def job(self, stage: str) -> Job | None:
-        """Return the job of a stage, if the chain has one."""
+        """Return the job of a stage, or None if the chain has no such stage."""
         return next((job for job in self.jobs if job.stage == stage), None)
 
 
 def submission_path(run_dir: Path) -> Path:
-    """Return the path of what is remembered of a run's jobs."""
+    """Return the path of the record of a run's jobs."""
     return run_dir / "slurm" / "submission.json"
 
 
 def read_submission(run_dir: Path) -> Submission:
-    """Return the chain of a run; raise a `UserError` when there is none or its file is damaged."""
+    """Return the submitted chain of a run; raise a `UserError` if its file is missing or damaged."""
     path = submission_path(run_dir)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -67,18 +67,18 @@ def read_submission(run_dir: Path) -> Submission:
         raise UserError(f"{path} does not exist: {run_dir} was not submitted by tools/submit.py.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): cancel the jobs by scancel and submit again."
+            f"{path} is damaged ({error}): cancel the jobs with scancel and submit again."
         ) from None
 
 
 def write_submission(run_dir: Path, submission: Submission) -> None:
-    """Remember a chain."""
+    """Record a submitted chain."""
     with replacing(submission_path(run_dir)) as file:
         file.write(json.dumps(dataclasses.asdict(submission), indent=2).encode() + b"\n")
 
 
 def absolute_paths(config: Config, base: Path) -> Config:
-    """Return the configuration with every path made absolute, so that it means the same in any folder."""
+    """Return the configuration with every path made absolute with respect to `base`."""
 
     def absolute(path: str) -> str:
         return str((base / path).absolute())
@@ -105,10 +105,10 @@ def prepare(root: Path, config: Config) -> tuple[Path, Path]:
 
     Args:
         root: folder of the code.
-        config: the run, with absolute paths.
+        config: configuration of the run, with absolute paths.
 
     Returns:
-        The folder of the copy, and the path of the configuration.
+        The folder of the copy, and the path of the written configuration.
     """
     run_dir = Path(config.run_dir)
     code, writing = run_dir / "code", run_dir / ".code.writing"
@@ -130,7 +130,7 @@ def prepare(root: Path, config: Config) -> tuple[Path, Path]:
 
 
 def call(command: Sequence[str], directory: str | Path, environment: dict[str, str]) -> str:
-    """Return what a SLURM command prints; raise a `UserError` with its complaint when it fails."""
+    """Return the output of a SLURM command; raise a `UserError` with its error message if it fails."""
     try:
         result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     except FileNotFoundError:
@@ -139,12 +139,12 @@ def call(command: Sequence[str], directory: str | Path, environment: dict[str, s
         ) from None
     if result.returncode != 0:
         complaint = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
-        raise UserError(f"{command[0]} refused: {complaint}. The command: {' '.join(command)}")
+        raise UserError(f"{command[0]} failed: {complaint}. The command: {' '.join(command)}")
     return result.stdout.strip()
 
 
 def submit(jobs: list[Job], code: Path, run_dir: Path, site: Site, directory: Path) -> Submission:
-    """Submit the jobs one after the other; what was submitted before a refusal is cancelled again."""
+    """Submit the jobs in order; if one is rejected, cancel those already submitted."""
     environment = site.environment | {"PUMA_CODE": str(code), "PUMA_RUN": str(run_dir)}
     submission = Submission(str(directory), jobs)
     try:
@@ -162,22 +162,22 @@ def submit(jobs: list[Job], code: Path, run_dir: Path, site: Site, directory: Pa
 
 
 def submit_successor(run_dir: Path, exclude: str | None) -> int:
-    """Submit a pretraining job like the one that runs this, and let its dependents wait for the new one.
+    """Submit a copy of the running pretraining job, and make its dependents wait for the copy.
 
     Args:
-        run_dir: the run folder.
-        exclude: nodes to keep away from, as sbatch takes them.
+        run_dir: run folder.
+        exclude: nodes to exclude, in sbatch's format.
 
     Returns:
-        The number of the new job.
+        The id of the new job.
     """
     submission = read_submission(run_dir)
     job = submission.job("pretrain")
     if job is None:
         raise UserError(f"{submission_path(run_dir)} has no pretraining job.")
-    # The variables of the running job would become those of the new one.
+    # sbatch would pass the running job's variables to the new job.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    if exclude:  # sbatch listens to the last --exclude alone
+    if exclude:  # sbatch honours only the last --exclude
         name = "--exclude="
         before = [option for option in job.options if option.startswith(name)]
         nodes = ",".join([*(option.removeprefix(name) for option in before), exclude])
@@ -195,7 +195,7 @@ def submit_successor(run_dir: Path, exclude: str | None) -> int:
 
 
 def cancel(run_dir: Path) -> list[int]:
-    """Cancel the jobs of a run, dependents first; return their numbers. A running pretraining saves first."""
+    """Cancel the jobs of a run, dependents first; return their ids. Running training saves before it ends."""
     numbers = [job.id for job in reversed(read_submission(run_dir).jobs) if job.id is not None]
     for number in numbers:
         call(["scancel", str(number)], run_dir, dict(os.environ))

@@ -114,8 +114,8 @@ class ObjectiveConfig:
             )
         require(
             self.stages_maximum is None or self.stages_maximum >= self.stages,
-            f"objective.stages_maximum is {self.stages_maximum}, below objective.stages = {self.stages}: raise "
-            "it, or set it to null for no limit.",
+            f"objective.stages_maximum is {self.stages_maximum}, below objective.stages = {self.stages}: "
+            "raise it, or set it to null for no limit.",
         )
 
     def _check_chains(self) -> None:

@@ -63,7 +63,7 @@ class TaskConfig:
         interval: Steps between two evaluations; the last step is always evaluated.
         samples: Maximum number of items; the first ones in the file are used.
         tokens_per_step: Tokens unmasked per decoding step, most confident first.
-        length: Maximum answer length in tokens; none = the task's default, or all that fit.
+        length: Answer length in tokens; none = the task's default, or all that fit.
         name: Name of the curves, evaluation/NAME/accuracy; none = the task's name.
     """
 
@@ -141,8 +141,8 @@ class ProfilingConfig:
             require(value >= 0, f"profiling.{key} is {value}: it must be 0 or more.")
             require(
                 value == 0 or engine.kind == "deepspeed",
-                f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: only DeepSpeed measures it; "
-                "set engine.kind to 'deepspeed'.",
+                f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: only DeepSpeed measures "
+                "it; set engine.kind to 'deepspeed'.",
             )
         require(
             self.flops_step == 0 or not engine.compile,

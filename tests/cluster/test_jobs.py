@@ -140,7 +140,7 @@ def test_a_refused_job_takes_back_those_before_it(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     outcome = call("--stages", "pretrain,export", "--set", f"run_dir={tmp_path}/run")
-    assert "sbatch refused: invalid account" in outcome.error
+    assert "sbatch failed: invalid account" in outcome.error
     assert (tmp_path / "cancelled").read_text().split() == ["1"]
     assert not (tmp_path / "run/slurm/submission.json").exists()
 
