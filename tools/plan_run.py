@@ -1,7 +1,6 @@
-"""What will a run need: memory of a GPU by part, time, communication, checkpoints, cost.
+"""Plan a run: memory per GPU by part, time, communication, checkpoints and cost.
 
-Nothing is trained and no GPU is needed. Without a tokenizer on the disk the configuration must set
-model.vocab_size.
+Nothing is trained, and no GPU is needed. If the tokenizer does not exist yet, set model.vocab_size.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ from pipeline.planning.plan_report import as_json, describe, describe_table, tab
 from pipeline.planning.run_plan import Assumptions, Planner
 
 HELP = {
-    "efficiency": "share of the peak rate at which the products run",
-    "host_milliseconds": "time to start the kernels of a block for a micro-batch: the least that it takes",
-    "link_share": "share of the links' bandwidth that collectives reach",
-    "overlap": "share of the shorter of computation and communication that the other hides",
-    "masked_share": "mean share of the positions that are masked",
+    "efficiency": "fraction of peak FLOP/s that matrix products reach",
+    "host_milliseconds": "time to launch the kernels of one block for one micro-batch, the least it takes",
+    "link_share": "fraction of the link bandwidth that collectives reach",
+    "overlap": "fraction of the shorter of computation and communication that the other hides",
+    "masked_share": "mean mask ratio",
     "reserved_gib": "device memory of CUDA, NCCL and the kernels",
-    "fragmentation": "share of the device memory that the allocator cannot use",
-    "host_gigabytes_per_second": "from a GPU to its part of the node's memory, for offloaded states",
-    "disk_gigabytes_per_second": "from a node to the file system",
+    "fragmentation": "fraction of the device memory that the allocator cannot use",
+    "host_gigabytes_per_second": "bandwidth between a GPU and host memory, for offloaded states",
+    "disk_gigabytes_per_second": "bandwidth of one node to the file system",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the plan, and the table for more or fewer GPUs."""
+    """Print the plan, and a table for other numbers of GPUs."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--config", required=True, help="YAML of the run")
     add_overrides(parser)
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of the run")
-    parser.add_argument("--gpu", default="h100", help=f"kind of GPU: {', '.join(GPUS)}")
-    parser.add_argument("--cost-per-gpu-hour", type=float, help="price, in any currency")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
+    parser.add_argument("--gpu", default="h100", help=f"GPU type: {', '.join(GPUS)}")
+    parser.add_argument("--cost-per-gpu-hour", type=float, help="price per GPU hour, in any currency")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     group = parser.add_argument_group("assumptions")
     for item in fields(Assumptions):
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def vocabulary_rows(config: Config) -> int:
-    """Return the rows of the output matrix; read the tokenizer only where the YAML does not say."""
+    """Return the rows of the output matrix; read the tokenizer only if model.vocab_size is not set."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     folder = Path(config.data.tokenizer)

@@ -1,1 +1,1 @@
-"""What a run will cost, from its settings alone, and whether it can start."""
+"""Plan what a run costs from its settings alone: memory, time, communication, disk space, price."""

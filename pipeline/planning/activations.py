@@ -1,4 +1,4 @@
-"""What the forward keeps for the backward, counted on the network itself, which runs but computes nothing."""
+"""Count activation memory by running the network itself on fake tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ActivationMemory:
     """Bytes of one micro-batch on one rank.
 
     Attributes:
-        kept: what lives between the forward and the backward.
-        peak: the most that lives in forward or backward.
+        kept: bytes alive between forward and backward.
+        peak: maximum bytes alive during forward or backward.
     """
 
     kept: int
@@ -43,19 +43,19 @@ def body_memory(
     on_gpu: bool,
     masked: bool,
 ) -> ActivationMemory:
-    """Return what the transformer blocks need beside weights and gradients.
+    """Return the memory of the transformer blocks, without weights and gradients.
 
-    Two small networks at one and two sequences are run on tensors without contents (`LiveStorages`): memory
-    is linear in blocks and in sequences.
+    Memory is linear in blocks and in sequences, so it is extrapolated from networks of two and three blocks,
+    run on one and two sequences of fake tensors (`LiveStorages`).
 
     Args:
         model: shape of the network.
         recompute: engine.activation_checkpointing.
-        sequences: sequences of the micro-batch.
-        positions: positions of each that this rank computes, a clean copy included.
-        width: bytes of an element.
-        on_gpu: count RMSNorm as the kernel that GPUs have, which keeps its input alone.
-        masked: attention is given a mask, for which keys and values of grouped queries are repeated.
+        sequences: sequences per micro-batch.
+        positions: positions per sequence on this rank, including the clean copy.
+        width: bytes per element.
+        on_gpu: count RMSNorm as the fused GPU kernel, which keeps only its input.
+        masked: attention takes a mask; grouped keys and values are then repeated.
     """
     shape = dataclasses.astuple(model)
     counted = {
@@ -83,7 +83,7 @@ def _counted(
     on_gpu: bool,
     masked: bool,
 ) -> tuple[int, int]:
-    """Return the bytes after the forward, and the most in forward and backward."""
+    """Return the bytes alive after the forward, and the peak over forward and backward."""
     config = dataclasses.replace(ModelConfig(*shape), layers=layers)
     dtype = {2: torch.bfloat16, 4: torch.float32}[width]
     with _fused_norm(on_gpu), _default_dtype(dtype), FakeTensorMode():
@@ -103,7 +103,7 @@ def _counted(
 
 
 class _FusedNorm(torch.autograd.Function):
-    """RMSNorm in what it keeps: input, weight and a number a row."""
+    """A stand-in for fused RMSNorm that keeps what the kernel keeps: input, weight and one fp32 per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -136,19 +136,19 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def head_memory(
     rows: int, hidden_size: int, vocabulary_rows: int, width: int, on_gpu: bool
 ) -> ActivationMemory:
-    """Return what the masked head needs: its gradients are formed in the forward, a chunk of rows at a time.
+    """Return the memory of the masked head, which computes its gradients in the forward, chunk by chunk.
 
     Args:
-        rows: masked rows of the micro-batch that this rank computes.
+        rows: masked rows per micro-batch on this rank.
         hidden_size: H.
         vocabulary_rows: V.
-        width: bytes of an element of the weights.
-        on_gpu: GPUs multiply bf16 matrices with an fp32 result; CPUs are given fp32 copies.
+        width: bytes per element of the weights.
+        on_gpu: GPUs multiply bf16 matrices with an fp32 result; CPUs need fp32 copies.
     """
     matrix, states = vocabulary_rows * hidden_size, rows * hidden_size
     chunk = min(rows, max(1, CHUNK_LOGITS // vocabulary_rows)) * vocabulary_rows
     kept = (matrix + states) * width  # the gradients of weight and hidden states
-    peak = 4 * matrix + 2 * states * width + 4 * chunk  # the weight's gradient is summed in fp32
-    if width == 2:  # a product of its size, and the chunk in bf16; or the operands in fp32
+    peak = 4 * matrix + 2 * states * width + 4 * chunk  # the gradient of the weight accumulates in fp32
+    if width == 2:  # a product of that size, and on GPUs the chunk in bf16, on CPUs the operands in fp32
         peak += 4 * matrix + (2 * chunk if on_gpu else 4 * states)
     return ActivationMemory(kept, peak)

@@ -1,7 +1,7 @@
-"""What a rank sends and receives in a step: the tensors of ZeRO's collectives.
+"""Count the bytes of ZeRO's collectives in a step.
 
-Measured against the collectives of two ranks (benchmarks/plan_memory.py). Sizes are those of the whole
-tensors; a ring moves (N - 1) / N of them through every rank, an all-reduce twice.
+The formulas are checked against the collectives of two ranks (benchmarks/plan_memory.py). Sizes are those of
+the full tensors; a ring moves (N - 1) / N of them through each rank, an all-reduce twice that.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Communication:
     """Bytes of the collectives of a step.
 
     Attributes:
-        all_gather: weights, among all ranks.
-        group_all_gather: weights, among the ranks of an hpz group.
-        reduce_scatter: gradients; an all-reduce (ZeRO-1 and 2) counts twice.
+        all_gather: weights, over all ranks.
+        group_all_gather: weights, over the ranks of an hpZ group.
+        reduce_scatter: gradients; an all-reduce (ZeRO-1 and ZeRO-2) counts twice.
     """
 
     all_gather: int
@@ -29,18 +29,18 @@ class Communication:
 def step_communication(zero: Zero, parameters: Parameters, accumulation: int, width: int) -> Communication:
     """Return the communication of a step.
 
-    ZeRO-3 gathers every weight in the forward. In the backward it gathers again those that it had to release
-    (stage3_max_live_parameters); with hpz, from the copy that a group of ranks holds between them (ZeRO++,
-    arXiv 2306.10209). A tied embedding is used at both ends of either pass.
+    ZeRO-3 gathers every weight in the forward. In the backward it gathers again the weights it had to release
+    (stage3_max_live_parameters); with hpZ, from the secondary copy within a group of ranks (ZeRO++,
+    arXiv 2306.10209). A tied embedding is used at both ends of both passes.
 
     Args:
-        zero: DeepSpeed's settings.
-        parameters: of the model.
-        accumulation: micro-batches that a rank runs a step.
-        width: bytes of an element.
+        zero: DeepSpeed's ZeRO settings.
+        parameters: parameters of the model.
+        accumulation: micro-batches per step and rank.
+        width: bytes per element.
     """
     count = parameters.count
-    if zero.stage < 3:  # ZeRO-1 adds up whole gradients and reduces them once
+    if zero.stage < 3:  # ZeRO-1 accumulates full gradients and reduces them once
         reductions = accumulation if zero.stage == 2 else 1
         return Communication(count * width if zero.stage else 0, 0, 2 * reductions * count * width)
     kept = sum(size for size in parameters.sizes.values() if size <= zero.persistence)

@@ -1,7 +1,7 @@
-"""The floating-point operations of a training step, counted from the shapes of its matrix products.
+"""Count the FLOPs of a training step from the shapes of its matrix products.
 
-A multiplication and an addition count as two. What is no product (norms, softmax, rotations, AdamW) is left
-out, as everywhere in the field: it is below 1% of the operations of a model worth the question.
+A multiply-add counts as two FLOPs. As is usual, everything but matrix products (norms, softmax, rotary
+embeddings, AdamW) is left out: for models of a relevant size it is below 1%.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ BACKWARD = 2  # the backward of a product is two products of its size
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a step over all ranks, forward and backward together.
+    """FLOPs of a step over all ranks, forward and backward.
 
-    The sum of the first four is what the MFU is a share of (PaLM, arXiv 2204.02311, appendix B): work that
-    the result needs. With `recomputed` it is what is executed, the base of the HFU.
+    The first four add up to the model FLOPs, the basis of MFU (PaLM, arXiv 2204.02311, appendix B). With
+    `recomputed` they are the executed FLOPs, the basis of HFU.
 
     Attributes:
         projections: query, key, value and output projections.
-        attention: queries with keys, and weights with values, for the pairs of positions that see each other.
+        attention: QK^T and attention weights times V, for visible query-key pairs only.
         swiglu: the three projections of each SwiGLU.
-        head: logits of the masked rows alone; the embedding is a look-up and costs nothing.
-        recomputed: products that engine.activation_checkpointing runs again in the backward.
+        head: logits of the masked rows only; the embedding is a look-up and costs nothing.
+        recomputed: products that engine.activation_checkpointing repeats in the backward.
     """
 
     projections: float
@@ -36,12 +36,12 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """FLOPs that the result needs."""
+        """Model FLOPs: the work that the result needs."""
         return self.projections + self.attention + self.swiglu + self.head
 
     @property
     def executed(self) -> float:
-        """FLOPs that are run."""
+        """Executed FLOPs, including recomputation."""
         return self.model + self.recomputed
 
 
@@ -50,17 +50,16 @@ def step_flops(
 ) -> Flops:
     """Return the FLOPs of optimizer step `step`, over all ranks and micro-batches.
 
-    Sequence parallelism divides the same products among the ranks of a group: their sum stays. Kernels that
-    never write the attention weights (flash, flex) compute q k^T once more in the backward, a quarter of
-    `attention`'s forward and backward; like every dense mask that computes pairs which do not see each other,
-    that is their own affair and not counted.
+    Sequence parallelism splits the same products within a group, so the sum does not change. Kernel overhead
+    is not counted: flash and flex attention recompute QK^T in the backward (a quarter of `attention`'s forward
+    and backward), and dense masks also compute invisible pairs.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         vocabulary_rows: rows of the output matrix (`Vocabulary.rows`).
-        masked_rows: positions with logits, over the whole global batch; a mean will do.
-        step: tells which objective it is, where the run switches; 1 is the first.
-        prompt_length: mean tokens of a prompt, which is a block of its own in block diffusion.
+        masked_rows: positions with logits in the global batch; may be a mean.
+        step: optimizer step, from 1; selects the objective if the run switches.
+        prompt_length: mean prompt length in tokens; in block diffusion the prompt is its own block.
     """
     model, sequences, length = config.model, config.train.global_batch_size, config.data.sequence_length
     inputs = sequences * length * copies(config.objective, step)
@@ -74,26 +73,26 @@ def step_flops(
     }
     recomputed = 0.0
     if config.engine.activation_checkpointing == "blocks":
-        # torch stops as soon as it has what the backward needs, before the down projection of each block; for
-        # the same reason "swiglu" repeats no product at all.
+        # torch stops recomputing once the backward has what it needs: before the down projection of a block,
+        # and for "swiglu" before any product.
         recomputed = forward["projections"] + forward["attention"] + forward["swiglu"] * 2 / 3
     return Flops(**{part: (1 + BACKWARD) * once for part, once in forward.items()}, recomputed=recomputed)
 
 
 def is_autoregressive(settings: ObjectiveConfig, step: int) -> bool:
-    """Say whether `step` (1 is the first) trains the autoregressive objective."""
+    """Return whether `step` (from 1) trains the autoregressive objective."""
     return settings.kind_at(step) == "autoregressive"
 
 
 def copies(settings: ObjectiveConfig, step: int) -> int:
-    """Return how many positions go through the blocks for each token: 2 with a clean copy, [xt ; x0]."""
+    """Return the number of positions computed per token: 2 with a clean copy, [xt ; x0], else 1."""
     return 2 if settings.block_size is not None and not is_autoregressive(settings, step) else 1
 
 
 def visible_pairs(settings: ObjectiveConfig, step: int, length: int, prompt_length: float = 0) -> float:
-    """Return how many pairs of query and key see each other in one sequence of `length` tokens.
+    """Return the number of visible query-key pairs in one sequence of `length` tokens.
 
-    Under an annealed attention it is the expected number. Padding counts as what it is computed as: seen.
+    With annealed attention this is the expected number. Padding is computed, so it counts as visible.
     """
     causal = length * (length + 1) / 2
     if is_autoregressive(settings, step):
@@ -108,12 +107,12 @@ def visible_pairs(settings: ObjectiveConfig, step: int, length: int, prompt_leng
 
 
 def _block_causal_pairs(size: int, length: int, prompt_length: float) -> float:
-    """Return the pairs of one of the two copies: each query sees all up to the end of its own block.
+    """Return the visible pairs of one of the two copies: a query sees everything up to its block's end.
 
-    A noisy query sees its own block noisy and the ones before clean; a clean query sees both clean.
+    A noisy query sees its own block noisy and earlier blocks clean; a clean query sees both clean.
     """
     full, rest = divmod(length - prompt_length, size)
-    ends = [(prompt_length, prompt_length)]  # (tokens of a block, where it ends)
+    ends = [(prompt_length, prompt_length)]  # (tokens in the block, its end)
     ends += [(size, prompt_length + size * (i + 1)) for i in range(int(full))]
     ends.append((rest, length))
     return sum(tokens * end for tokens, end in ends)

@@ -1,4 +1,4 @@
-"""What GPUs can do at best, by the vendors' data sheets."""
+"""Peak performance of GPUs, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        flops: bf16 products with fp32 sums, FLOP/s, dense; data sheets often show the double, with sparsity.
-        memory: bytes that torch can see (`torch.cuda.get_device_properties`), a little less than the sheet's.
+        flops: dense bf16 FLOP/s with fp32 accumulation; data sheets often quote twice that, with sparsity.
+        memory: bytes visible to torch (`torch.cuda.get_device_properties`), slightly less than on the sheet.
         memory_bandwidth: bytes/s.
-        link: bytes/s in each direction to the other GPUs of a node.
-        network: bytes/s in each direction for each GPU between nodes, in the vendor's reference system; where
-            there is none, a 100 Gbit/s card for two GPUs.
-        node_size: GPUs of that system's node.
-        device_names: what the names that torch gives this GPU begin with; the first GPU that fits is it.
+        link: bytes/s per direction to the other GPUs of the node.
+        network: bytes/s per direction and GPU between nodes, in the vendor's reference system; without one,
+            a 100 Gbit/s card per two GPUs.
+        node_size: GPUs per node of that system.
+        device_names: prefixes of torch's device name; the first matching GPU in GPUS wins.
     """
 
     flops: float
@@ -33,9 +33,9 @@ class Gpu:
     device_names: tuple[str, ...]
 
 
-# By NVIDIA's data sheets of the H100, H200, GH200, A100, L40S and DGX B200 (divided by 8), and AMD's
-# of the MI300X and MI325X. NVLink, PCIe and Infinity Fabric are sold by the sum of both directions: here is
-# one. network: DGX A100 8 x 200 Gbit/s, DGX H100, H200 and B200 and AMD's platforms 8 x 400.
+# From NVIDIA's data sheets of the H100, H200, GH200, A100, L40S and DGX B200 (divided by 8), and AMD's of the
+# MI300X and MI325X. NVLink, PCIe and Infinity Fabric are quoted for both directions together; this is one
+# direction. network: DGX A100 8 x 200 Gbit/s; DGX H100, H200 and B200 and AMD's platforms 8 x 400 Gbit/s.
 GPUS: dict[str, Gpu] = {
     "h100-pcie": Gpu(756e12, 79 * GIB, 2.0e12, 64e9, 6.25e9, 8, ("NVIDIA H100 PCIe",)),
     "h100": Gpu(989e12, 79 * GIB, 3.35e12, 450e9, 50e9, 8, ("NVIDIA H100 80GB", "NVIDIA H100 SXM")),
@@ -56,13 +56,13 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the GPU of a name in GPUS; raise a `UserError` with the nearest one for any other."""
+    """Return the GPU named `name`; raise a `UserError` that suggests the nearest name if it is unknown."""
     if name not in GPUS:
         raise UserError(f"--gpu {name} is not known.{nearest(name, GPUS)} Known: {', '.join(GPUS)}.")
     return GPUS[name]
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """Return the GPU of a name as `torch.cuda.get_device_name` gives it; None for one that is not listed."""
+    """Return the GPU for a name from `torch.cuda.get_device_name`; None if it is not listed."""
     fitting = (gpu for gpu in GPUS.values() if device_name.startswith(gpu.device_names))
     return next(fitting, None)

@@ -1,4 +1,4 @@
-"""Counting the memory of tensors while they live, of operations that run or that are only pretended."""
+"""Track the memory of live tensors, real or fake."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveStorages(TorchDispatchMode):
-    """Adds up the storages that operations return, and takes off those that are released.
+    """Track the storages that operations return until they are released.
 
-    What an operation uses inside, and returns to nobody, is not seen.
+    Temporary memory inside an operation is not tracked.
 
     Attributes:
-        now: bytes that live.
-        peak: the most that have lived at once; set it to `now` to measure it anew.
+        now: live bytes.
+        peak: maximum of `now`; assign `now` to reset it.
     """
 
     def __init__(self, present: Iterable[Tensor] = ()) -> None:
-        """Begin to count; the storages of `present` are there already."""
+        """Start at zero; the storages of `present` are not counted."""
         super().__init__()
         self.seen = {tensor.untyped_storage()._cdata for tensor in present}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count what it returns."""
+        """Run an operation, and count its results."""
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":

@@ -1,6 +1,6 @@
-"""The memory of a rank, part by part, from the settings of a run and of DeepSpeed.
+"""Estimate the memory of a rank, part by part, from the settings of a run and of DeepSpeed.
 
-The formulas follow DeepSpeed 0.19.8 and are measured against it on two ranks (benchmarks/plan_memory.py).
+The formulas follow DeepSpeed 0.19.8 and are checked against it on two ranks (benchmarks/plan_memory.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Parameters:
     """The parameters of a model.
 
     Attributes:
-        sizes: elements of each, by name.
+        sizes: elements of each parameter, by name.
         rows: rows of the embedding and the output matrix.
         embedding: elements of the embedding.
-        tied: whether it is the output matrix too.
+        tied: whether the embedding is also the output matrix.
     """
 
     sizes: dict[str, int]
@@ -38,12 +38,12 @@ class Parameters:
 
     @property
     def count(self) -> int:
-        """All elements."""
+        """The total number of elements."""
         return sum(self.sizes.values())
 
 
 def count_parameters(config: Config, vocabulary_rows: int) -> Parameters:
-    """Return the parameters of the configured model, which is built without contents."""
+    """Return the parameters of the configured model, built on the meta device."""
     with torch.device("meta"):
         model = MaskedDiffusionModel(config.model, Vocabulary(vocabulary_rows, vocabulary_rows, 0))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -53,22 +53,22 @@ def count_parameters(config: Config, vocabulary_rows: int) -> Parameters:
 
 @dataclass(frozen=True)
 class Zero:
-    """What matters of DeepSpeed's zero_optimization section; its defaults are DeepSpeed's.
+    """The settings of DeepSpeed's zero_optimization section that affect a plan, with DeepSpeed's defaults.
 
     Attributes:
         stage: 1, 2 or 3; 0 for the plain engine.
-        hpz: ranks that hold a second copy of the weights between them; 1 = none.
-        live: most elements that are gathered at once, if they are fetched ahead.
-        prefetch: elements fetched ahead at a time; 0 = none.
-        reuse: elements within which a weight that is used again stays gathered.
-        persistence: weights of at most so many elements are always gathered.
-        bucket: elements of the buffer in which gradients are reduced; 0 = none.
-        overlap: whether a second one is filled while the first is reduced.
-        tile: elements that the optimizer updates at a time.
-        optimizer: where optimizer states and gradients are: gpu, cpu or nvme.
-        weights: where the shards of the weights are.
-        quantized_weights: whether weights travel as int8 (ZeRO++).
-        quantized_gradients: whether gradients travel as int4 (ZeRO++).
+        hpz: ranks that share a secondary copy of the weights; 1 = none.
+        live: maximum number of elements gathered at once, with prefetching.
+        prefetch: elements per prefetch; 0 = no prefetching.
+        reuse: a weight used again within this many elements stays gathered.
+        persistence: weights of at most this many elements are always gathered.
+        bucket: elements of the gradient reduction buffer; 0 = none.
+        overlap: whether a second buffer fills while the first is reduced.
+        tile: elements that the optimizer updates at once.
+        optimizer: location of optimizer states and gradients: gpu, cpu or nvme.
+        weights: location of the weight shards.
+        quantized_weights: whether weights are communicated as int8 (ZeRO++).
+        quantized_gradients: whether gradients are communicated as int4 (ZeRO++).
     """
 
     stage: int
@@ -87,7 +87,7 @@ class Zero:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Zero:
-        """Return the settings of a checked DeepSpeed JSON; without any, those of the plain engine."""
+        """Return the settings of a checked DeepSpeed JSON; an empty one means the plain engine."""
         zero = settings.get("zero_optimization")
         if zero is None:
             return cls(0)
@@ -114,10 +114,9 @@ class Zero:
         )
 
     def gathered(self, parameters: Parameters) -> int:
-        """Return the elements that are gathered at once, at most.
+        """Return the maximum number of elements gathered at once.
 
-        DeepSpeed fetches the next bucket ahead at every module, so far ahead that it fills what
-        stage3_max_live_parameters allows.
+        DeepSpeed prefetches the next bucket at every module, and so fills stage3_max_live_parameters.
         """
         if self.stage < 3:
             return 0
@@ -128,13 +127,13 @@ class Zero:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank when it needs most.
+    """Peak memory of a rank in bytes.
 
     Attributes:
-        parts: on the device, by name.
-        phase: when that is: forward, backward or update.
-        host: of offloaded parts, in the memory of the node for this rank.
-        nvme: of offloaded parts, on the disk of the node for this rank.
+        parts: device memory, by part.
+        phase: phase of the peak: forward, backward or update.
+        host: host memory of this rank's offloaded parts.
+        nvme: NVMe space of this rank's offloaded parts.
     """
 
     parts: dict[str, int]
@@ -144,7 +143,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All bytes on the device."""
+        """Total bytes on the device."""
         return sum(self.parts.values())
 
 
@@ -156,25 +155,27 @@ def plan_memory(
     masked_rows: int,
     on_gpu: bool = True,
 ) -> Memory:
-    """Return the memory that a rank needs for the micro-batch of the configuration.
+    """Return the peak memory of a rank for the configured micro-batch.
 
     Args:
-        config: the run; train.micro_batch_size is what a rank computes at once.
-        zero: how DeepSpeed shards it.
-        parameters: of its model.
+        config: configuration of the run; its micro-batch must be `fitted`.
+        zero: ZeRO settings.
+        parameters: parameters of the model.
         ranks: world size.
-        masked_rows: masked positions of a micro-batch of a rank's group.
-        on_gpu: the device; bf16 by default on a GPU, fp32 on a CPU.
+        masked_rows: masked positions per micro-batch of a sequence-parallel group.
+        on_gpu: whether the device is a GPU; precision auto is bf16 on a GPU, fp32 on a CPU.
     """
     width = {"auto": HALF if on_gpu else FULL, "bf16": HALF, "fp32": FULL}[config.engine.precision]
     if zero.stage == 0:
-        width = FULL  # autocast keeps fp32 weights
+        width = FULL  # autocast keeps the weights in fp32
     states, host, nvme = _states(config, zero, parameters.count, ranks, width)
     share = config.engine.sequence_parallel_size
-    inputs = max(copies(config.objective, step) for step in (1, config.train.steps))  # it may switch between
+    inputs = max(
+        copies(config.objective, step) for step in (1, config.train.steps)
+    )  # the objective may switch
     positions = -(-config.data.sequence_length * inputs // share)
     padded = config.data.kind == "pairs" and config.data.padding == "ignored"
-    in_blocks = config.objective.block_size is not None  # by a mask, but on a GPU by flex_attention
+    in_blocks = config.objective.block_size is not None  # needs a mask, except for flex_attention on GPUs
     body = body_memory(
         config.model,
         config.engine.activation_checkpointing,
@@ -192,7 +193,7 @@ def plan_memory(
     reduction = min(zero.bucket, parameters.count) * width if zero.stage else 0
     later: dict[str, int] = {}
     if zero.stage in (1, 2) and config.train.accumulation(ranks // share) == 1 and "gradients" in states:
-        later["gradients"] = states.pop("gradients")  # they come when activations go
+        later["gradients"] = states.pop("gradients")  # they appear as the activations are released
     phases = {
         "forward": live | {"activations": body.kept, "head": head.peak},
         "backward": live | {"activations": body.peak, "head": head.kept, "reduction of gradients": reduction},
@@ -205,19 +206,21 @@ def plan_memory(
 def _states(
     config: Config, zero: Zero, count: int, ranks: int, width: int
 ) -> tuple[dict[str, int], int, int]:
-    """Return what is there all the time: on the device by part, on the host, on NVMe."""
+    """Return the memory held all the time: on the device by part, on the host, on NVMe."""
     part = -(-count // ranks) if zero.stage else count
     sizes = {
         "weights": (part if zero.stage == 3 else count) * width,
         "gradients": (part if zero.stage in (2, 3) else count) * width,
-        "optimizer states": part * FULL * (2 if zero.stage == 0 else 3),  # AdamW's two, the fp32 weights
-        "fp32 gradients": 0 if zero.optimizer == "gpu" else part * FULL,  # kept for the optimizer elsewhere
+        "optimizer states": part
+        * FULL
+        * (2 if zero.stage == 0 else 3),  # AdamW's two states and the fp32 weights
+        "fp32 gradients": 0 if zero.optimizer == "gpu" else part * FULL,  # for the offloaded optimizer
     }
     if config.optimizer.ema_decay is not None:
         sizes["moving average"] = part * FULL
     places = {
         "weights": zero.weights,
-        "gradients": "gpu" if zero.optimizer == "gpu" else "cpu",  # those of the backward, also with NVMe
+        "gradients": "gpu" if zero.optimizer == "gpu" else "cpu",  # on the host for NVMe, too
         "optimizer states": zero.optimizer,
         "fp32 gradients": zero.optimizer,
         "moving average": zero.optimizer,
@@ -232,7 +235,7 @@ def _states(
 
 
 def _update(zero: Zero, count: int, ranks: int, width: int) -> int:
-    """Return what AdamW needs for a moment: the fp32 gradient and two terms, for a tile of the elements."""
+    """Return the temporary memory of AdamW: the fp32 gradient and two terms, for one tile of elements."""
     if zero.optimizer != "gpu":
         return 0
     if zero.stage == 0:

@@ -1,4 +1,4 @@
-"""A plan in words, and what to change where it does not fit."""
+"""Print a plan, and suggest changes if it does not fit."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ COUNTS = tuple(2**n for n in range(3, 11))  # GPUs of the table
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change that makes a run fit, and what a GPU needs then."""
+    """A change that makes a run fit, and the resulting bytes per GPU."""
 
     change: str
     total: int
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Format a duration in a suitable unit."""
     for unit, least, size in UNITS:
         if seconds >= least:
             return f"{seconds / size:,.1f} {unit}"
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def remedies(planner: Planner, gpus: int) -> list[Remedy]:
-    """Return the single changes after which the run fits, the cheapest first."""
+    """Return the single changes that make the run fit, cheapest first."""
     config, zero = planner.config, planner.zero
     plan = planner.plan(gpus)
     smaller = max(1, plan.largest_micro_batch)
@@ -75,7 +75,7 @@ def remedies(planner: Planner, gpus: int) -> list[Remedy]:
 
 
 def table(planner: Planner, price: float | None = None, largest: bool = True) -> list[RunPlan]:
-    """Return the plans for the numbers of GPUs that can share the batch; `largest` as in `Planner.plan`."""
+    """Return the plans for each number of GPUs that divides the batch; see `Planner.plan` for `largest`."""
     plans = []
     for gpus in COUNTS:
         try:
@@ -86,7 +86,7 @@ def table(planner: Planner, price: float | None = None, largest: bool = True) ->
 
 
 def as_json(plan: RunPlan) -> dict[str, Any]:
-    """Return a plan as nested dictionaries, bytes and seconds as they are."""
+    """Return a plan as nested dictionaries, in bytes and seconds."""
     memory = {"total": plan.memory.total, "fits": plan.fits}
     values = dataclasses.asdict(plan)
     values["memory"] |= memory
@@ -95,40 +95,40 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
 
 
 def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
-    """Return the plan as text."""
+    """Format a plan as text."""
     config = planner.config
     train, tokens = config.train, config.train.global_batch_size * config.data.sequence_length
     zero = f"ZeRO-{planner.zero.stage} ({config.engine.deepspeed_config})" if planner.zero.stage else "plain"
     lines = [
         f"{plan.parameters / 1e6:,.1f} M parameters; {train.steps:,} steps of {train.global_batch_size:,} "
-        f"sequences of {config.data.sequence_length:,} tokens, {train.steps * tokens / GIGA:,.1f} G tokens",
-        f"{plan.gpus} x {gpu_name}, {zero}, micro-batch {plan.micro_batch} x {plan.accumulation} a rank, "
+        f"examples of {config.data.sequence_length:,} tokens, {train.steps * tokens / GIGA:,.1f} G tokens",
+        f"{plan.gpus} x {gpu_name}, {zero}, micro-batch {plan.micro_batch} x {plan.accumulation} per rank, "
         f"activation checkpointing {config.engine.activation_checkpointing}",
         "",
-        f"memory of a GPU in GiB, when it is highest ({plan.memory.phase})",
+        f"peak memory per GPU in GiB ({plan.memory.phase})",
         *_rows({name: size / GIB for name, size in plan.memory.parts.items()}, "8.2f"),
         f"  {'total':24}{plan.memory.total / GIB:8.2f}  of {plan.usable / GIB:.1f} usable: "
         + (f"fits, up to a micro-batch of {plan.largest_micro_batch}" if plan.fits else "DOES NOT FIT"),
     ]
-    for name, size in (("memory of the node", plan.memory.host), ("NVMe", plan.memory.nvme)):
+    for name, size in (("host memory", plan.memory.host), ("NVMe", plan.memory.nvme)):
         if size:
-            lines.append(f"  {f'in {name}, a GPU':24}{size / GIB:8.2f}")
+            lines.append(f"  {f'in {name}, per GPU':24}{size / GIB:8.2f}")
     if not plan.fits:
         lines += _remedy_lines(remedies(planner, plan.gpus))
     lines += [
         "",
-        f"a step: {plan.flops.model:.3g} FLOPs, {plan.flops.recomputed:.3g} more recomputed",
+        f"per step: {plan.flops.model:.3g} FLOPs, plus {plan.flops.recomputed:.3g} recomputed",
         *(f"  {name:24}{duration(seconds):>11}" for name, seconds in plan.seconds.items()),
         f"  {'MFU':24}{plan.mfu:8.2f}",
         f"  {'tokens/s':24}{tokens / plan.seconds['step']:8,.0f}",
         "",
-        "collectives of a step in GB",
+        "collectives per step in GB",
         *_rows({n: b / GIGA for n, b in dataclasses.asdict(plan.communication).items() if b}, "8.2f"),
         "",
-        f"a checkpoint: {tqdm.format_sizeof(plan.checkpoint, 'B')}, {plan.checkpoint_seconds:,.1f} s to "
-        f"write; up to {plan.kept_checkpoints} at once, "
+        f"checkpoint: {tqdm.format_sizeof(plan.checkpoint, 'B')}, {plan.checkpoint_seconds:,.1f} s to "
+        f"write; up to {plan.kept_checkpoints} on disk, "
         f"{tqdm.format_sizeof(plan.kept_checkpoints * plan.checkpoint, 'B')}",
-        f"the run: {duration(plan.days * SECONDS_A_DAY)}, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
+        f"run: {duration(plan.days * SECONDS_A_DAY)}, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
         + ("" if plan.cost is None else f", cost {plan.cost:,.0f}"),
         "",
         "assumed: " + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(planner.assumed).items()),
@@ -143,14 +143,17 @@ def _rows(values: dict[str, float], form: str) -> list[str]:
 def _remedy_lines(found: list[Remedy]) -> list[str]:
     if not found:
         return [
-            "  no single change is enough: combine train.micro_batch_size: 1, more --gpus, "
+            "  no single change is enough; combine train.micro_batch_size: 1, more --gpus, "
             "engine.activation_checkpointing: blocks, ZeRO-3 and offload_optimizer"
         ]
-    return ["  it fits after one of:", *(f"    {r.change}  ({r.total / GIB:.2f} GiB)" for r in found)]
+    return [
+        "  it fits with one of these changes:",
+        *(f"    {r.change}  ({r.total / GIB:.2f} GiB)" for r in found),
+    ]
 
 
 def describe_table(plans: Sequence[RunPlan]) -> str:
-    """Return plans as an aligned table."""
+    """Format plans as an aligned table."""
     heading = ("GPUs", "micro-batch", "GiB", "fits", "a step", "MFU", "the run", "GPU hours", "cost")
     rows = [heading]
     for plan in plans:

@@ -1,4 +1,4 @@
-"""The shipped configurations, what each is planned for, and their table in docs/explanation/presets.md."""
+"""Plan the shipped configurations for their intended GPUs, and build the table of docs/explanation/presets.md."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Preset:
     """A configuration on a number of GPUs.
 
     Attributes:
-        name: of the YAML in configs/.
+        name: name of the YAML in configs/.
         gpus: world size.
-        gpu: kind of GPU.
-        settings: options over the YAML's.
+        gpu: GPU type.
+        settings: options that override the YAML.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Preset:
     settings: tuple[str, ...] = ()
 
     def load(self, root: Path) -> Config:
-        """Return the configuration; `root` is the folder of the project."""
+        """Load the configuration; `root` is the project folder."""
         config = configuration.load(["--config", str(root / "configs" / f"{self.name}.yaml"), *self.settings])
         config.engine.deepspeed_config = str(root / config.engine.deepspeed_config)
         return config
@@ -42,7 +42,7 @@ class Preset:
     def plan(self, config: Config) -> RunPlan:
         """Return the plan of the loaded configuration, with the micro-batch of the YAML."""
         rows = config.model.vocab_size
-        assert rows is not None, "presets say how many rows the embedding has"
+        assert rows is not None, "presets set model.vocab_size"
         zero = Zero.of(engine_settings(config, self.gpus))
         return Planner(config, zero, rows, GPUS[self.gpu], Assumptions()).plan(self.gpus)
 
@@ -92,6 +92,6 @@ def table(root: Path) -> str:
 
 
 def with_table(document: str, made: str) -> str:
-    """Return a document with the text between its two marks replaced."""
+    """Return `document` with the text between its two markers replaced by `made`."""
     before, _, rest = document.partition(BEGIN)
     return before + BEGIN + made + END + rest.partition(END)[2]

@@ -1,4 +1,4 @@
-"""From the settings of a run and a number of GPUs to memory, time, communication, disk space and cost."""
+"""Plan a run on a number of GPUs: memory, time, communication, disk space and cost."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SECONDS_A_DAY = 86_400
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What cannot be known before the run; all of it is printed.
+    """Values that are unknown before the run; every report prints them.
 
     Attributes:
-        efficiency: share of the peak rate at which the products run, waiting for nothing.
-        host_milliseconds: time in which the host can start the kernels of a block for a micro-batch, forward
-            and backward: the least that a block takes, however small it is.
-        link_share: share of the links' bandwidth that collectives reach.
-        overlap: share of the shorter of computation and communication that is hidden behind the other.
-        masked_share: mean share of the positions that are masked; all, for an autoregressive objective.
+        efficiency: fraction of peak FLOP/s that matrix products reach when they wait for nothing.
+        host_milliseconds: time for the host to launch the kernels of one block for one micro-batch, forward
+            and backward; a lower bound on the time of a block.
+        link_share: fraction of the link bandwidth that collectives reach.
+        overlap: fraction of the shorter of computation and communication that the other hides.
+        masked_share: mean mask ratio; always 1 for the autoregressive objective.
         reserved_gib: device memory of CUDA, NCCL and the kernels.
-        fragmentation: share of the device memory that the allocator cannot use.
-        host_gigabytes_per_second: between a GPU and its part of the node's memory, for offloaded states.
-        disk_gigabytes_per_second: of one node to the file system.
+        fragmentation: fraction of the device memory that the allocator cannot use.
+        host_gigabytes_per_second: bandwidth between a GPU and host memory, for offloaded states.
+        disk_gigabytes_per_second: bandwidth of one node to the file system.
     """
 
     efficiency: float = 0.5
@@ -44,25 +44,25 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs on a number of GPUs.
+    """The cost of a run on a number of GPUs.
 
     Attributes:
         gpus: world size.
-        micro_batch: sequences of a forward.
-        accumulation: micro-batches of a rank and step.
-        parameters: elements.
-        memory: of a GPU, at its highest.
-        usable: bytes of a GPU that the run can have.
-        largest_micro_batch: the largest that divides a rank's share of the global batch and fits; 0 = none.
-        flops: of a step.
-        communication: of a step.
-        seconds: of a step, by part: computation, communication, update, and the step itself.
-        mfu: share of the peak rate that the result needs (model FLOPs utilisation).
-        days: of the run.
-        checkpoint: bytes of one checkpoint.
-        checkpoint_seconds: to write it.
-        kept_checkpoints: how many are on the disk at once, at most.
-        cost: of the run; None without a price.
+        micro_batch: examples per forward.
+        accumulation: micro-batches per rank and step.
+        parameters: number of parameters.
+        memory: peak memory per GPU.
+        usable: bytes per GPU that the run can use.
+        largest_micro_batch: largest divisor of a rank's share of the global batch that fits; 0 = none.
+        flops: FLOPs per step.
+        communication: bytes communicated per step.
+        seconds: seconds per step, by part: computation, communication, update, and the whole step.
+        mfu: model FLOPs utilisation.
+        days: duration of the run.
+        checkpoint: bytes per checkpoint.
+        checkpoint_seconds: seconds to write a checkpoint.
+        kept_checkpoints: maximum number of checkpoints on disk at once.
+        cost: cost of the run; None without a price.
     """
 
     gpus: int
@@ -84,12 +84,12 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has the memory."""
+        """Whether the run fits in the memory of a GPU."""
         return self.memory.total <= self.usable
 
 
 class Planner:
-    """Plans one run for one kind of GPU."""
+    """Plans a run for one type of GPU."""
 
     def __init__(
         self, config: Config, zero: Zero, vocabulary_rows: int, gpu: Gpu, assumptions: Assumptions
@@ -104,17 +104,17 @@ class Planner:
     def plan(self, gpus: int, price: float | None = None, largest: bool = False) -> RunPlan:
         """Return the plan for `gpus` GPUs.
 
-        Where the objective switches, FLOPs, MFU and seconds are those of the first step; memory is that of
-        the larger one, and the days are those of both. The all-to-all of sequence parallelism is not in the
+        If the objective switches, FLOPs, MFU and seconds are those of the first step, memory is that of the
+        larger objective, and days cover both. The all-to-all of sequence parallelism is not included in the
         communication.
 
         Args:
             gpus: world size.
-            price: of a GPU and hour.
-            largest: take the largest micro-batch that fits instead of train.micro_batch_size.
+            price: price per GPU hour.
+            largest: use the largest micro-batch that fits instead of train.micro_batch_size.
 
         Raises:
-            UserError: when the global batch cannot be dealt to so many ranks.
+            UserError: if the global batch does not divide evenly among the ranks.
         """
         if self.zero.stage == 0 and gpus > 1:
             raise UserError(
@@ -154,11 +154,11 @@ class Planner:
         )
 
     def _with_micro_batch(self, gpus: int, largest: bool) -> tuple[Config, int]:
-        """Return the configuration with the micro-batch of the plan, and the largest that fits."""
+        """Return the configuration with the planned micro-batch, and the largest micro-batch that fits."""
         size = self.config.engine.sequence_parallel_size
         if gpus % size:
             raise UserError(
-                f"--gpus {gpus} cannot be grouped by engine.sequence_parallel_size = {size}: give a multiple."
+                f"--gpus is {gpus}: it must be a multiple of engine.sequence_parallel_size = {size}."
             )
         wanted = replace(self.config, train=self.config.train.fitted(gpus // size, size))
         share = self.config.train.global_batch_size // (gpus // size)
@@ -189,7 +189,7 @@ class Planner:
         starting = accumulation * self.config.model.layers * assumed.host_milliseconds / 1e3
         computation = max(starting, flops.executed / gpus / gpu.flops / assumed.efficiency)
         node = min(gpus, gpu.node_size)
-        # A ring passes between nodes through the network cards of all GPUs of a node at once.
+        # Between nodes, a ring uses the network cards of all GPUs of a node at once.
         everywhere = gpu.link if gpus <= node else min(gpu.link, node * gpu.network)
         group = gpu.link if self.zero.hpz <= node else everywhere
         share = (gpus - 1) / gpus
@@ -206,7 +206,7 @@ class Planner:
         }
 
     def _update_seconds(self, gpus: int) -> float:
-        """Return the time of AdamW: bytes read and written an element, at the bandwidth of where they are."""
+        """Return the seconds of AdamW: bytes read and written per element over the memory bandwidth."""
         elements = self.parameters.count / (gpus if self.zero.stage else 1)
         if self.zero.optimizer == "gpu":
             return elements * 40 / self.gpu.memory_bandwidth
@@ -215,13 +215,13 @@ class Planner:
 
 
 def checkpoint_bytes(config: Config, zero: Zero, parameters: int, width: int) -> int:
-    """Return the size of one checkpoint: fp32 weights, AdamW's two states, their average, ZeRO's weights."""
+    """Return the bytes of a checkpoint: fp32 weights, two AdamW states, EMA; ZeRO-1 and 2 add the weights."""
     each = 3 * FULL + (FULL if config.optimizer.ema_decay is not None else 0)
     return parameters * (each + (width if 0 < zero.stage < 3 else 0))
 
 
 def kept_checkpoints(config: Config) -> int:
-    """Return how many checkpoints are on the disk at once, the one being written included."""
+    """Return the maximum number of checkpoints on disk, including the one being written."""
     settings, steps = config.checkpoint, config.train.steps
     forever = steps // settings.keep_every if settings.keep_every else 0
     return min(settings.keep + settings.keep_best + forever, -(-steps // settings.interval)) + 1
