@@ -51,8 +51,8 @@ def step_flops(
     """Return the FLOPs of optimizer step `step`, over all ranks and micro-batches.
 
     Sequence parallelism splits the same products within a group, so the sum does not change. Kernel overhead
-    is not counted: flash and flex attention recompute QK^T in the backward (a quarter of `attention`'s forward
-    and backward), and dense masks also compute invisible pairs.
+    is not counted: flash and flex attention recompute QK^T in the backward (a quarter of `attention`), and
+    dense masks also compute invisible pairs.
 
     Args:
         config: configuration of the run.
