@@ -1,1 +1,1 @@
-"""What every other package may use: errors, command lines, files, progress. It imports no other package."""
+"""Utilities for every package: errors, command lines, files, progress. Imports no other package."""

@@ -1,4 +1,4 @@
-"""What every command line of the project shares: one-line errors, exit codes, help."""
+"""Shared command-line behaviour: one-line errors, exit codes, help."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pipeline.base.errors import (
     nearest,
 )
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # a disk that takes no more
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk accepts no more data
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows a default where there is one to know of."""
+    """Show the default of an option unless it is empty, false or already in the help text."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         hidden = action.default in (None, False, [], argparse.SUPPRESS) or action.required
@@ -38,7 +38,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class ToolParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and name the nearest known option."""
+    """An ArgumentParser that reports an error on one line and suggests the nearest known option."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
@@ -48,7 +48,7 @@ class ToolParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """Parse, and report the first unknown option together with the nearest known one."""
+        """Parse arguments; report the first unknown option and suggest the nearest known one."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             option = unknown[0].split("=")[0]
@@ -57,17 +57,17 @@ class ToolParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with EXIT_BAD_INPUT; argparse would print the usage too."""
+        """Print one line, without argparse's usage, and exit with EXIT_BAD_INPUT."""
         fail(message)
 
 
 def option(name: str) -> str:
-    """Return the option of a command line for the name of a setting."""
+    """Return the command-line option for a setting: ``top_k`` -> ``--top-k``."""
     return f"--{name.replace('_', '-')}"
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Give a tool that reads a run's YAML the option --set."""
+    """Add --set, which overrides settings of the run's YAML."""
     parser.add_argument(
         "--set",
         nargs="*",
@@ -75,7 +75,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_setting,
         metavar="KEY=VALUE",
-        help="settings over the YAML's",
+        help="override settings of the YAML",
     )
 
 
@@ -86,15 +86,15 @@ def _setting(text: str) -> str:
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
-    """Return what --set holds as arguments of `pipeline.config.load`."""
+    """Return the values of --set as arguments for `pipeline.config.load`."""
     return [f"--{setting}" for setting in options.set]
 
 
 def fail(message: str, code: int = EXIT_BAD_INPUT, alone: bool = False) -> NoReturn:
     """Print ``error: message`` to stderr and exit with `code`.
 
-    Ranks mostly fail alike, and the first of each node speaks for the others: what only one node lacks is
-    said there. An error that may be a rank's own is said by that rank (`alone`).
+    Usually all ranks fail with the same error, so only local rank 0 of each node prints it. With `alone`,
+    every rank prints: the error may concern that rank only.
     """
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if alone or local_rank == "0":
@@ -104,51 +104,51 @@ def fail(message: str, code: int = EXIT_BAD_INPUT, alone: bool = False) -> NoRet
 
 
 def in_red(text: str, stream: TextIO) -> str:
-    """Return `text` in red for a terminal; as it is for a file, or under NO_COLOR (https://no-color.org)."""
+    """Return `text` in red if `stream` shows colours, else unchanged."""
     return f"\033[1;31m{text}\033[0m" if in_colours(stream) else text
 
 
 def in_colours(stream: TextIO) -> bool:
-    """Say whether `stream` shows colours: a terminal, and NO_COLOR is not set."""
+    """Return whether `stream` is a terminal and NO_COLOR (https://no-color.org) is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = False) -> NoReturn:
-    """Run a program's `main`; a UserError or an unreadable path becomes one line and exit code 2.
+    """Run a program's `main` and exit; a UserError or an unreadable path prints one line, exit code 2.
 
     Args:
-        main: the program; what it opens it closes.
-        of_ranks: it is one of several processes that exchange tensors. The launcher decides by its exit code,
-            so the interpreter is not taken apart at the end: a thread of torch.distributed that is still at
-            work would meet its ruins and abort the process, and a whole run would count as failed. Nor does
-            a process end because nobody takes what it prints.
+        main: the program; it must close what it opens.
+        of_ranks: the process is one of several ranks, and its exit code tells the launcher whether the run
+            succeeded. Exit without interpreter shutdown: a torch.distributed thread that is still running
+            could abort the process during shutdown and make a finished run count as failed. A full disk or
+            a closed pipe behind stdout or stderr does not end the process either.
     """
     if not of_ranks:
         _run(main)
-    faulthandler.enable()  # a crash in a library shows where Python was
+    faulthandler.enable()  # print the Python stack when a library crashes
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
     try:
         _run(main, of_ranks)
     except SystemExit as end:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a full disk, a reader that has gone
+            with contextlib.suppress(OSError):  # full disk or closed pipe
                 stream.flush()
         os._exit(end.code if isinstance(end.code, int) else EXIT_FAILED)
 
 
 class _Lossy(io.FileIO):
-    """The file of a standard stream; what a full disk or a reader that has gone does not take is dropped."""
+    """The file of a standard stream; drops output on a full disk or a closed pipe."""
 
     def write(self, content: Any) -> int:
-        """Write, or drop all of `content`."""
+        """Write `content`, or drop it."""
         with contextlib.suppress(OSError):
             return super().write(content) or len(content)
         return len(content)
 
 
 def _lasting(stream: TextIO | None) -> TextIO:
-    """Return a stream to where `stream` goes that never raises: what is printed is not worth the work."""
-    if stream is None:  # it was closed before the start
+    """Return a stream with the same target as `stream` that never raises: lost output must not end a run."""
+    if stream is None:  # closed before the process started
         return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
     file = io.BufferedWriter(_Lossy(stream.fileno(), "w", closefd=False))
@@ -174,14 +174,14 @@ def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fa
         fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.", alone=True)
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of a pipe (head, less) has gone: not an error
-        if of_ranks:  # it was no standard stream: they drop what is not read
+    except BrokenPipeError:  # the reader (head, less) closed the pipe: not an error
+        if of_ranks:  # standard streams never raise here, so this is another pipe
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        where = error.filename or "what was to be written"
-        message = f"{where}: {error.strerror}. Make room, and start the same command again."
+        where = error.filename or "writing output"
+        message = f"{where}: {error.strerror}. Free disk space and rerun the same command."
         fail(message, EXIT_FAILED, alone=True)

@@ -1,30 +1,30 @@
-"""The two ways in which a program fails, and the exit codes of all programs."""
+"""Errors that end a program, and the exit codes of all programs."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# Exit codes of every program; docs/reference/exit_codes.md says what a launcher makes of them.
+# Exit codes of every program; docs/reference/exit_codes.md says how a launcher handles them.
 EXIT_DONE = 0
-EXIT_FAILED = 1  # a defect, or training that diverged: the same command would fail again
-EXIT_BAD_INPUT = 2  # a setting, file or argument that the user can put right
-EXIT_REQUEUE = 75  # stopped early (EX_TEMPFAIL of sysexits.h): the same command goes on
-EXIT_INTERRUPTED = 130  # ended at once by a second signal or Ctrl+C; nothing was saved
+EXIT_FAILED = 1  # a bug, or training diverged: the same command would fail again
+EXIT_BAD_INPUT = 2  # a setting, file or argument that the user can fix
+EXIT_REQUEUE = 75  # stopped early (EX_TEMPFAIL in sysexits.h): the same command resumes
+EXIT_INTERRUPTED = 130  # ended at once by a second signal or Ctrl+C, without saving
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message names the thing, its value and the remedy."""
+    """An error that the user can fix; the message names the thing, its value and the remedy."""
 
 
 class Failure(Exception):
-    """Something that ends a run through no fault of its settings, such as a full disk: EXIT_FAILED."""
+    """An error that no setting caused, such as a full disk; the program exits with EXIT_FAILED."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the candidate closest to `name`, or an empty string."""
     names = list(candidates)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not close and "." not in name:  # a bare key may be meant for one in a section: steps -> train.steps
+    if not close and "." not in name:  # a bare key may lack its section: steps -> train.steps
         close = [c for c in names if c.rsplit(".", 1)[-1] == name][:1]
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all, and are known by their content."""
+"""Atomic files and folders, append-only logs and content hashes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _CHUNK = 1 << 22  # bytes
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path`, on the disk, when the block ends without an error.
+    """Open a temporary file that replaces `path`, synced to disk, when the block ends without an error.
 
-    Parent folders are made. After an error nothing is left behind and an older file is untouched.
+    Create parent folders. After an error the temporary file is removed and an older file is unchanged.
 
     Raises:
-        OSError: when the file cannot be written, with its path.
+        OSError: with the path, when the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _writing(path)
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         writing.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.filename is None:  # a full disk is found by the file, which does not say its name
+        if error.filename is None:  # ENOSPC from write() carries no file name
             error.filename = str(path)
         raise
     finally:
@@ -50,10 +50,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def creating_folder(path: Path) -> Iterator[Path]:
-    """Make a folder that appears as `path`, with its files on the disk, when the block ends without an error.
+    """Create a folder that appears as `path`, synced to disk, when the block ends without an error.
 
-    Several processes, also on several machines, may make the same folder: the first one stays, the work of
-    the others is dropped. So it is for contents that are the same whoever makes them.
+    Several processes and machines may create the same folder: the first one wins, the others are discarded.
+    Use it only for contents that do not depend on who writes them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _writing(path)
@@ -64,7 +64,7 @@ def creating_folder(path: Path) -> Iterator[Path]:
         sync_tree(writing)
         try:
             writing.rename(path)
-        except OSError:  # a folder that is not empty is never replaced
+        except OSError:  # rename never replaces a folder that is not empty
             if not path.is_dir():
                 raise
         sync_folder(path.parent)
@@ -73,12 +73,12 @@ def creating_folder(path: Path) -> Iterator[Path]:
 
 
 def _writing(path: Path) -> Path:
-    """Return the name of `path` while it is being written, which no other process uses."""
+    """Return a temporary name for `path` that no other process uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.writing")
 
 
 def remove_left_overs(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left."""
+    """Remove the temporary files of processes that were killed while writing `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.writing"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -87,10 +87,10 @@ def remove_left_overs(path: Path) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Write at the end of a file: all of `content` or, after an error, nothing.
+    """Append all of `content` to a file, or nothing on an error.
 
     Raises:
-        OSError: when it cannot be written, with its path.
+        OSError: with the path, when the file cannot be written.
     """
     with path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -103,26 +103,25 @@ def append(path: Path, content: bytes) -> None:
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
-    """Drop the lines of a file that are not `wanted`, and half a line that a killed process left.
+    """Drop the lines of a file that are not `wanted`, and a partial last line.
 
-    A line that `wanted` cannot read as JSON, as a machine that lost its power may leave, is dropped, and this
-    is said.
+    A line that is not valid JSON for `wanted`, such as after a power loss, is reported and dropped.
     """
     remove_left_overs(path)
     with replacing(path) as kept, path.open("rb") if path.exists() else io.BytesIO() as file:
-        for number, line in enumerate(file, 1):  # one at a time: a long run has gigabytes of them
+        for number, line in enumerate(file, 1):  # streamed: a long run writes gigabytes
             try:
                 if line.endswith(b"\n") and line.strip() and wanted(line):
                     kept.write(line)
             except orjson.JSONDecodeError as error:
-                print(f"{path}, line {number} is damaged ({error}) and left out", flush=True)
+                print(f"{path}, line {number} is damaged ({error}): dropped", flush=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file that may still be written to: the last half line does not count.
+    """Return the JSON objects of a file that may still be growing; ignore a partial last line.
 
     Raises:
-        UserError: for a line that is damaged.
+        UserError: for a damaged line.
     """
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
@@ -135,7 +134,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file must be like to be the one that was written.
+    """Size and hash that identify the content of a file.
 
     Attributes:
         size: bytes.
@@ -148,12 +147,12 @@ class FileFacts:
 
 def _write_all(file: FileIO, content: bytes) -> None:
     left = memoryview(content)
-    while left:  # one call writes at most 2 GB, and what a disk has room for
+    while left:  # one call writes at most 2 GB, or less on a nearly full disk
         left = left[file.write(left) :]
 
 
 class _Hashing:
-    """A writable file that hashes what passes through it."""
+    """A writable file that hashes everything written to it."""
 
     def __init__(self, file: FileIO) -> None:
         self.file = file
@@ -162,7 +161,7 @@ class _Hashing:
         self.error: OSError | None = None
 
     def write(self, content: bytes) -> int:
-        """Write and hash; other threads run meanwhile."""
+        """Write and hash; both release the GIL."""
         self.digest.update(content)
         try:
             _write_all(self.file, content)
@@ -173,15 +172,15 @@ class _Hashing:
         return len(content)
 
     def flush(self) -> None:
-        """Pass on what is buffered."""
+        """Flush the file."""
         self.file.flush()
 
 
 def write_hashed(path: Path, write: Callable[[BinaryIO], object]) -> FileFacts:
-    """Write a new file by `write(file)`, hash it on the way, and return when it is on the disk.
+    """Write a file through `write(file)`, hash it while writing, and return once it is synced to disk.
 
     Raises:
-        OSError: when it cannot be written, with its path.
+        OSError: with the path, when the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb", buffering=0) as file:
@@ -190,7 +189,7 @@ def write_hashed(path: Path, write: Callable[[BinaryIO], object]) -> FileFacts:
             write(cast(BinaryIO, hashing))
             os.fsync(file.fileno())
         except Exception as error:
-            cause = hashing.error or error  # torch.save reports a full disk as a defect of its own
+            cause = hashing.error or error  # torch.save hides a full disk behind a RuntimeError
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from None
             raise
@@ -198,7 +197,7 @@ def write_hashed(path: Path, write: Callable[[BinaryIO], object]) -> FileFacts:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hash of an existing file's content."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -207,12 +206,12 @@ def sha256_of(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """See to it that the entries of a folder are on the disk."""
+    """Sync the entries of a folder to disk."""
     _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def sync_tree(top: Path) -> None:
-    """See to it that a folder is on the disk with all that is below it."""
+    """Sync a folder and everything below it to disk."""
     for path in top.rglob("*"):
         if path.is_dir():
             sync_folder(path)

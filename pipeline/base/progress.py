@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress bar on a tty, plain lines in a log file."""
+"""Progress display: a bar on a tty, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Progress of a long piece of work with its rate and the time left."""
+    """Progress of a long task, with rate and time left."""
 
     def __init__(self, total: float | None, done: float, unit: str, enabled: bool = True) -> None:
-        """Begin at `done` of `total`, if that is known; nothing is shown unless `enabled` (ranks above 0)."""
+        """Start at `done` of `total` units (None: unknown); show nothing unless `enabled` (rank 0)."""
         self.total = total
         self.first = self.done = done
         self.unit = unit
@@ -22,13 +22,13 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True) if on_tty else None
 
     def advance(self, done: float) -> None:
-        """Say that `done` units are done in all."""
+        """Set the total number of finished units to `done`."""
         if self.bar is not None:
             self.bar.update(done - self.done)
         self.done = done
 
     def report(self, facts: str) -> None:
-        """Show `facts`, beside the bar or as a line with rate and time left."""
+        """Show `facts` next to the bar, or print them with rate and time left."""
         if self.bar is not None:
             self.bar.set_postfix_str(facts)
         elif self.enabled:
@@ -40,12 +40,12 @@ class Progress:
             print(f"{self.unit} {self.done}{of_all}  {facts}  {rate:.2f} {self.unit}/s{to_go}", flush=True)
 
     def say(self, message: str) -> None:
-        """Print a message of its own without disturbing the bar."""
+        """Print a message above the bar."""
         if self.enabled:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()

@@ -1,4 +1,4 @@
-"""How programs end."""
+"""Exit codes, error lines and help of programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.base import cli, errors, files
 from pipeline.config import build_parser
 from support.programs import ROOT, run_here
 
-# Stands for a thread of torch.distributed that meets a dismantled interpreter.
+# os.abort at exit simulates a torch.distributed thread that aborts during interpreter shutdown.
 ABORTS_IN_TEARDOWN = """
 import atexit, os, sys
 from pipeline.base import cli, errors
@@ -48,18 +48,18 @@ def end(ending: str, of_ranks: bool) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_rank_ends_with_its_own_exit_code(ending: str, code: int, message: str) -> None:
-    """Whatever its libraries do when the interpreter is taken apart; all that it printed arrives."""
+    """An abort during interpreter shutdown changes neither exit code nor output."""
     result = end(ending, of_ranks=True)
     assert (result.returncode, result.stdout, result.stderr) == (code, "the last line", message)
 
 
 def test_the_stand_in_aborts_a_program_that_is_taken_apart() -> None:
-    """Or the test above could not fail."""
+    """Without `of_ranks` the program aborts, so the test above can fail."""
     assert end("return 0", of_ranks=False).returncode == -6
 
 
 def test_a_crash_of_a_rank_shows_where_python_was() -> None:
-    """A library that dies by a signal leaves the Python stack on stderr."""
+    """A segmentation fault in a library prints the Python stack on stderr."""
     result = end("os.kill(os.getpid(), 11)", of_ranks=True)
     assert result.returncode == -11
     assert "Segmentation fault" in result.stderr
@@ -67,7 +67,7 @@ def test_a_crash_of_a_rank_shows_where_python_was() -> None:
 
 
 def test_a_rank_goes_on_when_nobody_reads_what_it_prints() -> None:
-    """`tee` has died, or the log lies on a full disk: the run is worth more than its log, and is not done."""
+    """A dead `tee`, a full disk or a closed stdout must not end the run or change its exit code."""
     ending = "[print('more', flush=True) for _ in range(3)]; print('error', file=sys.stderr); return 75"
     program = ABORTS_IN_TEARDOWN.format(ending=ending, of_ranks=True)
     reader, writer = os.pipe()
@@ -82,13 +82,13 @@ def test_a_rank_goes_on_when_nobody_reads_what_it_prints() -> None:
 
 
 def test_another_broken_pipe_of_a_rank_does_not_count_as_done() -> None:
-    """One to a program that it talks to."""
+    """A broken pipe to another program is an error."""
     result = end("raise BrokenPipeError(32, 'Broken pipe')", of_ranks=True)
     assert result.returncode not in (errors.EXIT_DONE, errors.EXIT_REQUEUE)
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -121,7 +121,7 @@ def test_errors_are_red_on_a_terminal_alone(
     ("rank", "local_rank", "error", "message"),
     [
         ("0", "0", errors.UserError("no key"), "error: no key\n"),
-        ("8", "0", errors.UserError("no key"), "error: rank 8: no key\n"),  # of another node
+        ("8", "0", errors.UserError("no key"), "error: rank 8: no key\n"),  # first rank of another node
         ("9", "1", errors.UserError("no key"), ""),
         (
             "9",
@@ -130,7 +130,7 @@ def test_errors_are_red_on_a_terminal_alone(
             "error: rank 9: x: Denied. Check the path and its perm",
         ),
         ("0", "0", FileExistsError(17, "File exists", "x"), "error: x: File exists. Check the path"),
-        ("9", "1", OSError(28, "Full", "x"), "error: rank 9: x: Full. Make room, and start the same"),
+        ("9", "1", OSError(28, "Full", "x"), "error: rank 9: x: Full. Free disk space and rerun"),
     ],
 )
 def test_a_node_or_a_rank_that_fails_alone_says_so(
@@ -141,7 +141,7 @@ def test_a_node_or_a_rank_that_fails_alone_says_so(
     error: Exception,
     message: str,
 ) -> None:
-    """A path that one node does not see must not end a run without a word."""
+    """A path missing on one node only must not end a run silently."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
 
@@ -158,7 +158,7 @@ def test_a_node_or_a_rank_that_fails_alone_says_so(
 def test_a_full_disk_is_no_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file is named although the write that fails does not know its name; nothing is left behind."""
+    """The error names the file, although ENOSPC from write() does not."""
     monkeypatch.setattr(files, "_writing", lambda path: Path("/dev/full"))
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
 
@@ -168,7 +168,7 @@ def test_a_full_disk_is_no_traceback(
 
     outcome = run_here(main, [], capsys)
     assert outcome.code == errors.EXIT_FAILED
-    assert outcome.error.startswith(f"error: {tmp_path}/scores.csv: No space left on device. Make room, and")
+    assert outcome.error.startswith(f"error: {tmp_path}/scores.csv: No space left on device. Free disk space")
     assert outcome.error.count("\n") == 1
 
 

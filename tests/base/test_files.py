@@ -1,4 +1,4 @@
-"""Files that a run writes to for as long as it lasts."""
+"""Trimming of append-only log files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.base.files import keep_lines
 
 
 def test_lines_are_kept_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The curves of a long run are larger than the memory that a start can spare."""
+    """Metrics of a long run may exceed memory, so `keep_lines` must stream them."""
     path, left_over = tmp_path / "metrics.jsonl", tmp_path / ".metrics.jsonl.elsewhere.123.writing"
     lines = [b'{"step": %d, "text": "%s"}\n' % (step, b"x" * 1000) for step in range(3000)]
     path.write_bytes(b"".join([*lines[:10], b"\0\0\n", b"\n", *lines[10:], b'{"step": 1, "te']))
