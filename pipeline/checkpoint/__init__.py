@@ -1,8 +1,8 @@
-"""Checkpoints: what they are, how they come to exist all at once, and how a run goes on from one.
+"""Checkpoints: format, atomic asynchronous saves, retention, and resume at any world size.
 
-``RUN/checkpoints/step_00000100/`` holds model/ (the engine's own files), one slots_RRRRR.npz a rank (chains
-and cursors), config.yaml, tokenizer/ and manifest.json with the size and hash of each. It is written under
-another name and then renamed: a folder with a manifest is whole, or has been damaged since.
+``RUN/checkpoints/step_00000100/`` holds model/ (the engine's files), one slots_RRRRR.npz per rank (chains and
+cursors), config.yaml, tokenizer/ and manifest.json with the size and hash of every file. It is written under
+a temporary name and then renamed, so a folder with a manifest is complete unless it was damaged later.
 """
 
 from pipeline.checkpoint.loading import check_continues, load, newest

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that can be decoded with or measured."""
+"""Load a model from a checkpoint for decoding or evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.objectives.objective import Layout
 
 Weights = Literal["ema", "raw"]
 WEIGHTS_HELP = (
-    "ema = the moving average, raw = the weights of the last step; by default ema where there is one"
+    "ema = the moving average, raw = the weights of the last step; default: ema if the checkpoint has it"
 )
 
 
@@ -33,9 +33,9 @@ class Loaded:
 
     Attributes:
         model: the network, in evaluation mode.
-        tokenizer: the tokenizer that it was trained with.
-        config: the run that it comes from.
-        step: optimizer steps that it was trained for.
+        tokenizer: the tokenizer of the run.
+        config: the configuration of the run.
+        step: optimizer steps trained; 0 for an untrained model.
     """
 
     model: MaskedDiffusionModel
@@ -45,7 +45,7 @@ class Loaded:
 
     @property
     def layout(self) -> Layout:
-        """How the objective of the last step showed sequences to the model."""
+        """The layout that the objective used at `step`."""
         return decoding_layout(self.config, self.tokenizer.mask, self.step)
 
 
@@ -56,24 +56,25 @@ def load_model(
     weights: Weights | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Loaded:
-    """Return the model of a run's newest checkpoint, or of a given one; one process, any world size.
+    """Load a checkpoint, written at any world size, into one process.
 
     Args:
-        path: a run folder or a checkpoint folder.
-        device: where the model is put.
-        untrained: leave the initial weights in place, for a baseline.
-        weights: ema = their moving average, raw = those of the last step; by default ema where there is one.
-        dtype: of the weights and of what is computed; logits are fp32 in any case.
+        path: a run folder (its newest complete checkpoint), RUN:STEP, or a checkpoint folder.
+        device: device of the model.
+        untrained: keep the initial weights, as a baseline.
+        weights: ema = the moving average, raw = the weights of the last step; None = ema if the checkpoint
+            has it.
+        dtype: of weights and activations; logits are always fp32.
 
     Raises:
-        UserError: when there is no checkpoint, it is damaged, or it lacks the weights that are asked for.
+        UserError: when the checkpoint is missing or damaged, or lacks the requested weights.
     """
     folder, manifest = find(path)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     model = make_model(config, Vocabulary(**manifest.vocabulary))
     if not untrained:
         state = read_weights(folder / "model", takes_average(folder, weights))
-        if config.model.tie_embeddings:  # one tensor under two names; a checkpoint may hold either
+        if config.model.tie_embeddings:  # one tensor with two names; the checkpoint may have only one
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         model.load_state_dict(state)
     tokenizer = Tokenizer.load(folder / "tokenizer")
@@ -81,12 +82,12 @@ def load_model(
 
 
 def takes_average(folder: Path, weights: Weights | None) -> bool:
-    """Say whether `weights` (see `load_model`) means the moving average in the checkpoint `folder`.
+    """Return whether `weights` (see `load_model`) selects the moving average of the checkpoint `folder`.
 
     Raises:
-        UserError: when there is none, and it is asked for.
+        UserError: when `weights` is "ema" and the checkpoint has no moving average.
     """
     averaged = has_average(folder / "model")
     if weights == "ema" and not averaged:
-        raise UserError(f"{folder} holds no moving average: the run had no optimizer.ema_decay. Take 'raw'.")
+        raise UserError(f"{folder} has no moving average (optimizer.ema_decay was not set): use 'raw'.")
     return averaged and weights != "raw"

@@ -1,4 +1,4 @@
-"""How a run goes on: from the newest whole checkpoint, at any world size."""
+"""Resume a run from its newest complete checkpoint, at any world size."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from pipeline.ranks import Ranks
 
 
 def newest(run_dir: Path, ranks: Ranks, hashes: bool) -> tuple[Path, Manifest] | None:
-    """Return the newest whole checkpoint of a run, and say which were skipped and why; every rank calls this.
+    """Return the newest complete checkpoint of a run; print which newer ones were skipped and why.
 
-    The ranks share the work of hashing, and take the same one.
+    Every rank calls this. The ranks split the hashing and agree on the result.
 
     Args:
-        run_dir: the run.
-        ranks: the processes that agree on it.
+        run_dir: the run folder.
+        ranks: all processes of the run.
         hashes: compare the hashes of the files, not only their sizes.
 
     Returns:
-        The folder and its manifest; nothing where the run has no checkpoint yet.
+        The folder and its manifest; None when the run has no checkpoint yet.
 
     Raises:
-        UserError: when there are checkpoints, but none is whole: beginning anew would bury the run.
+        UserError: when checkpoints exist but none is complete; a fresh start would overwrite the run.
     """
     folders = ranks.all_gather(step_folders(run_dir))[0]
     for folder in reversed(folders):
@@ -58,18 +58,18 @@ def newest(run_dir: Path, ranks: Ranks, hashes: bool) -> tuple[Path, Manifest] |
             print(f"skipped {folder}: {problem}", flush=True)
     if folders:
         raise UserError(
-            f"{run_dir} has {len(folders)} checkpoints and none is whole (the reasons are above): restore "
-            "one, or give another run_dir to begin anew."
+            f"{run_dir} has {len(folders)} checkpoints and none is complete (reasons above): restore one, or "
+            "start a new run with another run_dir."
         )
     return None
 
 
 def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config) -> None:
-    """Raise a `UserError` unless a run with `config` may go on from the checkpoint in `folder`."""
+    """Raise a `UserError` unless a run with `config` may resume from the checkpoint in `folder`."""
     if saved.step > config.train.steps:
         raise UserError(
-            f"train.steps is {config.train.steps}, but {folder} is at step {saved.step} already: raise it, "
-            "or begin a new run with another run_dir."
+            f"train.steps is {config.train.steps}, but {folder} is already at step {saved.step}: raise "
+            "train.steps, or start a new run with another run_dir."
         )
     before = configuration.load(["--config", str(folder / "config.yaml")])
     pairs = [
@@ -89,34 +89,34 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
             keeps_weights = not what.startswith(("model.", "the vocabulary"))
             start = ", from these weights: tools/export_hf.py, train.initial_weights" if keeps_weights else ""
             raise UserError(
-                f"{folder} was written with {what} = {then}, the run has {new}: set it back, or begin a new "
+                f"{folder} was written with {what} = {then}, the run has {new}: set it back, or start a new "
                 f"run with another run_dir{start}."
             )
     start_from = config.train.initial_weights
     if start_from is not None and before.train.initial_weights is None:
         raise UserError(
-            f"train.initial_weights is {start_from}, but the run goes on from {folder}, which did not start "
-            "there: leave it out, or begin a new run with another run_dir."
+            f"train.initial_weights is {start_from}, but the run resumes from {folder}, which was trained "
+            "without it: remove the setting, or start a new run with another run_dir."
         )
 
 
 def _differences(section: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """Return the settings of a section, as (name, then, now)."""
+    """Return the settings of a section as (name, saved value, current value)."""
     keys = [item.name for item in dataclasses.fields(now)]
     return [(f"{section}.{key}", getattr(before, key), getattr(now, key)) for key in keys]
 
 
 def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[SlotGroup]) -> None:
-    """Go on from a checkpoint, written at any world size; every rank calls this.
+    """Restore engine and slots from a checkpoint written at any world size; every rank calls this.
 
     Raises:
-        UserError: when a file cannot be used.
+        UserError: when a file cannot be read.
     """
     states, problem = [], None
     try:
         states = _states_of_slots(folder, manifest, engine.ranks.rank, [group.slots for group in groups])
     except (OSError, KeyError, ValueError, BadZipFile) as error:
-        problem = f"the slots in {folder} cannot be read ({error}): remove it to use an older checkpoint."
+        problem = f"the slots in {folder} cannot be read ({error}): remove it to resume from an older one."
     engine.ranks.agree(problem)
     engine.load(folder / "model", manifest.world_size)
     for group, state in zip(groups, states, strict=True):
@@ -126,9 +126,9 @@ def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[Slot
 def _states_of_slots(
     folder: Path, manifest: Manifest, rank: int, wanted: Sequence[np.ndarray]
 ) -> list[dict[str, np.ndarray]]:
-    """Return the state of each group of slots in `wanted`, whichever ranks wrote them.
+    """Return the state of each group of slots in `wanted`, from the files of any ranks.
 
-    The file of the same rank is read first: at the same world size it holds all of them.
+    Read the file of the same rank first: at an unchanged world size it holds all of them.
     """
     everything = set(np.concatenate(wanted).tolist())
     order = [rank] * (rank < manifest.world_size) + [r for r in range(manifest.world_size) if r != rank]
@@ -140,7 +140,7 @@ def _states_of_slots(
         if not everything:
             break
     if everything:
-        raise KeyError(f"slot {min(everything)} is in no file")
+        raise KeyError(f"no file holds slot {min(everything)}")
     merged = merge_states(parts)
     row_of = {slot: row for row, slot in enumerate(merged["slots"].tolist())}
     rows = [[row_of[slot] for slot in slots.tolist()] for slots in wanted]

@@ -1,4 +1,4 @@
-"""One run on one folder: a second one would take the first one's checkpoints for its own."""
+"""Lock of a run folder: two runs in one folder would overwrite each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any
 from pipeline.base.errors import UserError
 
 FILE = "run.lock"
-HEARTBEAT = 10.0  # seconds between two signs of life
-SILENCE = 35.0  # seconds without one after which a holder on another host counts as dead
+HEARTBEAT = 10.0  # seconds between heartbeats
+SILENCE = 35.0  # seconds without a heartbeat after which a holder on another host counts as dead
 
 
 class RunLock:
     """A lock on a run folder, held by the first rank of a run.
 
-    On one host the kernel's own lock (flock) decides: it goes away with the process, however that ends.
-    Between hosts not every file system passes it on, so the holder also renews the file's time, and who finds
-    the file of a run on another host watches it for a while before taking it over.
+    On one host the kernel lock (flock) decides; the kernel drops it when the process ends. Not every network
+    file system shares flock between hosts, so the holder also touches the file every `HEARTBEAT` seconds. A
+    run that finds the lock of another host waits `SILENCE` seconds for a heartbeat before it takes over.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Take the lock.
+        """Acquire the lock.
 
         Raises:
             UserError: when another run holds it, or the folder cannot be written.
@@ -57,7 +57,7 @@ class RunLock:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(self._refusal(self._owner())) from None
-        except OSError:  # this file system has no locks
+        except OSError:  # the file system has no locks
             kernel_decides = False
         owner = self._owner()
         here = owner.get("host") == socket.gethostname()
@@ -69,7 +69,7 @@ class RunLock:
         os.pwrite(self.descriptor, json.dumps(facts).encode(), 0)
 
     def _owner(self) -> dict[str, Any]:
-        """Return who wrote the file; nothing when it was released or never held."""
+        """Return the content of the lock file; empty when it was released or never held."""
         with suppress(OSError, ValueError):
             owner = json.loads(os.pread(self.descriptor, 4096, 0))
             if isinstance(owner, dict):
@@ -81,10 +81,10 @@ class RunLock:
         return f"{self.path.parent} is in use by another run ({who}): stop that one, or give another run_dir."
 
     def _watch(self, owner: dict[str, Any]) -> None:
-        """Return when the holder shows no sign of life for a while; clocks of hosts are not compared."""
+        """Return after `SILENCE` seconds without a heartbeat, by this host's clock alone."""
         print(
-            f"{self.path} is that of process {owner.get('pid')} on {owner.get('host')}: waiting "
-            f"{SILENCE:.0f} s for a sign of life",
+            f"{self.path} belongs to process {owner.get('pid')} on {owner.get('host')}: waiting "
+            f"{SILENCE:.0f} s for a heartbeat",
             flush=True,
         )
         last, deadline = self._sign(), time.monotonic() + SILENCE
@@ -92,10 +92,10 @@ class RunLock:
             time.sleep(min(1.0, SILENCE / 10))
             if self._sign() != last:
                 raise UserError(self._refusal(self._owner()))
-        print(f"{self.path} is stale: its run is dead, taking it over", flush=True)
+        print(f"{self.path} is stale: no heartbeat, taking over", flush=True)
 
     def _sign(self) -> tuple[int, bytes]:
-        """Return what a living holder changes; the file is opened anew, as network file systems cache."""
+        """Return what a heartbeat changes; reopen the file, because network file systems cache."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             return os.fstat(descriptor).st_mtime_ns, os.pread(descriptor, 4096, 0)
@@ -104,11 +104,11 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self.released.wait(HEARTBEAT):
-            with suppress(OSError):  # a full or absent file system is for the next save to report
+            with suppress(OSError):  # the next save reports a full or missing file system
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Let another run take the folder."""
+        """Release the lock."""
         self.released.set()
         self.heart.join()
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a checkpoint is: a folder that a manifest describes file by file."""
+"""Manifest of a checkpoint folder: metadata, and the size and hash of every file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "numpy")
 
 
 class Identity(NamedTuple):
-    """What a run must have in common with the checkpoints that it resumes from.
+    """Metadata that must match between a run and the checkpoint that it resumes from.
 
     Attributes:
-        sharding: how the engine's state is cut into files, see `Engine.sharding`.
-        global_batch_size: sequences a step.
+        sharding: how the engine's state is split into files, see `Engine.sharding`.
+        global_batch_size: sequences per step.
         vocabulary: the fields of a Vocabulary.
         data_fingerprint: identity of the examples and their order.
     """
@@ -38,21 +38,21 @@ class Identity(NamedTuple):
 
 @dataclass
 class Manifest:
-    """The facts of a checkpoint.
+    """Metadata of a checkpoint.
 
     Attributes:
-        format: version of the layout of the folder.
+        format: version of the folder layout.
         step: optimizer steps done.
         tokens: tokens seen, over all steps and ranks.
         world_size: ranks that wrote it.
-        sharding: see `Identity`, as the next three.
-        global_batch_size: see there.
-        vocabulary: see there.
-        data_fingerprint: see there.
-        held_out_loss: measured at this very step, or none.
-        guard: what the guard compares the next steps with, see `Window.to_json`.
-        versions: packages that wrote it.
-        files: every other file of the folder, by its path in it.
+        sharding: see `Identity`.
+        global_batch_size: see `Identity`.
+        vocabulary: see `Identity`.
+        data_fingerprint: see `Identity`.
+        held_out_loss: measured at this step; None = not measured.
+        guard: the guard's window of past steps, see `Window.to_json`.
+        versions: versions of `PACKAGES` that wrote it.
+        files: every other file of the folder, by its relative path.
     """
 
     format: int
@@ -70,11 +70,11 @@ class Manifest:
 
     @property
     def identity(self) -> Identity:
-        """What a run that resumes must have in common with the checkpoint."""
+        """Metadata that must match the run that resumes."""
         return Identity(self.sharding, self.global_batch_size, self.vocabulary, self.data_fingerprint)
 
     def to_json(self) -> bytes:
-        """Return the manifest as `read_manifest` reads it, with the hash of its own content."""
+        """Return the manifest as JSON for `read_manifest`, with a hash of its content."""
         values = dataclasses.asdict(self)
         return (json.dumps(values | {"sha256": _sha256(values)}, indent=2) + "\n").encode()
 
@@ -84,18 +84,18 @@ def _sha256(values: dict[str, Any]) -> str:
 
 
 class Damaged(Exception):
-    """A checkpoint that must not be used, and why."""
+    """A checkpoint must not be used; the message says why."""
 
 
 def step_folders(run_dir: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first, whole or not."""
+    """Return the checkpoint folders of a run, oldest first, complete or not."""
     folder = run_dir / "checkpoints"
     found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run that have a manifest, oldest first."""
+    """Return the checkpoint folders of a run that have a manifest, oldest first."""
     return [path for path in step_folders(run_dir) if (path / MANIFEST).is_file()]
 
 
@@ -103,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        Damaged: when there is none, or it cannot be read.
+        Damaged: when it is missing or cannot be read.
         UserError: when another version of this program wrote it.
     """
     path = folder / MANIFEST
@@ -114,33 +114,33 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {values['format']}, this program reads {FORMAT}: use the version that "
                 "wrote it."
             )
-        written = values.pop("sha256", None)  # older checkpoints have none
+        written = values.pop("sha256", None)  # missing in older checkpoints
         if written is not None and written != _sha256(values):
             raise Damaged(f"the content of its {MANIFEST} has changed since it was written (sha256)")
         files = {name: FileFacts(**facts) for name, facts in values.pop("files").items()}
         return Manifest(**values, files=files)
     except FileNotFoundError:
-        raise Damaged(f"it has no {MANIFEST}, so it was never finished or is only a part") from None
+        raise Damaged(f"it has no {MANIFEST}: it was never finished, or was copied in part") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Damaged(f"its {MANIFEST} cannot be read ({error})") from None
 
 
 def check_files(folder: Path, manifest: Manifest, hashes: bool, rank: int = 0, ranks: int = 1) -> None:
-    """Raise `Damaged` for the first file that is not as it was written.
+    """Raise `Damaged` for the first file that differs from the manifest.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
-        hashes: read the files and compare their hashes too, not only their sizes.
-        rank: which share of the hashes to compare.
-        ranks: into how many shares they are dealt.
+        hashes: compare the hashes of the files, not only their sizes.
+        rank: the share of the hashes to compare.
+        ranks: number of shares.
     """
     for i, (name, facts) in enumerate(sorted(manifest.files.items())):
         path = folder / name
         try:
             size = path.stat().st_size
             if size != facts.size:
-                raise Damaged(f"{name} has {size:,} bytes and was written with {facts.size:,}")
+                raise Damaged(f"{name} has {size:,} bytes, but was written with {facts.size:,}")
             if hashes and i % ranks == rank and sha256_of(path) != facts.sha256:
                 raise Damaged(f"the content of {name} has changed since it was written (sha256)")
         except FileNotFoundError:
@@ -150,12 +150,12 @@ def check_files(folder: Path, manifest: Manifest, hashes: bool, rank: int = 0, r
 
 
 def find(path: Path) -> tuple[Path, Manifest]:
-    """Return the checkpoint meant by `path`: a checkpoint folder, RUN:STEP, or a run's newest whole one.
+    """Return the checkpoint at `path`: a checkpoint folder, RUN:STEP, or a run (its newest complete one).
 
-    Sizes are compared, hashes are not.
+    Compare sizes, but not hashes.
 
     Raises:
-        UserError: when there is none, or it is damaged.
+        UserError: when it is missing or damaged.
     """
     run, colon, step = str(path).rpartition(":")
     if colon and step.isdecimal() and not path.exists():
@@ -174,4 +174,4 @@ def find(path: Path) -> tuple[Path, Manifest]:
             return folder, manifest
         except Damaged as error:
             problems.append(f"{folder}: {error}")
-    raise UserError(f"{path} holds no whole checkpoint ({'; '.join(problems)}): restore one.")
+    raise UserError(f"{path} holds no complete checkpoint ({'; '.join(problems)}): restore one.")

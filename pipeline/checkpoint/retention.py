@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Retention of checkpoints: which to keep, and removal of the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config import CheckpointConfig
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint; one that is half removed is not taken for a checkpoint."""
+    """Remove a checkpoint; rename it first, so that a partly removed one is never read."""
     removing = folder.with_name(f".removing_{folder.name}")
     shutil.rmtree(removing, ignore_errors=True)
     folder.rename(removing)
@@ -20,21 +20,21 @@ def discard(folder: Path) -> None:
 
 
 def kept(manifests: list[Manifest], config: CheckpointConfig) -> set[int]:
-    """Return the steps that stay: the newest, every m-th, and those with the lowest finite held-out loss."""
+    """Return the steps to keep: the newest, every m-th, and those with the lowest finite held-out loss."""
     steps = sorted(manifest.step for manifest in manifests)
     stay = set(steps[-config.keep :])
     if config.keep_every:
         stay |= {step for step in steps if step % config.keep_every == 0}
     measured = ((m.held_out_loss, m.step) for m in manifests if m.held_out_loss is not None)
-    scores = sorted(score for score in measured if math.isfinite(score[0]))  # NaN is neither less nor more
+    scores = sorted(score for score in measured if math.isfinite(score[0]))  # NaN breaks sorting
     return stay | {step for _, step in scores[: config.keep_best]}
 
 
 def prune(run_dir: Path, step: int, config: CheckpointConfig) -> None:
-    """Remove what need not stay after the checkpoint of `step` has come to be.
+    """Remove the checkpoints that `config` does not keep, after the save at `step`.
 
-    Later ones, which a run has left behind that went on from an older one, are not touched: they are replaced
-    when the run comes to their steps. Forms for another number of ranks were of use to begin this one.
+    Newer checkpoints left by an earlier attempt are kept until training overwrites them. Universal
+    checkpoints are removed: they only served to resume this run at another world size.
     """
     manifests = {}
     for folder in checkpoints(run_dir):
@@ -51,7 +51,7 @@ def prune(run_dir: Path, step: int, config: CheckpointConfig) -> None:
 
 
 def clear(run_dir: Path) -> None:
-    """Remove what a killed process left half written or half removed."""
+    """Remove folders that a killed process left partly written or partly removed."""
     for pattern in (".writing_*", ".removing_*"):
         for left_over in (run_dir / "checkpoints").glob(pattern):
             shutil.rmtree(left_over, ignore_errors=True)

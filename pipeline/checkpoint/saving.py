@@ -1,8 +1,8 @@
-"""How a checkpoint comes to exist: copied in memory, written behind the training, then all at once.
+"""Asynchronous, atomic saves.
 
-Every rank copies its state to host memory, and a thread writes the copy while training goes on. The files lie
-in a folder of another name. Each rank leaves a report there with the hashes of its files; when all have come,
-the first rank writes the manifest and renames the folder. No thread runs a collective.
+Every rank copies its state to host memory, and a thread writes the copy to a temporary folder while training
+continues. Each rank then writes a report with the hashes of its files. When all reports exist, the first rank
+writes the manifest and renames the folder. No thread runs a collective.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from pipeline.config import Config
 from pipeline.engine.protocol import Engine
 from pipeline.engine.snapshot import state_bytes
 
-_POLL = 0.05  # seconds between two looks for the other ranks' reports
-_LAST_MOMENTS = 60.0  # seconds that a failing run gives a checkpoint that is being written
+_POLL = 0.05  # seconds between polls for the other ranks' reports
+_LAST_MOMENTS = 60.0  # seconds that a failing run waits for a save in progress
 
 
 @dataclass
 class _Work:
-    """A checkpoint that is being written.
+    """A save in progress.
 
     Attributes:
-        folder: where its files are until it is whole.
-        manifest: its facts, still without files.
-        files: what this rank writes, by path in the folder.
-        problem: what went wrong, here or, on the first rank, anywhere.
-        shown: whether the user has been told.
+        folder: temporary folder of the files.
+        manifest: its manifest, still without files.
+        files: writers of this rank's files, by relative path.
+        problem: why it failed: on this rank or, on the first rank, on any rank.
+        shown: whether the failure was reported to the user.
         written: set when this rank has written its files, or failed.
-        given_up: set when the first rank need not wait for more reports.
-        thread: what writes.
+        given_up: set when the first rank must not wait for more reports.
+        thread: the writing thread.
     """
 
     folder: Path
@@ -63,19 +63,19 @@ class Saver:
     """Writes the checkpoints of a run, one at a time.
 
     Attributes:
-        problem: why the last save failed, as of `wait`; None when it did not.
+        problem: why the last save failed, as of `wait`; None if it succeeded.
     """
 
     def __init__(
         self, config: Config, engine: Engine, groups: Sequence[SlotGroup], say: Callable[[str], None]
     ) -> None:
-        """Prepare.
+        """Create the saver of a run.
 
         Args:
             config: the run.
-            engine: whose weights and optimizer state are saved.
+            engine: provides weights and optimizer state.
             groups: the chains of this rank.
-            say: how the user is told; called from a thread.
+            say: prints a message; called from a thread.
         """
         self.config = config
         self.engine = engine
@@ -86,17 +86,17 @@ class Saver:
         self.failures = 0
         self.problem: str | None = None
         self.work: _Work | None = None
-        # Read now: who moves the tokenizer while a run lasts must not lose its checkpoints.
+        # Read now: moving the tokenizer during the run must not break later saves.
         self.common = _common_files(config) if self.first else {}
 
     def save(self, manifest: Manifest) -> None:
-        """Save the state as it is now; every rank calls this between two steps.
+        """Save the current state; every rank calls this between two steps.
 
-        Returns when the state is copied, or, unless ``checkpoint.asynchronous``, when it is on the disk. A
-        save that fails is reported, leaves nothing behind and harms no other checkpoint.
+        Return when the state is copied or, without ``checkpoint.asynchronous``, when it is on disk. A failed
+        save is reported, leaves no files and does not affect other checkpoints.
 
         Raises:
-            Failure: when ``checkpoint.max_failed_saves`` in a row have failed.
+            Failure: when ``checkpoint.max_failed_saves`` saves in a row have failed.
         """
         self.wait()
         work = _Work(self.folder / f".writing_{manifest.step:08d}", replace(manifest), dict(self.common))
@@ -106,7 +106,7 @@ class Saver:
             slots = merge_states([group.state_dict() for group in self.groups])
             size = sum(state_bytes(state) for state in states.values())
             work.files |= {f"model/{name}": partial(torch.save, state) for name, state in states.items()}
-            packed = io.BytesIO()  # numpy writes to files that can be read, too
+            packed = io.BytesIO()  # np.savez needs a file that is readable, too
             np.savez(packed, allow_pickle=False, **slots)
             work.files[f"slots_{self.engine.ranks.rank:05d}.npz"] = _bytes_writer(packed.getvalue())
             problem = self._lack_of_space(size + len(packed.getvalue()))
@@ -120,10 +120,10 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is whole or has failed; every rank calls this, also at the end of a run.
+        """Wait until the last save has finished or failed; every rank calls this, also at the end of a run.
 
         Raises:
-            Failure: when ``checkpoint.max_failed_saves`` in a row have failed.
+            Failure: when ``checkpoint.max_failed_saves`` saves in a row have failed.
         """
         work, self.work = self.work, None
         if work is None or work.thread is None:
@@ -131,7 +131,7 @@ class Saver:
         work.written.wait()
         problem = self.engine.ranks.first_problem(work.problem)
         if problem is not None:
-            work.given_up.set()  # a rank that could not even leave a report
+            work.given_up.set()  # the failed rank may not have been able to write its report
         work.thread.join()
         problem = self.engine.ranks.first_problem(problem or work.problem)
         if problem is None:
@@ -140,19 +140,19 @@ class Saver:
             self._failed(work, problem)
 
     def writing(self) -> bool:
-        """Say whether this rank is still writing the last save."""
+        """Return whether this rank is still writing the last save."""
         return self.work is not None and self.work.thread is not None and self.work.thread.is_alive()
 
     def close(self) -> None:
-        """Give a checkpoint that is being written the time to become whole; no rank waits for another.
+        """Wait a limited time for a save in progress, without communication between ranks.
 
-        After `wait` there is nothing left to do: this is for a run that ends by an error.
+        For runs that end with an error; after `wait` it does nothing.
         """
         if self.work is not None and self.work.thread is not None:
             self.work.thread.join(_LAST_MOMENTS)
 
     def _failed(self, work: _Work, problem: str) -> None:
-        """Count a failed save, on all ranks alike."""
+        """Count a failed save; every rank calls this."""
         self.failures, self.problem = self.failures + 1, problem
         limit = self.config.checkpoint.max_failed_saves
         if self.first:
@@ -161,12 +161,12 @@ class Saver:
         if self.failures >= limit:
             raise Failure(
                 f"{self.failures} saves in a row have failed (checkpoint.max_failed_saves), the last one: "
-                f"{problem} Older checkpoints are unharmed: put it right, and start the same command again."
+                f"{problem} Older checkpoints are intact: fix the problem and rerun the same command."
             )
 
     def _report_failure(self, work: _Work, problem: str) -> None:
         if not work.shown:
-            self.say(f"saving step {work.manifest.step} FAILED: {problem} The run goes on.")
+            self.say(f"saving step {work.manifest.step} FAILED: {problem} Training continues.")
         work.shown = True
 
     def _make_folder(self, folder: Path) -> str | None:
@@ -178,18 +178,18 @@ class Saver:
         return None
 
     def _lack_of_space(self, size: int) -> str | None:
-        """Return what is missing for the `size` bytes of this rank and those of the others, if anything."""
+        """Return a message if the disk lacks space for a checkpoint; `size` is this rank's share in bytes."""
         facts = self.engine.ranks.all_gather((size, shutil.disk_usage(self.folder).free if self.first else 0))
         need, free = sum(size for size, _ in facts), facts[0][1]
         if need <= free:
             return None
         return (
-            f"a checkpoint needs {need / 1e6:,.1f} MB, and {self.folder} has {free / 1e6:,.1f} MB free: make "
+            f"a checkpoint needs {need / 1e6:,.1f} MB, but {self.folder} has {free / 1e6:,.1f} MB free: make "
             "room, or lower checkpoint.keep."
         )
 
     def _run(self, work: _Work) -> None:
-        """Write this rank's files, and on the first rank make the whole a checkpoint; runs in a thread."""
+        """Write this rank's files and, on the first rank, commit the checkpoint; runs in a thread."""
         report = work.folder / _report_name(self.engine.ranks.rank)
         try:
             files = {name: asdict(write_hashed(work.folder / name, w)) for name, w in work.files.items()}
@@ -197,10 +197,10 @@ class Saver:
         except Exception as error:
             work.problem = _describe(error)
             try:
-                for name in work.files:  # what is left would keep a full disk full
+                for name in work.files:  # free the space on a full disk
                     (work.folder / name).unlink(missing_ok=True)
                 _write_json(report, {"problem": work.problem})
-            except OSError:  # the whole file system may have failed
+            except OSError:  # the file system may be gone
                 work.given_up.set()
         work.written.set()
         if not self.first:
@@ -212,13 +212,13 @@ class Saver:
             self._report_failure(work, work.problem)
 
     def _commit(self, work: _Work) -> None:
-        """Make the folder a checkpoint once all ranks have written their part."""
+        """Wait for the reports of all ranks, write the manifest and rename the folder."""
         files: dict[str, FileFacts] = {}
         for rank in range(self.engine.ranks.world_size):
             path = work.folder / _report_name(rank)
             while not path.exists():
                 if work.given_up.wait(_POLL):
-                    return  # `wait` knows why
+                    return  # `wait` reports the reason
             report = json.loads(path.read_bytes())
             if "problem" in report:
                 raise _Reported(report["problem"])
@@ -226,14 +226,14 @@ class Saver:
             path.unlink()
         for path in work.folder.rglob("*"):
             name = str(path.relative_to(work.folder))
-            if path.is_file() and name not in files:  # copied by the engine itself: states offloaded to NVMe
+            if path.is_file() and name not in files:  # written by the engine: states offloaded to NVMe
                 files[name] = FileFacts(path.stat().st_size, sha256_of(path))
         manifest = replace(work.manifest, files=files)
         with replacing(work.folder / MANIFEST) as file:
             file.write(manifest.to_json())
         sync_tree(work.folder)
         final = self.folder / f"step_{manifest.step:08d}"
-        if final.exists():  # damaged, or left behind by a run that went on from an older one
+        if final.exists():  # damaged, or left by an earlier attempt
             discard(final)
         work.folder.rename(final)
         sync_folder(self.folder)
@@ -243,16 +243,16 @@ class Saver:
 
 
 class _Reported(Exception):
-    """A problem that a rank has described already."""
+    """A problem already described by the rank that had it."""
 
 
 def merge_states(states: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the states of several slot groups as one: every array has a slot a row."""
+    """Concatenate the states of several slot groups; row i of every array belongs to one slot."""
     return {key: np.concatenate([state[key] for state in states]) for key in states[0]}
 
 
 def _common_files(config: Config) -> dict[str, Callable[[BinaryIO], object]]:
-    """Return what the first rank writes for all: the configuration and the tokenizer."""
+    """Return the writers of the files that only the first rank writes: configuration and tokenizer."""
     contents = {"config.yaml": configuration.to_yaml(config).encode()}
     tokenizer = Path(config.data.tokenizer)
     for path in tokenizer.rglob("*"):
@@ -275,7 +275,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error as part of a message."""
+    """Return an error as a sentence for a message."""
     if isinstance(error, _Reported):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank goes wrong on all of them, and nobody waits for ever: two ranks as threads."""
+"""A save that fails on one rank fails on all ranks without a deadlock; two threads play the ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Memory:
-    """What threads that play ranks exchange by."""
+    """Shared memory through which the threads exchange values."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(RANKS, timeout=60)
@@ -47,7 +47,7 @@ class Thread(Ranks):
 
 
 def engine_of(rank: int, memory: Memory) -> Any:
-    """Return an engine that has one tensor to save."""
+    """Return an engine with one tensor to save."""
 
     def snapshot(folder: Path) -> dict[str, Any]:
         return {f"part_{rank}.pt": torch.arange(4)}
@@ -57,7 +57,7 @@ def engine_of(rank: int, memory: Memory) -> Any:
 
 @pytest.fixture
 def savers(tmp_path: Path) -> tuple[list[Saver], list[str]]:
-    """Return a saver a rank, and what they say."""
+    """Return one saver per rank, and the list of their messages."""
     arguments = ["--run_dir", str(tmp_path), "--data.prefixes", "[unused]", "--data.tokenizer", "unused"]
     config = configuration.load([*arguments, "--checkpoint.max_failed_saves", "2"])
     memory, said = Memory(), list[str]()
@@ -68,7 +68,7 @@ def savers(tmp_path: Path) -> tuple[list[Saver], list[str]]:
 
 
 def save(savers: list[Saver], step: int) -> list[BaseException | None]:
-    """Save on all ranks at once and wait; return what each of them raised."""
+    """Save on all ranks at once and wait; return the exception of each rank."""
     manifest = Manifest(FORMAT, step, 0, RANKS, "zero3", RANKS, {}, "")
 
     def one(saver: Saver) -> None:
@@ -80,7 +80,7 @@ def save(savers: list[Saver], step: int) -> list[BaseException | None]:
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, name: str, part: str, where: Any = saving) -> None:
-    """Let a function of the saving module, or of `where`, fail for paths with `part` in them."""
+    """Make a function of the saving module, or of `where`, fail for paths that contain `part`."""
     original: Callable[..., object] = getattr(where, name)
 
     def failing(path: Path, *rest: object, **options: object) -> object:
@@ -100,7 +100,7 @@ def test_one_ranks_failure_is_everybodys(
     rank: int,
     also: str,
 ) -> None:
-    """A file cannot be written, and then neither can the report of it, or what there is of it be removed."""
+    """A file cannot be written; in some cases its report cannot be written or the file not removed either."""
     both, said = savers
     assert save(both, 1) == [None, None]
     with monkeypatch.context() as patch:

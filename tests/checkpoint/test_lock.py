@@ -1,4 +1,4 @@
-"""One run on one folder, whatever became of the last one."""
+"""The lock of a run folder, after runs that ended, were killed or run on another host."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_second_run_is_refused_in_one_line(train: Train, tmp_path: Path) -> No
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
-    """The kernel drops it with the process: the next start does not even wait."""
+    """The kernel drops the lock with the process, so the next start does not wait."""
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     process = context.Process(target=hold, args=(str(tmp_path), ready))
@@ -55,7 +55,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def write_lock(folder: Path, host: str) -> Path:
-    """Leave the lock file of a run on another host, whose kernel this one does not hear of."""
+    """Write the lock file of a run on another host, without a kernel lock."""
     path = folder / lock.FILE
     path.write_text(json.dumps({"host": host, "pid": 7, "started": "2026-01-01"}))
     return path
@@ -82,7 +82,7 @@ def test_a_dead_run_on_another_host_is_taken_over(
 
 
 def test_the_lock_file_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the other host looks for."""
+    """Other hosts watch the modification time."""
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     held = RunLock(tmp_path)
     os.utime(tmp_path / lock.FILE, (0, 0))

@@ -1,4 +1,4 @@
-"""What is taken for a checkpoint, and what is said of one that is broken."""
+"""Validation of checkpoints: damage, mismatched settings, and the messages."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def corrupt(path: Path) -> None:
 
 
 def flip_step(folder: Path) -> None:
-    """Change one bit of a manifest, so that it is a whole one of another step."""
+    """Change one bit of a manifest, so that it is valid JSON with another step."""
     path = folder / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"step": 16,', b'"step": 17,'))
 
 
 def change_manifest(path: Path, **values: object) -> None:
-    """Write a manifest as another run would have: without a hash of its own, as those of older programs."""
+    """Change values of a manifest; drop its own hash, as in manifests of older versions."""
     manifest = json.loads(path.read_text()) | values
     del manifest["sha256"]
     path.write_text(json.dumps(manifest))
 
 
 def test_the_manifest_describes_every_file(run_dir: Path) -> None:
-    """Sizes and hashes as the standard library computes them; facts of the run."""
+    """Sizes and hashes equal those of the standard library; metadata equals the run's."""
     folder = run_dir / NEWEST
     manifest = json.loads((folder / "manifest.json").read_text())
     found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
@@ -74,7 +74,7 @@ def test_the_manifest_describes_every_file(run_dir: Path) -> None:
     [
         (lambda f: corrupt(f / "model/plain.pt"), "the content of model/plain.pt has changed"),
         (lambda f: corrupt(f / "slots_00000.npz"), "the content of slots_00000.npz has changed"),
-        (lambda f: os.truncate(f / "model/plain.pt", 1000), "model/plain.pt has 1,000 bytes and was written"),
+        (lambda f: os.truncate(f / "model/plain.pt", 1000), "model/plain.pt has 1,000 bytes, but"),
         (lambda f: (f / "slots_00000.npz").unlink(), "slots_00000.npz is missing"),
         (flip_step, "the content of its manifest.json has changed"),
         (lambda f: os.truncate(f / "manifest.json", 50), "its manifest.json cannot be read"),
@@ -95,7 +95,7 @@ def test_the_manifest_describes_every_file(run_dir: Path) -> None:
 def test_a_broken_checkpoint_is_skipped_with_the_reason(
     train: Train, run_dir: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
-    """The run goes on from the older one and replaces the broken one."""
+    """The run resumes from the older checkpoint and replaces the broken one."""
     before = (run_dir / NEWEST / "model/plain.pt").read_bytes()
     damage(run_dir / NEWEST)
     outcome = train(run_dir, *SHORT)
@@ -109,7 +109,7 @@ def test_a_broken_checkpoint_is_skipped_with_the_reason(
 
 
 def test_tools_find_what_is_whole(run_dir: Path) -> None:
-    """A run's newest whole checkpoint, one of its folders, or a copy under any name."""
+    """`find` takes a run (its newest complete checkpoint), a checkpoint folder, or a copy with any name."""
     assert find(run_dir)[0] == run_dir / NEWEST
     copy = shutil.copytree(run_dir / NEWEST, run_dir.with_name("best"))
     assert find(copy)[1].step == 16
@@ -132,18 +132,18 @@ def test_hashes_can_be_left_out(train: Train, run_dir: Path) -> None:
 
 
 def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(train: Train, run_dir: Path) -> None:
-    """Beginning anew in the same folder would bury what may still be restored."""
+    """A fresh start in the same folder would overwrite checkpoints that may still be restored."""
     for path in run_dir.glob("checkpoints/*/manifest.json"):
         path.unlink()
     metrics = (run_dir / "metrics.jsonl").read_bytes()
     complaint = train(run_dir, *SHORT).complaint()
-    assert f"{run_dir} has 2 checkpoints and none is whole" in complaint
+    assert f"{run_dir} has 2 checkpoints and none is complete" in complaint
     assert "run_dir" in complaint
     assert (run_dir / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_an_unknown_format_is_refused(train: Train, run_dir: Path) -> None:
-    """Going on from an older checkpoint would silently lose steps."""
+    """Resuming from an older checkpoint would silently lose steps."""
     path = run_dir / NEWEST / "manifest.json"
     change_manifest(path, format=99)
     assert f"{path} has format 99, this program reads" in train(run_dir, *SHORT).complaint()
@@ -157,7 +157,7 @@ def test_another_sharding_is_refused(train: Train, run_dir: Path) -> None:
 
 
 def test_damaged_lines_of_the_curves_do_not_keep_a_run_from_going_on(train: Train, run_dir: Path) -> None:
-    """A machine that loses its power may leave zeros in the place of lines that were not yet on the disk."""
+    """A power loss may leave zeros instead of lines that were not yet synced."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes()
     path.write_bytes(lines + bytes(20) + b"\n" + bytes(7))
@@ -174,7 +174,7 @@ def test_damaged_lines_of_the_curves_do_not_keep_a_run_from_going_on(train: Trai
 def test_another_setting_of_the_data_is_named(
     train: Train, run_dir: Path, key: str, then: str, now: str
 ) -> None:
-    """And nothing in the folder is changed by the attempt."""
+    """The refused start changes nothing in the folder."""
     order = (run_dir / "data_order.json").read_bytes()
     assert f"{key} = {then}, the run has {now}" in train(run_dir, *SHORT, f"--{key}", now).complaint()
     assert (run_dir / "data_order.json").read_bytes() == order
@@ -187,9 +187,9 @@ def test_other_content_of_the_data_is_refused(train: Train, run_dir: Path) -> No
 
 
 def test_fewer_steps_than_are_done_are_refused(train: Train, run_dir: Path) -> None:
-    """The run would otherwise stop at once with the code for a retry, again and again."""
+    """Otherwise the run would exit with the requeue code forever."""
     complaint = train(run_dir, *SHORT, "--train.steps", "10").complaint()
-    assert f"train.steps is 10, but {run_dir / NEWEST} is at step 16 already" in complaint
+    assert f"train.steps is 10, but {run_dir / NEWEST} is already at step 16" in complaint
 
 
 def test_what_a_killed_process_left_is_cleared(train: Train, run_dir: Path) -> None:
@@ -202,7 +202,7 @@ def test_what_a_killed_process_left_is_cleared(train: Train, run_dir: Path) -> N
 
 
 def test_optimizer_settings_of_the_configuration_count(train: Train, run_dir: Path) -> None:
-    """A checkpoint brings the optimizer's state, not its settings: they can be changed on the way."""
+    """A checkpoint restores the optimizer's state, not its settings, so a resumed run may change them."""
     shutil.rmtree(run_dir / NEWEST)
     same = shutil.copytree(run_dir, run_dir.with_name("same"))
     for folder, decay in ((run_dir, "0.5"), (same, "0.01")):

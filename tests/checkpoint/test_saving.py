@@ -1,4 +1,4 @@
-"""Saving: behind the training, with failures that harm nothing, and what is kept."""
+"""Asynchronous saves, failed saves, and retention."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def steps(run_dir: Path) -> list[int]:
 
 
 def test_blocking_and_asynchronous_saves_are_the_same(train: Train, tmp_path: Path) -> None:
-    """The file of every checkpoint, byte by byte: training behind a save never reaches into it."""
+    """Every file is equal byte by byte: training during a save does not change the saved state."""
     for name, asynchronous in (("behind", "true"), ("blocking", "false")):
         assert train(tmp_path / name, *SHORT, "--checkpoint.asynchronous", asynchronous).code == 0
     for step in (4, 8, 12, 16):
@@ -45,7 +45,7 @@ def test_blocking_and_asynchronous_saves_are_the_same(train: Train, tmp_path: Pa
 def test_training_goes_on_while_a_save_is_written(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk stands still until two more steps are done; the next save waits for the last one."""
+    """The disk blocks until the next save begins; that save waits for the first one."""
     written = saving.write_hashed
     events: list[str] = []
     go_on = threading.Event()
@@ -88,7 +88,7 @@ def test_copies_stay_as_they_were_and_share_what_was_shared() -> None:
 def test_a_failed_save_is_reported_and_the_run_goes_on(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Failures that are not in a row do not stop a run, leave nothing behind and change no loss."""
+    """Failures that are not consecutive do not stop a run, leave no files and change no loss."""
     assert train(tmp_path / "sound", *SHORT).code == 0
     written = saving.write_hashed
 
@@ -112,7 +112,7 @@ def test_a_failed_save_is_reported_and_the_run_goes_on(
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the save of a step fail."""
+    """Make the save at `step` fail."""
     written = saving.write_hashed
 
     def failing(path: Path, write: Callable[..., object]) -> object:
@@ -126,7 +126,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_a_run_whose_last_step_is_not_saved_is_not_done(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What waits for the run must not begin; the same command makes the steps again."""
+    """Jobs that depend on the run must not start; the same command repeats the lost steps."""
     with monkeypatch.context() as patch:
         fail_at(patch, 16)
         outcome = train(tmp_path, *SHORT)
@@ -144,7 +144,7 @@ def test_a_run_whose_last_step_is_not_saved_is_not_done(
 def test_too_many_failed_saves_stop_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exit code is that of a failure, and the good checkpoint stays."""
+    """The run exits with EXIT_FAILED, and the good checkpoint is kept."""
     assert train(tmp_path / "run", *SHORT, "--train.steps", "4").code == 0
 
     def failing(path: Path, write: Callable[..., object]) -> object:
@@ -161,7 +161,7 @@ def test_too_many_failed_saves_stop_the_run(
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return a file system of 1 MB, full only after the look at it before the start."""
+    """Return a file system of 1 MB, without the disk check before the start."""
     monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -175,7 +175,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 def test_full_disk(
     train: Train, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, checked: bool
 ) -> None:
-    """Space is checked before writing; where it runs out all the same, nothing is left behind."""
+    """Free space is checked before writing; if it still runs out, no files are left."""
     run_dir = small_disk / "run"
     if not checked:
         lots = shutil.disk_usage(tmp_path)
@@ -194,7 +194,7 @@ def test_full_disk(
 def test_a_disk_that_is_full_for_a_while(
     train: Train, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is free from step 4 to step 12: that costs two checkpoints and these curves, not the run."""
+    """The disk is full from step 4 to step 12: the run loses two checkpoints and metrics, but continues."""
     run_dir, filling = small_disk / "run", small_disk / "filling"
 
     class Watched(saving.Saver):
@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_for_a_while(
     assert outcome.output.count("FAILED") == 2
     assert outcome.output.count("metrics.jsonl takes no more curves: No space left on device") == 1
     assert steps(run_dir) == [20]
-    written = {step for step, _ in curve(run_dir, "loss")}  # and no line in parts
+    written = {step for step, _ in curve(run_dir, "loss")}  # fails on a partial line
     assert written >= {1, 2, 3, 4, *range(13, 21)}
     assert 12 not in written
     shown = EventAccumulator(str(run_dir / "tensorboard")).Reload().Scalars("train/loss")
@@ -230,7 +230,7 @@ def test_read_only_folder(train: Train, small_disk: Path) -> None:
 
 
 def test_which_checkpoints_stay() -> None:
-    """The newest, every m-th and the best, against a table made by hand."""
+    """The newest, every m-th and the best, against a hand-made table."""
 
     def manifest(step: int, loss: float | None) -> Manifest:
         return Manifest(2, step, 0, 1, "none", 1, {}, "", loss)
@@ -249,7 +249,7 @@ def test_which_checkpoints_stay() -> None:
 
 
 def test_retention_in_a_run(train: Train, tmp_path: Path) -> None:
-    """keep_every and keep_best hold back what keep would remove; the losses decide."""
+    """keep_every and keep_best keep checkpoints that keep alone would remove."""
     more = ["--checkpoint.keep", "1", "--checkpoint.keep_every", "8", "--checkpoint.keep_best", "1"]
     assert train(tmp_path / "run", "--evaluation.interval", "4", "--train.steps", "20", *more).code == 0
     losses = dict(curve(tmp_path / "run", "held_out/loss"))
@@ -258,7 +258,7 @@ def test_retention_in_a_run(train: Train, tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_an_abandoned_future_are_not_counted(train: Train, tmp_path: Path) -> None:
-    """A run that goes on from an older checkpoint keeps its own new ones, not the broken newer ones."""
+    """After resuming from an older checkpoint, `keep` counts new checkpoints, not broken newer ones."""
     run_dir = tmp_path / "run"
     assert train(run_dir, *SHORT, "--checkpoint.keep", "2").code == 0
     os.truncate(run_dir / "checkpoints/step_00000016/model/plain.pt", 10)
