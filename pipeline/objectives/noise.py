@@ -1,7 +1,7 @@
-"""Counter-based noise: every random number is a hash of what it is for, so there is no generator state.
+"""Counter-based noise: every random number is a hash of its purpose and counters, without generator state.
 
-A number depends on (seed, purpose, example, stage, position) and on nothing else: not on the rank that holds
-the example, the order of the calls, the device, or the step at which a run was resumed.
+A number depends only on (seed, purpose, example, stage, position), not on the rank that holds the example,
+the order of the calls, the device, or the step at which a run was resumed.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _MULTIPLIER_2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """Return the 64 bits of `value` as a signed integer: torch has no unsigned arithmetic."""
+    """Return the 64 bits of `value` as a signed integer; torch has no unsigned arithmetic."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts arithmetically: clear the copied signs
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts arithmetically: clear the sign bits
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Finalise as splitmix64 does (Steele, Lea, Flood: Fast splittable pseudorandom number generators)."""
+    """Apply splitmix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number generators)."""
     x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIER_1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIER_2)
     return x ^ _shift_right(x, 31)
 
 
 def uniform(seed: int, purpose: int, *counters: Tensor) -> Tensor:
-    """Return float64 numbers in [0, 1), one for each element of the broadcast int64 `counters`.
+    """Return float64 numbers in [0, 1), one per element of the broadcast int64 `counters`.
 
     The same arguments give the same bits on every device.
     """

@@ -1,4 +1,4 @@
-"""The order in which a chain reveals its masked positions."""
+"""Policies: the order in which a chain reveals its masked positions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pipeline.objectives.objective import Scores, positions_like
 
 @dataclass(frozen=True)
 class Policy:
-    """Ranks positions by what can be known without the truth: the input, its scores, its noise.
+    """Rank positions by the input, the model's scores and noise, never by the true tokens.
 
-    Ranking never looks at the true token, not even by its probability: that is what keeps p(x0 | xt) along
-    the chains equal to that of the data.
+    Not even the probability of the true token is used. This keeps p(x0 | xt) along the chains equal to that
+    of the data.
 
     Attributes:
-        by_scores: [B, L] scores, of which the highest are revealed first; none = the order is known before.
-        needs: the scores that are read besides the confidence.
+        by_scores: maps the scores to a ranking [B, L], highest first; None = the order needs no scores.
+        needs: scores that `by_scores` reads besides the confidence.
+        left_to_right: reveal from left to right; otherwise, without `by_scores`, in random order.
     """
 
     by_scores: Callable[[Scores], Tensor] | None = None
@@ -29,14 +30,14 @@ class Policy:
     left_to_right: bool = False
 
     def initial(self, seed: int, examples: Examples) -> Tensor:
-        """Return the order [B, L] of what is revealed before the model has seen a chain, highest first."""
+        """Return the ranking [B, L] before the model has scored a chain, highest first."""
         positions = positions_like(examples.tokens)
         if self.left_to_right:
             return -positions.double().expand(examples.tokens.shape)
         return noise.uniform(seed, noise.REVEAL_ORDER, examples.ids[:, None], positions)
 
     def ranking(self, seed: int, examples: Examples, scores: Scores) -> Tensor:
-        """Return scores [B, L] of which the highest are revealed first."""
+        """Return the ranking [B, L], highest first."""
         return self.initial(seed, examples) if self.by_scores is None else self.by_scores(scores)
 
 

@@ -1,8 +1,8 @@
-"""The guard: an update that would harm the weights is not made, on no rank.
+"""The guard skips updates with a non-finite or spiking loss or gradient norm, on all ranks.
 
-Before an update all ranks exchange one small tensor, the worst loss of any micro-batch and whether a rank was
-asked to stop; the gradient norm is global already. So all ranks judge by the same numbers and need no further
-word. They are read on the host, where DeepSpeed waits for the norm in any case.
+Before an update all ranks exchange one small tensor: the worst loss of any micro-batch, and whether a rank
+was asked to stop. The gradient norm is already global. So all ranks decide by the same numbers. Reading them
+on the host adds no sync, because DeepSpeed waits for the norm there anyway.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pipeline.config import GuardConfig
 from pipeline.ranks import Ranks
 from pipeline.resilience.stop import Stop
 
-WINDOW = 128  # steps that a new one is compared with
-FEWEST = 32  # with fewer, only what is not finite is refused
-_MAD_TO_DEVIATION = 1.4826  # of a normal distribution
-_LEAST_DEVIATION = 0.1  # of a gradient norm, as a share of the median
-_LEAST_JUMP = 1.0  # of a loss, in nats: near 0 any change is many deviations
+WINDOW = 128  # past steps that a new step is compared with
+FEWEST = 32  # with fewer past steps, only non-finite values are refused
+_MAD_TO_DEVIATION = 1.4826  # standard deviation of a normal distribution in units of its MAD
+_LEAST_DEVIATION = 0.1  # lower bound for gradient norms, as a share of the median
+_LEAST_JUMP = 1.0  # nats, lower bound for losses: near 0 any change is many deviations
 
 
 @dataclass
 class Window:
-    """What the next steps are compared with.
+    """Statistics of the past steps that the next step is compared with.
 
     Attributes:
-        losses: the worst loss (nats) of each of the last steps.
-        norms: their gradient norms.
-        in_a_row: steps that were refused one after the other, up to the last one.
+        losses: the worst micro-batch loss of each step, nats.
+        norms: the gradient norm of each step.
+        in_a_row: consecutive refused steps, up to the last step.
     """
 
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -43,21 +43,21 @@ class Window:
     in_a_row: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a resumed run needs to judge alike, as JSON has it."""
+        """Return the window as JSON values, for the checkpoint."""
         return {"losses": list(self.losses), "norms": list(self.norms), "in_a_row": self.in_a_row}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Become the window that `to_json` described; without values, one that has seen nothing."""
+        """Load the values of `to_json`; an empty mapping gives an empty window."""
         self.losses, self.norms = (deque(values.get(name, []), WINDOW) for name in ("losses", "norms"))
-        self.in_a_row = values.get("in_a_row", 0)  # older checkpoints have none
+        self.in_a_row = values.get("in_a_row", 0)  # missing in older checkpoints
 
 
 class Guard:
     """Judges each step before its update.
 
     Attributes:
-        window: what the next step is compared with.
-        problem: why the last step was refused; None when it was not.
+        window: the past steps.
+        problem: why the last step was refused; None if it was accepted.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Guard:
         window: Window | None = None,
         stop: Stop | None = None,
     ) -> None:
-        """Make the guard.
+        """Create the guard.
 
         Args:
             config: the limits.
-            gradient_clip: ``optimizer.gradient_clip``: a norm that clipping would leave alone is no spike.
-            window: what the first step is compared with; by default nothing.
-            stop: what the ranks agree on in the same exchange, where the run can be stopped.
+            gradient_clip: ``optimizer.gradient_clip``; a norm below it is never a spike.
+            window: past steps; empty by default.
+            stop: the stop request, exchanged together with the losses.
         """
         self.config = config
         self.gradient_clip = gradient_clip
@@ -82,19 +82,19 @@ class Guard:
         self.problem: str | None = None
 
     def forget(self) -> None:
-        """Begin without a history: the steps to come are not of the same kind as those before."""
+        """Clear the history, for example when the objective changes."""
         self.window.losses.clear()
         self.window.norms.clear()
 
     def watch(self, ranks: Ranks, losses: Tensor) -> Callable[[Tensor], bool]:
-        """Begin to judge a step; every rank calls this after its last backward.
+        """Exchange the losses of a step; every rank calls this after its last backward.
 
         Args:
-            ranks: what exchanges the numbers.
+            ranks: the ranks.
             losses: this rank's loss of each micro-batch [G].
 
         Returns:
-            What the engine asks with the global gradient norm [] whether to update the weights.
+            A function of the global gradient norm [] that returns whether to update the weights.
         """
         worst = torch.nan_to_num(losses.detach().double(), math.inf, math.inf, math.inf).max()
         facts = torch.stack(
@@ -111,11 +111,11 @@ class Guard:
         return accept
 
     def judge(self, loss: float, norm: float) -> bool:
-        """Say whether a step with this worst loss (nats) and gradient norm is sound, and remember it."""
-        norm = norm if norm >= 0 else math.inf  # -1 is DeepSpeed's sign for a norm that is not finite
+        """Return whether to accept a step with this worst loss (nats) and gradient norm; record it."""
+        norm = norm if norm >= 0 else math.inf  # DeepSpeed returns -1 for a non-finite norm
         self.problem = self._problem(loss, norm)
         for history, value in ((self.window.losses, loss), (self.window.norms, norm)):
-            if math.isfinite(value):  # spikes too: what is not a spike any more must become the rule
+            if math.isfinite(value):  # spikes too, so that a lasting change of level is accepted in the end
                 history.append(value)
         if self.problem is None:
             self.window.in_a_row = 0
@@ -136,14 +136,14 @@ class Guard:
         if norm <= highest:
             return None
         if self.gradient_clip and self.window.in_a_row + 1 >= max(2, self.config.skips_before_rollback):
-            # With a sound loss, batch after batch, it is not the examples: the weights have come to where the
-            # gradients are larger. Skipping does not lead out of there; clipped steps do.
+            # Large norms with a normal loss on every batch come from the weights, not from the examples.
+            # Skipping does not change the weights; clipped steps do.
             self.window.norms.clear()
             return None
         return f"the gradient norm is {norm:.4g}, above {highest:.4g}"
 
     def _highest(self, history: deque[float], least_jump: float = 0.0, least_deviation: float = 0.0) -> float:
-        """Return the limit; `least_deviation` is a share of the median."""
+        """Return the largest accepted value; `least_deviation` is a share of the median."""
         if len(history) < FEWEST:
             return math.inf
         middle = _median(history)
@@ -156,6 +156,6 @@ def _median(values: Sequence[float] | deque[float]) -> float:
 
 
 def _deviation(values: deque[float]) -> float:
-    """Return the standard deviation as the median absolute deviation estimates it: outliers do not count."""
+    """Estimate the standard deviation by the median absolute deviation, which is robust to outliers."""
     middle = _median(values)
     return _MAD_TO_DEVIATION * _median([abs(value - middle) for value in values])

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: SIGUSR1 (a batch system's warning), SIGTERM (preemption), SIGINT (Ctrl+C).
+"""Stop signals: SIGUSR1 (time limit of a batch system), SIGTERM (preemption), SIGINT (Ctrl+C).
 
-The first one lets the step end; then the run is saved and ends with EXIT_REQUEUE. The next one ends it at
-once, also when the step never ends: Python calls a handler when its main thread comes back from C code, and
-in a collective that hangs it never does. So a thread hears of every signal too (`signal.set_wakeup_fd`).
+After the first signal the run finishes the step, saves and exits with EXIT_REQUEUE. A second signal ends the
+process at once, even in a hanging step: Python runs a handler only when the main thread returns from C code,
+which a hanging collective never does. So a thread receives every signal, too (`signal.set_wakeup_fd`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 from pipeline.base.errors import EXIT_INTERRUPTED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-# One request may arrive several times: by the process group, and forwarded by the launcher.
+# One request may arrive twice: through the process group, and forwarded by the launcher.
 REPEATS_WITHIN = 3.0  # seconds
 
 
 class StopSignals:
-    """Notes a request to stop; nothing is interrupted.
+    """Record a request to stop, without interrupting the step.
 
     Attributes:
         received: whether this process was asked to stop.
     """
 
     def __init__(self) -> None:
-        """Take over the signals until `close`; only the main thread may."""
+        """Install the handlers until `close`; call this from the main thread."""
         self.received = False
         self._first: float | None = None
         self._reader, self._writer = os.pipe()
@@ -41,11 +41,11 @@ class StopSignals:
         self._thread.start()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        """Let the main thread know before it does anything else."""
+        """Set `received` before the main thread continues."""
         self.received = True
 
     def _listen(self) -> None:
-        """Receive the number of each signal as a byte; runs in a thread, until the pipe is closed."""
+        """Read the number of each signal as one byte, until the pipe is closed; runs in a thread."""
         while content := os.read(self._reader, 1):
             if content[0] in SIGNALS:
                 self._receive(signal.Signals(content[0]).name)
@@ -56,27 +56,27 @@ class StopSignals:
         self.received = True
         if self._first is None:
             self._first = now
-            self._say(f"{name}: stopping after this step; once more ends it at once")
+            self._say(f"{name}: stopping after this step; signal again to end at once")
         elif now - self._first > REPEATS_WITHIN:
-            self._say(f"{name} again: ending at once, nothing is saved")
+            self._say(f"{name} again: ending at once without saving")
             os._exit(EXIT_INTERRUPTED)
 
     def _say(self, message: str) -> None:
-        # Not print: its lock may be held by whoever hangs.
+        # Not print: the hanging thread may hold its lock.
         with suppress(OSError):
             os.write(2, f"\n{message}\n".encode())
 
     def ignore(self) -> None:
-        """Let no signal change the exit code of a process that is ending.
+        """Ignore further signals, so that none changes the exit code of a process that is ending.
 
-        Launchers end the other ranks by a signal when the first one has left with another code than 0.
+        When one rank exits with a non-zero code, launchers signal the others.
         """
         self._before = {}
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
 
     def close(self) -> None:
-        """Give the signals back, unless they are ignored by now."""
+        """Restore the previous handlers, unless `ignore` was called."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._woken_before)

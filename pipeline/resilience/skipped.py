@@ -1,8 +1,8 @@
-"""What the guard refused: RUN/skipped.jsonl, for people to read and for the run to leave out bad examples.
+"""Log of skipped steps and rollbacks, RUN/skipped.jsonl; the run reads it to exclude bad examples.
 
-A line a skipped step: ``{"step": 120, "problem": "the loss is not finite", "samples": [3, 17]}``, and a line
-a rollback: ``{"step": 124, "rollback_to": 100, "excluded": [3, 17]}``. Examples are numbered as in the
-training split (tools/inspect_data.py). The file outlives the checkpoints: what was left out stays left out.
+One line per skipped step: ``{"step": 120, "problem": "the loss is not finite", "samples": [3, 17]}``. One
+line per rollback: ``{"step": 124, "rollback_to": 100, "excluded": [3, 17]}``. Examples are indices into the
+training split (tools/inspect_data.py). The file is not part of checkpoints, so a rollback keeps exclusions.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ SKIPPED_FILE = "skipped.jsonl"
 
 
 class SkipLog:
-    """The file, and what it says; the first rank reads and writes it for all."""
+    """RUN/skipped.jsonl and its entries; the first rank reads and writes the file for all ranks."""
 
     def __init__(self, run_dir: Path, ranks: Ranks) -> None:
-        """Read what earlier processes of the run left; every rank calls this."""
+        """Read the entries of earlier attempts of the run; every rank calls this."""
         self.path = run_dir / SKIPPED_FILE
         self.writes = ranks.is_first
         entries: list[dict[str, Any]] = []
         if self.writes and self.path.exists():
-            keep_lines(self.path, lambda _: True)  # half a line of a killed process goes
+            keep_lines(self.path, lambda _: True)  # drops the partial line of a killed process
             entries = read_lines(self.path)
         self.entries = ranks.all_gather(entries)[0]
         self.unwritten = b""
 
     def skipped(self) -> int:
-        """Return how many steps were skipped since the run began."""
+        """Return the number of skipped steps since the start of the run."""
         return sum("problem" in entry for entry in self.entries)
 
     def excluded(self) -> set[int]:
-        """Return the examples that are left out."""
+        """Return the excluded examples."""
         return {example for entry in self.entries for example in entry.get("excluded", [])}
 
     def rollbacks_to(self, step: int) -> int:
-        """Return how often the run went back to the checkpoint of `step`."""
+        """Return the number of rollbacks to the checkpoint of `step`."""
         return sum(entry.get("rollback_to") == step for entry in self.entries)
 
     def skip(self, step: int, problem: str, examples: Sequence[int]) -> None:
-        """Note a skipped step with the examples that were in it."""
+        """Log a skipped step and its examples."""
         self._write({"step": step, "problem": problem, "samples": sorted(set(examples))})
 
     def roll_back(self, step: int, to: int, in_a_row: int) -> None:
-        """Note that the run goes back from `step` to `to`, without the examples of the last skipped steps.
+        """Log a rollback from `step` to `to` that excludes the examples of the last `in_a_row` skipped steps.
 
-        There are `in_a_row` of them, some perhaps from before a restart: they are read from the file.
+        Some of these steps may precede a restart, so they are taken from the log.
         """
         skipped = [entry["samples"] for entry in self.entries if "problem" in entry][-in_a_row:]
         excluded = {example for examples in skipped for example in examples}
@@ -66,7 +66,7 @@ class SkipLog:
             self.sync()
 
     def sync(self) -> None:
-        """Bring to the disk what a full one has not taken so far; the run goes on, as for its saves."""
+        """Write the pending entries to disk; if that fails (full disk), keep them for the next call."""
         if not self.unwritten:
             return
         try:
@@ -75,4 +75,4 @@ class SkipLog:
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            print(f"{self.path}: {error.strerror}. It is tried again at the next save.", flush=True)
+            print(f"{self.path}: {error.strerror}. Retrying at the next save.", flush=True)

@@ -1,4 +1,4 @@
-"""Whether a run is to stop: asked of any rank, agreed on by all."""
+"""A stop request to any rank, agreed on by all ranks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipeline.ranks import Ranks
 
 
 class Stop:
-    """A request to stop, by a signal to one rank.
+    """A request to stop the run, by a signal to one or more ranks.
 
     Attributes:
-        requested: says whether this rank was asked.
-        agreed: whether a rank was, as of the last exchange: of the guard at a step, or of `ask`.
+        requested: returns whether this rank was signalled.
+        agreed: whether any rank was, as of the last exchange: the guard's at a step, or `ask`.
     """
 
     def __init__(self, ranks: Ranks, requested: Callable[[], bool]) -> None:
@@ -23,7 +23,7 @@ class Stop:
         self.agreed = False
 
     def ask(self) -> bool:
-        """Exchange, and return whether the run is to stop; every rank calls this."""
+        """Return whether any rank was asked to stop; every rank calls this."""
         received = torch.tensor([float(self.requested())], device=self.ranks.device)
         self.agreed = self.agreed or bool(self.ranks.max(received))
         return self.agreed

@@ -1,7 +1,7 @@
-"""The watchdog: when nothing moves any more, a rank says where it stands and ends, whatever holds it.
+"""The watchdog: a rank that hangs writes its stacks and exits.
 
-A rank that hangs makes all others wait for it in a collective. Each has a watchdog thread of its own, so all
-of them report and leave, none keeps its GPU, and the same command can go on elsewhere.
+When one rank hangs, all others wait for it in a collective. Every rank has a watchdog thread, so all ranks
+report, exit and free their GPUs, and the same command can resume on other nodes.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pipeline.base.errors import EXIT_REQUEUE
 from pipeline.config import WatchdogConfig
 
 FOLDER = "watchdog"
-_REPORT_WITHIN = 60  # seconds; a report that hangs itself is cut off
-_REMEMBERED = 100  # durations of each phase
-_WAITING = ("save", "rollback")  # mostly short, but the last ones wait for all that is still to be written
+_REPORT_WITHIN = 60  # seconds; the process exits if the report itself hangs
+_REMEMBERED = 100  # durations kept per phase
+_WAITING = ("save", "rollback")  # mostly short, but may wait for a save in progress
 
 
 class Watchdog:
-    """Measures what the main thread does, and ends the process when it takes far longer than before."""
+    """Time the phases of the main thread; exit the process when a phase takes far longer than before."""
 
     def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int, enabled: bool = True) -> None:
-        """Prepare; nothing is limited before the first `enter`.
+        """Create the watchdog; it starts at the first `enter`.
 
         Args:
             config: the limits.
-            run_dir: where reports go.
-            rank: of this process.
-            enabled: whether to watch; a process in a debugger stands still for long, and is well.
+            run_dir: the run folder, for the reports.
+            rank: rank of this process.
+            enabled: whether to watch; disable it in a debugger.
         """
         self.enabled = enabled and config.factor > 0
         self.config = config
@@ -45,12 +45,12 @@ class Watchdog:
         self.rank = rank
         self.main = threading.get_ident()
         self.durations: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
-        self.current: tuple[str, float, float] | None = None  # phase, since, limit: one value for the thread
+        self.current: tuple[str, float, float] | None = None  # phase, since, limit: replaced atomically
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def enter(self, phase: str) -> None:
-        """Say that the last phase is over and another one, or the same once more, begins."""
+        """End the current phase and begin `phase`."""
         now = time.monotonic()
         if self.current is not None:
             last, since, _ = self.current
@@ -60,7 +60,7 @@ class Watchdog:
             self._thread.start()
 
     def limit(self, phase: str) -> float:
-        """Return how many seconds a phase may take."""
+        """Return the time limit of a phase in seconds."""
         known = self.durations[phase]
         least = self.config.first if phase in _WAITING or not known else self.config.minimum
         return max(least, self.config.factor * median(known)) if known else least
@@ -83,16 +83,16 @@ class Watchdog:
                     os._exit(EXIT_REQUEUE)
 
     def _report(self, phase: str, elapsed: float, limit: float) -> None:
-        """Write the stacks of all threads, and what NCCL knows, to the run folder and to stderr."""
+        """Print a summary to stderr; write the stacks of all threads and NCCL's trace to the run folder."""
         faulthandler.dump_traceback_later(_REPORT_WITHIN, exit=True)
         path = self.folder / f"rank_{self.rank:05d}.txt"
         headline = (
-            f"rank {self.rank}: no end of {phase} after {elapsed:.0f} s, the limit is {limit:.0f} s. "
-            f"It is {self._whereabouts()}. Ending with exit code {EXIT_REQUEUE}: the same command goes on. "
+            f"rank {self.rank}: {phase} has taken {elapsed:.0f} s, the limit is {limit:.0f} s; the rank is "
+            f"{self._whereabouts()}. Exiting with code {EXIT_REQUEUE}: rerun the same command to resume. "
             f"Stacks: {path}"
         )
         print(headline, file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # the file system may be what hangs or fails
+        with contextlib.suppress(OSError):  # the file system may be the cause
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {headline}\n")
@@ -103,14 +103,14 @@ class Watchdog:
                 path.with_suffix(".nccl.pickle").write_bytes(trace)
 
     def _whereabouts(self) -> str:
-        """Return the function of ours, and the collective, that the main thread is in."""
+        """Return the pipeline function, and the collective, that the main thread is in."""
         ours = collective = ""
         frame = sys._current_frames().get(self.main)
-        while frame is not None:  # from the innermost outwards
+        while frame is not None:  # innermost first
             module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
             if not ours and (module.startswith("pipeline.") or module == "__main__"):
                 ours = f"{module}.{name}, line {frame.f_lineno}"
             if not ours and module.startswith(("torch.distributed.", "deepspeed.comm.")):
-                collective = name  # ends as the outermost: the collective as it was called
+                collective = name  # the outermost one wins: the collective that was called
             frame = frame.f_back
-        return f"in {ours or 'no function of ours'}" + (f", waiting in {collective}" if collective else "")
+        return f"in {ours or 'no pipeline function'}" + (f", waiting in {collective}" if collective else "")

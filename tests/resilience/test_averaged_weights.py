@@ -1,4 +1,4 @@
-"""The moving average in a run: evaluated, saved, resumed bit for bit, read by the tools."""
+"""The moving average of the weights in a run: evaluation, checkpoints, resume, tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Train = Callable[..., Outcome]
 
 
 def test_average_in_a_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both held-out losses are written; a resumed average is the uninterrupted one; tools read either."""
+    """Both held-out losses are logged; a resumed average equals the uninterrupted one; tools read both."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run_dir in (whole, parts):
         assert train(run_dir, "--optimizer.ema_decay", "0.99").code == 0
@@ -42,7 +42,7 @@ def test_average_in_a_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFi
     values = {kind: dict(model.named_parameters())[name] for kind, model in loaded.items()}
     assert torch.equal(values["ema"], read_weights(whole / model, averaged=True)[name])
     assert torch.equal(values["raw"], read_weights(whole / model)[name])
-    assert torch.equal(values[None], values["ema"]), "the average is the default where there is one"
+    assert torch.equal(values[None], values["ema"]), "the average is the default"
     assert not torch.equal(values["raw"], values["ema"])
     arguments = ["--checkpoint", str(whole), "--prompt", "abc", "--weights"]
     assert [run_here(generate.main, [*arguments, kind], capsys).code for kind in ("ema", "raw")] == [0, 0]

@@ -1,4 +1,4 @@
-"""Faults injected on one rank of two, in the program as users run it."""
+"""Faults injected on one of two ranks of the real program."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def entries(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def samples_of(run_dir: Path) -> dict[int, list[int]]:
-    """Return the examples of each step over both ranks, from the logs of the ranks."""
+    """Return the examples of each step, from the logs of both ranks."""
     examples: dict[int, list[int]] = {}
     for rank in range(2):
         for line in (run_dir / f"samples/rank_{rank:05d}.jsonl").read_text().splitlines():
@@ -37,9 +37,9 @@ def samples_of(run_dir: Path) -> dict[int, list[int]]:
 
 
 def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
-    """NaN, a spike of the loss and one of the gradient on rank 1 alone: both ranks skip, nothing changes.
+    """NaN, a loss spike and a gradient spike on rank 1 only: both ranks skip the step.
 
-    faulty.py compares weights, moments and average before and after each refused step on both ranks.
+    faulty.py checks on both ranks that a refused step changes neither weights, moments nor average.
     """
     faults = {
         "nan": {"rank": 1, "steps": [5]},
@@ -53,7 +53,7 @@ def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
     for entry, problem in zip(skipped, ("loss is not finite", "gradient norm is", "loss of a"), strict=True):
         assert problem in entry["problem"]
     examples = samples_of(tmp_path)
-    assert sorted(examples) == list(range(1, 41)), "the chains went on"
+    assert sorted(examples) == list(range(1, 41)), "the chains continued"
     for entry in skipped:
         assert entry["samples"] == sorted(set(examples[entry["step"]]))
     counted = dict(curve(tmp_path, "skipped_steps"))
@@ -64,7 +64,7 @@ def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
 
 
 def test_zero2_skips_alike(data: Path, tmp_path: Path) -> None:
-    """Stage 2 asks the guard at another place of DeepSpeed."""
+    """ZeRO-2 calls the guard from another place in DeepSpeed than ZeRO-3."""
     settings = tmp_path / "zero2.json"
     settings.write_text('{"zero_optimization": {"stage": 2}}')
     more = ["--engine.deepspeed_config", str(settings), "--train.steps", "8"]
@@ -74,7 +74,7 @@ def test_zero2_skips_alike(data: Path, tmp_path: Path) -> None:
 
 
 def test_rollback_leaves_the_samples_out(data: Path, tmp_path: Path) -> None:
-    """An example that always gives NaN: after three skipped steps the run goes back and ends without it."""
+    """An example that always gives NaN: after three skipped steps the run rolls back and excludes it."""
     small = "--train.global_batch_size 4 --train.micro_batch_size 1 --train.steps 24".split()
     small += "--guard.skips_before_rollback 3 --schedule.warmup_steps 1 --objective.stages 8".split()
     first = start_faulty({}, data, tmp_path / "sound", *small)

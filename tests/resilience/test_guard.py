@@ -1,4 +1,4 @@
-"""Which steps the guard refuses, judged by numbers made for it, and what a run does about them."""
+"""Which steps the guard refuses, for given losses and gradient norms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.resilience.guard import FEWEST, WINDOW, Guard
 
 
 def seasoned(limit: float = 20.0, clip: float = 1.0) -> tuple[Guard, list[float], list[float]]:
-    """Return a guard that has seen 200 sound steps, and their losses and gradient norms."""
+    """Return a guard after 200 normal steps, and their losses and gradient norms."""
     random = np.random.default_rng(0)
     guard = Guard(GuardConfig(spike_limit=limit), clip)
     losses, norms = random.normal(3.0, 0.2, 200).tolist(), random.lognormal(0.0, 0.5, 200).tolist()
@@ -32,7 +32,7 @@ def seasoned(limit: float = 20.0, clip: float = 1.0) -> tuple[Guard, list[float]
         (math.inf, 1.0, "loss is not finite"),
         (3.0, math.nan, "gradient norm is not finite"),
         (3.0, math.inf, "gradient norm is not finite"),
-        (3.0, -1.0, "gradient norm is not finite"),  # DeepSpeed's sign for it
+        (3.0, -1.0, "gradient norm is not finite"),  # DeepSpeed's value for a non-finite norm
     ],
 )
 def test_what_is_not_finite_is_refused_at_once(loss: float, norm: float, problem: str) -> None:
@@ -46,7 +46,7 @@ def test_what_is_not_finite_is_refused_at_once(loss: float, norm: float, problem
 
 
 def test_limits_are_those_of_the_last_128_steps() -> None:
-    """The limits by their definition: median + limit x 1.4826 MAD; just below passes, just above does not."""
+    """The limit is median + spike_limit x 1.4826 MAD: just below is accepted, just above is refused."""
 
     def highest(values: list[float], least: float) -> float:
         last = values[-WINDOW:]
@@ -63,23 +63,23 @@ def test_limits_are_those_of_the_last_128_steps() -> None:
         (3.0, norm_limit - 1e-6, True),
         (3.0, norm_limit + 1e-6, False),
     ]:
-        guard.window.restore(state)  # a restored guard judges as the one that was saved
+        guard.window.restore(state)  # a restored window gives the same limits
         assert guard.judge(loss, norm) is sound, (loss, norm)
 
 
 def test_small_changes_near_zero_are_no_spikes() -> None:
-    """A loss below 1 nat, and a norm that clipping would leave alone, are never refused."""
+    """A loss below 1 nat, and a norm below the clipping threshold, are never refused."""
     guard = Guard(GuardConfig(), 1.0)
     for _ in range(WINDOW):
         assert guard.judge(1e-4, 1e-3)
     assert guard.judge(0.9, 0.99)
-    assert guard.judge(-1e-7, 0.99), "rounding can take a loss of 0 below it"
+    assert guard.judge(-1e-7, 0.99), "rounding can make a loss of 0 negative"
     assert not guard.judge(1.1, 0.99)
     assert not guard.judge(0.1, 1.01)
 
 
 def test_a_spike_that_stays_becomes_the_rule() -> None:
-    """After half a window of a new level, it is no spike any more: no run is refused for ever."""
+    """After half a window a new level is accepted, so no run is refused forever."""
     guard, _, _ = seasoned()
     answers = [guard.judge(30.0, 1.0) for _ in range(WINDOW)]
     assert not any(answers[: WINDOW // 2 - 2])
@@ -87,13 +87,13 @@ def test_a_spike_that_stays_becomes_the_rule() -> None:
 
 
 def test_larger_gradients_of_a_sound_loss_become_the_rule_before_the_run_goes_back() -> None:
-    """Skipping does not change the weights, so it cannot end this; without clipping the run goes back."""
+    """Skipping cannot lower the norms, so clipped steps are accepted; without clipping the run rolls back."""
     guard, _, _ = seasoned()
     before = GuardConfig().skips_before_rollback
     answers = [guard.judge(3.0, 70.0 + step % 7) for step in range(before + WINDOW)]
     assert answers == [False] * (before - 1) + [True] * (WINDOW + 1)
-    assert not guard.judge(3.0, 2000.0), "and a spike above the new level is one again"
-    assert guard.judge(30.0, 70.0) is False, "as is a loss"
+    assert not guard.judge(3.0, 2000.0), "a spike above the new level is refused"
+    assert guard.judge(30.0, 70.0) is False, "and so is a loss spike"
     guard, _, _ = seasoned(clip=0)
     assert not any(guard.judge(3.0, 70.0) for _ in range(before)), "no clipping bounds those steps"
 
@@ -107,7 +107,7 @@ def test_no_spikes_without_a_history_or_a_limit() -> None:
 
 
 def test_the_norm_of_offloaded_gradients_meets_the_losses_on_the_gpu() -> None:
-    """DeepSpeed gives it on the CPU, and torch joins no tensors of two devices; here both hold no numbers."""
+    """DeepSpeed returns the norm on the CPU, but torch.cat needs one device; fake tensors here."""
     with FakeTensorMode():
         engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
         engine.ranks = Ranks(device=torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""What the guard refused is remembered, whatever the disk takes."""
+"""The log of skipped steps survives a full disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_log(run_dir: Path) -> SkipLog:
 def test_a_full_disk_takes_the_steps_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It must not end a run that a bad example could not; what was left out is known to the next start."""
+    """A full disk must not end the run; the entries are written later, and a resumed run reads them."""
 
     def full(path: Path, content: bytes) -> Any:
         raise OSError(28, "No space left on device", str(path))

@@ -1,4 +1,4 @@
-"""Signals, hangs and hopeless runs: how a run ends, and what its exit code says."""
+"""Signals, hangs and diverged runs: how a run ends, and its exit code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Train = Callable[..., Outcome]
 def test_a_signal_in_a_step(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """The step ends, the run is saved, and the same command makes the rest as if nothing had happened."""
+    """The run finishes the step and saves; the same command then gives the losses of an uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole).code == errors.EXIT_DONE
     step, count = PlainEngine.step, iter(range(1, 100))
@@ -44,8 +44,8 @@ def test_a_signal_in_a_step(
         patch.setattr(PlainEngine, "step", interrupted)
         outcome = train(parts)
     assert outcome.code == errors.EXIT_REQUEUE == 75
-    assert "stopped after step 7" in outcome.output  # step 6 had asked already
-    assert signal.getsignal(number) == signal.SIG_IGN, "the launcher must not change the exit code now"
+    assert "stopped after step 7" in outcome.output  # step 6 had already exchanged its stop request
+    assert signal.getsignal(number) == signal.SIG_IGN, "the launcher must not change the exit code"
     assert "(step 7)" in train(parts).output
     for key in ("loss", "gradient_norm", "held_out/loss"):
         assert curve(parts, key) == curve(whole, key), key
@@ -76,7 +76,7 @@ def test_a_stop_that_cannot_be_saved_says_so(
 def test_a_signal_in_an_evaluation(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
-    """The evaluation is cut short, and made up for when the run goes on."""
+    """The evaluation stops early, and runs again when the run resumes."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     evaluate, batches = PlainEngine.evaluate, []
     strikes: list[int] = []
@@ -101,7 +101,7 @@ def test_a_signal_in_an_evaluation(
         assert curve(parts, key) == curve(whole, key), key
 
 
-# Like a collective that another rank never comes to: no signal brings the main thread back from it.
+# Like a hanging collective: no signal returns the main thread to Python.
 HANGS = (
     "import ctypes as c; m = c.create_string_buffer(64); [c.CDLL(None).pthread_mutex_lock(m) for _ in '12']"
 )
@@ -109,9 +109,9 @@ HANGS = (
 
 @pytest.mark.parametrize("waiting", ["time.sleep(60)", HANGS], ids=["in-python", "in-c"])
 def test_the_second_signal_ends_at_once(waiting: str) -> None:
-    """Repeats within 3 s are one request: launchers forward what the process group has got already."""
+    """Signals within REPEATS_WITHIN are one request: launchers forward what the process group already got."""
     code = (
-        "import signal, time\nsignal.alarm(60)\n"  # a process that cannot be ended must not hold up the tests
+        "import signal, time\nsignal.alarm(60)\n"  # ends the process if the test fails
         "from pipeline.resilience import signals\nsignals.REPEATS_WITHIN = 1.0\n"
         f"stop = signals.StopSignals()\nprint('ready', flush=True)\n{waiting}\ntime.sleep(60)"
     )
@@ -133,7 +133,7 @@ def test_the_second_signal_ends_at_once(waiting: str) -> None:
 
 
 def test_a_hopeless_run_fails(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN from step 6 on, whatever the examples: back twice, then the end, with the code for failed."""
+    """NaN from step 6 on, for any examples: the run rolls back twice, then exits with EXIT_FAILED."""
     forward = PlainEngine.forward
 
     def broken(engine: PlainEngine, batch: object) -> object:
@@ -177,11 +177,11 @@ def test_no_checkpoint_to_go_back_to(train: Train, tmp_path: Path, monkeypatch: 
 def test_a_row_of_refused_steps_goes_on_after_a_restart(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: str
 ) -> None:
-    """Two unsound steps before a stop and one after it are three in a row; all their examples are left out.
+    """Two refused steps before a stop and one after it count as three in a row; their examples are excluded.
 
-    With turns these are the examples of the chains whose turn the step was.
+    With turns, a step's examples are those of the chains that it trained.
     """
-    forward, steps = PlainEngine.forward, iter(range(1, 100))  # a forward a step
+    forward, steps = PlainEngine.forward, iter(range(1, 100))  # one forward per step
     trained: dict[int, list[int]] = {}
 
     def broken(engine: PlainEngine, batch: object) -> object:
@@ -208,13 +208,13 @@ def test_a_row_of_refused_steps_goes_on_after_a_restart(
 
 @pytest.mark.distributed
 def test_one_rank_is_signalled(data: Path, tmp_path: Path) -> None:
-    """SIGTERM to rank 1 alone: both end after the same step, saved; the rest equals an uninterrupted run."""
+    """SIGTERM to rank 1 only: both ranks save after the same step; the resumed run matches a whole one."""
     settings = ["--optimizer.ema_decay", "0.9"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_on(2, data, whole, *settings)
     faults = json.dumps({"signal": {"rank": 1, "steps": [6]}})
     result = run_program(FAULTY, faults, *command(data, parts, *settings), ranks=2)
-    assert result.returncode == 1, "torchrun has one code for whatever its ranks return"
+    assert result.returncode == 1, "torchrun returns 1 for any failed rank"
     assert "stopped after step 6 and saved" in result.stdout
     assert result.stderr.count("exitcode  : 75") == 2, result.stderr
     assert "(step 6)" in train_on(2, data, parts, *settings)
@@ -224,7 +224,7 @@ def test_one_rank_is_signalled(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_the_process_group_is_signalled(data: Path, tmp_path: Path) -> None:
-    """Ctrl+C goes to torchrun and its ranks, and torchrun sends it on: still one request."""
+    """Ctrl+C reaches torchrun and its ranks, and torchrun forwards it: still one request."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = command(data, tmp_path, "--train.steps", "100000", "--checkpoint.interval", "50000")
     with subprocess.Popen(
@@ -243,7 +243,7 @@ def test_the_process_group_is_signalled(data: Path, tmp_path: Path) -> None:
 
 
 def wait_for_steps(pid: int, run_dir: Path) -> list[psutil.Process]:
-    """Return the processes that a launcher has started, once the run has logged a step."""
+    """Return the processes that the launcher started, once the run has logged a step."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (run_dir / "metrics.jsonl").exists() and metrics(run_dir):
@@ -254,7 +254,7 @@ def wait_for_steps(pid: int, run_dir: Path) -> list[psutil.Process]:
 
 @pytest.mark.distributed
 def test_a_hang_is_ended_by_every_rank(data: Path, tmp_path: Path) -> None:
-    """Rank 1 sleeps for ever at step 9: both say where they are, and leave with the code to be requeued."""
+    """Rank 1 sleeps forever at step 9: both ranks report their stacks and exit with EXIT_REQUEUE."""
     faults = json.dumps({"hang": {"rank": 1, "steps": [9]}})
     settings = (
         "--watchdog.minimum 3 --watchdog.factor 3 --evaluation.interval 0 --optimizer.ema_decay 0.9".split()
@@ -265,9 +265,9 @@ def test_a_hang_is_ended_by_every_rank(data: Path, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "exitcode  : 75" in result.stderr
     reports = [(tmp_path / f"watchdog/rank_{rank:05d}.txt").read_text() for rank in range(2)]
-    assert "rank 0: no end of step" in reports[0]
+    assert "rank 0: step has taken" in reports[0]
     assert "waiting in" in reports[0], "rank 0 waits for rank 1 in a collective"
-    assert "rank 1: no end of step" in reports[1]
+    assert "rank 1: step has taken" in reports[1]
     assert "__main__.faulty_inputs" in reports[1]
     for report in reports:
         assert "Current thread" in report or "Thread 0x" in report

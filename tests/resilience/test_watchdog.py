@@ -1,4 +1,4 @@
-"""The watchdog's limits; and which rank is slow."""
+"""The watchdog's limits, and detection of slow ranks."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ from pipeline.resilience.watchdog import Watchdog
 
 
 def test_limits_follow_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each phase has its own: first the allowance, which a save keeps; then factor x median, or minimum."""
+    """Each phase has its own limit: `first` at first, always for saves; then factor x median or `minimum`."""
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     dog = Watchdog(WatchdogConfig(factor=10, minimum=30, first=1000), tmp_path, 0)
-    dog.enabled = False  # no thread by this clock
+    dog.enabled = False  # no thread: the clock is fake
     for phase, seconds in [("step", 50), ("step", 2), ("step", 4), ("save", 60), ("step", 5), ("step", 100)]:
         dog.enter(phase)
         clock[0] += seconds
     dog.enter("evaluation")
     assert dog.limit("evaluation") == 1000
-    assert (
-        dog.limit("save") == 1000
-    )  # however short: what is written behind the training ends at the last one
-    assert dog.limit("step") == 50  # the median of 50, 2, 4, 5, 100: one slow step does not count
+    assert dog.limit("save") == 1000  # the last save waits for the write
+    assert dog.limit("step") == 50  # 10 x the median of 50, 2, 4, 5, 100: robust to one slow step
     clock[0] += 1
     dog.enter("step")
     assert dog.limit("evaluation") == 30
 
 
 class SlowStream:
-    """A stream that says how long it took."""
+    """A stream with a given waiting time."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -47,7 +45,7 @@ class SlowStream:
 
 
 def test_the_slow_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three ranks the second waits longest for data, and the third has the slowest device."""
+    """Rank 1 of 3 waits longest for data, and rank 2 has the slowest device."""
     waited, probed = [0.4, 2.0, 0.6], [0.010, 0.011, 0.030]
     total = torch.zeros(6, dtype=torch.float64)
     for rank in range(3):
