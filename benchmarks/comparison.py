@@ -24,8 +24,8 @@ from pipeline import checkpoint
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, add_overrides, overrides
 from pipeline.base.files import replacing
+from pipeline.checkpoint.load_model import Loaded, load_model
 from pipeline.corpus.records import Keys, read_all
-from pipeline.decoding import Loaded, load_model
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
 from pipeline.monitor.writers import METRICS_FILE
 

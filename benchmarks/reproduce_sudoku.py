@@ -14,8 +14,9 @@ import comparison
 import trainings
 from comparison import BATCH_SIZE, Comparison, Pair, Scores
 from pipeline.base.cli import ToolParser, run
+from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.recipes.puzzles import is_solved
-from pipeline.decoding import Loaded, SamplingSettings, complete
+from pipeline.decoding import SamplingSettings, complete
 
 VARIANTS = {
     "puma": "--objective.stages 6",

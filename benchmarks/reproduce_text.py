@@ -26,9 +26,10 @@ from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, overrides, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
+from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.records import Keys, read_all
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.decoding import Loaded, SamplingSettings, complete
+from pipeline.decoding import SamplingSettings, complete
 from pipeline.evaluation.pairs import as_trained
 from pipeline.evaluation.tasks.gsm8k import final_number
 

@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 
 from pipeline.base import cli
+from pipeline.checkpoint.load_model import load_model
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PROMPT, Examples
-from pipeline.decoding import SamplingSettings, load_model
+from pipeline.decoding import SamplingSettings
 from pipeline.decoding.decoding import decode
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel

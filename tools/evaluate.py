@@ -19,8 +19,9 @@ from pipeline.base.cli import ToolParser, option, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
+from pipeline.checkpoint.load_model import WEIGHTS_HELP, Loaded, load_model
 from pipeline.data.indexed import bin_path
-from pipeline.decoding import WEIGHTS_HELP, Loaded, SamplingSettings, load_model
+from pipeline.decoding import SamplingSettings
 from pipeline.decoding.settings import add_options, read_options
 from pipeline.evaluation.likelihood import DRAWS
 from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_items

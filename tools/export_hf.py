@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
-from pipeline.decoding import WEIGHTS_HELP
+from pipeline.checkpoint.load_model import WEIGHTS_HELP
 from pipeline.huggingface.export import export
 from pipeline.huggingface.folders import add_shard_argument
 

@@ -18,7 +18,7 @@ import torch
 from pipeline.base.cli import ToolParser, option, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
-from pipeline.decoding import WEIGHTS_HELP, load_model
+from pipeline.checkpoint.load_model import WEIGHTS_HELP, load_model
 from pipeline.decoding.animation import check_animation, write_animation
 from pipeline.decoding.frames import Recorder, Show, watcher
 from pipeline.decoding.prompts import SPAN_HELP, Sample, generate, read_prompts

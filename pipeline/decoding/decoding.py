@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.base.errors import UserError
 from pipeline.data.examples import Examples
 from pipeline.decoding.network import ModelNetwork, Network
-from pipeline.decoding.schedule import plan
+from pipeline.decoding.schedule import fill_counts
 from pipeline.decoding.sequences import UNFILLED, Sequences
 from pipeline.decoding.settings import SamplingSettings
 from pipeline.model.batch import Visibility
@@ -116,7 +116,7 @@ def _step(network: Network, now: Sequences, candidates: Tensor, settings: Sampli
         scores = Scores.of(network.output(policy.needs), rows, candidates)
         ranking = policy.by_scores(scores)
     current = torch.where(candidates, now.blocks, 0).amax(dim=1, keepdim=True)
-    count, again = plan(settings, now, now.answer & (now.blocks == current))
+    count, again = fill_counts(settings, now, now.answer & (now.blocks == current))
     filled = take_highest(candidates, ranking, count)
     if settings.threshold is not None:  # only with a policy by scores
         filled |= candidates & (scores.confidence > settings.threshold)

@@ -11,7 +11,7 @@ from pipeline.objectives import noise
 from pipeline.objectives.objective import positions_like
 
 
-def plan(settings: SamplingSettings, now: Sequences, block: Tensor) -> tuple[Tensor, Tensor]:
+def fill_counts(settings: SamplingSettings, now: Sequences, block: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many candidates the step fills at least, [B] int64, and what it masks again, [B, L] bool.
 
     With remasking, of alpha L filled positions each is masked again with the probability sigma, and as many

@@ -29,7 +29,7 @@ class SamplingSettings:
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the fewest tokens whose probabilities, likeliest first, come to p or more.
         remasking: mask some filled positions again at each step, with a probability by the schedule `cap` or
-            `rescale` (ReMDM, arXiv 2503.00307; `schedule.plan`); none = what is filled stays.
+            `rescale` (ReMDM, arXiv 2503.00307; `schedule.fill_counts`); none = what is filled stays.
         eta: of remasking, the highest probability (cap), or the factor of the highest possible one (rescale).
         cache: keep keys and values of blocks that are filled, where the model was trained in blocks or from
             left to right; the result is the same without.

@@ -19,7 +19,8 @@ import torch
 from pipeline.base.cli import fail, run
 from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
-from pipeline.decoding import SamplingSettings, load_model
+from pipeline.checkpoint.load_model import load_model
+from pipeline.decoding import SamplingSettings
 from pipeline.decoding.batching import MaskedSequence, up_to_end
 from pipeline.decoding.completing import fill_sequences
 from pipeline.evaluation.likelihood import DRAWS, score_answers

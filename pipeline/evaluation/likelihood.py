@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import UserError
+from pipeline.checkpoint.load_model import Loaded
 from pipeline.data.examples import Examples
-from pipeline.decoding import Loaded
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.autoregressive import Autoregressive

@@ -12,7 +12,8 @@ import torch
 
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
-from pipeline.decoding import Completion, Loaded, SamplingSettings, complete
+from pipeline.checkpoint.load_model import Loaded
+from pipeline.decoding import Completion, SamplingSettings, complete
 from pipeline.decoding.batching import behind_prompts, that_fit
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.base.errors import UserError
+from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.records import Keys, read_all
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import idx_path, read_index, read_sequence
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.decoding import Loaded
 
 
 def read_pairs(

@@ -14,9 +14,9 @@ from pipeline import checkpoint
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder
+from pipeline.checkpoint.load_model import Weights, takes_average
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.decoding import Weights, takes_average
 from pipeline.engine.build import open_weights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipeline.base.errors import UserError
-from pipeline.decoding import SamplingSettings, complete, infill, load_model
+from pipeline.checkpoint.load_model import load_model
+from pipeline.decoding import SamplingSettings, complete, infill
 from pipeline.evaluation.likelihood import score_answers
 
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from pipeline.base.errors import UserError
-from pipeline.decoding import SamplingSettings, load_model, terminal
+from pipeline.checkpoint.load_model import load_model
+from pipeline.decoding import SamplingSettings, terminal
 from pipeline.decoding.animation import page, write_animation
 from pipeline.decoding.frames import Cell, Frame, Recorder, pieces, watcher
 from pipeline.decoding.prompts import generate, spans

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoint.load_model import load_model
 from pipeline.data.datasets import build_datasets
 from pipeline.data.examples import stack_examples
-from pipeline.decoding import load_model
 from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import estimate

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pipeline.base.errors import UserError
+from pipeline.checkpoint.load_model import load_model
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
-from pipeline.decoding import load_model
 from pipeline.evaluation.likelihood import estimate, likelihood_of, likelihood_totals, score_answers
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel

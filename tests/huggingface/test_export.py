@@ -16,9 +16,9 @@ import yaml
 from safetensors import safe_open
 
 from pipeline import objectives
+from pipeline.checkpoint.load_model import load_model
 from pipeline.config import Config, ModelConfig, ObjectiveConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
-from pipeline.decoding import load_model
 from pipeline.engine.build import read_weights
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import attention as attention_of

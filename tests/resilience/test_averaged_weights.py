@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.decoding import load_model
+from pipeline.checkpoint.load_model import load_model
 from pipeline.engine.build import read_weights
 from support.programs import Outcome, run_here
 from support.runs import curve

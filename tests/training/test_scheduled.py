@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoint.load_model import load_model
 from pipeline.config import TaskConfig
-from pipeline.decoding import SamplingSettings, complete, load_model
+from pipeline.decoding import SamplingSettings, complete
 from pipeline.decoding.batching import behind_prompts, stack_sequences, up_to_end
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
