@@ -1,4 +1,4 @@
-"""Attention with rotary positions and grouped queries."""
+"""Attention with rotary position embeddings and grouped queries."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from pipeline.config import ModelConfig
 from pipeline.model.layers import Linear
 from pipeline.model.sequence import WholeSequence
 
-# Takes keys and values [B, kv_heads, W, D] and returns all that are attended to (`KeyValueCache.put`).
+# Takes new keys and values [B, kv_heads, W, D] and returns all keys and values to attend to
+# (`KeyValueCache.put`).
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# Rotations of less than 1 turn in the original length are slow, of more than 4 fast, as in all of Llama 3.
+# Frequencies with fewer than SLOW turns in the original length are slow, with more than FAST turns fast
+# (low_freq_factor and high_freq_factor of Llama 3).
 SLOW, FAST = 1.0, 4.0
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Return the angles [head_size / 2] float32 of one position, in radians, fastest first.
+    """Return the rotary frequencies [head_size / 2] float32, in radians per position, fastest first.
 
-    Slow ones are divided by ``rope_factor``, fast ones left alone, those between interpolated linearly by
-    their turns in ``rope_original_length`` (Llama 3.1).
+    As in Llama 3.1, slow frequencies are divided by ``rope_factor``, fast ones are unchanged, and those
+    between are interpolated linearly by their turns in ``rope_original_length``.
     """
     size, factor = config.head_width, config.rope_factor
     frequency = config.rope_theta ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
@@ -36,11 +38,11 @@ def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotary_table(length: int, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [L, head_size] float32 for positions 0..L-1, half-split as Llama has them.
+    """Return cosines and sines [L, head_size] float32 for positions 0..L-1, in Llama's half-split layout.
 
     Args:
         length: L.
-        frequency: [head_size / 2], the angles of one position.
+        frequency: [head_size / 2], see `rotary_frequencies`.
     """
     angle = torch.outer(torch.arange(length, device=frequency.device, dtype=torch.float32), frequency)
     angle = torch.cat([angle, angle], dim=-1)
@@ -48,7 +50,7 @@ def rotary_table(length: int, frequency: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x [B, heads, L, head_size] by its position: a product of two turned vectors depends on i - j."""
+    """Rotate x [B, heads, L, head_size] by its position; dot products then depend on i - j only."""
     cos, sin = table
     first, second = x.float().chunk(2, dim=-1)
     turned = x.float() * cos + torch.cat([-second, first], dim=-1) * sin
@@ -56,15 +58,15 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention over the whole sequence, or over what the mask shows of it."""
+    """Self-attention over the positions that the mask shows."""
 
     def __init__(self, config: ModelConfig, residual_std: float, sequence: WholeSequence) -> None:
-        """Make the projections.
+        """Create the projections.
 
         Args:
             config: shape of the network.
-            residual_std: initialises the projection that writes to the residual stream.
-            sequence: which positions are computed here, and how they attend to the others.
+            residual_std: initial standard deviation of the output projection.
+            sequence: how the positions are split among processes.
         """
         super().__init__()
         self.sequence = sequence
@@ -92,8 +94,8 @@ class Attention(nn.Module):
         Args:
             x: the inputs.
             table: cosines and sines of the same positions.
-            attention_mask: over all positions, False where one is not seen (`visibility.attention_mask`).
-            remember: where keys and values of other positions come from, while sampling.
+            attention_mask: over all positions, see `visibility.attention_mask`.
+            remember: adds cached keys and values of other positions, for decoding.
         """
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_size))

@@ -1,4 +1,4 @@
-"""What goes into the model and what comes out: tuples, so that DeepSpeed's hooks see the tensors."""
+"""Inputs and outputs of the model, as tuples, because DeepSpeed's hooks look for tensors in tuples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Vocabulary(NamedTuple):
-    """The tokens that a model knows.
+    """The vocabulary of a model.
 
     Attributes:
         rows: rows of the embedding and the output matrix.
-        tokens: tokens of the tokenizer; rows beyond them pad the matrix and are never predicted.
-        mask_id: the mask token M, which is never predicted.
+        tokens: tokens of the tokenizer; the rows beyond are padding and never predicted.
+        mask_id: the mask token M, never predicted.
     """
 
     rows: int
@@ -23,14 +23,14 @@ class Vocabulary(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """Which positions see which others; by default each sees all.
+    """Which positions each position sees; by default all.
 
     Attributes:
-        blocks: [B or 1, L] int64, number of each position's block: a position sees none of a higher one.
-            Blocks of one position each make attention causal.
-        clean_ids: [B, L] int64, x0. A position then sees its own block as in xt, and the lower blocks as they
-            are here; the model's input is [xt ; x0] (block diffusion, arXiv 2503.09573).
-        also_visible: [L, L] bool, pairs of query and key that see each other in spite of their blocks.
+        blocks: [B or 1, L] int64, the block of each position. A position sees its own block and lower ones;
+            blocks of one position make attention causal.
+        clean_ids: [B, L] int64, x0 (block diffusion, arXiv 2503.09573). The model's input is then [xt ; x0]:
+            a position of xt sees its own block of xt and the lower blocks of x0.
+        also_visible: [L, L] bool, (query, key) pairs that are visible in addition.
     """
 
     blocks: Tensor | None = None
@@ -39,16 +39,16 @@ class Visibility(NamedTuple):
 
 
 class MaskedBatch(NamedTuple):
-    """Partly masked sequences and what is to be predicted in them.
+    """Partly masked sequences with their targets.
 
     Attributes:
         input_ids: [B, L] int64, xt.
-        attention_mask: [B, L] bool, False at padding; None where there is none.
-        rows: [R] int64, the masked positions, as indices into the flattened [B * L].
-        targets: [R] int64, the true tokens there.
-        weights: [R] float32, the share of each row in the loss.
-        visibility: which positions see which others.
-        scores: which of "margin", "entropy" and "likeliest" the head gives besides the confidence.
+        attention_mask: [B, L] bool, False at padding; None = no padding.
+        rows: [R] int64, the masked positions as indices into the flattened [B * L].
+        targets: [R] int64, the true tokens of `rows`.
+        weights: [R] float32, the loss weight of each row.
+        visibility: which positions each position sees.
+        scores: which of "margin", "entropy" and "likeliest" to return besides the confidence.
     """
 
     input_ids: Tensor
@@ -61,15 +61,15 @@ class MaskedBatch(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """The model's answer at the masked positions of a batch.
+    """Loss and scores at the masked positions of a batch; only the loss has a gradient.
 
     Attributes:
-        loss: [] float32, sum over the rows of weight x NLL; carries the gradient.
-        nll: [R] float32, -log p(x0 | xt) in nats; no gradient.
-        confidence: [R] float32, max_v p(v | xt); no gradient.
-        margin: [R] float32, the highest probability less the second; None unless the batch asks for it.
-        entropy: [R] float32, -sum_v p(v | xt) log p(v | xt) in nats; None unless the batch asks for it.
-        likeliest: [R] int64, argmax_v p(v | xt); None unless the batch asks for it.
+        loss: [] float32, sum over the rows of weight x NLL.
+        nll: [R] float32, -log p(x0 | xt) in nats.
+        confidence: [R] float32, max_v p(v | xt).
+        margin: [R] float32, the highest probability minus the second highest; None unless in `scores`.
+        entropy: [R] float32, -sum_v p(v | xt) log p(v | xt) in nats; None unless in `scores`.
+        likeliest: [R] int64, argmax_v p(v | xt); None unless in `scores`.
     """
 
     loss: Tensor
@@ -88,16 +88,16 @@ def masked_batch(
     padding: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> MaskedBatch:
-    """Return the batch of partly masked sequences.
+    """Build a batch from clean sequences and their masks.
 
     Args:
         tokens: [B, L] int64, x0.
         masked: [B, L] bool.
-        rows: how many positions are masked in all; known on the host, so that nothing waits for the device.
+        rows: number of masked positions in the batch; known on the host, which avoids a device sync.
         mask_id: the mask token M.
         padding: [B, L] bool, positions that must not be attended to.
-        weights: [B, L] float32, share of each masked position in the loss; by default the loss is the mean
-            over sequences of the mean NLL of their masked positions.
+        weights: [B, L] float32, loss weight of each masked position; by default the loss is the mean over
+            sequences of the mean NLL of their masked positions.
     """
     flat = torch.nonzero_static(masked.flatten(), size=rows).squeeze(1)  # [R]
     if weights is None:

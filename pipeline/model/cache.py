@@ -1,4 +1,4 @@
-"""Keys and values that attention has computed before, so that a sampler need not compute them again."""
+"""Key-value cache for decoding."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of every layer at the places of B sequences, as they were last computed.
+    """The last computed keys and values of B sequences, for every layer.
 
     Attributes:
-        places: S, how many places a sequence has.
-        layers: of each layer, keys and values [B, kv_heads, S, head_size]; zeros where nothing was computed.
+        places: S, cache places per sequence.
+        layers: keys and values [B, kv_heads, S, head_size] by layer; zeros at places not yet computed.
     """
 
     def __init__(self, places: int) -> None:
-        """Make room for `places` places; the tensors are made when the first keys come."""
+        """Create an empty cache; the first `put` allocates the tensors."""
         self.places = places
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def put(
         self, layer: int, where: Tensor, first: int, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store what was computed; return what the first places hold, [B, kv_heads, first, head_size] twice.
+        """Store keys and values; return those of the first places, [B, kv_heads, first, head_size] each.
 
         Args:
-            layer: number of the layer.
-            where: [B, W] int64, the places that were computed.
-            first: how many places are attended to.
-            keys: [B, kv_heads, W, head_size], turned by their positions.
+            layer: index of the layer.
+            where: [B, W] int64, the places to write.
+            first: number of places to return.
+            keys: [B, kv_heads, W, head_size], already rotated by their positions.
             values: [B, kv_heads, W, head_size].
         """
         if layer not in self.layers:
@@ -42,5 +42,5 @@ class KeyValueCache:
         return keys[:, :, :first], values[:, :, :first]
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but `rows` [B] bool."""
+        """Keep only the sequences where `rows` [B] bool is True."""
         self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}

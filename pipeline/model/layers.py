@@ -1,4 +1,4 @@
-"""Layers that draw their initial weights where they are made, as ZeRO-3 needs: it shards them at once."""
+"""Layers that initialise their weights in the constructor, because ZeRO-3 shards them right after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Linear(nn.Linear):
     """nn.Linear with N(0, std^2) weights and zero biases."""
 
     def __init__(self, inputs: int, outputs: int, std: float, bias: bool = False) -> None:
-        """Make the layer; `std` is the standard deviation of its initial weights."""
+        """Create the layer; `std` is the standard deviation of its initial weights."""
         self.std = std
         super().__init__(inputs, outputs, bias=bias)
 
@@ -31,11 +31,11 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """nn.Embedding with N(0, std^2) weights.
 
-    torch's own N(0, 1), tied to the output, would make an untrained model certain of its input token.
+    With torch's default N(0, 1) and tied embeddings, an untrained model would predict its input token.
     """
 
     def __init__(self, count: int, width: int, std: float) -> None:
-        """Make the table; `std` is the standard deviation of its initial weights."""
+        """Create the table; `std` is the standard deviation of its initial weights."""
         self.std = std
         super().__init__(count, width)
 
@@ -51,7 +51,7 @@ class SwiGLU(nn.Module):
     def __init__(
         self, width: int, inner: int, std: float, residual_std: float, recompute: Recompute = "none"
     ) -> None:
-        """Make the three projections; `residual_std` is for the one that writes to the residual stream."""
+        """Create the projections; `residual_std` is the initial standard deviation of `down_proj`."""
         super().__init__()
         self.recompute = recompute == "swiglu"
         self.gate_proj = Linear(width, inner, std)
@@ -68,9 +68,9 @@ class SwiGLU(nn.Module):
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Return function(*inputs), keeping the inputs alone for the backward, which calls `function` again.
+    """Return function(*inputs), and recompute it in the backward pass instead of storing activations.
 
-    Chen et al. 2016, Training deep nets with sublinear memory cost (arXiv 1604.06174). `function` may not
+    Chen et al. 2016, Training deep nets with sublinear memory cost (arXiv 1604.06174). `function` must not
     draw random numbers.
     """
     if not torch.is_grad_enabled():

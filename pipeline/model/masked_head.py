@@ -1,8 +1,8 @@
 """The output layer at masked positions: loss and scores in one pass, without a [B, L, V] tensor.
 
-Logits are computed for a chunk of rows at a time. The gradients of the loss with respect to the hidden states
-and the weight are formed in the forward, while the chunk's logits exist, and only scaled in the backward.
-Logits, probabilities and sums are fp32 whatever the weights are.
+The forward computes the logits of a chunk of rows at a time, and the gradients of the loss with respect to
+hidden states and weight while these logits exist. The backward only scales the gradients. Logits,
+probabilities and sums are fp32 for any dtype of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK_LOGITS = 2**26  # fp32 logits held at once: 256 MiB
 
 
 class _MaskedLoss(torch.autograd.Function):
-    """loss = sum_i weights_i * (logsumexp(h_i W^T) - h_i W^T[target_i]), with the mask token excluded."""
+    """loss = sum_i weights_i * (logsumexp(h_i W^T) - h_i W^T[target_i]), without the mask token."""
 
     @staticmethod
     def forward(
@@ -81,18 +81,18 @@ class _MaskedLoss(torch.autograd.Function):
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in the type in which they are multiplied: bf16 on a GPU where they or autocast have it."""
+    """Cast both to the dtype of their product: the weight's, or autocast's; fp32 instead of bf16 on a CPU."""
     device = hidden.device.type
     dtype = weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if device == "cpu" and dtype == torch.bfloat16:
-        dtype = torch.float32  # CPUs have no product of bf16 matrices with an fp32 result
+        dtype = torch.float32  # CPUs have no bf16 matmul with an fp32 result
     return hidden.to(dtype), weight.to(dtype)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return a @ b in fp32: a bf16 result would tie confidences that differ. `out` saves an allocation."""
+    """Return a @ b in fp32, because rounding to bf16 would create ties between confidences."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
             return torch.mm(a, b, out=out)
@@ -100,7 +100,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to the fp32 `total`, for fp32 operands without another matrix of its size."""
+    """Add a @ b to the fp32 `total`; fp32 operands need no temporary matrix."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
             total.addmm_(a, b)
@@ -109,7 +109,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary, out: Tensor | None = None) -> Tensor:
-    """Return logits [R, V] float32 for hidden [R, H] and weight [V, H]; -inf for what is never predicted."""
+    """Return logits [R, V] float32 for hidden [R, H] and weight [V, H]; -inf at tokens never predicted."""
     logits = _product(hidden, weight.T, out)
     logits[:, vocabulary.mask_id] = -torch.inf
     logits[:, vocabulary.tokens :] = -torch.inf
@@ -117,27 +117,27 @@ def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary, out: Tensor 
 
 
 class MaskedHead(nn.Module):
-    """The output matrix; its module hooks gather the weight under ZeRO-3, also where a rank has 0 rows."""
+    """The output layer; a module, so that ZeRO-3's hooks gather the weight even on a rank with 0 rows."""
 
     def __init__(self, weight: Tensor, vocabulary: Vocabulary) -> None:
-        """Make the head of `weight` [V, H], which is the embedding itself where the two are tied."""
+        """Create the head of `weight` [V, H]; with tied embeddings this is the embedding's parameter."""
         super().__init__()
-        self.weight = weight  # an nn.Parameter, registered under its own name here too
+        self.weight = weight  # an nn.Parameter, also registered as lm_head.weight
         self.vocabulary = vocabulary
 
     def forward(
         self, hidden: Tensor, targets: Tensor, weights: Tensor, scores: tuple[str, ...] = ()
     ) -> HeadOutput:
-        """Return the loss with its gradient, and NLL and scores without.
+        """Return the loss, differentiable, and NLL and scores without gradients.
 
         Args:
             hidden: [R, H].
             targets: [R] int64.
-            weights: [R] float32, share of each row in the loss.
-            scores: which of "margin", "entropy" and "likeliest" are computed besides the confidence.
+            weights: [R] float32, the loss weight of each row.
+            scores: which of "margin", "entropy" and "likeliest" to compute besides the confidence.
         """
         return HeadOutput(*_MaskedLoss.apply(hidden, self.weight, targets, weights, self.vocabulary, scores))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits [R, V] float32 for hidden [R, H]; -inf for what is never predicted."""
+        """Return logits [R, V] float32 for hidden [R, H]; -inf at tokens never predicted."""
         return _logits(*_operands(hidden, self.weight), self.vocabulary)

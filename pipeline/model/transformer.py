@@ -1,4 +1,4 @@
-"""The network: a transformer, bidirectional unless told otherwise, with the names of Qwen and Llama."""
+"""The network: a transformer, bidirectional by default, with the parameter names of Qwen and Llama."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Block(nn.Module):
     """Pre-norm attention and SwiGLU."""
 
     def __init__(self, config: ModelConfig, sequence: WholeSequence, recompute: Recompute) -> None:
-        """Make the block; what writes to the residual stream starts smaller, by 1/sqrt(2 x layers)."""
+        """Create the block; output projections are initialised smaller by 1/sqrt(2 x layers)."""
         super().__init__()
         residual_std = config.init_std / (2 * config.layers) ** 0.5
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
@@ -47,12 +47,12 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """Tokens to hidden states; the name of its attribute gives the parameters their ``model.`` prefix."""
+    """Embedding, blocks and final norm; their parameters have the prefix ``model.``, as in Qwen and Llama."""
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, sequence: WholeSequence, recompute: Recompute
     ) -> None:
-        """Make the layers for `vocab_size` tokens."""
+        """Create the layers for `vocab_size` tokens."""
         super().__init__()
         self.sequence = sequence
         self.recompute = recompute == "blocks"
@@ -64,12 +64,12 @@ class Body(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, visibility: Visibility = EVERYTHING
     ) -> Tensor:
-        """Return hidden states [B, L, H]; with a clean copy [B, 2 L, H], those of xt first.
+        """Return hidden states [B, L, H]; with `clean_ids` [B, 2 L, H], those of xt first.
 
         Args:
             input_ids: [B, L], xt.
             attention_mask: [B, L] bool, False at padding.
-            visibility: which positions see which others.
+            visibility: which positions each position sees.
         """
         keys = mask_of(attention_mask, visibility)
         table_length, copies = input_ids.shape[1], 1
@@ -78,7 +78,7 @@ class Body(nn.Module):
         length = input_ids.shape[1]
         x = self.embed_tokens(self.sequence.own(input_ids, dim=1))  # [B, L / N, H]
         angles = rotary_table(table_length, rotary_frequencies(self.config, x.device))
-        cos, sin = (part.repeat(copies, 1) for part in angles)  # a copy stands where its original does
+        cos, sin = (part.repeat(copies, 1) for part in angles)  # x0 has the positions of xt
         table = self.sequence.own(cos, dim=0), self.sequence.own(sin, dim=0)
         for layer in self.layers:
             x = recomputed(layer, x, table, keys) if self.recompute else layer(x, table, keys)
@@ -88,10 +88,10 @@ class Body(nn.Module):
         """Return hidden states [B, W, H] of some positions, which attend to the others through the cache.
 
         Args:
-            input_ids: [B, W], their tokens.
-            where: [B, W] int64, their positions, which are their places in the cache, too.
-            seen: [B, 1, W, S'] bool, False where a place is not seen; nothing sees those beyond S'.
-            cache: keys and values of S places; those of these positions are put in.
+            input_ids: [B, W], tokens.
+            where: [B, W] int64, positions, which are also the places in the cache.
+            seen: [B, 1, W, S'] bool, False where a place is hidden; places from S' on are hidden from all.
+            cache: keys and values of S places; those of `where` are updated.
         """
         x = self.embed_tokens(input_ids)
         cos, sin = rotary_table(cache.places, rotary_frequencies(self.config, x.device))
@@ -111,12 +111,12 @@ class MaskedDiffusionModel(nn.Module):
         recompute: Recompute = "none",
         sequence: WholeSequence = WHOLE,
     ) -> None:
-        """Make the model.
+        """Create the model.
 
         Args:
             config: shape of the network.
-            vocabulary: the tokens.
-            recompute: what is computed again in the backward instead of being kept (`EngineConfig`).
+            vocabulary: the vocabulary.
+            recompute: activations to recompute in the backward pass (`EngineConfig`).
             sequence: which positions and masked rows this process computes.
         """
         super().__init__()
@@ -139,7 +139,7 @@ class MaskedDiffusionModel(nn.Module):
         return output if self.sequence.size == 1 else self._join(output, batch)
 
     def _join(self, own: HeadOutput, batch: MaskedBatch) -> HeadOutput:
-        """Return the output for all rows of `batch`; the gradient of its loss is that of this process's."""
+        """Return the output for all rows of `batch`; the loss has the gradient of this process's rows."""
         values = {
             name: self.sequence.gather(x, dim=0, length=len(batch.rows))
             for name, x in own._asdict().items()
@@ -149,10 +149,10 @@ class MaskedDiffusionModel(nn.Module):
         return HeadOutput(own.loss + (total - own.loss).detach(), **values)
 
     def outputs_of(self, rows: Tensor, length: int, visibility: Visibility) -> Tensor:
-        """Return where `rows` [R] of the flattened [B, L] are read in the flattened outputs [B, L or 2 L].
+        """Return the indices into the flattened outputs [B, L or 2 L] that predict `rows` [R] of [B, L].
 
-        Shifted, position i is read at i - 1; for the first position of a block that is in the clean copy,
-        which is what a sampler has there. Position 0 has none before it: it is always given.
+        With shifted prediction, the output at i - 1 predicts position i. For the first position of a block
+        this is the output of the clean copy, as in decoding. Position 0 is never predicted.
         """
         copies = 1 if visibility.clean_ids is None else 2
         row, position = rows // length, rows % length
@@ -172,6 +172,6 @@ class MaskedDiffusionModel(nn.Module):
         attention_mask: Tensor | None = None,
         visibility: Visibility = EVERYTHING,
     ) -> Tensor:
-        """Return logits [R, V] float32 for `rows` [R] of the flattened input_ids [B, L], for sampling."""
+        """Return logits [R, V] float32 for `rows` [R] of the flattened input_ids [B, L], for decoding."""
         hidden = self.model(input_ids, attention_mask, visibility).flatten(0, 1)
         return self.lm_head.logits(hidden[self.outputs_of(rows, input_ids.shape[1], visibility)])

@@ -1,4 +1,4 @@
-"""From a `Visibility` to what attention takes: flex_attention's block mask on a GPU, else a dense mask."""
+"""Attention masks of a `Visibility`: flex_attention's block mask on a GPU, else a dense mask."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipeline.model.batch import Visibility
 
 
 def sees(query_block: Tensor, key_block: Tensor, query_noisy: Tensor, key_noisy: Tensor) -> Tensor:
-    """Say which queries see which keys; all arguments broadcast.
+    """Return which queries see which keys; all arguments broadcast.
 
-    A noisy position (of xt, where x0 stands beside it) is seen by noisy ones of its own block. A clean one is
-    seen by what comes after its block, and by clean positions of it: the block diagonal, offset block causal
-    and block causal parts of BD3-LM's mask (arXiv 2503.09573).
+    With the input [xt ; x0], positions of xt are noisy. A noisy key is seen by noisy queries of its block. A
+    clean key is seen by clean queries of its block and by all queries of later blocks. These are the block
+    diagonal, offset block causal and block causal parts of BD3-LM's mask (arXiv 2503.09573).
     """
     same = key_block == query_block
     within = same & (query_noisy == key_noisy)
@@ -22,14 +22,14 @@ def sees(query_block: Tensor, key_block: Tensor, query_noisy: Tensor, key_noisy:
 
 
 def attention_mask(present: Tensor | None, visibility: Visibility) -> Tensor | BlockMask | None:
-    """Return the mask of the model's N inputs, N = L or, with a clean copy, 2 L; None: each sees all.
+    """Return the attention mask of the N model inputs, N = L or, with `clean_ids`, 2 L.
 
     Args:
         present: [B, L] bool, False at padding.
-        visibility: which positions see which others.
+        visibility: which positions each position sees.
 
     Returns:
-        A block mask, or a bool tensor that broadcasts to [B, heads, N, N].
+        A block mask, a bool tensor that broadcasts to [B, heads, N, N], or None if every position sees all.
     """
     blocks, clean_ids, also_visible = visibility
     if blocks is None:
@@ -50,7 +50,7 @@ def attention_mask(present: Tensor | None, visibility: Visibility) -> Tensor | B
 
 
 def block_mask(blocks: Tensor, noisy: Tensor, present: Tensor | None) -> BlockMask:
-    """Return flex_attention's mask for blocks [B or 1, N], noisy [N] and present [B, N] (or None)."""
+    """Return flex_attention's block mask for blocks [B or 1, N], noisy [N] and present [B, N] or None."""
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = batch if len(blocks) > 1 else batch * 0

@@ -1,4 +1,4 @@
-"""Attention with groups of queries, beside the textbook's formula."""
+"""Grouped-query attention against the textbook formula."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.model.sequence import WHOLE
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Return attention [B, H, L, D] query by query; query head h reads key head h // (H / kv_heads)."""
+    """Return attention [B, H, L, D], one query at a time; query head h reads key head h // (H / kv_heads)."""
     out = torch.zeros_like(q)
     for row, head, query in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
         group = head // (q.shape[1] // k.shape[1])
@@ -27,7 +27,7 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["none", "padding", "dense"])
 def test_grouped_queries(monkeypatch: pytest.MonkeyPatch, kv_heads: int, kind: str) -> None:
-    """Equal to the formula; no call has both groups and a mask, which a GPU serves by its slowest kernel."""
+    """Equals the formula; no call combines groups with a mask, because the GPU kernel for both is slowest."""
     torch.manual_seed(0)
     q = torch.randn(2, 4, 6, 8, requires_grad=True)
     k, v = (torch.randn(2, kv_heads, 6, 8, requires_grad=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Compiled blocks compute what the others do, and are compiled a few times, not at every step."""
+"""Compiled blocks equal eager ones, and are compiled a few times, not at every step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
-    """Forget what other tests have compiled."""
+    """Reset the compiler's cache."""
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -33,14 +33,14 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def configuration(compiled: bool) -> Config:
-    """Return the settings of a small model, whose SwiGLU is recomputed."""
+    """Return the settings of a small model that recomputes SwiGLU."""
     model = ModelConfig(layers=3, hidden_size=32, heads=4, kv_heads=2, intermediate_size=48)
     engine = EngineConfig(kind="plain", compile=compiled)
     return Config("unused", model=model, engine=engine)
 
 
 def models() -> tuple[MaskedDiffusionModel, MaskedDiffusionModel]:
-    """Return a model that is not compiled, and one of the same weights that is."""
+    """Return an eager and a compiled model with the same weights."""
     made = []
     for compiled in (False, True):
         config = configuration(compiled)
@@ -50,7 +50,7 @@ def models() -> tuple[MaskedDiffusionModel, MaskedDiffusionModel]:
 
 
 def batch_of(sequences: int, length: int, in_blocks: bool) -> MaskedBatch:
-    """Return random sequences, half of them masked; in blocks of 4 with their clean copies, or not."""
+    """Return random half-masked sequences, optionally in blocks of 4 with clean copies."""
     generator = torch.Generator().manual_seed(sequences)
     tokens = torch.randint(4, 48, (sequences, length), generator=generator)
     masked = torch.rand(sequences, length, generator=generator) < 0.5
@@ -71,7 +71,7 @@ def results(model: MaskedDiffusionModel, batch: MaskedBatch) -> list[torch.Tenso
 
 @needs_compiler
 def test_compiled_blocks_compute_the_same() -> None:
-    """Loss, confidences and gradients at several sizes, under a mask, recomputed; three programs."""
+    """Loss, confidences and gradients are equal at several sizes and masks, with three compilations."""
     plain, compiled = models()
     assert list(compiled.state_dict()) == list(plain.state_dict()), "checkpoints know the same names"
 

@@ -21,7 +21,7 @@ SCORES = ("margin", "entropy")
 
 @dataclass
 class Case:
-    """A head that has run forward and backward, and what it should have given."""
+    """Inputs of a head, its results and those of the oracle."""
 
     output: HeadOutput
     hidden: torch.Tensor
@@ -30,7 +30,7 @@ class Case:
 
 
 def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """Return hidden, weight, targets and weights; one target's logit is far below the highest."""
+    """Return hidden, weight, targets and weights; one target has a very low logit."""
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, WIDTH, generator=random).to(dtype).requires_grad_()
     weight = torch.randn(SIZE, WIDTH, generator=random).to(dtype).requires_grad_()
@@ -76,7 +76,7 @@ def test_equals_full_logits(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) ->
 
 
 def test_scores_are_there_only_when_asked_for() -> None:
-    """A margin or an entropy that nobody reads costs nothing, and asking for one changes nothing else."""
+    """Margin and entropy are computed on request only, and change no other result."""
     plain, full = run(scores=()), run()
     assert plain.output.margin is None
     assert plain.output.entropy is None
@@ -88,7 +88,7 @@ def test_scores_are_there_only_when_asked_for() -> None:
 
 
 def test_no_rows() -> None:
-    """A rank without masked positions still runs the head, with a loss of 0 and gradients of 0."""
+    """A rank without masked positions runs the head with loss 0 and zero gradients."""
     case = run(rows=0)
     assert case.output.loss.item() == 0
     for name in ("nll", "confidence", *SCORES):
@@ -98,15 +98,15 @@ def test_no_rows() -> None:
 
 
 def test_bf16_weights_give_fp32_scores() -> None:
-    """Scores of bf16 inputs are those of full fp32 logits; only the gradients are rounded to bf16 at the end.
+    """bf16 inputs give the scores of fp32 logits; only the final gradients are rounded to bf16.
 
-    Logits rounded to bf16 would be wrong in the third digit: confidences would tie, NLLs be coarse.
+    Logits rounded to bf16 would be wrong in the third digit, with ties between confidences.
     """
     check(run(dtype=torch.bfloat16), rtol=1e-5, gradient_tolerance=0.05)
 
 
 def test_autocast_keeps_fp32_logits() -> None:
-    """Autocast would round the logits to bf16; on a CPU not even the operands are."""
+    """Autocast does not round the logits to bf16; on a CPU the operands stay fp32, too."""
     hidden, weight, targets, weights = inputs()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         head = MaskedHead(torch.nn.Parameter(weight), VOCABULARY)
@@ -119,7 +119,7 @@ def test_autocast_keeps_fp32_logits() -> None:
 
 
 def test_mask_and_padding_rows_are_never_predicted() -> None:
-    """Where their logits would be the highest by far, loss and confidence do not notice, nor do gradients."""
+    """Very high logits of these rows change neither loss, confidence nor gradients."""
     weight = torch.zeros(SIZE, WIDTH)
     weight[FORBIDDEN] = 100.0
     head = MaskedHead(torch.nn.Parameter(weight), VOCABULARY)
@@ -135,7 +135,7 @@ def test_mask_and_padding_rows_are_never_predicted() -> None:
 
 
 def test_a_second_backward_is_refused() -> None:
-    """Gradients are scaled in place: a second one would be wrong, not slow."""
+    """The backward scales gradients in place, so a second one would be wrong."""
     hidden, weight, targets, weights = inputs()
     loss = MaskedHead(torch.nn.Parameter(weight.detach()), VOCABULARY)(hidden, targets, weights).loss
     loss.backward(retain_graph=True)

@@ -1,4 +1,4 @@
-"""The network against transformers' own Qwen2, Qwen3 and Llama, bidirectional by their attention mask."""
+"""The network against transformers' Qwen2, Qwen3 and Llama with a bidirectional attention mask."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tokens(batch: int = 3, length: int = 11) -> torch.Tensor:
     ids=["Qwen2", "Qwen3", "Llama", "Llama-3.1"],
 )
 def test_equals_transformers(family: str, settings: dict[str, Any], tied: bool, kv_heads: int) -> None:
-    """Weights copied name by name give the same hidden states and logits."""
+    """With weights copied by name, hidden states and logits are equal."""
     config = ModelConfig(kv_heads=kv_heads, tie_embeddings=tied, **SHAPE | settings)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 5000.0}
     if config.rope_factor > 1:
@@ -68,7 +68,7 @@ def test_equals_transformers(family: str, settings: dict[str, Any], tied: bool, 
     torch.manual_seed(0)
     theirs = getattr(transformers, f"{family}ForCausalLM")(theirs_config).eval()
     ours = MaskedDiffusionModel(config, VOCABULARY).eval()
-    for parameter in theirs.parameters():  # norms and biases away from 1 and 0
+    for parameter in theirs.parameters():  # move norms and biases away from 1 and 0
         torch.nn.init.normal_(parameter, 0.3 if parameter.ndim == 1 else 0.0, 0.2)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     ids = tokens()
@@ -86,7 +86,7 @@ def test_equals_transformers(family: str, settings: dict[str, Any], tied: bool, 
 
 
 def test_rotary_scores_depend_on_the_distance_only() -> None:
-    """And equal the rotation of complex numbers, half-split."""
+    """The rotation equals that of complex numbers in the half-split layout."""
     length, size, theta = 9, 8, 100.0
     q, k = torch.randn(2, 1, 1, 1, size, generator=torch.Generator().manual_seed(0)).unbind(0)
     config = ModelConfig(head_size=size, rope_theta=theta)
@@ -125,7 +125,7 @@ def test_attention_is_bidirectional_and_blind_to_padding() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_untrained_model_is_uncertain(tied: bool) -> None:
-    """Confidence near 1/V everywhere: with tied N(0, 1) embeddings it would be certain of its own input."""
+    """Confidence is near 1/V everywhere; with tied N(0, 1) embeddings it would be near 1."""
     torch.manual_seed(0)
     model = MaskedDiffusionModel(ModelConfig(tie_embeddings=tied), Vocabulary(1000, 1000, 3))
     ids = torch.randint(4, 1000, (4, 32))
@@ -136,7 +136,7 @@ def test_an_untrained_model_is_uncertain(tied: bool) -> None:
 
 
 def test_loss_is_the_mean_over_sequences_of_their_mean_nll() -> None:
-    """Also where sequences have different numbers of masks, against cross-entropy on full logits."""
+    """Sequences with different numbers of masks, against cross-entropy on full logits."""
     torch.manual_seed(0)
     model = MaskedDiffusionModel(ModelConfig(**SHAPE), VOCABULARY)
     ids = tokens()
@@ -156,7 +156,7 @@ def test_loss_is_the_mean_over_sequences_of_their_mean_nll() -> None:
 
 @pytest.mark.parametrize(("recompute", "share"), [("swiglu", 0.85), ("blocks", 0.2)])
 def test_what_is_recomputed_is_not_kept(recompute: Any, share: float) -> None:
-    """The same loss and gradients, bit for bit, with a fraction of the activations kept."""
+    """Recomputation keeps a fraction of the activations, with the same loss and gradients bit for bit."""
     ids, masked = tokens(), torch.zeros(3, 11, dtype=torch.bool)
     masked[:, ::2] = True
     batch = masked_batch(ids, masked, int(masked.sum()), 3)

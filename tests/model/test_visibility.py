@@ -1,4 +1,4 @@
-"""Who sees whom: attention masks against loops over pairs, shifted reading, blocks in one forward."""
+"""Attention masks against loops over pairs, shifted prediction, block diffusion in one forward."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 from pipeline.objectives.objective import mean_over_chains
 
 MASK, SIZE, LENGTH, BLOCK = 3, 40, 13, 4
-# Rows of (prompt, answer): with padding behind, without a prompt, with a last block of one token.
+# (prompt, answer) lengths of the rows: with padding, without a prompt, with a last block of one token.
 SHAPES = [(2, 9), (0, 13), (4, 5), (1, 10)]
 
 
 def examples() -> Examples:
-    """Return sequences of the shapes above."""
+    """Return sequences with the lengths above."""
     roles = torch.full((len(SHAPES), LENGTH), PADDING, dtype=torch.int8)
     for row, (prompt, answer) in enumerate(SHAPES):
         roles[row, :prompt], roles[row, prompt : prompt + answer] = PROMPT, ANSWER
@@ -31,7 +31,7 @@ def examples() -> Examples:
 
 
 def network(prediction: str = "same", **changes: Any) -> MaskedDiffusionModel:
-    """Return a model whose logits are far from uniform."""
+    """Return a model with logits far from uniform."""
     torch.manual_seed(1)
     config = ModelConfig(
         layers=2,
@@ -47,7 +47,7 @@ def network(prediction: str = "same", **changes: Any) -> MaskedDiffusionModel:
 
 
 def block_of(row: int, position: int) -> int:
-    """Return -1 for the prompt, the number of the answer's block, or 99 for padding."""
+    """Return -1 in the prompt, the block in the answer, and 99 in the padding."""
     prompt, answer = SHAPES[row]
     if position < prompt:
         return -1
@@ -55,7 +55,7 @@ def block_of(row: int, position: int) -> int:
 
 
 def block_batch(masked: torch.Tensor, first_given: bool = False) -> MaskedBatch:
-    """Return the layout's batch with the loss of PUMA."""
+    """Return the layout's batch with PUMA's loss weights."""
     layout, data = Blocks(MASK, True, first_given, size=BLOCK), examples()
     weights = mean_over_chains(layout.chains(data), masked)
     return layout.batch(data, masked, weights, int(masked.sum()), 1)
@@ -81,7 +81,7 @@ def test_block_causal_mask_equals_a_loop() -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_sees_what_the_dense_mask_shows(padded: bool, copies: int, rows: int) -> None:
-    """The GPU's form of the mask gives the attention of the CPU's (flex_attention's reference, forward)."""
+    """The block mask gives the same attention as the dense mask, by flex_attention's CPU reference."""
     data = examples()
     blocks = Blocks(MASK, True, size=BLOCK).decoding(data).blocks
     assert blocks is not None
@@ -104,9 +104,9 @@ def test_flex_attention_sees_what_the_dense_mask_shows(padded: bool, copies: int
 
 @pytest.mark.parametrize("prediction", ["same", "shifted"])
 def test_block_diffusion_in_one_forward_equals_one_forward_a_block(prediction: str) -> None:
-    """Loss, NLL, scores and gradients equal those of N forwards, each on clean blocks and one of xt.
+    """Loss, NLL, scores and gradients equal those of one forward per block.
 
-    The oracle runs one forward for each block of each sequence, on the sequence cut off behind the block.
+    The oracle runs one forward per block and sequence, on the clean blocks before it and the block of xt.
     """
     shifted = prediction == "shifted"
     data, model = examples(), network(prediction)
@@ -122,7 +122,7 @@ def test_block_diffusion_in_one_forward_equals_one_forward_a_block(prediction: s
     losses, found = [], []
     for row, (prompt, answer) in enumerate(SHAPES):
         of_row = []
-        # With position 0 given, it belongs to the prompt: blocks are counted from what may be masked.
+        # A given position 0 belongs to the prompt: blocks start at the first maskable position.
         first = max(prompt, 1) if shifted else prompt
         for start in range(first, prompt + answer, BLOCK):
             end = min(start + BLOCK, prompt + answer)
@@ -152,7 +152,7 @@ def test_block_diffusion_in_one_forward_equals_one_forward_a_block(prediction: s
 
 
 def test_shifted_prediction_reads_the_position_before() -> None:
-    """NLL and confidence at i come from the output at i - 1, so do the logits that a sampler gets."""
+    """NLL, confidence and decoding logits at position i come from the output at i - 1."""
     model, data = network("shifted"), examples()
     layout = Whole(MASK, True, first_given=True)
     masked = layout.answer(data)
@@ -171,7 +171,7 @@ def test_shifted_prediction_reads_the_position_before() -> None:
 
 
 def test_autoregressive_input_is_causal_and_unmasked() -> None:
-    """Its loss is the mean next-token cross-entropy, and no position sees one behind it."""
+    """The loss is the mean next-token cross-entropy, and no position sees a later one."""
     model, data = network("shifted", tie_embeddings=False), examples()
     layout = LeftToRight(MASK, True, first_given=True)
     masked = layout.answer(data)
@@ -180,7 +180,7 @@ def test_autoregressive_input_is_causal_and_unmasked() -> None:
     losses = []
     for row, (prompt, answer) in enumerate(SHAPES):
         of_row = []
-        for position in range(max(1, prompt), prompt + answer):  # on the prefix alone: nothing can leak
+        for position in range(max(1, prompt), prompt + answer):  # only the prefix: nothing can leak
             hidden = model.model(
                 data.tokens[row : row + 1, :position], None, Visibility(torch.arange(position)[None])
             )
@@ -191,7 +191,7 @@ def test_autoregressive_input_is_causal_and_unmasked() -> None:
 
 
 def test_annealing_leads_from_causal_to_bidirectional() -> None:
-    """At step s of S each later position is seen with probability (s - 1) / S, each earlier one always."""
+    """At step s of S a later position is visible with probability (s - 1) / S, an earlier one always."""
     steps, length, before = 10, 60, 7
     data = Examples(
         torch.randint(4, SIZE, (1, length)), torch.full((1, length), ANSWER, dtype=torch.int8), torch.zeros(1)
@@ -212,7 +212,7 @@ def test_annealing_leads_from_causal_to_bidirectional() -> None:
 
 
 def test_half_annealed_attention_equals_a_masked_softmax() -> None:
-    """The mask reaches the scores: outputs at a position depend on what it sees, and on nothing else."""
+    """The output at a position depends on visible positions only."""
     model = network()
     data = examples()
     visibility = Whole(MASK, True, annealing_steps=4, seed=1).annealed(data, 3)
@@ -235,7 +235,7 @@ def test_half_annealed_attention_equals_a_masked_softmax() -> None:
 
 
 def test_mask_ids_of_an_ordinary_batch_are_seen_by_all() -> None:
-    """Without a visibility the attention has no mask at all, or that of the padding."""
+    """With the default visibility the attention mask is None, or hides only padding."""
     batch = masked_batch(examples().tokens, torch.ones(4, LENGTH, dtype=torch.bool), 4 * LENGTH, MASK)
     assert attention_mask(batch.attention_mask, batch.visibility) is None
     padding = examples().roles == PADDING
