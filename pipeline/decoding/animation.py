@@ -1,4 +1,4 @@
-"""The order of unmasking as a moving picture: a page for a browser, or a GIF."""
+"""Animate the order of unmasking as an HTML page or a GIF."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ input { flex: 1; } button { min-width: 5em; }
 .given { color: #777; } .mask { background: #ddd; border-radius: 3px; margin: 0 1px; }
 .new { outline: 2px solid #222; } .token { border-radius: 3px; }
 </style></head><body><h1>Order of unmasking</h1>
-<p>The first tokens are blue, the last ones red; framed are those of this step.</p>
+<p>Tokens are coloured from blue (first) to red (last); those of the current step are outlined.</p>
 <div class="bar"><button id="play">pause</button><input id="at" type="range" min="0" value="0">
 <span id="step"></span></div><div id="texts"></div><script>
 const sequences = DATA;
@@ -77,7 +77,7 @@ setInterval(() => {
 
 
 def check_animation(path: Path, font: Path | None) -> None:
-    """Raise a `UserError` for a file that cannot be written as an animation, or a font that is none."""
+    """Raise a `UserError` for an unknown file type or an unreadable font."""
     if path.suffix not in (".html", ".gif"):
         raise UserError(f"--animate {path}: name a file that ends with .html or .gif.")
     if font is not None:
@@ -85,12 +85,12 @@ def check_animation(path: Path, font: Path | None) -> None:
 
 
 def write_animation(path: Path, sequences: Sequence[Sequence[Frame]], font: Path | None = None) -> None:
-    """Write the frames of some sequences, each from its first step to its last, as HTML or GIF.
+    """Write the frames of several sequences as HTML or GIF.
 
     Args:
-        path: its ending says which; an older file is replaced.
-        sequences: frames of each; they are shown one below the other.
-        font: of a GIF, a TrueType file; the one that comes along knows ASCII only.
+        path: .html or .gif; an existing file is replaced.
+        sequences: the frames of each sequence, from the first step to the last; shown one below the other.
+        font: a TrueType file for a GIF; the default font has ASCII only.
     """
     with replacing(path) as file:
         if path.suffix == ".html":
@@ -105,7 +105,7 @@ def write_animation(path: Path, sequences: Sequence[Sequence[Frame]], font: Path
 
 
 def page(sequences: Sequence[Sequence[Frame]]) -> str:
-    """Return a page that needs no other file: each frame as what it changes."""
+    """Return a self-contained HTML page; each frame is stored as its changes."""
     data = [
         {
             "start": [_shown(cell) for cell in before_the_first(frames)],
@@ -118,12 +118,12 @@ def page(sequences: Sequence[Sequence[Frame]]) -> str:
         }
         for frames in sequences
     ]
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can close the script tag
     return _PAGE.replace("DATA", text)
 
 
 def before_the_first(frames: Sequence[Frame]) -> list[Cell]:
-    """Return the cells before the first step: what is given, and masks."""
+    """Return the cells before the first step: given tokens and masks."""
     longest = max(frames, key=lambda frame: len(frame.cells)).cells
     return [Cell("", None, True) if cell.masked or cell.filled is not None else cell for cell in longest]
 
@@ -153,7 +153,7 @@ def _font(path: Path | None) -> Font:
 
 
 def gif_pictures(sequences: Sequence[Sequence[Frame]], font: Font) -> list[Image.Image]:
-    """Return pictures of the same size: the beginning, the steps (not all of very many), the end."""
+    """Return pictures of equal size: the start, at most `MOST_FRAMES` evenly spaced steps, and the end."""
     last = max(len(frames) for frames in sequences)
     stride = -(-last // MOST_FRAMES)
     steps = [0, *range(1, last, stride), last]
@@ -174,7 +174,7 @@ def gif_pictures(sequences: Sequence[Sequence[Frame]], font: Font) -> list[Image
 
 
 def still_picture(cells: Sequence[Cell], steps: int) -> Image.Image:
-    """Return a sequence that was filled in `steps` steps as one picture; the font knows ASCII only."""
+    """Return one picture of a sequence that was filled in `steps` steps; the font has ASCII only."""
     font, sequences = _font(None), [(cells, steps)]
     picture = Image.new("RGB", (WIDTH, _draw(None, sequences, font)), "white")
     _draw(ImageDraw.Draw(picture), sequences, font)
@@ -184,7 +184,7 @@ def still_picture(cells: Sequence[Cell], steps: int) -> Image.Image:
 def _draw(
     draw: ImageDraw.ImageDraw | None, sequences: Sequence[tuple[Sequence[Cell], int]], font: Font
 ) -> int:
-    """Draw cells of sequences with their numbers of steps, or only measure; return the height in pixels."""
+    """Draw (cells, steps) of each sequence, or only measure without `draw`; return the height in pixels."""
     line, y = int(FONT_SIZE * 1.5), MARGIN
     for cells, steps in sequences:
         x = float(MARGIN)
@@ -206,7 +206,7 @@ def _draw(
 
 
 def colour_of(step: int, steps: int) -> str:
-    """Return the background of a token as #rrggbb, from blue for the first step to red for the last."""
+    """Return the background of a token as #rrggbb, from blue at the first step to red at the last."""
     hue = 230 / 360 * (1 - step / max(1, steps - 1))
     red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.85, 0.85))
     return f"#{red:02x}{green:02x}{blue:02x}"

@@ -1,4 +1,4 @@
-"""Sequences of which some positions are asked for, side by side in one batch."""
+"""Batch partly masked sequences for decoding and scoring."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SHOWN = 40  # characters of a prompt in a message
 
 @dataclass(frozen=True)
 class MaskedSequence:
-    """One sequence.
+    """A sequence with masked positions.
 
     Attributes:
-        tokens: ids; at positions that are to be filled they mean nothing.
-        masked: which positions are to be filled, or scored.
+        tokens: ids; to be scored, or ignored where they are to be filled.
+        masked: positions to fill or to score.
     """
 
     tokens: list[int]
@@ -31,14 +31,14 @@ class MaskedSequence:
 
     @classmethod
     def behind(cls, prompt: list[int], answer: list[int]) -> MaskedSequence:
-        """Return a given prompt and an answer that is asked for."""
+        """Return a sequence of a given prompt and a masked answer."""
         return cls([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
 def stack(
     loaded: Loaded, sequences: Sequence[MaskedSequence], numbers: Sequence[int]
 ) -> tuple[Examples, Tensor]:
-    """Return `stack_sequences` for a model, on its device."""
+    """Return `stack_sequences` for a loaded model, on its device."""
     examples, masked = stack_sequences(sequences, numbers, loaded.config.data.kind, loaded.tokenizer.pad)
     device = loaded.model.lm_head.weight.device
     return examples.to(device), masked.to(device)
@@ -47,15 +47,15 @@ def stack(
 def stack_sequences(
     sequences: Sequence[MaskedSequence], numbers: Sequence[int], kind: str, pad: int
 ) -> tuple[Examples, Tensor]:
-    """Return sequences as one batch on the CPU, padded at the end, and what is masked [B, L].
+    """Return a batch on the CPU, padded at the end, and its masked positions [B, L] bool.
 
     Args:
-        sequences: of any lengths.
-        numbers: of each sequence, by which its noise differs from the others'.
-        kind: of the data that the model was trained on, packed or pairs.
+        sequences: sequences of any lengths.
+        numbers: the id of each sequence; it seeds the noise.
+        kind: kind of the training data, packed or pairs.
         pad: the padding token.
     """
-    # Packed text is answer from its first token on, and is cut into blocks there: so is a given beginning.
+    # In packed text every token is answer and blocks start at the first one, so given tokens are answer, too.
     given = ANSWER if kind == "packed" else PROMPT
     size = len(sequences), max(len(sequence.tokens) for sequence in sequences)
     tokens = torch.full(size, pad, dtype=torch.int64)
@@ -69,7 +69,7 @@ def stack_sequences(
 
 
 def that_fit(prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config) -> list[bool]:
-    """Return which prompts leave room for an answer; the arguments are those of `behind_prompts`."""
+    """Return which prompts leave room for an answer; see `behind_prompts` for the arguments."""
     limit = config.data.sequence_length
     return [len(ids) + (length or 1) <= limit for ids in tokenizer.encode_batch(prompts)]
 
@@ -77,16 +77,16 @@ def that_fit(prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, c
 def behind_prompts(
     prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config
 ) -> list[MaskedSequence]:
-    """Return a masked answer behind each prompt.
+    """Append a masked answer to each prompt.
 
     Args:
-        prompts: texts, of any lengths.
-        length: tokens of an answer; None for all up to the sequence length that the model is trained on.
-        tokenizer: of the model.
-        config: of its run.
+        prompts: texts of any lengths.
+        length: answer length in tokens; None = up to the trained sequence length.
+        tokenizer: tokenizer of the model.
+        config: configuration of its run.
 
     Raises:
-        UserError: for a prompt that leaves no room, or one without a token where the model needs one.
+        UserError: for a prompt that is too long, or an empty one if the model needs a first token.
     """
     limit = config.data.sequence_length
     sequences = []
@@ -94,12 +94,10 @@ def behind_prompts(
         ids = array.tolist()
         end = len(ids) + length if length else limit
         if end > limit or end <= len(ids):
-            which = (
-                f"prompt {number + 1} of {len(prompts)}, {prompts[number][:_SHOWN]!r}, of {len(ids)} tokens"
-            )
+            which = f"prompt {number + 1} of {len(prompts)}, {prompts[number][:_SHOWN]!r},"
             raise UserError(
-                f"{which} with an answer of {length or 'at least 1'} exceeds the sequence length that the "
-                f"model was trained on, {limit}: shorten one of them."
+                f"{which} has {len(ids)} tokens; with an answer of {length or 'at least 1'} it exceeds the "
+                f"trained sequence length {limit}: shorten the prompt or the answer."
             )
         sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
     check_beginnings(sequences, config)
@@ -107,14 +105,14 @@ def behind_prompts(
 
 
 def check_beginnings(sequences: Sequence[MaskedSequence], config: Config) -> None:
-    """Raise a `UserError` for a sequence that begins with a mask where the model needs a token."""
+    """Raise a `UserError` if a sequence begins with a mask, but the model predicts from the token before."""
     if config.model.prediction == "shifted" and any(sequence.masked[0] for sequence in sequences):
         raise UserError(
-            "a prompt is empty, or a text begins with a masked span, but with model.prediction = 'shifted' "
-            "each token is predicted at the one before it: begin with at least one given token."
+            "a prompt is empty, or a text begins with a masked span, but model.prediction = 'shifted' "
+            "predicts each token from the one before it: begin with at least one given token."
         )
 
 
 def up_to_end(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """Return an answer up to and with its end-of-sequence token."""
+    """Return an answer up to and including its first end-of-sequence token."""
     return tokens[: tokens.index(tokenizer.eos) + 1] if tokenizer.eos in tokens else tokens

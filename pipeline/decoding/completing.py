@@ -1,4 +1,4 @@
-"""From prompts to completions, and from texts with masked spans to whole texts, in batches."""
+"""Complete prompts and fill masked spans, in batches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipeline.decoding.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class Completion:
-    """What was filled in for one prompt, or in one text with masked spans.
+    """The result for one prompt, or for one text with masked spans.
 
     Attributes:
-        text: of a prompt, its continuation up to the end-of-sequence token; of masked spans, the whole text.
-        tokens: ids of the positions that were filled, from left to right, up to and with the
-            end-of-sequence token of a continuation.
-        order: the step at which each of them was filled; 0 is the first.
-        steps: forwards that it took.
+        text: the continuation of a prompt up to the end-of-sequence token, or the whole text with its spans.
+        tokens: ids of the filled positions from left to right; a continuation ends with its end-of-sequence
+            token.
+        order: the step at which each token was filled, counted from 0.
+        steps: forward passes.
     """
 
     text: str
@@ -49,17 +49,17 @@ def complete(
 
     Args:
         loaded: the model.
-        prompts: texts, of any lengths.
-        settings: of the sampler; by default the likeliest tokens in the order of their confidence.
-        length: tokens of a continuation; by default up to the sequence length that the model was trained on.
-        batch_size: prompts decoded together; it changes nothing but speed and memory.
-        on_progress: called with the number of prompts done.
-        on_step: called after each step with the sequences that took part in it.
-        numbers: of the prompts, part of their noise; by default their places in the list.
+        prompts: texts of any lengths.
+        settings: settings of the sampler; by default greedy decoding in order of confidence.
+        length: tokens per continuation; None = up to the trained sequence length.
+        batch_size: prompts per batch; it affects only speed and memory.
+        on_progress: called with the number of finished prompts.
+        on_step: called after each step with the sequences in the batch.
+        numbers: ids of the prompts, which seed the noise; by default their indices.
 
     Raises:
-        UserError: for a bad setting, a prompt with a continuation beyond the trained sequence length, or one
-            without a token where the model needs one.
+        UserError: for a bad setting, a prompt that is too long, or an empty one if the model needs a first
+            token.
     """
     tokenizer = loaded.tokenizer
     sequences = behind_prompts(prompts, length, tokenizer, loaded.config)
@@ -82,7 +82,7 @@ def infill(
 
     Args:
         loaded: the model.
-        texts: each a list of given pieces (str) and of masked spans (int, their tokens), such as
+        texts: lists of given pieces (str) and masked spans (int, length in tokens), such as
             ``["The sky is ", 2, " today."]``.
         settings: see `complete`.
         batch_size: see `complete`.
@@ -91,8 +91,8 @@ def infill(
         numbers: see `complete`.
 
     Raises:
-        UserError: for a bad setting, a text beyond the trained sequence length or without a masked span, one
-            that begins with one where the model needs a token, or a model that does not see what is behind.
+        UserError: for a bad setting, a text that is too long or has no masked span, a text that begins with a
+            span if the model needs a first token, or a model that is not bidirectional.
     """
     sequences, tokenizer = with_gaps(loaded, texts), loaded.tokenizer
     found = fill_sequences(loaded, sequences, settings, batch_size, None, on_progress, on_step, numbers)
@@ -102,12 +102,12 @@ def infill(
 
 
 def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[MaskedSequence]:
-    """Return texts with masks in their spans; arguments and errors are those of `infill`."""
+    """Tokenize texts with masked spans; see `infill` for arguments and errors."""
     limit, tokenizer = loaded.config.data.sequence_length, loaded.tokenizer
     if loaded.layout.attention != "bidirectional":
         raise UserError(
-            "the model was trained in blocks, or from left to right, and does not see what stands behind a "
-            "masked span: only a model with objective.block_size = null can fill it in."
+            "the model was trained in blocks or from left to right and does not see the text after a masked "
+            "span: use a model trained with objective.block_size = null."
         )
     sequences = []
     for pieces in texts:
@@ -118,11 +118,10 @@ def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[Mask
             tokens += ids
             masked += [not isinstance(piece, str)] * len(ids)
         if not any(masked):
-            raise UserError(f"{''.join(map(str, pieces))!r} has no masked token: nothing is to be filled in.")
+            raise UserError(f"{''.join(map(str, pieces))!r} has no masked span: add one.")
         if len(tokens) > limit:
             raise UserError(
-                f"a text of {len(tokens)} tokens exceeds the sequence length that the model was trained on, "
-                f"{limit}: shorten it."
+                f"a text of {len(tokens)} tokens exceeds the trained sequence length {limit}: shorten it."
             )
         sequences.append(MaskedSequence(tokens, masked))
     check_beginnings(sequences, loaded.config)
@@ -130,13 +129,13 @@ def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[Mask
 
 
 class Filled(NamedTuple):
-    """A sequence with what was filled in.
+    """A filled sequence.
 
     Attributes:
-        whole: all of its ids.
-        tokens: those that were filled, from left to right.
-        order: the step at which each of them was.
-        steps: forwards that it took.
+        whole: all ids.
+        tokens: ids of the filled positions, from left to right.
+        order: the step at which each of them was filled.
+        steps: forward passes.
     """
 
     whole: list[int]
@@ -155,7 +154,7 @@ def fill_sequences(
     on_step: Callable[[Sequences], None] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> list[Filled]:
-    """Return what decoding makes of each sequence, batch after batch; see `complete` and `decode`."""
+    """Fill the masked positions of sequences, in batches; see `complete` and `decode`."""
     settings = settings or SamplingSettings()
     settings.check()
     numbers = range(len(sequences)) if numbers is None else numbers
@@ -180,6 +179,6 @@ def _rows(decoded: Decoded, masked: Tensor) -> list[Filled]:
 
 
 def _completion(tokenizer: Tokenizer, tokens: list[int], order: list[int], steps: int) -> Completion:
-    """Return an answer up to its end-of-sequence token."""
+    """Cut an answer at its end-of-sequence token."""
     answer = up_to_end(tokenizer, tokens)
     return Completion(tokenizer.decode(answer), answer, order[: len(answer)], steps)

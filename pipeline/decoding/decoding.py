@@ -1,4 +1,4 @@
-"""The decoding loop: at each step the positions that the policy ranks highest are filled."""
+"""The decoding loop: each step fills the positions that the policy ranks highest."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pipeline.objectives.policies import POLICIES
 
 @dataclass
 class Decoded:
-    """What decoding made of B sequences.
+    """The result of decoding B sequences.
 
     Attributes:
-        tokens: [B, L] int64; the mask token where nothing was filled, behind an end-of-sequence token.
-        order: [B, L] int64, the step (0 is the first) at which each position was filled; UNFILLED elsewhere.
-        steps: [B] int64, forwards that each sequence took part in.
+        tokens: [B, L] int64; unfilled positions after an end-of-sequence token keep the mask token.
+        order: [B, L] int64, the step at which each position was filled, counted from 0; else UNFILLED.
+        steps: [B] int64, forward passes of each sequence.
     """
 
     tokens: Tensor
@@ -35,7 +35,7 @@ class Decoded:
     steps: Tensor
 
     def keep(self, sequences: Sequences, where: Tensor, mask_id: int) -> None:
-        """Take over the rows of `sequences` where `where` [B] bool holds."""
+        """Store the rows of `sequences` where `where` [B] bool is True."""
         rows = sequences.rows[where]
         self.tokens[rows] = sequences.examples.tokens.masked_fill(sequences.masked, mask_id)[where]
         self.order[rows] = sequences.order[where]
@@ -54,27 +54,27 @@ def decode(
 ) -> Decoded:
     """Fill the masked positions.
 
-    At each step the policy ranks the candidates by the scores of one forward, as it does along a chain in
-    training; then tokens are drawn at the positions that it has chosen. As the choice does not look at what
-    is drawn, an exact model at temperature 1 and one token a step is sampled from exactly, in any order.
+    Each step runs one forward. The policy ranks the candidates by its scores, as along a chain in training;
+    then tokens are drawn at the chosen positions. The choice does not depend on the drawn tokens. So at
+    temperature 1 and one token per step an exact model is sampled exactly, with any policy.
 
     Args:
         model: the network.
-        examples: tokens, roles (PADDING is not seen) and the prompts' numbers, by which their noise differs.
+        examples: tokens, roles (PADDING is not attended to) and ids, which seed the noise.
         masked: [B, L] bool; rows may have different counts.
         settings: checked settings.
-        visibility: which positions see which others (`Layout.decoding`); its blocks are filled in turn.
-        stop: the end-of-sequence token; a row is done when one is filled in with nothing masked before it.
-        on_step: called after each step with the sequences that took part in it.
+        visibility: which positions each position sees (`Layout.decoding`); its blocks are filled in turn.
+        stop: the end-of-sequence token; a row is finished when one is filled and nothing before it is masked.
+        on_step: called after each step with the sequences in the batch.
 
     Raises:
-        UserError: for a block size of the sampler's own where the model was trained in blocks.
+        UserError: when `settings` has a block size, but the model was trained in blocks.
     """
     in_blocks = visibility.blocks is not None
     if in_blocks and settings.block_size is not None:
         raise UserError(
-            f"--block-size is {settings.block_size}, but the model was trained in blocks, or from left to "
-            "right, and is decoded so: leave it out."
+            f"--block-size is {settings.block_size}, but the model was trained in blocks or from left to "
+            "right and must be decoded so: leave it out."
         )
     now = Sequences.start(examples, masked, visibility, settings.block_size)
     return decode_by(ModelNetwork(model, now, visibility, settings.cache), now, settings, stop, on_step)
@@ -88,7 +88,7 @@ def decode_by(
     stop: int | None = None,
     on_step: Callable[[Sequences], None] | None = None,
 ) -> Decoded:
-    """Fill the masked positions of `now`, before its first step, by any network; see `decode`."""
+    """Fill the masked positions of `now`, from its first step, with any network; see `decode`."""
     result = Decoded(now.examples.tokens.clone(), now.order, torch.zeros_like(now.rows))
     while True:
         candidates = now.candidates(stop)
@@ -107,7 +107,7 @@ def decode_by(
 
 
 def _step(network: Network, now: Sequences, candidates: Tensor, settings: SamplingSettings) -> None:
-    """Run one forward on `now`, fill the best of the candidates [B, L] and mask what is masked again."""
+    """Run one forward on `now`, fill the highest-ranked candidates [B, L] and remask positions."""
     policy = POLICIES[settings.policy]
     rows = candidates.flatten().nonzero().squeeze(1)  # [R]
     network.forward(now, rows)
@@ -118,7 +118,7 @@ def _step(network: Network, now: Sequences, candidates: Tensor, settings: Sampli
     current = torch.where(candidates, now.blocks, 0).amax(dim=1, keepdim=True)
     count, again = fill_counts(settings, now, now.answer & (now.blocks == current))
     filled = take_highest(candidates, ranking, count)
-    if settings.threshold is not None:  # only with a policy by scores
+    if settings.threshold is not None:  # the settings require a policy with scores
         filled |= candidates & (scores.confidence > settings.threshold)
     places = filled.flatten().nonzero().squeeze(1)  # [F]
     row, position = places // filled.shape[1], places % filled.shape[1]

@@ -1,4 +1,4 @@
-"""Pictures of sequences that are being filled, one after each step."""
+"""Frames: the state of each sequence after each decoding step, for display."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Cell:
     """One position of a sequence.
 
     Attributes:
-        text: of its token; empty where it is masked.
-        filled: the step at which it was filled; none where it is given, or masked.
+        text: text of the token; empty if masked.
+        filled: the step at which it was filled; None if given or masked.
         masked: whether it is still masked.
     """
 
@@ -30,8 +30,8 @@ class Frame:
     """A sequence after a step.
 
     Attributes:
-        step: 0 is the first.
-        read: makes the cells. That decodes every token, and not every frame is looked at.
+        step: the step, counted from 0.
+        read: returns the cells. It decodes every token, so it runs only for frames that are shown.
     """
 
     step: int
@@ -39,12 +39,12 @@ class Frame:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """The positions of the sequence."""
+        """The cells of the sequence, one per position."""
         return self.read()
 
 
 def frames_of(now: Sequences, tokenizer: Tokenizer, stop: int | None) -> list[Frame]:
-    """Return a frame of each of the sequences `now`, up to a token `stop` that was filled in."""
+    """Return a frame of each sequence, up to the first filled `stop` token."""
     found = []
     columns = (now.examples.tokens, now.masked, now.order, now.present)
     for tokens, masked, order, present in zip(*(x.tolist() for x in columns), strict=True):
@@ -64,12 +64,12 @@ def _cells(tokenizer: Tokenizer, tokens: list[int], order: list[int]) -> list[Ce
 
 
 def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """Return the text of each token; those between two masks give the text of them all when joined.
+    """Return the text of each token; joined, the texts between two masks equal the decoded text.
 
-    The bytes of a character may be spread over tokens: then the last of them has it.
+    If a character is split into several tokens, the last of them gets it.
     """
     found: list[str] = []
-    first = done = 0  # text is decoded from `first` on; what comes before `done` has been given
+    first = done = 0  # decode from `first`; tokens before `done` already have their text
     for i, token in enumerate(tokens):
         if token in (tokenizer.mask, tokenizer.pad, tokenizer.eos):
             found.append("")
@@ -90,9 +90,7 @@ Watch = Callable[[int | None], Callable[[Sequences], None] | None]
 
 
 def watcher(tokenizer: Tokenizer, shows: Sequence[Show]) -> Watch:
-    """Return what `generate` takes to be watched: each of `shows` is given the frames of every step, by the
-    numbers of their sequences.
-    """
+    """Return a `watch` argument for `generate` that passes the frames of each step, by id, to `shows`."""
 
     def watch(stop: int | None) -> Callable[[Sequences], None] | None:
         def on_step(now: Sequences) -> None:
@@ -106,13 +104,13 @@ def watcher(tokenizer: Tokenizer, shows: Sequence[Show]) -> Watch:
 
 
 class Recorder:
-    """Keeps all frames of each sequence."""
+    """Record all frames of each sequence."""
 
     def __init__(self) -> None:
         self.frames: dict[int, list[Frame]] = {}
 
     def show(self, frames: dict[int, Frame]) -> None:
-        """Keep the frames of one step."""
+        """Record the frames of one step."""
         for number, frame in frames.items():
             self.frames.setdefault(number, []).append(frame)
 

@@ -1,4 +1,4 @@
-"""What the decoding loop asks of a network: its forwards, its scores, its tokens."""
+"""The interface between the decoding loop and a network: forward passes, scores, tokens."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from pipeline.model.transformer import MaskedDiffusionModel
 
 
 class Network(Protocol):
-    """A network that fills masked positions, one forward a step.
+    """A network that predicts masked positions, with one forward per step.
 
     Attributes:
         mask_id: the mask token.
-        drops_rows: whether sequences that are done may leave the batch.
+        drops_rows: whether finished sequences may leave the batch.
     """
 
     mask_id: int
     drops_rows: bool
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but `rows` [B] bool."""
+        """Keep only the sequences where `rows` [B] bool is True."""
 
     def is_done(self, alive: Tensor) -> bool:
-        """Say whether no sequence needs a forward; `alive` [B] bool says which of these do."""
+        """Return whether decoding is finished; `alive` [B] bool marks sequences that need a forward."""
 
     def forward(self, now: Sequences, rows: Tensor) -> None:
-        """Run one forward, for predictions at `rows` [R] of the flattened [B, L]."""
+        """Run one forward that predicts `rows` [R] of the flattened [B, L]."""
 
     def output(self, needs: tuple[str, ...]) -> HeadOutput:
-        """Return the scores [R] of the last forward; its losses mean nothing."""
+        """Return the scores [R] of the last forward; ignore its losses."""
 
     def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
-        """Return a token [F] for each row of the last forward where `chosen` [R] bool holds.
+        """Draw a token for each chosen row of the last forward, [F] int64.
 
         Args:
-            chosen: the rows that are filled.
+            chosen: [R] bool, the rows to fill.
             settings: temperature, top_k, top_p and seed.
-            counters: [F] int64 each, by which the noise tells the rows apart.
+            counters: [F] int64 each, the counters of the noise.
         """
 
 
 class ModelNetwork:
-    """A whole model in this process."""
+    """A `Network` for a whole model in this process."""
 
     drops_rows = True
 
     def __init__(
         self, model: MaskedDiffusionModel, now: Sequences, visibility: Visibility, cache: bool
     ) -> None:
-        """Make it for the sequences `now`, which see each other as in `visibility`."""
+        """Prepare decoding of the sequences `now` with `visibility`; `cache` enables the key-value cache."""
         self.head = model.lm_head
         self.mask_id = model.lm_head.vocabulary.mask_id
         cached = cache and visibility.blocks is not None
@@ -86,15 +86,15 @@ class ModelNetwork:
 
 
 class WholeForward:
-    """Computes every position at every step."""
+    """A forward that computes every position at every step."""
 
     def __init__(self, model: MaskedDiffusionModel, visibility: Visibility) -> None:
-        """Make it for sequences that see each other as in `visibility`."""
+        """Prepare for sequences with `visibility`."""
         self.model = model
         self.in_blocks = visibility.blocks is not None
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but `rows` [B] bool."""
+        """See `Network`."""
 
     def hidden(self, now: Sequences, rows: Tensor) -> Tensor:
         """Return the hidden states [R, H] that predict `rows` [R] of the flattened [B, L]."""
@@ -106,23 +106,22 @@ class WholeForward:
 
 
 class CachedForward:
-    """Computes the current block, and each block before it once more when it is whole.
+    """A forward that computes the current block, and each finished block once more.
 
-    Exact where a position sees its own block and the ones before it: once a block is filled and computed,
-    nothing that it sees ever changes, and so neither do its keys, values and hidden states. The forward that
-    first shows a block as a whole is that of the following block's first step.
+    This is exact for block-causal attention: after a block is filled, nothing that it sees changes, so its
+    keys, values and hidden states are final. They are computed in the first step of the next block.
     """
 
     def __init__(self, model: MaskedDiffusionModel, now: Sequences) -> None:
-        """Make it for the sequences `now`, of which nothing is known yet."""
+        """Prepare for the sequences `now`, with an empty cache."""
         self.model = model
         self.length = now.masked.shape[1]
-        self.cache = KeyValueCache(self.length + 1)  # the last place takes what fills up a shorter row
+        self.cache = KeyValueCache(self.length + 1)  # the last place holds the padding of shorter rows
         self.final = torch.zeros_like(now.masked)
         self.outputs: Tensor | None = None
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but `rows` [B] bool."""
+        """See `Network`."""
         self.cache.keep(rows)
         self.final = self.final[rows]
         if self.outputs is not None:
@@ -132,7 +131,7 @@ class CachedForward:
         """Return the hidden states [R, H] that predict `rows` [R] of the flattened [B, L]."""
         row, position = rows // self.length, rows % self.length
         current = now.blocks.new_zeros(len(now.rows), 1)
-        current[row, 0] = now.blocks[row, position]  # [B, 1]; all of a row are in the same block
+        current[row, 0] = now.blocks[row, position]  # [B, 1]; a row's candidates share one block
         needed = now.present & (now.blocks <= current) & ~self.final
         width = int(needed.sum(dim=1).max())
         first = torch.argsort(~needed, dim=1, stable=True)[:, :width]  # [B, W]
@@ -141,7 +140,7 @@ class CachedForward:
         mask_id = self.model.lm_head.vocabulary.mask_id
         inputs = torch.nn.functional.pad(now.inputs(mask_id), (0, 1), value=mask_id)
         keys = torch.nn.functional.pad(now.blocks.masked_fill(~now.present, last), (0, 1), value=last)
-        queries = keys.gather(1, where).clamp(max=last - 1)  # what fills up sees something, too
+        queries = keys.gather(1, where).clamp(max=last - 1)  # padding must see a key, or softmax gives NaN
         end = int((needed | self.final).any(dim=0).nonzero().max()) + 1
         seen = keys[:, None, None, :end] <= queries[:, None, :, None]  # [B, 1, W, S']
         hidden = self.model.model.extend(inputs.gather(1, where), where, seen, self.cache)

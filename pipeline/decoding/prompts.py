@@ -1,4 +1,4 @@
-"""Prompts as people write them: lines, records, and texts with masked spans."""
+"""Read prompts from lines and records, parse masked spans, and generate samples."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from pipeline.decoding.frames import Watch
 from pipeline.decoding.settings import SamplingSettings
 
 _SPAN = re.compile(r"\[MASK\*(.*?)\]")
-SPAN_HELP = "[MASK*N] in a text stands for N tokens to be filled in, given what is before and behind"
+SPAN_HELP = "[MASK*N] in a text marks N tokens to fill in, given the text before and after"
 
 
 def read_prompts(path: Path, key: str) -> list[str]:
-    """Return the lines of a text file, or the value of `key` in each record of jsonl or parquet.
+    """Return the lines of a text file, or the value of `key` in each record of a jsonl or parquet file.
 
     Raises:
-        UserError: for a file without prompts, of another kind, or with a record that lacks the key.
+        UserError: for an empty file, an unknown file type, or a record without the key.
     """
     text = path.suffix == ".txt" or path.with_suffix("").suffix == ".txt"  # .txt, .txt.gz
     keys = Keys((key,), split="line" if text else None)
     prompts = [record.texts[0] for record in read_all([path], keys)]
     if not prompts:
-        raise UserError(f"{path} holds no prompt: give one on each line.")
+        raise UserError(f"{path} holds no prompt: give one prompt per line.")
     return prompts
 
 
 def spans(text: str) -> list[str | int]:
-    """Return the pieces of a text: what is given (str), and the tokens of each masked span (int).
+    """Split a text into given pieces (str) and masked spans (int, length in tokens).
 
     Raises:
-        UserError: for a mark without a number above 0.
+        UserError: for a [MASK*N] without a positive number.
     """
     pieces: list[str | int] = []
     for number, piece in enumerate(_SPAN.split(text)):
@@ -52,12 +52,12 @@ def spans(text: str) -> list[str | int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was made of a prompt.
+    """One sample of a prompt.
 
     Attributes:
-        prompt: as it was given.
-        number: of this sample among those of the prompt.
-        text: the prompt with its continuation, or with its masked spans filled in.
+        prompt: the prompt as given.
+        number: index among the samples of this prompt.
+        text: the prompt with its continuation, or with its masked spans filled.
         completion: tokens, order and steps.
     """
 
@@ -78,16 +78,16 @@ def generate(
 ) -> Iterator[Sample]:
     """Yield `samples` continuations of each prompt, or fillings of its masked spans, in order.
 
-    Nothing is decoded before all prompts have been checked; a batch is yielded when it is done.
+    All prompts are checked before decoding starts. Samples are yielded batch by batch.
 
     Args:
         loaded: the model.
-        prompts: texts; those with a mark (`spans`) are filled in, the others are continued.
-        settings: of the sampler.
-        samples: how many of each prompt; they differ by their noise.
+        prompts: texts; those with masked spans (`spans`) are filled, the others are continued.
+        settings: settings of the sampler.
+        samples: samples per prompt, with different noise.
         length: see `complete`.
-        batch_size: sequences decoded together.
-        watch: given the token at which sequences end, or none, returns what is called after each step.
+        batch_size: sequences per batch.
+        watch: maps the end-of-sequence token, or None, to the `on_step` argument of `complete` and `infill`.
 
     Raises:
         UserError: see `complete`, `infill` and `spans`.

@@ -1,4 +1,4 @@
-"""How many positions a step fills, and which filled ones it masks again."""
+"""How many positions a decoding step fills, and which filled ones it remasks."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from pipeline.objectives.objective import positions_like
 
 
 def fill_counts(settings: SamplingSettings, now: Sequences, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many candidates the step fills at least, [B] int64, and what it masks again, [B, L] bool.
+    """Return how many candidates the step fills, [B] int64, and which positions it remasks, [B, L] bool.
 
-    With remasking, of alpha L filled positions each is masked again with the probability sigma, and as many
-    more are filled, so that there are alpha' L filled ones after the step whatever sigma is (ReMDM, arXiv
-    2503.00307; its equation for sigma_max, with the filled share for alpha_t and the next one for alpha_s):
+    With a threshold, the count is a minimum. With remasking, each of the alpha L filled positions is masked
+    again with probability sigma, and as many more are filled, so that alpha' L are filled after the step for
+    any sigma (ReMDM, arXiv 2503.00307, equation for sigma_max; alpha_t is the filled share before the step,
+    alpha_s that after it):
 
         sigma_max = min(1, (1 - alpha') / alpha)
         cap:      sigma = min(eta, sigma_max)
         rescale:  sigma = eta sigma_max
 
-    ReMDM draws both numbers from a binomial distribution; here the number of filled positions is that of the
-    schedule, so a sequence takes as many steps as without. The last step masks nothing, since alpha' = 1.
+    ReMDM draws both numbers from a binomial distribution. Here the schedule fixes the number of filled
+    positions, so remasking adds no steps. The last step remasks nothing, since alpha' = 1.
 
     Args:
-        settings: of the sampler.
+        settings: settings of the sampler.
         now: the sequences.
-        block: [B, L] bool, the positions of each sequence's current block that were to be filled.
+        block: [B, L] bool, the answer positions of each sequence's current block.
     """
     length = block.sum(dim=1)
     filled = block & ~now.masked
     count, none = filled.sum(dim=1), torch.zeros_like(block)
-    place = now.step - now.began + 1  # steps of this block, with this one
+    place = now.step - now.began + 1  # steps of this block, including this one
     after = length * place // settings.steps if settings.steps else settings.tokens_per_step * place
     after = torch.minimum(after, length)
     if settings.remasking is None:
-        if settings.threshold is not None:  # may be ahead of the schedule
+        if settings.threshold is not None:  # earlier steps may have filled more than the schedule
             return torch.full_like(count, settings.tokens_per_step), none
         return (after - count).clamp(min=1), none
     eta = settings.eta or 0.0

@@ -1,4 +1,4 @@
-"""Where the sequences of a batch stand on their way from masks to tokens."""
+"""Decoding state of the sequences of a batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ UNFILLED = -1
 
 @dataclass
 class Sequences:
-    """B sequences that are being filled; those that are done have left.
+    """Decoding state of B unfinished sequences.
 
     Attributes:
-        rows: [B] int64, which row of the caller's batch each is.
-        examples: tokens, of which those at masked positions mean nothing, roles, and the prompts' numbers.
-        answer: [B, L] bool, what was to be filled.
-        masked: [B, L] bool, what is still to be filled.
+        rows: [B] int64, the row of each sequence in the caller's batch.
+        examples: tokens (ignored at masked positions), roles and ids.
+        answer: [B, L] bool, positions masked at the start.
+        masked: [B, L] bool, positions masked now.
         order: [B, L] int64, the step at which each position was filled; UNFILLED elsewhere.
-        blocks: [B, L] int64, the block of each position: blocks are filled one after another.
-        began: [B] int64, the step at which the current block began.
-        step: how many steps there have been.
+        blocks: [B, L] int64, the block of each position; blocks are filled one after another.
+        began: [B] int64, the first step of the current block.
+        step: number of finished steps.
     """
 
     rows: Tensor
@@ -41,13 +41,13 @@ class Sequences:
     def start(
         cls, examples: Examples, masked: Tensor, visibility: Visibility, block_size: int | None
     ) -> Sequences:
-        """Return sequences before the first step.
+        """Return the state before the first step.
 
         Args:
             examples: B sequences.
             masked: [B, L] bool.
             visibility: its blocks are filled one after another.
-            block_size: where it has none, masked tokens of a block; none = all of them.
+            block_size: masked tokens per block if `visibility` has no blocks; None = one block.
         """
         size = block_size or masked.shape[1]
         blocks = torch.where(masked, (masked.cumsum(dim=1) - 1) // size + 1, 0)
@@ -59,7 +59,7 @@ class Sequences:
 
     @property
     def present(self) -> Tensor:
-        """[B, L] bool: what is no padding."""
+        """[B, L] bool: positions that are not padding."""
         return self.examples.roles != PADDING
 
     def inputs(self, mask_id: int) -> Tensor:
@@ -67,10 +67,10 @@ class Sequences:
         return self.examples.tokens.masked_fill(self.masked, mask_id)
 
     def candidates(self, stop: int | None) -> Tensor:
-        """Return what may be filled now, [B, L] bool: a row without candidates is done.
+        """Return the positions that may be filled now, [B, L] bool; a row without candidates is finished.
 
-        These are the masked positions of the first block that has any. Positions behind a token `stop` that
-        has been filled in are none: they are no part of the answer.
+        Candidates are the masked positions of the first block that has any. Positions after a filled `stop`
+        token are excluded: they are not part of the answer.
         """
         left = self.masked
         if stop is not None:
@@ -80,7 +80,7 @@ class Sequences:
         return left & (blocks == blocks.amin(dim=1, keepdim=True))
 
     def kept(self, keep: Tensor) -> Sequences:
-        """Return a copy of the rows where `keep` [B] bool holds."""
+        """Return a copy of the rows where `keep` [B] bool is True."""
         tokens, roles, ids = (x[keep] for x in (self.examples.tokens, self.examples.roles, self.examples.ids))
         rows, answer, masked, order, blocks, began = (
             x[keep] for x in (self.rows, self.answer, self.masked, self.order, self.blocks, self.began)

@@ -1,4 +1,4 @@
-"""Settings of the sampler, with their checks, and the same settings as options of a command line."""
+"""Settings of the sampler, their checks, and their command-line options."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ class SamplingSettings:
     """How masked positions are filled.
 
     Attributes:
-        policy: which positions are filled first, as `ObjectiveConfig.policy`. The scores are those of the
-            model's own distribution p(v | xt), whatever temperature, top_k and top_p make of it.
-        tokens_per_step: positions filled at a step in each sequence.
-        steps: decoding steps of a sequence, or of each of its blocks, instead of tokens_per_step.
-        threshold: also fill every position with a confidence above this; none = tokens_per_step alone.
-        block_size: fill blocks of this many masked tokens one after another (LLaDA, arXiv 2502.09992), though
-            the model sees all of them; none = the blocks that the model was trained in, if any.
+        policy: which positions are filled first, as `ObjectiveConfig.policy`. Scores are those of the model's
+            distribution p(v | xt), before temperature, top_k and top_p.
+        tokens_per_step: positions filled per step and sequence.
+        steps: decoding steps per sequence, or per block, instead of tokens_per_step.
+        threshold: also fill every position with a confidence above this; None = tokens_per_step alone.
+        block_size: fill blocks of this many masked tokens one after another (LLaDA, arXiv 2502.09992); the
+            model still sees all of them. None = the blocks that the model was trained in, if any.
         temperature: tokens are drawn from softmax(logits / temperature); 0 = the likeliest token.
         top_k: draw among the k likeliest tokens only.
-        top_p: draw among the fewest tokens whose probabilities, likeliest first, come to p or more.
-        remasking: mask some filled positions again at each step, with a probability by the schedule `cap` or
-            `rescale` (ReMDM, arXiv 2503.00307; `schedule.fill_counts`); none = what is filled stays.
-        eta: of remasking, the highest probability (cap), or the factor of the highest possible one (rescale).
-        cache: keep keys and values of blocks that are filled, where the model was trained in blocks or from
-            left to right; the result is the same without.
-        seed: of the noise, which is a hash of seed, prompt number, position and step: what is drawn for a
-            prompt does not depend on the batch that it is in.
+        top_p: draw among the smallest set of likeliest tokens whose probabilities sum to p or more.
+        remasking: at each step, mask some filled positions again with a probability by the schedule `cap` or
+            `rescale` (ReMDM, arXiv 2503.00307; `schedule.fill_counts`); None = no remasking.
+        eta: with remasking, the highest probability (cap), or the share of the highest possible one
+            (rescale).
+        cache: use a key-value cache for finished blocks if the model was trained in blocks or from left to
+            right; it does not change the result.
+        seed: seed of the noise, a hash of seed, prompt id, position and step; a sample does not depend on its
+            batch.
     """
 
     policy: Literal["confidence", "margin", "entropy", "random", "left_to_right"] = "confidence"
@@ -51,7 +52,7 @@ class SamplingSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise a `UserError` for the first setting that cannot work with the others, or has no effect."""
+        """Raise a `UserError` for a setting that is invalid, conflicts with another or has no effect."""
         policies = ", ".join(POLICIES)
         self._require("policy", self.policy in POLICIES, f"choose from {policies}.")
         for name in ("tokens_per_step", "steps", "block_size", "top_k"):
@@ -59,12 +60,12 @@ class SamplingSettings:
             self._require(name, value is None or value >= 1, "it must be 1 or more.")
         only = self.steps is None or (self.tokens_per_step == 1 and self.threshold is None)
         self._require(
-            "steps", only, "it decides what a step fills; leave out --tokens-per-step and --threshold."
+            "steps", only, "it sets what a step fills; leave out --tokens-per-step and --threshold."
         )
         if self.threshold is not None:
             is_probability = 0 < self.threshold < 1
             self._require("threshold", is_probability, "it is a probability, give a value between 0 and 1.")
-            remedy = f"it fills by confidence, against the policy {self.policy}: leave out one of the two."
+            remedy = f"it fills by confidence, but the policy is {self.policy}: leave out one of the two."
             self._require("threshold", POLICIES[self.policy].by_scores is not None, remedy)
         remedy = "it must be 0 (the likeliest token) or more."
         self._require("temperature", 0 <= self.temperature < float("inf"), remedy)
@@ -79,9 +80,9 @@ class SamplingSettings:
         known = self.remasking in (None, *REMASKING)
         self._require("remasking", known, f"choose from {', '.join(REMASKING)}, or leave it out.")
         free = self.remasking is None or self.threshold is None
-        self._require("remasking", free, "its schedule is by number: leave out --threshold.")
+        self._require("remasking", free, "its schedule fixes the number of tokens: leave out --threshold.")
         given = (self.remasking is None) == (self.eta is None)
-        self._require("eta", given, f"give it with --remasking, now {self.remasking}, and only then.")
+        self._require("eta", given, f"--remasking is {self.remasking}; give both or neither.")
         self._require("eta", self.eta is None or 0 < self.eta <= 1, "give a value above 0, at most 1.")
 
     def _require(self, name: str, condition: bool, remedy: str) -> None:
@@ -89,27 +90,26 @@ class SamplingSettings:
 
 
 HELP = {
-    "policy": "which positions are filled first: of the highest confidence (probability of the likeliest "
-    "token), the highest margin (that less the second likeliest's), the lowest entropy, at random, or left "
-    "to right",
-    "tokens_per_step": "tokens filled at a decoding step",
-    "steps": "decoding steps of a sequence (of a block, where it has any), instead of --tokens-per-step",
+    "policy": "which positions are filled first: highest confidence (probability of the likeliest token), "
+    "highest margin (that minus the second likeliest's), lowest entropy, random order, or left to right",
+    "tokens_per_step": "tokens filled per decoding step",
+    "steps": "decoding steps per sequence (per block, if any), instead of --tokens-per-step",
     "threshold": "also fill every position with a confidence above this",
     "block_size": "fill blocks of this many tokens one after another",
     "temperature": "draw tokens from softmax(logits / temperature); 0 = take the likeliest",
     "top_k": "draw among the k likeliest tokens only",
-    "top_p": "draw among the fewest tokens whose probabilities, likeliest first, come to p",
+    "top_p": "draw among the smallest set of likeliest tokens whose probabilities sum to p or more",
     "remasking": "schedule by which filled positions are masked again (ReMDM)",
-    "eta": "of remasking: highest probability (cap), or factor of the highest possible one (rescale)",
-    "cache": "keep keys and values of filled blocks, where the model was trained in blocks; the result is "
-    "the same without",
-    "seed": "of the noise; what is drawn does not depend on the batch size",
+    "eta": "with --remasking: highest probability (cap), or share of the highest possible one (rescale)",
+    "cache": "use a key-value cache for finished blocks if the model was trained in blocks; it does not "
+    "change the result",
+    "seed": "seed of the noise; samples do not depend on the batch size",
 }
 NUMBERS = {"tokens_per_step": int, "steps": int, "block_size": int, "top_k": int, "seed": int}  # or float
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command line one option for each setting."""
+    """Add one command-line option per setting."""
     group = parser.add_argument_group("sampler")
     choices = {"policy": tuple(POLICIES), "remasking": REMASKING}
     for field in fields(SamplingSettings):
@@ -122,7 +122,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(options: argparse.Namespace) -> SamplingSettings:
-    """Return the checked settings of a parsed command line; raises a `UserError` for bad ones."""
+    """Return the checked settings of a parsed command line.
+
+    Raises:
+        UserError: for a bad setting.
+    """
     names = [field.name for field in fields(SamplingSettings)]
     settings = SamplingSettings(**{name: getattr(options, name) for name in names})
     settings.check()

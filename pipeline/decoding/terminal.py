@@ -1,4 +1,4 @@
-"""Sequences on a terminal while they are being filled, redrawn in place."""
+"""Live view of decoding on a terminal."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import TextIO
 
 from pipeline.decoding.frames import Cell, Frame
 
-INTERVAL = 0.05  # seconds between two pictures: decoding does not wait for the terminal
+INTERVAL = 0.05  # minimum seconds between redraws, so that decoding does not wait for the terminal
 MASKED = "░"
 RESET, GIVEN, HIDDEN = "\x1b[0m", "\x1b[1m", "\x1b[38;5;240m"
-# From green, just filled, to the colour of plain text, in the 256 colours that every terminal has.
+# From green (just filled) to plain text, in the 256 colours that every terminal has.
 AGES = ("\x1b[1;38;5;46m", "\x1b[38;5;40m", "\x1b[38;5;34m", "\x1b[38;5;71m", "\x1b[38;5;108m", "")
 
 
 class LiveView:
-    """The sequences of the current batch, as many as there is room for."""
+    """The sequences of the current batch, redrawn in place, as many as fit on the screen."""
 
     def __init__(self, stream: TextIO, colours: bool = True) -> None:
-        """Show them on `stream`, a terminal."""
+        """Draw on `stream`, a terminal."""
         self.stream = stream
         self.colours = colours
         self.frames: dict[int, Frame] = {}
-        self.height = 0  # lines on the screen that are ours
+        self.height = 0  # lines drawn on the screen
         self.drawn = 0.0
 
     def show(self, frames: dict[int, Frame]) -> None:
-        """Take the frames of a step, and draw them unless the last picture is very young."""
+        """Store the frames of a step; redraw unless the last redraw was less than `INTERVAL` ago."""
         if not self.frames.keys() & frames.keys():  # the next batch
             self.frames = {}
         self.frames |= frames
@@ -37,7 +37,7 @@ class LiveView:
             self.draw()
 
     def draw(self) -> None:
-        """Draw the picture over the last one."""
+        """Redraw over the last picture."""
         size = shutil.get_terminal_size()
         lines: list[str] = []
         for _, frame in sorted(self.frames.items()):
@@ -49,14 +49,14 @@ class LiveView:
         self.height, self.drawn = len(lines), time.monotonic()
 
     def clear(self) -> None:
-        """Take the picture away: what is printed next stands in its place."""
+        """Erase the picture; the next output replaces it."""
         if self.height:
             self.stream.write(f"\x1b[{self.height}F\x1b[0J")
         self.height = 0
 
 
 def wrapped(frame: Frame, width: int, colours: bool) -> list[str]:
-    """Return the lines of a frame, none of them wider than `width` columns."""
+    """Wrap a frame into lines of at most `width` columns."""
     lines, column = [""], 0
     for cell in frame.cells:
         style = style_of(cell, frame.step) if colours else ""
@@ -72,14 +72,14 @@ def wrapped(frame: Frame, width: int, colours: bool) -> list[str]:
 
 
 def style_of(cell: Cell, step: int) -> str:
-    """Return the escape sequence for a cell: bold where it is given, else by its age in steps."""
+    """Return the escape sequence of a cell: grey if masked, bold if given, else by its age in steps."""
     if cell.masked:
         return HIDDEN
     return GIVEN if cell.filled is None else AGES[min(step - cell.filled, len(AGES) - 1)]
 
 
 def printable(cell: Cell) -> Iterator[str]:
-    """Yield the characters of a cell; what would move the cursor is replaced."""
+    """Yield the characters of a cell; replace control characters."""
     if cell.masked:
         yield MASKED
     for character in cell.text:

@@ -1,4 +1,4 @@
-"""Networks of every layout: nothing depends on the batch, and nothing on the cache."""
+"""For networks of every layout, decoding depends neither on the batch nor on the cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def network(shifted: bool) -> MaskedDiffusionModel:
-    """Return a network with grouped queries whose outputs depend on everything it sees."""
+    """Return a network with grouped queries whose outputs depend on all visible positions."""
     torch.manual_seed(0)
     config = ModelConfig(
         layers=2,
@@ -51,14 +51,14 @@ def network(shifted: bool) -> MaskedDiffusionModel:
 
 
 def prompts(count: int) -> list[tuple[list[int], int]]:
-    """Return prompts of different lengths, and how many tokens each is to be continued by."""
+    """Return prompts of different lengths, and the answer length of each."""
     generator = torch.Generator().manual_seed(1)
     lengths = [(1 + 3 * i % 7, 4 + 5 * i % 9) for i in range(count)]
     return [(torch.randint(6, SIZE, (a,), generator=generator).tolist(), b) for a, b in lengths]
 
 
 def batch_of(numbers: list[int]) -> tuple[Examples, Tensor]:
-    """Return some of the prompts as one batch, padded at the end."""
+    """Return some of the prompts as a batch, padded at the end."""
     parts = [prompts(10)[i] for i in numbers]
     length = max(len(ids) + more for ids, more in parts)
     tokens = torch.full((len(parts), length), 0)
@@ -82,7 +82,7 @@ def filled(layout: Whole, settings: SamplingSettings, numbers: list[int]) -> lis
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_batch_changes_nothing(layout: Whole, settings: SamplingSettings) -> None:
-    """Ten prompts alone, by threes, by eights and in another order give the same, up to the last token."""
+    """Ten prompts give the same tokens alone, in batches of three or eight, and in another order."""
     together = filled(layout, settings, list(range(10)))
     for size in (1, 3, 8):
         parts = [list(range(10))[start : start + size] for start in range(0, 10, size)]
@@ -95,7 +95,7 @@ def test_the_batch_changes_nothing(layout: Whole, settings: SamplingSettings) ->
 
 
 class Both:
-    """Runs the forward with and without the cache, and compares what they find."""
+    """Run the forward with and without the cache, and compare the hidden states."""
 
     seen = 0
 
@@ -116,7 +116,7 @@ class Both:
 
 
 def layout_of(now: Sequences):  # type: ignore[no-untyped-def]
-    """Return a visibility with blocks, which are those of the sequences."""
+    """Return a visibility with the blocks of the sequences."""
     return SimpleNamespace(blocks=now.blocks)
 
 
@@ -125,7 +125,7 @@ def layout_of(now: Sequences):  # type: ignore[no-untyped-def]
 def test_the_cache_changes_nothing(
     layout: Whole, settings: SamplingSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every step the hidden states are those of a forward of everything, and so is the result."""
+    """Hidden states at every step, and the result, equal those of full forwards."""
     numbers = list(range(10))
     cached = filled(layout, settings, numbers)
     assert cached == filled(layout, SamplingSettings(**(vars(settings) | {"cache": False})), numbers)
@@ -136,7 +136,7 @@ def test_the_cache_changes_nothing(
 
 
 def test_the_cache_saves_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 given tokens and 2 blocks of 3: each block at its 3 steps, and what precedes it once more."""
+    """With 4 given tokens and 2 blocks of 3, each block is computed at its 3 steps and once when finished."""
     model, computed = network(False), []
     extend = model.model.extend
 
@@ -155,7 +155,7 @@ def test_the_cache_saves_what_it_should(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("kind", "blocks"), [("packed", [0, 0, 0, 1, 1, 1]), ("pairs", [0, 0, 1, 1, 1, 2])])
 def test_blocks_begin_where_they_did_in_training(kind: str, blocks: list[int]) -> None:
-    """Packed text was cut from its first token on, an answer from its own."""
+    """In packed text, blocks start at the first token; in pairs, at the first answer token."""
     loaded = SimpleNamespace(
         config=SimpleNamespace(data=SimpleNamespace(kind=kind)),
         tokenizer=SimpleNamespace(pad=0),

@@ -1,4 +1,4 @@
-"""Decoding against plain loops."""
+"""Decoding against plain Python loops."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MASK, SIZE = 3, 12
 
 
 class HashModel:
-    """Logits that depend on the whole row, as a bidirectional model's do; many confidences tie.
+    """A model whose logits depend on the whole row, with many ties between confidences.
 
-    Its hidden states are the logits, which the unit matrix of a real head leaves as they are.
+    Its hidden states are the logits; the head is a real one with a unit matrix.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class HashModel:
         )
 
     def outputs_of(self, rows: Tensor, length: int, visibility: Visibility) -> Tensor:
-        """Predict positions where they are."""
+        """Return `rows`: no shifted prediction."""
         return rows
 
     @staticmethod
@@ -48,12 +48,12 @@ class HashModel:
 
 
 def samples_of(tokens: Tensor, masked: Tensor) -> Examples:
-    """Return examples whose answers are masked."""
+    """Return examples whose masked positions are the answer."""
     return Examples(tokens, torch.where(masked, ANSWER, PROMPT), torch.arange(len(tokens)))
 
 
 class Smooth(HashModel):
-    """The same without ties."""
+    """A HashModel without ties."""
 
     @staticmethod
     def one(row: np.ndarray, position: int) -> np.ndarray:
@@ -85,7 +85,7 @@ SETTINGS = {
     ids=[*SETTINGS, "ties"],
 )
 def test_equals_a_plain_loop(settings: SamplingSettings, kind: type[HashModel], stop: int | None) -> None:
-    """Rows with different numbers of masks, none included, give what each row alone gives."""
+    """Rows with different numbers of masks, zero included, equal a plain loop over each row."""
     random = np.random.default_rng(1)
     tokens = random.integers(4, SIZE, (6, 9))
     masked = random.random((6, 9)) < np.array([0, 0.2, 0.5, 0.7, 0.9, 1.0])[:, None]
@@ -104,7 +104,7 @@ def test_equals_a_plain_loop(settings: SamplingSettings, kind: type[HashModel], 
 
 
 class Reversed(HashModel):
-    """A model that is surer of later positions."""
+    """A model with a higher confidence at later positions."""
 
     def model(self, ids: Tensor, attention_mask: Tensor | None, visibility: Visibility) -> Tensor:
         """Return logits [B, L, V]."""
@@ -124,7 +124,7 @@ class Reversed(HashModel):
     ids=["whole", "blocks", "left-to-right"],
 )
 def test_blocks_are_filled_one_after_another(layout: Whole, order: list[int]) -> None:
-    """Two tokens a step, the most confident first, none behind a block that still has masks."""
+    """Two tokens per step, the most confident first, within the first block that has masks."""
     tokens = torch.tensor([[5, 0, 0, 0, 0, 0]])
     masked = torch.tensor([[False, True, True, True, True, True]])
     examples, settings = samples_of(tokens, masked), SamplingSettings(tokens_per_step=2, cache=False)
@@ -135,7 +135,7 @@ def test_blocks_are_filled_one_after_another(layout: Whole, order: list[int]) ->
 
 @pytest.mark.parametrize("kind", ["blocks", "left-to-right"])
 def test_decoding_sees_what_training_showed(kind: str) -> None:
-    """Greedy decoding of a real model equals a loop that only ever has the tokens up to the current block."""
+    """Greedy decoding of a real model equals a loop that sees only tokens up to the current block."""
     torch.manual_seed(2)
     config = ModelConfig(
         layers=2, hidden_size=32, heads=4, intermediate_size=48, init_std=0.4, prediction="shifted"

@@ -1,4 +1,4 @@
-"""What is drawn against the probabilities in closed form."""
+"""Frequencies of drawn tokens against closed-form probabilities."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FORBIDDEN = 1  # the mask token
 
 
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Return how far `counts` are from `expected`, in standard deviations of their chi-square.
+    """Return the deviation of `counts` from `expected`, in standard deviations of the chi-square statistic.
 
-    What is expected fewer than 5 times is taken together.
+    Bins with fewer than 5 expected counts are merged.
     """
     rare = expected < 5
     if rare.any():
@@ -38,7 +38,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 
 
 def drawn(settings: SamplingSettings, count: int) -> np.ndarray:
-    """Return how often each token is drawn, from rows that differ by their numbers."""
+    """Return how often each token is drawn, in rows with different counters."""
     size = len(LOGITS)
     head = MaskedHead(nn.Parameter(torch.eye(size)), Vocabulary(size, size, FORBIDDEN))
     hidden = torch.tensor(LOGITS, dtype=torch.float32).expand(count, -1)
@@ -61,7 +61,7 @@ def drawn(settings: SamplingSettings, count: int) -> np.ndarray:
     ids=["1", "0.5", "2", "top 3", "0.8 top 0.6", "top 0", "1.5 top 5 top 0.9"],
 )
 def test_tokens_are_drawn_from_the_softmax(settings: SamplingSettings) -> None:
-    """20,000 draws; at another temperature they would be far away."""
+    """20,000 draws match the softmax, and do not match another temperature."""
     count, logits = 20_000, LOGITS.copy()
     logits[FORBIDDEN] = -np.inf
     scaled = logits / settings.temperature
@@ -84,7 +84,7 @@ def test_the_likeliest_token_at_temperature_zero() -> None:
 
 
 def test_the_noise_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest uniform number gives 53 log 2; in float32 it would be 1, or 24 log 2 below that."""
+    """The largest uniform number, 1 - 2^-53, gives noise of 53 log 2; float32 ends at 24 log 2."""
     largest = torch.tensor([[1 - 2.0**-53, 0.5]], dtype=torch.float64)
     monkeypatch.setattr(noise, "uniform", lambda *counters: largest)
     found = gumbel(0, [torch.zeros(1, dtype=torch.int64)], 2)
@@ -93,7 +93,7 @@ def test_the_noise_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "random", "left_to_right"])
 def test_an_exact_model_is_sampled_from_exactly(policy: str) -> None:
-    """One token a step at temperature 1: sequences follow the joint distribution, whatever the order."""
+    """One token per step at temperature 1: sequences follow the joint distribution, with any policy."""
     joint, count = Joint(3, 4), 6_000
     tokens = torch.full((count, 4), MASK)
     examples = Examples(tokens, torch.full_like(tokens, ANSWER), torch.arange(count))

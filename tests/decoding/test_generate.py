@@ -1,4 +1,4 @@
-"""tools/generate.py: where prompts come from, and how what is made of them is shown."""
+"""tools/generate.py: sources of prompts, and output of samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def call(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> Generate:
 
 
 def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments, lines, records and the standard input give the same samples, which batches do not change."""
+    """Arguments, lines, records and standard input give the same samples, at any batch size."""
     prompts = ["abc", "fa[MASK*3]b", "e"]
     lines, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     lines.write_text("\n".join(prompts) + "\n\n")
@@ -68,9 +68,9 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
         ("--prompt a --animate x.gif --num-samples 17", "16 sequences at most, and these are 17"),
         (
             "--prompt a fedcbafedcba --length 1 --batch-size 1",
-            "prompt 2 of 2, 'fedcbafedcba', of 12 tokens with an answer of 1",
+            "prompt 2 of 2, 'fedcbafedcba', has 12 tokens; with an answer of 1 it",
         ),
-        ("--prompt a a[MASK*12] --batch-size 1", "a text of 13 tokens exceeds the sequence length"),
+        ("--prompt a a[MASK*12] --batch-size 1", "a text of 13 tokens exceeds the trained"),
         ("--prompt-file {tmp}/none.txt", "none.txt"),
         ("--prompt-file {tmp}/empty.txt", "empty.txt holds no prompt"),
         ("--prompt-file {tmp}/a.jsonl", "a.jsonl, line 1: no key 'prompt'; it has 'text'"),
@@ -86,7 +86,7 @@ def test_bad_input_is_one_line(
     monkeypatch.setattr("sys.stdin", io.StringIO())
     done = call(*arguments.format(tmp=tmp_path).split())
     assert re.search(message, done.complaint())
-    assert done.output == "", "nothing is decoded before all is checked"
+    assert done.output == "", "nothing is decoded before all prompts are checked"
 
 
 def test_spans() -> None:
@@ -97,7 +97,7 @@ def test_spans() -> None:
 
 
 def test_pieces_of_a_run_are_its_text() -> None:
-    """Characters whose bytes are spread over tokens belong to the last of them."""
+    """A character split into several tokens belongs to the last of them."""
     text = "é x漢字🙂!"
     tokens = list(text.encode())
     tokenizer = SimpleNamespace(
@@ -111,7 +111,7 @@ def test_pieces_of_a_run_are_its_text() -> None:
 
 
 def screen(written: str) -> list[str]:
-    """Return the lines of a terminal after all that was written: a cursor that moves up, and erases below."""
+    """Emulate a terminal: apply cursor-up and erase-below sequences, and return the lines on the screen."""
     lines, row = [""], 0
     for part in re.findall(r"\x1b\[\d*[A-Za-z]|\x1b\[[\d;]+m|\n|[^\x1b\n]+", written):
         if part == "\n":
@@ -128,7 +128,7 @@ def screen(written: str) -> list[str]:
 
 
 def test_a_terminal_shows_the_last_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines are cut by what characters take up; control characters do not reach the terminal."""
+    """Lines wrap by character width; control characters do not reach the terminal."""
     monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: SimpleNamespace(columns=7, lines=9))
     monkeypatch.setattr(terminal, "INTERVAL", 0.0)
     stream = io.StringIO("before\n")
@@ -155,7 +155,7 @@ def test_a_terminal_keeps_the_result_alone(call: Generate, monkeypatch: pytest.M
 
 
 def recorded(run_folder: Path, settings: SamplingSettings) -> tuple[list[list[Frame]], list[str]]:
-    """Return the frames of two samples, and their texts."""
+    """Return the frames and texts of two samples."""
     loaded, recorder = load_model(run_folder, torch.device("cpu")), Recorder()
     watch = watcher(loaded.tokenizer, [recorder.show])
     samples = list(generate(loaded, ["ab[MASK*6]c", "fd"], settings, length=5, watch=watch))
@@ -163,7 +163,7 @@ def recorded(run_folder: Path, settings: SamplingSettings) -> tuple[list[list[Fr
 
 
 def test_a_page_replays_the_steps(run_folder: Path) -> None:
-    """What the page's script does with its data, done here: the last picture is the text."""
+    """Replaying the page's data, as its script does, ends with the sampled text."""
     settings = SamplingSettings(steps=9, temperature=1.0, remasking="rescale", eta=0.8)
     frames, texts = recorded(run_folder, settings)
     match = re.search(r"const sequences = (.*);\n", page(frames))
@@ -180,7 +180,7 @@ def test_a_page_replays_the_steps(run_folder: Path) -> None:
 
 
 def test_a_gif_has_a_picture_a_step(run_folder: Path, tmp_path: Path) -> None:
-    """Grey boxes stand for masks: there are some in the first picture, and none in the last."""
+    """Masks are grey boxes: the first picture has some, the last has none."""
     frames, _ = recorded(run_folder, SamplingSettings())
     path = tmp_path / "order.gif"
     write_animation(path, frames)

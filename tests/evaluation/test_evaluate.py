@@ -181,7 +181,7 @@ def test_another_step_is_another_evaluation(run: Evaluate, run_dir: Path, tmp_pa
     [
         (["--task", "exacto"], "--task.*exacto"),
         (["--batch-size", "0"], "--batch-size is 0: it must be 1 or more"),
-        (["--length", "12"], "exceeds the sequence length that the model was trained on, 12"),
+        (["--length", "12"], "exceeds the trained sequence length 12"),
         (["--prompt-format", "Q: "], "--prompt-format is 'Q: ': it must contain {prompt}"),
         (["--task", "likelihood", "--draws", "3"], "--draws is 3: give an even number"),
         (["--top-k", "3", "--temperature", "0"], "no effect at temperature 0"),
