@@ -1,4 +1,4 @@
-"""Plan the shipped configurations for their intended GPUs, and build the table of docs/explanation/presets.md."""
+"""Plan the shipped configurations for their GPUs, and build the table of docs/explanation/presets.md."""
 
 from __future__ import annotations
 
