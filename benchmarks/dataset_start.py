@@ -18,9 +18,11 @@ import psutil
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.files import sha256_of
 from pipeline.config import DataConfig
-from pipeline.data.facts import FORMAT, Counts, DatasetFacts, write_facts
-from pipeline.data.indexed import Chunk, bin_path, token_dtype, write_dataset
-from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+from pipeline.corpus.tokenizer_making import train_tokenizer
+from pipeline.data.facts import FORMAT, Counts, DatasetFacts, check_data, write_facts
+from pipeline.data.indexed import Chunk, token_dtype, write_dataset
+from pipeline.data.paths import bin_path
+from pipeline.data.tokenizer import Tokenizer
 
 CHUNK = 2**20  # documents
 
@@ -59,7 +61,8 @@ def start(prefix: Path, tokenizer: Path, sequence_length: int) -> None:
 
     imported, cpu = time.monotonic(), time.process_time()
     config = DataConfig(str(tokenizer), [str(prefix)], sequence_length=sequence_length)
-    data = build_datasets(config, Tokenizer.load(tokenizer), 1, prefix.parent / "cache")
+    loaded = Tokenizer.load(tokenizer)
+    data = build_datasets(config, check_data(config, loaded), loaded, 1, prefix.parent / "cache")
     assert len(data.train[len(data.train) - 1]["tokens"]) == sequence_length
     rss = psutil.Process().memory_info().rss / 1e9
     print(

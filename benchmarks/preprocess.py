@@ -33,8 +33,9 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
 from pipeline.corpus.encode import LLAMA_3
+from pipeline.corpus.tokenizer_making import import_tokenizer, train_tokenizer
 from pipeline.data.facts import read_facts
-from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 512

@@ -20,7 +20,7 @@ from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import WEIGHTS_HELP, Loaded, load_model
-from pipeline.data.indexed import bin_path
+from pipeline.data.paths import bin_path
 from pipeline.decoding import SamplingSettings
 from pipeline.decoding.settings import add_options, read_options
 from pipeline.evaluation.likelihood import DRAWS

@@ -1,4 +1,4 @@
-"""Show what is in an indexed dataset: origin, counts, lengths, decoded documents; or verify it."""
+"""Show an indexed dataset: its origin, counts, lengths and decoded documents; or verify it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,8 @@ from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.base.extras import extra
 from pipeline.base.files import sha256_of
 from pipeline.data.facts import DatasetFacts, read_facts
-from pipeline.data.indexed import (
-    IndexFacts,
-    bin_path,
-    find_faults,
-    idx_path,
-    read_index,
-    read_sequence,
-)
+from pipeline.data.indexed import IndexFacts, find_faults, read_index, read_sequence
+from pipeline.data.paths import bin_path, idx_path
 from pipeline.data.tokenizer import Tokenizer
 
 COLOURS = {"prompt": "\033[36m", "answer": "\033[32m", "text": ""}
@@ -29,7 +23,7 @@ PLAIN = "\033[0m"
 
 
 def show_facts(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> None:
-    """Print what PREFIX.json says."""
+    """Print the contents of PREFIX.json."""
     print(
         f"{prefix}: {facts.kind}, {facts.documents:,} documents, {facts.tokens:,} tokens "
         f"({index.dtype}), sha256 of .bin {facts.sha256['bin'][:12]}"
@@ -40,17 +34,17 @@ def show_facts(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> None:
     print(f"options: {json.dumps(facts.options)}")
     print("made with: " + ", ".join(f"{name} {number}" for name, number in facts.versions.items()))
     mean = facts.tokens / max(1, facts.documents)
-    print(f"tokens a document: mean {mean:.1f}, longest {facts.longest_document}")
+    print(f"tokens per document: mean {mean:.1f}, longest {facts.longest_document}")
     print(
-        "documents of up to so many tokens: "
+        "documents by length, up to so many tokens: "
         + ", ".join(f"{k}: {n:,}" for k, n in facts.length_histogram.items())
     )
 
 
-def show_examples(
+def show_documents(
     prefix: Path, facts: DatasetFacts, index: IndexFacts, tokenizer: Tokenizer, count: int
 ) -> None:
-    """Print the first documents, prompt and answer in colours on a terminal."""
+    """Print the first documents; on a terminal prompt and answer are coloured."""
     names = ("prompt", "answer") if facts.kind == "pairs" else ("text",)
     colours = in_colours(sys.stdout)
     for document in range(min(count, facts.documents)):
@@ -62,7 +56,7 @@ def show_examples(
 
 
 def verify(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> list[str]:
-    """Return what is wrong with a dataset: hashes, the invariants of its index, counts that do not add up."""
+    """Return the faults of a dataset: wrong hashes, broken invariants, counts that do not add up."""
     faults = find_faults(prefix, index, facts.vocab_size)
     for name, path in (("bin", bin_path(prefix)), ("idx", idx_path(prefix))):
         found = sha256_of(path)
@@ -76,7 +70,7 @@ def verify(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> list[str]:
 
 
 def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
-    """Write a histogram of the documents' lengths as a picture."""
+    """Plot a histogram of the lengths of the documents."""
     with extra("plots", "--histogram"):
         from matplotlib.figure import Figure
     step = 2 if facts.kind == "pairs" else 1
@@ -85,7 +79,7 @@ def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
     axes = figure.subplots()
     top = max(1, int(lengths.max(initial=1)))
     axes.hist(lengths, bins=np.unique(np.geomspace(1, top + 1, 80).astype(np.int64)).tolist())
-    axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents")
+    axes.set(xscale="log", yscale="log", xlabel="tokens per document", ylabel="documents")
     axes.set_title(f"{facts.documents:,} documents, {facts.tokens:,} tokens")
     try:
         figure.savefig(path)
@@ -94,27 +88,29 @@ def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print facts and examples; with --verify exit with 1 where something is wrong."""
+    """Print facts and documents; with --verify exit with 1 if there are faults."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("prefix", type=Path, help="path of the dataset, without .bin and .idx")
-    parser.add_argument("--tokenizer", type=Path, help="folder (default: the one it was made with)")
+    parser.add_argument("prefix", type=Path, help="path of the dataset, without suffix")
+    parser.add_argument("--tokenizer", type=Path, help="folder (default: that of the dataset)")
     parser.add_argument("--samples", type=int, default=3, help="documents to show")
-    parser.add_argument("--entropy", action="store_true", help="also the entropy of the token frequencies")
-    parser.add_argument("--verify", action="store_true", help="read all, check hashes and every invariant")
-    parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the documents' lengths")
+    parser.add_argument("--entropy", action="store_true", help="print the entropy of the tokens")
+    parser.add_argument(
+        "--verify", action="store_true", help="read everything, check hashes and every invariant"
+    )
+    parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the lengths of the documents")
     options = parser.parse_args(arguments)
     facts, index = read_facts(options.prefix), read_index(options.prefix)
     tokenizer = Tokenizer.load(options.tokenizer or Path(facts.tokenizer))
     if tokenizer.sha256 != facts.tokenizer_sha256:
         raise UserError(
-            f"--tokenizer {options.tokenizer or facts.tokenizer} is not the one that {options.prefix} was "
-            f"made with (sha256 {facts.tokenizer_sha256[:12]}): name that one."
+            f"--tokenizer {options.tokenizer or facts.tokenizer} is not the tokenizer of {options.prefix} "
+            f"(sha256 {facts.tokenizer_sha256[:12]}): name that one."
         )
     show_facts(options.prefix, facts, index)
     if options.entropy:
         what = "answers" if facts.kind == "pairs" else "text"
-        print(f"entropy of the {what}: {facts.entropy:.4f} nats a token")
-    show_examples(options.prefix, facts, index, tokenizer, options.samples)
+        print(f"entropy of the {what}: {facts.entropy:.4f} nats per token")
+    show_documents(options.prefix, facts, index, tokenizer, options.samples)
     if options.histogram is not None:
         plot_lengths(facts, index, options.histogram)
         print(f"wrote {options.histogram}")

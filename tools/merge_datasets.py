@@ -1,4 +1,4 @@
-"""Join the parts that an array of preprocessing tasks has made, or join several datasets to one."""
+"""Merge the parts made by an array of preprocessing tasks, or merge several datasets into one."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
-from pipeline.corpus.merge import existing, merge_datasets, merge_parts
+from pipeline.corpus.merge import merge_datasets, merge_parts
+from pipeline.data.facts import check_replaceable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Merge and print what was written."""
     parser = ToolParser(__doc__ or "")
     what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--parts", type=Path, help="PREFIX.parts of tools/preprocess_data.py; it is kept")
     what.add_argument(
-        "--parts", type=Path, help="PREFIX.parts of tools/preprocess_data.py; it is left in place"
+        "--datasets", nargs="+", action="extend", type=Path, help="prefixes of complete datasets, in order"
     )
-    what.add_argument(
-        "--datasets", nargs="+", action="extend", type=Path, help="prefixes of whole datasets, in order"
-    )
-    parser.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, no suffix")
     parser.add_argument(
-        "--shards", type=int, default=1, help="with --parts: make a blend of so many datasets instead of one"
+        "--output-prefix", type=Path, required=True, help="path of the new dataset, without suffix"
+    )
+    parser.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        help="with --parts: write so many datasets, to be blended, instead of one",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     options = parser.parse_args(arguments)
-    found = existing(options.output_prefix)
-    if found is not None and not options.overwrite:
-        raise UserError(f"{found} exists: give --overwrite to replace it, or another --output-prefix.")
+    if not options.overwrite:
+        check_replaceable(options.output_prefix)
     if options.parts is not None:
         made = merge_parts(options.parts, options.output_prefix, options.shards)
     elif options.shards != 1:
-        raise UserError("--shards goes with --parts.")
+        raise UserError(f"--shards is {options.shards}: it needs --parts.")
     else:
         made = [(options.output_prefix, merge_datasets(options.datasets, options.output_prefix))]
     for prefix, facts in made:
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(made) > 1:
         print(f'for training: --data.prefixes "[{",".join(str(prefix) for prefix, _ in made)}]"')
     if options.parts is not None:
-        print(f"{options.parts} is not needed any more: remove it when you have seen the dataset")
+        print(f"{options.parts} is no longer needed: remove it once you have checked the dataset")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Turn TinyGSM's raw records, a question and a Python program each, into files to train on and to hold out.
+"""Split TinyGSM's records, each a question and a Python program, into a training and a held-out file.
 
-Left out are records without a question, programs that are no Python function, copies, and questions that
-share 13 words in a row with one of --benchmark (give GSM8K's test file). All programs of a question are on
-the same side, and which side depends on the question alone.
+Dropped are records without a question, programs that do not define a Python function, duplicates, and
+questions that share 13 words in a row with one of --benchmark (give GSM8K's test file). The split depends on
+the question alone, so all its programs are on the same side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EVERY = 10_000  # records between two reports
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write train.jsonl, held_out.jsonl and counts.json, whole or not at all."""
+    """Write train.jsonl, held_out.jsonl and counts.json, each completely or not at all."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument(
         "--input",
@@ -42,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="extend",
         type=Path,
         default=[],
-        help="files with a question key each",
+        help="files whose records have the key question",
     )
-    parser.add_argument("--held-out-share", type=float, default=0.001, help="share of the questions held out")
+    parser.add_argument("--held-out-share", type=float, default=0.001, help="share of questions to hold out")
     parser.add_argument("--output", required=True, type=Path, help="folder for the files")
     options = parser.parse_args(arguments)
     if not 0 <= options.held_out_share < 1:
         raise UserError(f"--held-out-share is {options.held_out_share}: give a share from 0 to below 1.")
     keys = Keys((options.question_key, options.code_key))
     check_inputs(options.input, keys)
-    asked = [record.texts[0] for record in read_all(options.benchmark, Keys(("question",)))]
+    asked = [document.texts[0] for document in read_all(options.benchmark, Keys(("question",)))]
     selection = Selection(asked, options.held_out_share)
     bad = selection.counts
     paths = {part: options.output / f"{part}.jsonl" for part in ("train", "held_out")}
@@ -60,17 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         replacing(paths["train"]) as train,
         replacing(paths["held_out"]) as held_out,
     ):
-        records = read_all(options.input, keys, lambda source, position, record: bad.update([record.reason]))
-        for done, record in enumerate(records, start=1):
-            part = selection.part(*record.texts)
+        documents = read_all(
+            options.input, keys, lambda source, position, record: bad.update([record.reason])
+        )
+        for done, document in enumerate(documents, start=1):
+            part = selection.part(*document.texts)
             if part is not None:
-                line = orjson.dumps(dict(zip(("prompt", "answer"), record.texts, strict=True)))
+                line = orjson.dumps(dict(zip(("prompt", "answer"), document.texts, strict=True)))
                 (train if part == "train" else held_out).write(line + b"\n")
             if done % EVERY == 0:
                 progress.advance(done)
                 progress.report(", ".join(f"{n:,} {what}" for what, n in selection.counts.most_common()))
         if not selection.counts["train"]:
-            raise UserError(f"--input holds nothing to train on: {dict(selection.counts)}.")
+            raise UserError(
+                f"--input leaves nothing to train on ({dict(selection.counts)}): check keys and --benchmark."
+            )
     with replacing(options.output / "counts.json") as file:
         file.write(orjson.dumps(selection.counts, option=orjson.OPT_INDENT_2) + b"\n")
     print("  ".join(f"{what}: {count:,}" for what, count in selection.counts.most_common()))

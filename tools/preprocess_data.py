@@ -1,7 +1,7 @@
 """Turn a corpus into an indexed dataset, PREFIX.bin, .idx and .json, that megatron-core reads.
 
-An interrupted run goes on by the same command. On a cluster, start it as an array of tasks (--num-shards, or
-SLURM's job arrays without any option) and join their parts with tools/merge_datasets.py.
+An interrupted run resumes with the same command. On a cluster, start an array of tasks (--num-shards, or a
+SLURM job array without further options) and merge their parts with tools/merge_datasets.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from pipeline.base.cli import ToolParser, option, run
 from pipeline.base.errors import UserError
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
-from pipeline.corpus.merge import parts_folder, quarantine_path
-from pipeline.corpus.plan import Options, make_plan
+from pipeline.corpus.partition import Options, make_partition
 from pipeline.corpus.preprocess import Work, preprocess
 from pipeline.corpus.records import LONGEST_RECORD, MAX_BAD_FRACTION
 from pipeline.corpus.sources import Hub
+from pipeline.data.paths import parts_folder, quarantine_path
 
 
 def build_parser() -> ToolParser:
@@ -28,32 +28,32 @@ def build_parser() -> ToolParser:
     hub = parser.add_argument_group("a dataset that Hugging Face's datasets library streams")
     hub.add_argument("--hub-dataset", help="its name on the hub, or a local folder of data files")
     hub.add_argument("--hub-config", help="its configuration, if it has several")
-    hub.add_argument("--hub-split", default="train", help="which split is read")
-    hub.add_argument("--hub-revision", help="commit or tag; name one, so that the same data comes again")
+    hub.add_argument("--hub-split", default="train", help="the split to read")
+    hub.add_argument("--hub-revision", help="commit or tag; give one to make the dataset reproducible")
     what = parser.add_argument_group("the dataset")
     what.add_argument("--tokenizer", type=Path, required=True, help="folder (tools/train_tokenizer.py)")
-    what.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, no suffix")
-    what.add_argument("--append-eos", action="store_true", help="close documents with end-of-sequence")
-    what.add_argument("--min-tokens", type=int, default=0, help="leave out shorter documents")
-    what.add_argument("--max-tokens", type=int, help="leave out longer documents")
+    what.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, without suffix")
     what.add_argument(
-        "--deduplicate", action="store_true", help="leave out documents that came before, exactly"
+        "--append-eos", action="store_true", help="append the end-of-sequence token to documents"
     )
+    what.add_argument("--min-tokens", type=int, default=0, help="drop shorter documents")
+    what.add_argument("--max-tokens", type=int, help="drop longer documents")
+    what.add_argument("--deduplicate", action="store_true", help="drop exact copies of earlier documents")
     what.add_argument(
-        "--shuffle-seed", type=int, help="shuffle all documents; otherwise they keep their order"
+        "--shuffle-seed", type=int, help="shuffle all documents (default: keep the order of the input)"
     )
     bad = parser.add_argument_group("bad records")
     bad.add_argument(
         "--on-error",
         choices=["quarantine", "fail"],
         default="quarantine",
-        help="put them into PREFIX.quarantine.jsonl, or stop at the first",
+        help="list them in PREFIX.quarantine.jsonl, or stop at the first",
     )
     bad.add_argument(
         "--max-bad-fraction",
         type=float,
         default=MAX_BAD_FRACTION,
-        help="stop when more of the records are bad",
+        help="stop if a larger share of records is bad",
     )
     bad.add_argument(
         "--max-document-bytes",
@@ -70,31 +70,31 @@ def build_parser() -> ToolParser:
             int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
         )
         // int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1")),
-        help="which share of the work this task does, from 0; of SLURM_ARRAY_TASK_ID",
+        help="which share of the work this task does, from 0; set by SLURM_ARRAY_TASK_ID",
     )
     work.add_argument(
         "--num-shards",
         type=int,
         default=int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")),
-        help="tasks in all; of SLURM_ARRAY_TASK_COUNT",
+        help="number of tasks; set by SLURM_ARRAY_TASK_COUNT",
     )
     work.add_argument(
         "--unit-bytes",
         type=int,
-        help="input that a worker does in one go (default: total / 4096, 8 MiB to 1 GiB)",
+        help="bytes of input per unit of work (default: total / 4096, 8 MiB to 1 GiB)",
     )
     work.add_argument(
         "--whole-texts",
         action="store_true",
-        help="do not encode word by word where that gives the same tokens (slower)",
+        help="never encode word by word, which is faster and gives the same tokens",
     )
     work.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    work.add_argument("--restart", action="store_true", help="throw away the parts of an earlier attempt")
+    work.add_argument("--restart", action="store_true", help="discard the parts of an earlier attempt")
     return parser
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise a `UserError` for options that cannot be."""
+    """Raise a `UserError` for invalid options."""
     for name in ("workers", "unit_bytes", "max_document_bytes", "num_shards"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -106,20 +106,20 @@ def check(options: argparse.Namespace) -> None:
     if not 0 <= options.shard_index < options.num_shards:
         raise UserError(
             f"--shard-index is {options.shard_index}: it must be at least 0 and below --num-shards = "
-            f"{options.num_shards}. Of an array with gaps, such as tasks that are started again, give both."
+            f"{options.num_shards}. For an array with gaps, such as restarted tasks, give both."
         )
     if not 0 <= options.max_bad_fraction <= 1:
-        raise UserError(f"--max-bad-fraction is {options.max_bad_fraction}: it is a share, from 0 to 1.")
+        raise UserError(f"--max-bad-fraction is {options.max_bad_fraction}: it must be a share from 0 to 1.")
     if not options.input and options.hub_dataset is None:
         raise UserError("no corpus: give --input, or --hub-dataset.")
     if options.hub_dataset is None and (options.hub_config or options.hub_revision):
-        raise UserError("--hub-config and --hub-revision belong to a --hub-dataset: name one.")
+        raise UserError("--hub-config and --hub-revision belong to --hub-dataset: give it too.")
     prefix = options.output_prefix
     for given in options.input:
         if Path(given).is_dir() and prefix.resolve().is_relative_to(Path(given).resolve()):
             raise UserError(
-                f"--output-prefix {prefix} is in the folder --input {given}, which would be read with the "
-                "dataset's own files when the same command goes on: name a prefix elsewhere."
+                f"--output-prefix {prefix} is in the folder --input {given}: a resumed run would read the "
+                "dataset's own files. Choose a prefix elsewhere."
             )
 
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hub = None
     if options.hub_dataset is not None:
         hub = Hub(options.hub_dataset, options.hub_config, options.hub_split, options.hub_revision)
-    asked = Options(
+    dataset_options = Options(
         corpus_keys(options),
         append_eos=options.append_eos,
         max_document_bytes=options.max_document_bytes,
@@ -139,19 +139,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         deduplicate=options.deduplicate,
         shuffle_seed=options.shuffle_seed,
     )
-    plan = make_plan(options.input, hub, options.tokenizer, asked, options.unit_bytes)
+    partition = make_partition(options.input, hub, options.tokenizer, dataset_options, options.unit_bytes)
     work = Work(
-        options.workers,
-        options.shard_index,
-        options.num_shards,
-        options.on_error,
-        options.max_bad_fraction,
-        options.overwrite,
-        options.restart,
-        options.whole_texts,
+        workers=options.workers,
+        shard_index=options.shard_index,
+        num_shards=options.num_shards,
+        on_error=options.on_error,
+        max_bad_fraction=options.max_bad_fraction,
+        overwrite=options.overwrite,
+        restart=options.restart,
+        whole_texts=options.whole_texts,
     )
     prefix = options.output_prefix
-    summary = preprocess(plan, prefix, work)
+    summary = preprocess(partition, prefix, work)
     if summary.counts.bad and summary.complete:
         print(f"the bad records are in {quarantine_path(prefix)}")
     if summary.complete:
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(f"shard {work.shard_index} of {work.num_shards} is done: {summary.counts.describe()}")
     print(
-        f"when all are: python tools/merge_datasets.py --parts {parts_folder(prefix)} "
+        f"once all shards are done: python tools/merge_datasets.py --parts {parts_folder(prefix)} "
         f"--output-prefix {prefix}"
     )
 

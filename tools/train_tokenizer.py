@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer on a corpus, or import a Hugging Face tokenizer.json, into a folder."""
+"""Make a tokenizer: train SentencePiece on a corpus, or import a Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from pathlib import Path
 
 from pipeline.base.cli import ToolParser, option, run
 from pipeline.base.errors import UserError
-from pipeline.base.progress import Progress
+from pipeline.base.progress import MEGABYTE, REPORT_SECONDS, Progress
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
-from pipeline.corpus.merge import MEGABYTE
-from pipeline.corpus.preprocess import REPORT_SECONDS
 from pipeline.corpus.records import BadRecords, Keys, check_inputs, read_excerpt
 from pipeline.corpus.sources import Source, find
-from pipeline.data.tokenizer import MODEL_TYPES, import_tokenizer, train_tokenizer
+from pipeline.corpus.tokenizer_making import MODEL_TYPES, import_tokenizer, train_tokenizer
 
 
 def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float) -> Iterator[str]:
-    """Yield texts of a corpus, as many as the trainer is to see, and show how far the reading is."""
+    """Yield `megabytes` of text spread over a corpus, and show the progress."""
     total = round(sum(source.size for source in sources) / MEGABYTE, 1)
     read, reported = 0.0, time.monotonic()
 
@@ -29,33 +27,35 @@ def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float) -> Itera
         progress.advance(min(round(behind / MEGABYTE, 1), total))
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            progress.report(f"{read:,.0f} MB of text taken")
+            progress.report(f"{read:,.0f} MB of text")
 
     with closing(Progress(total, 0, "MB")) as progress:
         bad = BadRecords()
-        for record in read_excerpt(sources, keys, megabytes * MEGABYTE, show, bad):
-            yield from record.texts
-        left_out = f"; {bad.count:,} bad records are left out" if bad.count else ""
-        progress.say(f"training on {read:,.1f} MB of text, from {total:,} MB of files{left_out}")
+        for document in read_excerpt(sources, keys, megabytes * MEGABYTE, show, bad):
+            yield from document.texts
+        skipped = f"; {bad.count:,} bad records are skipped" if bad.count else ""
+        progress.say(f"training on {read:,.1f} MB of text, from {total:,} MB of files{skipped}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train or import, and write the tokenizer."""
     parser = ToolParser(__doc__ or "")
     add_corpus_arguments(parser, required=False)
-    parser.add_argument("--vocab-size", type=int, help="tokens; an upper bound for char and word")
-    parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="kind of pieces")
+    parser.add_argument("--vocab-size", type=int, help="number of tokens; for char and word an upper bound")
+    parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="SentencePiece model")
     parser.add_argument(
         "--sample-megabytes",
         type=float,
         default=300,
-        help="text to train on, spread over a corpus that has more; unigram needs 20 times as much memory",
+        help="text to train on, spread over a larger corpus; unigram needs 20 times as much memory",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--import-json", type=Path, help="a Hugging Face tokenizer.json, instead of training")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "--import-json", type=Path, help="import this Hugging Face tokenizer.json instead of training"
+    )
     for use in ("mask", "pad", "eos"):
         parser.add_argument(
-            f"--{use}-token", help=f"with --import-json: its {use} token (without the option: a usual name)"
+            f"--{use}-token", help=f"with --import-json: its {use} token (default: one of the usual names)"
         )
     options = parser.parse_args(arguments)
     trains = options.import_json is None
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"added {', '.join(added)}: {options.import_json} has no such token")
     else:
         if not options.input:
-            raise UserError("no corpus: give --input to train, or --import-json.")
+            raise UserError("no corpus: give --input to train on, or --import-json.")
         if options.vocab_size is None:
             raise UserError("--vocab-size is missing: give the number of tokens, such as 32000.")
         if options.vocab_size < 1:

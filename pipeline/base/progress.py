@@ -7,6 +7,9 @@ import time
 
 from tqdm import tqdm
 
+MEGABYTE = 1e6  # bytes
+REPORT_SECONDS = 10  # between two reports of a tool
+
 
 class Progress:
     """Progress of a long task, with rate and time left."""

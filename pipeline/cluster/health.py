@@ -26,7 +26,7 @@ import torch.distributed as dist
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
-from pipeline.data.indexed import bin_path, facts_path, idx_path
+from pipeline.data.paths import bin_path, facts_path, idx_path
 
 IDLE_MEBIBYTES = 1024
 HOTTEST_CELSIUS = 85

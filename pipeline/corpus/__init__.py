@@ -1,1 +1,5 @@
-"""Offline: from a corpus to an indexed dataset (tools/preprocess_data.py)."""
+"""Offline: from a corpus to a tokenizer and an indexed dataset.
+
+In the order of the data: sources, reading, records, partition (the cut into units), preprocess, pool, worker
+(with encode), parts, merge.
+"""

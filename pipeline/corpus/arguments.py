@@ -1,4 +1,4 @@
-"""The command-line arguments that say what a corpus is, shared by the data tools."""
+"""The command-line arguments that name a corpus, shared by the data tools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.corpus.records import MESSAGE_FORMAT, Keys
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --input and the keys of jsonl lines and table rows."""
+    """Add --input and the options for the keys of records."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -17,20 +17,20 @@ def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True)
         default=[],
         required=required,
         help="jsonl, txt (both also .gz, .zst, .bz2, .xz), parquet or arrow files; globs in quotes; folders; "
-        "@FILE = a list of them, one a line",
+        "@FILE: a list of inputs, one per line",
     )
-    parser.add_argument("--text-key", help="key of the text, a.b for nested ones (without the option: text)")
+    parser.add_argument("--text-key", help="key of the text, a.b if nested (default: text)")
     parser.add_argument("--prompt-key", help="key of the prompt, which is never masked")
     parser.add_argument("--answer-key", help="key of the answer; with --prompt-key instead of --text-key")
     parser.add_argument(
         "--messages-key",
-        help="key of a list of chat messages, {role, content}: the last is the answer, the others the prompt",
+        help="key of a list of chat messages {role, content}: the last is the answer, the rest the prompt",
     )
     parser.add_argument(
         "--message-format",
         default=MESSAGE_FORMAT,
         type=lambda text: text.replace("\\n", "\n"),
-        help="how messages of a prompt are written (\\n: line end); what precedes {content} opens the answer",
+        help="format of a message in the prompt (\\n: line end); the part before {content} opens the answer",
     )
     parser.add_argument(
         "--split-documents", choices=["line", "sentence"], help="make each line or sentence a document"
@@ -38,7 +38,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True)
 
 
 def corpus_keys(options: argparse.Namespace) -> Keys:
-    """Return the keys that were given; raise a `UserError` for a half or double choice."""
+    """Return the keys given by the options; raise a `UserError` if they are incomplete or contradict."""
     pair = (options.prompt_key, options.answer_key)
     if (pair[0] is None) != (pair[1] is None):
         missing = "--prompt-key" if pair[0] is None else "--answer-key"
@@ -55,13 +55,13 @@ def corpus_keys(options: argparse.Namespace) -> Keys:
     if len(chosen) > 1:
         raise UserError(f"{chosen[0]} excludes {chosen[1]}: give one or the other.")
     if options.split_documents is not None and chosen not in ([], ["--text-key"]):
-        raise UserError(f"--split-documents cuts texts: it cannot go with {chosen[0]}.")
+        raise UserError(f"--split-documents splits texts: it cannot be combined with {chosen[0]}.")
     if options.messages_key is not None:
         if "{content}" not in options.message_format:
-            raise UserError(f"--message-format is {options.message_format!r}: it must hold {{content}}.")
+            raise UserError(f"--message-format is {options.message_format!r}: it must contain {{content}}.")
         return Keys((options.messages_key,), messages=True, message_format=options.message_format)
     if pair[0] is not None:
         if pair[0] == pair[1]:
-            raise UserError(f"--prompt-key and --answer-key are both {pair[0]}: name the key of each.")
+            raise UserError(f"--prompt-key and --answer-key are both {pair[0]}: give each its own key.")
         return Keys(pair)
     return Keys(("text" if options.text_key is None else options.text_key,), split=options.split_documents)

@@ -1,9 +1,8 @@
-"""Encoding a corpus a word at a time, and each word once: it says the same ones again and again.
+"""Encoding a corpus word by word, each word once: most of a corpus is words that came before.
 
-A text may be cut where no token can reach across, and where what lies on one side has no influence on the
-tokens of the other. Its tokens are then those of its units, the texts between the cuts, one after the other.
-The patterns below match the units of the tokenizers for which that can be shown; what others encode, they
-encode as a whole.
+A text may be cut where no token can span the cut and neither side influences the tokens of the other. Its
+tokens are then those of its units, the texts between the cuts, concatenated. The patterns below match the
+units of the tokenizers for which this is proven; other tokenizers encode whole texts.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from pipeline.base.errors import UserError
 from pipeline.data.arrays import Array
 from pipeline.data.tokenizer import HuggingFaceModel, SentencePieceModel, Tokenizer
 
-REMEMBERED = 2**17  # units in each of two generations, of 30 MB or so
-LONGEST_UNIT = 128  # characters of a unit that is remembered
-FIRST_TRIAL, TRIALS = 4, 64  # this batch, and every so many, are encoded both ways, unless it is very long:
-TRIAL_CHARACTERS = 2**21  # a text as a whole can take more than a hundred times its size
+REMEMBERED = 2**17  # units in each of two generations, about 30 MB
+LONGEST_UNIT = 128  # characters of a cached unit
+FIRST_TRIAL, TRIALS = 4, 64  # the batch that is encoded both ways, in every so many
+TRIAL_CHARACTERS = 2**21  # of a longer batch never: a whole text can take over 100 times its size in memory
 
-LETTER, DIGIT, MARK, OTHER = "A-Za-z", "0-9", r"!-/:-@\[-`{-~", r"\x80-\U0010ffff"  # in ASCII, and not in it
+LETTER, DIGIT, MARK, OTHER = "A-Za-z", "0-9", r"!-/:-@\[-`{-~", r"\x80-\U0010ffff"  # ASCII, then the rest
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA_3 = (
     CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,33 +45,33 @@ class Cuts:
     """Where texts are cut.
 
     Attributes:
-        units: matches the texts between the cuts, one after the other.
-        never: a text that holds one of these is not cut.
+        units: matches the texts between the cuts, in order.
+        never: a text that contains one of these is not cut.
     """
 
     units: re.Pattern[str]
     never: tuple[str, ...] = ()
 
 
-# For SentencePiece cuts are before spaces and line ends; and after letters, before other ASCII characters
-# than letters and "'".
+# SentencePiece: cuts are before spaces and line ends, and after letters, before an ASCII character that is
+# neither a letter nor "'".
 OF_PIECES = Cuts(
     re.compile(
         rf"[ \n]?[^{LETTER} \n]*[{LETTER}]+(?:['{OTHER}][^{LETTER} \n]*[{LETTER}]*)*"
         rf"|[ \n]?[^{LETTER} \n]+|[ \n]"
     )
 )
-# Byte-level BPE takes a text apart by one of the expressions above first, or by GPT-2's. Cuts are
-# - after letters, before other ASCII characters than letters and "'", and after digits, likewise: what
-#   matches a letter matches nothing but letters from there on (then "'s" and the like, in the newest), and
-#   what matches a digit nothing but digits;
-# - after marks, before a space or a digit: what matches a mark matches nothing but marks and line ends from
-#   there on, or letters;
-# - after white space, before a space that a letter or a digit follows: what matches white space leaves its
-#   last character to what follows, if it is a space.
-# So a match ends at every cut. What lies behind a cut is matched as if it began a text, for no expression
-# looks back. They look ahead from white space only, and what a cut leaves of that is matched in whole, as it
-# is where a text ends.
+# Byte-level BPE first splits a text by one of the expressions above, or by GPT-2's. Cuts are
+# - after letters, before an ASCII character that is neither a letter nor "'", and likewise after digits: once
+#   an expression has matched a letter it matches only letters (then "'s" and the like, in GPT-4o's), and once
+#   a digit, only digits;
+# - after marks, before a space or a digit: after a mark an expression matches only marks and line ends, or
+#   letters;
+# - after white space, before a space that a letter or a digit follows: a match of white space leaves a final
+#   space to the next match.
+# So a match ends at every cut. The text after a cut is matched as if it began there, because no expression
+# looks back. Expressions look ahead from white space only, and the white space before a cut is matched as a
+# whole, as at the end of a text.
 OF_EXPRESSIONS = Cuts(
     re.compile(
         rf" ?[{LETTER}]+(?![{LETTER}{OTHER}'])"
@@ -86,18 +85,18 @@ OF_EXPRESSIONS = Cuts(
 
 
 class WordEncoder:
-    """Gives the tokens that the tokenizer gives, faster where words come again.
+    """Returns the tokens of the tokenizer, faster if words repeat.
 
-    From time to time a batch is encoded both ways: the tokens must be the same, and the faster way is gone on
-    with, so that texts without common words cost no more than they would.
+    Now and then a batch is encoded both ways. The tokens must be equal, and the next batches take the faster
+    way, so texts without common words cost no more than with the tokenizer alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, cut: bool = True) -> None:
-        """Begin with nothing remembered.
+        """Start with an empty cache.
 
         Args:
-            tokenizer: is asked for what is new.
-            cut: whether texts are cut, if that is known to be right for the tokenizer.
+            tokenizer: encodes what is not in the cache.
+            cut: cut texts, if the tokenizer allows it.
         """
         self.tokenizer = tokenizer
         self.cuts = cuts_of(tokenizer) if cut else None
@@ -109,7 +108,7 @@ class WordEncoder:
         """Return the token ids [n] int32 of each text.
 
         Raises:
-            UserError: if texts have other tokens as a whole: a library may have changed.
+            UserError: if whole texts have other tokens: a library may have changed.
         """
         if self.cuts is None:
             return self.tokenizer.encode_batch(texts)
@@ -127,8 +126,8 @@ class WordEncoder:
         for text, one, other in zip(texts, found, whole, strict=True):
             if not np.array_equal(one, other):
                 raise UserError(
-                    "the tokens of a text's words are not those of the text with this tokenizer, which this "
-                    f"version does not know: give --whole-texts and --restart (the text: {text[:200]!r})."
+                    "word-by-word encoding differs from the tokenizer's own: give --whole-texts and "
+                    f"--restart (the text: {text[:200]!r})."
                 )
         return whole
 
@@ -140,14 +139,14 @@ class WordEncoder:
         return [next(whole) if ids is None else ids for ids in found]
 
     def _encode(self, text: str, cuts: Cuts) -> Array | None:
-        """Return the ids of a text, or None if it is not cut."""
+        """Return the ids [n] int32 of a text, or None if it must not be cut."""
         if any(part in text for part in cuts.never):
             return None
         return np.frombuffer(b"".join(map(self._words.__getitem__, cuts.units.findall(text))), np.int32)
 
 
 class _Words(dict[str, bytes]):
-    """The ids of units as int32; those of the last generation that are asked for again are taken over."""
+    """A cache of the ids of units, int32 bytes; units of the older generation move over when they recur."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -161,30 +160,30 @@ class _Words(dict[str, bytes]):
         return ids
 
     def make_room(self) -> None:
-        """Begin a new generation if this one is large; a batch may take it beyond that."""
+        """Start a new generation if this one is full; a batch may overfill it."""
         if len(self) > REMEMBERED:
             self.older = dict(self)
             self.clear()
 
 
 def cuts_of(tokenizer: Tokenizer) -> Cuts | None:
-    """Return where the texts of a tokenizer are cut; None if it is not known that they may be."""
+    """Return where texts may be cut for a tokenizer; None if that is not proven."""
     model = tokenizer.model
     if isinstance(model, HuggingFaceModel):
         return _of_expressions(json.loads(model.tokenizer.to_str()))
-    # A unigram model will not do: SentencePiece adds up the scores of a whole text in 32 bits, and their
-    # rounding may decide within a word.
+    # Not for unigram: SentencePiece sums the scores of a whole text in 32 bits, and rounding can change the
+    # tokens of a word.
     if isinstance(model, SentencePieceModel) and tokenizer.model_type == "bpe":
         return _of_pieces(model.processor.serialized_model_proto())
     return None
 
 
 def _of_pieces(serialized: bytes) -> Cuts | None:
-    """Return the cuts of a BPE model that changes no text, and no piece of which reaches across one.
+    """Return the cuts of a BPE model that does not normalize, if no piece spans a cut.
 
-    Merges make pieces only, and their order in a unit is that of their scores.
+    Merges only produce pieces, and their order within a unit depends on their scores alone.
     """
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # slow, and seldom needed
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # slow, and rarely needed
 
     content = ModelProto.FromString(serialized)
     trainer, normalizer = content.trainer_spec, content.normalizer_spec
@@ -202,10 +201,10 @@ def _of_pieces(serialized: bytes) -> Cuts | None:
 
 
 def _of_expressions(content: dict[str, Any]) -> Cuts | None:
-    """Return the cuts of a tokenizer.json with a BPE model behind one of `EXPRESSIONS`, or GPT-2's.
+    """Return the cuts of a tokenizer.json with a BPE model that splits by one of `EXPRESSIONS` or as GPT-2's.
 
-    NFC composes nothing with an ASCII character behind it. Added tokens are looked for first, but for the
-    special ones, which no text is taken for: a text that has one is not cut.
+    NFC never composes across a cut: the character after it is ASCII. Added tokens are matched first, except
+    special ones, which text never matches: a text that contains one is not cut.
     """
     normalizer = content["normalizer"]
     if content["model"]["type"] != "BPE" or normalizer not in (None, {"type": "NFC"}):
@@ -214,12 +213,12 @@ def _of_expressions(content: dict[str, Any]) -> Cuts | None:
         return None
     added = [token for token in content["added_tokens"] if not token["special"]]
     if normalizer is not None and any(token["normalized"] for token in added):
-        return None  # a text may have one after normalisation only
+        return None  # a text may contain one only after normalization
     return dataclasses.replace(OF_EXPRESSIONS, never=tuple(token["content"] for token in added))
 
 
 def _is_known(splitter: dict[str, Any]) -> bool:
-    """Return whether the "pre_tokenizer" of a tokenizer.json uses one of `EXPRESSIONS`, or GPT-2's."""
+    """Return whether the "pre_tokenizer" of a tokenizer.json splits by one of `EXPRESSIONS` or as GPT-2's."""
 
     def is_bytes(part: dict[str, Any], use_regex: bool) -> bool:
         wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}

@@ -1,4 +1,4 @@
-"""Parts to one dataset or a blend of shards, and datasets to one; duplicates are left out here."""
+"""Parts to one dataset or a blend of several, and datasets to one; duplicates are dropped here."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import numpy as np
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import remove_left_overs, replacing, sha256_of
-from pipeline.base.progress import Progress
-from pipeline.corpus.plan import Plan, read_plan
-from pipeline.corpus.worker import (
-    HASH,
-    HASHES,
+from pipeline.base.progress import MEGABYTE, Progress
+from pipeline.corpus.partition import Partition, read_partition
+from pipeline.corpus.parts import (
     HISTOGRAMS,
-    LENGTHS,
     QUARANTINE,
     TOKENS,
     PartFacts,
     count_tokens,
+    damaged,
+    missing_units,
     part_folder,
+    read_hashes,
     read_part,
+    read_tokens,
 )
 from pipeline.data.arrays import Array
 from pipeline.data.facts import (
@@ -34,74 +35,104 @@ from pipeline.data.facts import (
     Counts,
     DatasetFacts,
     check_same,
-    is_facts,
     length_histogram,
     named_lengths,
     read_facts,
     write_facts,
 )
-from pipeline.data.indexed import (
-    Chunk,
-    Part,
-    bin_path,
-    facts_path,
-    idx_path,
-    read_index,
-    token_dtype,
-    write_dataset,
-)
+from pipeline.data.indexed import Chunk, Part, read_index, token_dtype, write_dataset
+from pipeline.data.paths import bin_path, quarantine_path
 from pipeline.data.tokenizer import Tokenizer
 
-HASHES_AT_ONCE = 2**25  # of a partition: about 1.5 GB while it is sorted
+HASHES_AT_ONCE = 2**25  # sorted at a time, in about 1.5 GB
 SHUFFLED_AT_ONCE = 2**12  # documents
-MEGABYTE = 1e6
 
 
-def parts_folder(prefix: Path) -> Path:
-    """Return the folder of the parts that a dataset is joined from."""
-    return prefix.with_name(prefix.name + ".parts")
+def merge_parts(
+    folder: Path, prefix: Path, shards: int = 1, parts: Iterator[PartFacts] | None = None
+) -> list[tuple[Path, DatasetFacts]]:
+    """Write the dataset of some parts, or a blend of `shards` datasets of consecutive units each.
 
+    An existing dataset stays as it is until the last part has been read.
 
-def quarantine_path(prefix: Path) -> Path:
-    """Return the path of the records that were left out because they are bad."""
-    return prefix.with_name(prefix.name + ".quarantine.jsonl")
+    Args:
+        folder: of the parts; it is left as it is.
+        prefix: path of the dataset; a shard adds -00000-of-00008 to it.
+        shards: number of datasets.
+        parts: the facts of the parts, in order, each as soon as its part exists; None if all exist.
 
+    Returns:
+        Prefix and facts of each dataset.
 
-def existing(prefix: Path) -> Path | None:
-    """Return what a dataset at `prefix` would replace: an older one's index, or somebody's PREFIX.json.
-
-    A dataset without an index is none.
+    Raises:
+        UserError: for missing or damaged parts, or a dataset without a document.
     """
-    if idx_path(prefix).exists():
-        return idx_path(prefix)
-    path = facts_path(prefix)
-    return path if path.exists() and not is_facts(path) else None
+    partition = read_partition(folder)
+    if partition is None:
+        raise UserError(f"{folder} has no plan.json: make the parts with tools/preprocess_data.py.")
+    count, total = len(partition.units), None
+    if parts is None:
+        parts = _all_parts(folder, partition)
+        size = sum((part_folder(folder, unit) / TOKENS).stat().st_size for unit in range(count))
+        total = round(size / MEGABYTE, 1)
+    if shards > 1 and partition.options.shuffle_seed is not None:
+        raise UserError("--shards keeps the order of the input: it cannot be combined with --shuffle-seed.")
+    if not 1 <= shards <= max(1, count):
+        raise UserError(f"--shards is {shards}: it must be from 1 to the number of parts, {count}.")
+    keep = None
+    if partition.options.deduplicate:
+        facts = list(parts)
+        parts, keep = iter(facts), find_first(folder, facts)
+    made = []
+    with closing(Progress(total, 0, "MB joined")) as progress:
+        for number, units in enumerate(np.array_split(np.arange(count), shards)):
+            name = prefix.name if shards == 1 else f"{prefix.name}-{number:05d}-of-{shards:05d}"
+            shard = _Shard(partition, folder, units.tolist(), prefix.with_name(name))
+            made.append((shard.prefix, shard.write(parts, keep, progress)))
+    return made
 
 
-def missing_units(plan: Plan, folder: Path) -> list[int]:
-    """Return the units whose parts are not there yet."""
-    there = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    return [unit for unit in range(len(plan.units)) if part_folder(folder, unit).name not in there]
-
-
-def _plan_of(folder: Path, whole: bool) -> Plan:
-    """Return the plan of a folder of parts; raise a `UserError` where it has none, or has to be `whole`."""
-    plan = read_plan(folder)
-    if plan is None:
-        raise UserError(f"{folder} holds no plan of parts: make them with tools/preprocess_data.py.")
-    missing = missing_units(plan, folder) if whole else []
+def _all_parts(folder: Path, partition: Partition) -> Iterator[PartFacts]:
+    """Return the facts of every part, in order; raise a `UserError` if parts are missing."""
+    count = len(partition.units)
+    missing = missing_units(folder, count)
     if missing:
         raise UserError(
-            f"{folder}: {len(missing)} of {len(plan.units)} parts are missing, unit {missing[0]} first: run "
-            "tools/preprocess_data.py again for the shards that have not ended; what is done is kept."
+            f"{folder}: {len(missing)} of {count} parts are missing, unit {missing[0]} first: run "
+            "tools/preprocess_data.py again for the unfinished shards; finished parts are kept."
         )
-    return plan
+    return (read_part(folder, unit, partition.sha256) for unit in range(count))
+
+
+def find_first(folder: Path, facts: Sequence[PartFacts]) -> list[Array]:
+    """Return for each part a mask [documents] bool of the documents whose texts did not come before.
+
+    Hashes are sorted in buckets: memory is 1 byte per document and about 1.5 GB for a bucket. The files of
+    hashes, 16 bytes per document, are read once per bucket.
+    """
+    documents = sum(part.counts.documents for part in facts)
+    keep = np.ones(documents, bool)
+    buckets = -(-documents // HASHES_AT_ONCE)
+    for bucket in range(buckets):
+        hashes, numbers, first = [], [], 0
+        for unit, part in enumerate(facts):
+            found = read_hashes(part_folder(folder, unit), part)
+            chosen = np.flatnonzero(found[:, 0] % np.uint64(buckets) == bucket)
+            hashes.append(found[chosen])
+            numbers.append(chosen + first)
+            first += len(found)
+        table, number = np.concatenate(hashes), np.concatenate(numbers)
+        order = np.lexsort((table[:, 1], table[:, 0]))  # stable: equal hashes keep the order of the input
+        same = (table[order[1:]] == table[order[:-1]]).all(axis=1)
+        keep[number[order[1:][same]]] = False
+    return np.split(keep, np.cumsum([part.counts.documents for part in facts], dtype=np.int64)[:-1])
 
 
 class _Tally:
-    """What is counted of the documents that are really written."""
+    """Statistics of the documents that are written."""
 
     def __init__(self, vocab_size: int, step: int) -> None:
+        """Start at zero; a document has `step` sequences."""
         self.step = step
         self.longest = self.tokens = 0
         self.lengths = np.zeros(LENGTH_BINS, np.int64)
@@ -115,123 +146,107 @@ class _Tally:
         self.lengths += length_histogram(sizes)
 
 
-def merge_parts(
-    folder: Path, prefix: Path, shards: int = 1, wait_for: Callable[[int], object] | None = None
-) -> list[tuple[Path, DatasetFacts]]:
-    """Write the dataset of whole parts, or a blend of `shards` datasets with consecutive units each.
+class _Shard:
+    """A dataset made of the parts of some units."""
 
-    Args:
-        folder: of the parts, which is left as it is.
-        prefix: path of the dataset; of a shard with -00000-of-00008 behind it.
-        shards: number of datasets.
-        wait_for: called before the part of a unit is read, returns when it is there; may raise. Without it
-            all are there. Nothing takes the place of an older dataset before the last one is.
+    def __init__(self, partition: Partition, folder: Path, units: list[int], prefix: Path) -> None:
+        self.partition, self.folder, self.units, self.prefix = partition, folder, units, prefix
+        self.tokenizer = Tokenizer.load(Path(partition.tokenizer))
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        self.pairs = partition.options.keys.is_pair
+        self.tally = _Tally(self.tokenizer.vocab_size, 2 if self.pairs else 1)
+        self.counts: list[Counts] = []  # of the parts, without duplicates
 
-    Returns:
-        Prefix and facts of each dataset.
+    def write(self, parts: Iterator[PartFacts], keep: list[Array] | None, progress: Progress) -> DatasetFacts:
+        """Write the dataset, its quarantine and its facts.
 
-    Raises:
-        UserError: for missing parts, or a dataset without a document.
-    """
-    plan = _plan_of(folder, whole=wait_for is None)
-    if shards > 1 and plan.options.shuffle_seed is not None:
-        raise UserError("--shards goes with datasets in the order of their input: --shuffle-seed makes one.")
-    if not 1 <= shards <= max(1, len(plan.units)):
-        raise UserError(f"--shards is {shards}: it must be from 1 to the number of parts, {len(plan.units)}.")
+        Args:
+            parts: the facts of the parts of these units; what follows is left to the next shard.
+            keep: of all units; see `find_first`.
+            progress: in megabytes of tokens.
+        """
+        seed = self.partition.options.shuffle_seed
+        with ThreadPoolExecutor(1) as hasher:  # hashes a part while it is copied
+            chunks = self._chunks(parts, keep, hasher, progress)
+            if seed is not None:
+                write_dataset(chunks, self.folder / "in_order", self.dtype, self.pairs)
+                chunks = shuffled(self.folder / "in_order", seed)
+            return _write(chunks, self.prefix, self.dtype, self.pairs, self._facts)
 
-    def part_of(unit: int) -> PartFacts:
-        if wait_for is not None:
-            wait_for(unit)
-        return read_part(folder, unit, plan.sha256)
-
-    units = range(len(plan.units))
-    keep = None
-    if plan.options.deduplicate:
-        keep = find_first(folder, [part_of(unit) for unit in units])
-    size = None if wait_for else round(_size(folder, len(units)) / MEGABYTE, 1)
-    made = []
-    with closing(Progress(size, 0, "MB joined")) as progress:
-        for number, chosen in enumerate(np.array_split(np.array(units, np.int64), shards)):
-            name = prefix.name if shards == 1 else f"{prefix.name}-{number:05d}-of-{shards:05d}"
-            target = prefix.with_name(name)
-            made.append(
-                (target, _write_shard(plan, folder, part_of, chosen.tolist(), target, keep, progress))
-            )
-    return made
-
-
-def _size(folder: Path, units: int) -> int:
-    return sum((part_folder(folder, unit) / TOKENS).stat().st_size for unit in range(units))
-
-
-def _write_shard(
-    plan: Plan, folder: Path, part_of: Callable[[int], PartFacts], units: list[int], prefix: Path,
-    keep: list[Array] | None, progress: Progress,
-) -> DatasetFacts:  # fmt: skip
-    """Write one dataset from some units, its quarantine and its facts, which come last."""
-    tokenizer = Tokenizer.load(Path(plan.tokenizer))
-    dtype, pairs = token_dtype(tokenizer.vocab_size), plan.options.keys.is_pair
-    tally = _Tally(tokenizer.vocab_size, 2 if pairs else 1)
-    found: list[Counts] = []
-    before = progress.done
-
-    def chunks() -> Iterator[Chunk]:
-        for unit in units:
-            facts = part_of(unit)
-            part = read_tokens(part_folder(folder, unit), facts, tally.step)
-            hashed = beside.submit(sha256_of, part.tokens)
-            tally.histograms += np.load(part_folder(folder, unit) / HISTOGRAMS)
-            found.append(facts.counts)
-            kept = None if keep is None else keep[unit]
-            for tokens, lengths in _kept(part, dtype, kept, tally, facts.counts):
-                tally.add(lengths)
+    def _chunks(
+        self,
+        parts: Iterator[PartFacts],
+        keep: list[Array] | None,
+        hasher: ThreadPoolExecutor,
+        progress: Progress,
+    ) -> Iterator[Chunk]:
+        before = progress.done
+        for unit, facts in zip(self.units, parts, strict=False):
+            folder = part_folder(self.folder, unit)
+            part = read_tokens(folder, facts, self.tally.step)
+            hashed = hasher.submit(sha256_of, part.tokens)
+            self.tally.histograms += np.load(folder / HISTOGRAMS)
+            self.counts.append(facts.counts)
+            for tokens, lengths in self._kept(part, None if keep is None else keep[unit], facts.counts):
+                self.tally.add(lengths)
                 yield tokens, lengths
-                progress.advance(round(before + tally.tokens * dtype.itemsize / MEGABYTE, 1))
+                progress.advance(round(before + self.tally.tokens * self.dtype.itemsize / MEGABYTE, 1))
             if hashed.result() != facts.sha256[TOKENS]:
-                raise UserError(
-                    f"{part.tokens} is damaged: remove {part.tokens.parent} and run the same again."
-                )
-        counts = Counts.total(found)
-        if counts.documents + counts.duplicates == 0:
-            numbers = sorted({span.source for unit in units for span in plan.units[unit]})
-            names = ", ".join(plan.sources[number].path for number in numbers[:3] or range(len(plan.sources)))
-            remedy = "" if len(units) == len(plan.units) else f" for {prefix.name}: give fewer --shards"
-            raise UserError(f"--input {names}: no document in it ({counts.describe()}){remedy}.")
-        _join_quarantine(folder, units, prefix)
+                raise damaged(part.tokens)
+        self._check_documents()
+        _join_quarantine([part_folder(self.folder, unit) / QUARANTINE for unit in self.units], self.prefix)
 
-    def facts_with(sha256: dict[str, str]) -> DatasetFacts:
-        counts = Counts.total(found)
+    def _kept(self, part: Part, keep: Array | None, counts: Counts) -> Iterator[Chunk]:
+        """Yield the sequences of the documents to keep; count the others as duplicates."""
+        if keep is None or keep.all():
+            yield from part.chunks(self.dtype)
+            return
+        sequences = np.repeat(keep, self.tally.step)
+        for tokens, lengths in part.chunks(self.dtype, ~sequences):
+            documents = lengths.reshape(-1, self.tally.step)
+            count_tokens(self.tally.histograms, tokens, documents, times=-1)
+            counts.duplicates += len(documents)
+            counts.documents -= len(documents)
+            counts.tokens -= len(tokens)
+        yield from part.chunks(self.dtype, sequences)
+
+    def _check_documents(self) -> None:
+        """Raise a `UserError` if the parts have no document: training would fail on such a dataset."""
+        counts, partition = Counts.total(self.counts), self.partition
+        if counts.documents + counts.duplicates:
+            return
+        numbers = sorted({span.source for unit in self.units for span in partition.units[unit]})
+        names = [partition.sources[number].path for number in numbers[:3] or range(len(partition.sources))]
+        is_all = len(self.units) == len(partition.units)
+        remedy = "" if is_all else f" for {self.prefix.name}: give fewer --shards"
+        raise UserError(f"--input {', '.join(names)}: no document in it ({counts.describe()}){remedy}.")
+
+    def _facts(self, sha256: dict[str, str]) -> DatasetFacts:
+        counts = Counts.total(self.counts)
         counts.check()
         return DatasetFacts(
             format=FORMAT,
-            kind="pairs" if pairs else "text",
-            tokenizer=plan.tokenizer,
-            tokenizer_sha256=plan.tokenizer_sha256,
-            special_ids=tokenizer.special_ids,
-            vocab_size=tokenizer.vocab_size,
-            options=plan.options.to_json(),
-            plan_sha256=plan.sha256,
+            kind="pairs" if self.pairs else "text",
+            tokenizer=self.partition.tokenizer,
+            tokenizer_sha256=self.partition.tokenizer_sha256,
+            special_ids=self.tokenizer.special_ids,
+            vocab_size=self.tokenizer.vocab_size,
+            options=self.partition.options.to_json(),
+            plan_sha256=self.partition.sha256,
             counts=counts,
-            longest_document=tally.longest,
-            length_histogram=named_lengths(tally.lengths),
-            token_histogram=tally.histograms[1].tolist(),
-            prompt_histogram=tally.histograms[0].tolist() if pairs else [],
+            longest_document=self.tally.longest,
+            length_histogram=named_lengths(self.tally.lengths),
+            token_histogram=self.tally.histograms[1].tolist(),
+            prompt_histogram=self.tally.histograms[0].tolist() if self.pairs else [],
             sha256=sha256,
         )
-
-    with ThreadPoolExecutor(1) as beside:  # hashes a part while it is copied
-        source = chunks()
-        if plan.options.shuffle_seed is not None:
-            write_dataset(source, folder / "in_order", dtype, pairs)
-            source = shuffled(folder / "in_order", plan.options.shuffle_seed)
-        return _write(source, prefix, dtype, pairs, facts_with)
 
 
 def _write(
     chunks: Iterator[Chunk], prefix: Path, dtype: np.dtype[Any], pairs: bool,
     facts_with: Callable[[dict[str, str]], DatasetFacts],
 ) -> DatasetFacts:  # fmt: skip
-    """Write a dataset with its facts."""
+    """Write a dataset and the facts that follow from the sha256 of its files."""
     made = []
 
     def write_json(sha256: dict[str, str]) -> None:
@@ -242,60 +257,8 @@ def _write(
     return made[0]
 
 
-def read_tokens(folder: Path, facts: PartFacts, step: int) -> Part:
-    """Return the tokens and lengths of a part; raise a `UserError` where a file is not as part.json says."""
-    size = (folder / LENGTHS).stat().st_size
-    if size != facts.counts.documents * step * 4:
-        raise UserError(f"{folder / LENGTHS} is damaged: remove {folder} and run the same again.")
-    lengths = np.memmap(folder / LENGTHS, np.int32, "r") if size else np.zeros(0, np.int32)
-    return Part(folder / TOKENS, lengths)
-
-
-def _kept(
-    part: Part, dtype: np.dtype[Any], keep: Array | None, tally: _Tally, counts: Counts
-) -> Iterator[Chunk]:
-    """Yield what is kept of a part; take the rest out of the counts."""
-    if keep is None or keep.all():
-        yield from part.chunks(dtype)
-        return
-    sequences = np.repeat(keep, tally.step)
-    for tokens, lengths in part.chunks(dtype, ~sequences):
-        pairs = lengths.reshape(-1, tally.step)
-        count_tokens(tally.histograms, tokens, pairs, times=-1)
-        counts.duplicates += len(pairs)
-        counts.documents -= len(pairs)
-        counts.tokens -= len(tokens)
-    yield from part.chunks(dtype, sequences)
-
-
-def find_first(folder: Path, facts: Sequence[PartFacts]) -> list[Array]:
-    """Return which documents [documents] bool of each part are the first with their texts.
-
-    Hashes are sorted in partitions, so memory is 1 byte a document and about 1.5 GB for a partition; the
-    files of hashes, 16 bytes a document, are read once a partition.
-    """
-    documents = sum(part.counts.documents for part in facts)
-    keep = np.ones(documents, bool)
-    partitions = -(-documents // HASHES_AT_ONCE)
-    for partition in range(partitions):
-        hashes, numbers, first = [], [], 0
-        for unit, part in enumerate(facts):
-            found = np.fromfile(part_folder(folder, unit) / HASHES, np.uint64).reshape(-1, HASH.itemsize // 8)
-            if len(found) != part.counts.documents:
-                raise UserError(f"{part_folder(folder, unit) / HASHES} is damaged: remove its folder.")
-            chosen = np.flatnonzero(found[:, 0] % np.uint64(partitions) == partition)
-            hashes.append(found[chosen])
-            numbers.append(chosen + first)
-            first += len(found)
-        table, number = np.concatenate(hashes), np.concatenate(numbers)
-        order = np.lexsort((table[:, 1], table[:, 0]))  # stable: equal hashes stay in the order of the input
-        same = (table[order[1:]] == table[order[:-1]]).all(axis=1)
-        keep[number[order[1:][same]]] = False
-    return np.split(keep, np.cumsum([part.counts.documents for part in facts], dtype=np.int64)[:-1])
-
-
 def shuffled(prefix: Path, seed: int) -> Iterator[Chunk]:
-    """Yield the documents of a dataset in a random order; memory is 8 bytes a document, reads are random."""
+    """Yield the documents of a dataset in random order; memory is 8 bytes per document, reads are random."""
     index = read_index(prefix)
     step = 1 if index.modes is None else 2
     tokens = np.memmap(bin_path(prefix), index.dtype, "r")
@@ -309,25 +272,26 @@ def shuffled(prefix: Path, seed: int) -> Iterator[Chunk]:
         yield tokens[np.repeat(shift, lengths) + np.arange(lengths.sum(dtype=np.int64))], lengths
 
 
-def _join_quarantine(folder: Path, units: Sequence[int], prefix: Path) -> None:
-    files = [part_folder(folder, unit) / QUARANTINE for unit in units]
-    files = [path for path in files if path.exists()]
-    remove_left_overs(quarantine_path(prefix))
-    if not files:
-        quarantine_path(prefix).unlink(missing_ok=True)
+def _join_quarantine(files: Sequence[Path], prefix: Path) -> None:
+    """Write PREFIX.quarantine.jsonl from those of the parts, or remove an older one if there are none."""
+    path = quarantine_path(prefix)
+    found = [file for file in files if file.exists()]
+    remove_left_overs(path)
+    if not found:
+        path.unlink(missing_ok=True)
         return
-    with replacing(quarantine_path(prefix)) as file:
-        for path in files:
-            with path.open("rb") as source:
-                shutil.copyfileobj(source, file)
+    with replacing(path) as target:
+        for file in found:
+            with file.open("rb") as source:
+                shutil.copyfileobj(source, target)
 
 
 def merge_datasets(prefixes: Sequence[Path], output: Path) -> DatasetFacts:
     """Write one dataset with the documents of several, in their order.
 
     Raises:
-        UserError: for a dataset that is missing or damaged, given twice, or of another tokenizer or kind than
-            the first.
+        UserError: for a dataset that is missing, damaged or given twice, or whose tokenizer or kind differs
+            from the first one's.
     """
     facts = [read_facts(prefix) for prefix in prefixes]
     check_same(facts, [str(prefix) for prefix in prefixes], "datasets")
@@ -371,13 +335,3 @@ def merge_datasets(prefixes: Sequence[Path], output: Path) -> DatasetFacts:
                     progress.advance(round(tally.tokens * dtype.itemsize / MEGABYTE, 1))
 
         return _write(chunks(), output, dtype, pairs, facts_with)
-
-
-def is_whole(prefix: Path, plan: Plan) -> bool:
-    """Whether the dataset at `prefix` is whole and made by this plan."""
-    if not facts_path(prefix).exists() or existing(prefix) is None:
-        return False
-    try:
-        return read_facts(prefix).plan_sha256 == plan.sha256
-    except UserError:
-        return False

@@ -1,7 +1,8 @@
-"""Sources cut into spans, and the raw records of a span: lines, paragraphs or rows, each with its position.
+"""Sources cut into spans, and the raw records of a span, each with its position.
 
-A jsonl line is a record. A text file is cut into records at blank lines, or at every line. A table's rows
-are records.
+A span is what a worker reads by itself: a byte range of a plain file, row groups of a parquet file, a whole
+compressed or arrow file, or one shard of a streamed dataset. A record is a line of jsonl, a paragraph (or
+line) of text, or a row of a table.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from backports import zstd
 from pipeline.base.errors import UserError
 from pipeline.corpus.sources import Source, load_hub, open_file
 
-ROWS = 256  # of a table, held at a time
-PIECE = 2**20  # bytes read at a time of a line that is too long
+ROWS = 256  # of a table, in memory at a time
+PIECE = 2**20  # bytes of a line that is too long, in memory at a time
 BOM = b"\xef\xbb\xbf"
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
@@ -28,8 +29,8 @@ class BadRecord(Exception):
     """A record that cannot be used.
 
     Attributes:
-        reason: one word of a fixed set, which is counted.
-        detail: what is wrong, in a sentence without its end.
+        reason: one of a fixed set, by which bad records are counted.
+        detail: what is wrong, without a full stop.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -46,10 +47,10 @@ class Span:
     """A part of one source.
 
     Attributes:
-        source: number of the source in the plan.
+        source: its number in the partition.
         start: first byte, row group or shard.
         end: the one after the last; for a compressed or arrow file its size.
-        size: bytes on the disk, for progress and balance.
+        size: bytes on the disk, for progress and load balance.
     """
 
     source: int
@@ -63,9 +64,9 @@ class Reading:
     """How records are read.
 
     Attributes:
-        by_line: every line of a text file is a record; otherwise paragraphs are.
+        by_line: every line of a text file is a record, not every paragraph.
         limit: bytes of the longest line or paragraph.
-        columns: columns of a table that are read.
+        columns: of a table, the columns to read.
     """
 
     by_line: bool
@@ -74,7 +75,7 @@ class Reading:
 
 
 def cut(number: int, source: Source, target: Callable[[], int], by_line: bool) -> Iterator[Span]:
-    """Yield the spans of a source, each of about as many bytes as `target` then says, in order."""
+    """Yield the spans of a source in order, each of about `target()` bytes at that moment."""
     if source.format == "hub":
         yield from (Span(number, shard, shard + 1, target()) for shard in range(source.size))
     elif source.format == "parquet":
@@ -106,7 +107,7 @@ def _cut_parquet(number: int, source: Source, target: Callable[[], int]) -> Iter
             ]
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"--input {source.path} is no whole parquet file ({error}): bring it again."
+            f"--input {source.path} is not a complete parquet file ({error}): get a new copy."
         ) from None
     first, size = 0, 0
     for group, of_group in enumerate(sizes, start=1):
@@ -117,7 +118,7 @@ def _cut_parquet(number: int, source: Source, target: Callable[[], int]) -> Iter
 
 
 def _end_of_record(file: BinaryIO, position: int, size: int, paragraphs: bool) -> int:
-    """Return the end of the record that holds the byte before `position`."""
+    """Return the end of the record that contains the byte before `position`."""
     if position >= size:
         return size
     file.seek(position - 1)
@@ -128,7 +129,7 @@ def _end_of_record(file: BinaryIO, position: int, size: int, paragraphs: bool) -
 
 
 def _skip_line(file: BinaryIO) -> bytes:
-    """Read to the end of a line, however long; return a piece of it that is blank only if it all is."""
+    """Read to the end of a line, however long; return a piece that is blank only if the whole line is."""
     seen = piece = file.readline(PIECE)
     while piece and not piece.endswith(b"\n"):
         piece = file.readline(PIECE)
@@ -139,8 +140,8 @@ def _skip_line(file: BinaryIO) -> bytes:
 class SpanReader:
     """Iterates over (position, content) of the records of a span.
 
-    The position is the byte where a line or paragraph begins (after decompression), or the number of a row.
-    A blank line is empty content. What is already known to be bad is a `BadRecord`.
+    The position is the first byte of a line or paragraph (after decompression), or the number of a row. The
+    content of a blank line is empty. A record already known to be bad is a `BadRecord`.
     """
 
     def __init__(self, source: Source, span: Span, reading: Reading) -> None:
@@ -152,7 +153,7 @@ class SpanReader:
 
     @property
     def done(self) -> int:
-        """Bytes of the disk read so far, roughly."""
+        """Bytes read from the disk so far, approximately."""
         if self._raw is not None and self._raw.closed:
             return self.span.size
         if self._raw is not None:
@@ -167,7 +168,7 @@ class SpanReader:
             for position, content in records:
                 yield position, content
         except OSError as error:
-            if error.errno is not None:  # the disk or the network: not the content
+            if error.errno is not None:  # the disk or the network, not the content
                 raise
             yield position, _damaged(error)
         except DAMAGE as error:
@@ -189,7 +190,7 @@ class SpanReader:
             yield from lines if by_line else _paragraphs(lines, self.reading.limit)
             if end is not None and file.tell() != end:
                 raise UserError(
-                    f"{self.source.path} ends before byte {end}: it was cut short while being read."
+                    f"{self.source.path} ends before byte {end}: it shrank while it was read. Restore it."
                 )
 
     def _rows(self) -> Iterator[tuple[int, Content]]:
@@ -208,7 +209,7 @@ def _damaged(error: BaseException) -> BadRecord:
 
 
 def _lines(file: BinaryIO, offset: int, end: int | None, limit: int) -> Iterator[tuple[int, Content]]:
-    """Yield (offset, line with its end); a line that is too long is a BadRecord and never held in memory."""
+    """Yield (offset, line with its end); a line over the limit is a BadRecord and is never held in memory."""
     while end is None or offset < end:
         line = file.readline(limit + 2)
         if not line:
@@ -224,7 +225,7 @@ def _lines(file: BinaryIO, offset: int, end: int | None, limit: int) -> Iterator
 
 
 def _paragraphs(lines: Iterator[tuple[int, Content]], limit: int) -> Iterator[tuple[int, Content]]:
-    """Yield (offset, text) of the runs of lines between blank lines, without the last line end."""
+    """Yield (offset, text) of each run of lines between blank lines, without the last line end."""
     begun, size, held = 0, 0, bytearray()
     bad: BadRecord | None = None
     for offset, line in lines:
@@ -238,7 +239,7 @@ def _paragraphs(lines: Iterator[tuple[int, Content]], limit: int) -> Iterator[tu
                 size = len(held)
                 if size > limit + 2:
                     what = f"a paragraph, up to a blank line, of more than {limit} bytes"
-                    bad = BadRecord("too_long", f"{what} (--split-documents line takes every line)")
+                    bad = BadRecord("too_long", f"{what} (--split-documents line reads line by line)")
             if bad is not None:
                 held.clear()
         elif held or bad:
@@ -249,11 +250,11 @@ def _paragraphs(lines: Iterator[tuple[int, Content]], limit: int) -> Iterator[tu
         yield begun, bad or bytes(held).rstrip(b"\r\n")
 
 
-Batches = Iterator[tuple[int | None, float, Any]]  # first row where it is known, share done, the rows
+Batches = Iterator[tuple[int | None, float, Any]]  # number of the first row if known, share read, the rows
 
 
 def _parquet(source: Source, span: Span, columns: Sequence[str]) -> Batches:
-    import pyarrow.parquet as pq  # here and below: workers that read text start faster and smaller without
+    import pyarrow.parquet as pq  # here and below: workers that read text start faster without it
 
     with pq.ParquetFile(source.path, pre_buffer=False) as file:
         groups = range(span.start, span.end)
@@ -306,7 +307,7 @@ def _hub(source: Source, span: Span, columns: Sequence[str]) -> Batches:
 
 
 def _contents(batch: Any) -> Iterator[Content]:
-    """Yield the rows of a table as dictionaries, those with invalid text as BadRecord."""
+    """Yield the rows of a table as dictionaries; a row with invalid UTF-8 is a BadRecord."""
     if isinstance(batch, list):
         yield from batch
         return

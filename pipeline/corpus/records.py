@@ -1,4 +1,4 @@
-"""Documents from raw records: which keys are read, how chat becomes pairs, what cannot be used."""
+"""Documents from records: which keys are read, how chat becomes pairs, which records are bad."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -17,12 +17,12 @@ from pipeline.corpus.sources import Source, open_file
 
 MESSAGE_FORMAT = "{role}: {content}\n"
 EXCERPTS, SMALLEST_EXCERPT = 4096, 2**20  # spans that an excerpt is taken from, and bytes of the smallest
-MAX_BAD_FRACTION, FEW_RECORDS = 0.01, 1000  # of bad records; before so many, a reader does not give up
-LONGEST_RECORD = 2**23  # bytes: SentencePiece takes about 30 of memory for each
-ONE_A_LINE = "each line must hold an object, which jq -c '.[]' makes of an array"
-TEXT, PAIR = ("text",), ("prompt", "answer")
+MAX_BAD_FRACTION = 0.01  # share of bad records that is tolerated,
+FEW_RECORDS = 1000  # judged from so many records on
+LONGEST_RECORD = 2**23  # bytes; SentencePiece needs about 30 bytes of memory for each
+ONE_A_LINE = "each line must hold an object; jq -c '.[]' converts an array"
 
-# After full stops and their like with closing quotes, before white space; after full-width ones anywhere.
+# After . ! ? and closing quotes before white space; after full-width marks anywhere.
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[”’」』]*")
 
 
@@ -32,10 +32,10 @@ class Keys:
 
     Attributes:
         names: (text,), (prompt, answer) or (messages,); ``a.b`` is key b of the object at key a.
-        messages: the one name is a list of {"role", "content"}; the answer is the last message, which must be
-            the assistant's, the prompt is all before it.
-        message_format: how a message of the prompt is written; what precedes {content} also opens the answer.
-        split: cut each text into documents of a line or a sentence.
+        messages: the name is that of a list of {"role", "content"}; the last message, the assistant's, is the
+            answer, the others are the prompt.
+        message_format: of a message in the prompt; the part before {content} also opens the answer.
+        split: make each line or sentence of a text a document.
     """
 
     names: tuple[str, ...]
@@ -49,21 +49,21 @@ class Keys:
         return self.messages or len(self.names) == 2
 
     def reading(self, limit: int = LONGEST_RECORD) -> Reading:
-        """Return how raw records are read: of a table the columns of the keys, or of their first parts."""
+        """Return how raw records are read; of a table, the columns of the keys or of their first parts."""
         columns = dict.fromkeys(part for name in self.names for part in (name, name.split(".")[0]))
         return Reading(self.split == "line", limit, tuple(columns))
 
 
 def documents(content: Content, keys: Keys, is_text: bool) -> list[tuple[str, ...]]:
-    """Return the documents of a raw record: (text,) or (prompt, answer); several where texts are split.
+    """Return the documents of a raw record, (text,) or (prompt, answer); several if texts are split.
 
     Args:
-        content: what a `SpanReader` gave.
-        keys: what is read.
-        is_text: the record is of a text file.
+        content: from a `SpanReader`.
+        keys: which values are read.
+        is_text: whether the record is from a text file.
 
     Raises:
-        BadRecord: when it cannot be used.
+        BadRecord: if it cannot be used.
     """
     if isinstance(content, BadRecord):
         raise content
@@ -86,7 +86,7 @@ def documents(content: Content, keys: Keys, is_text: bool) -> list[tuple[str, ..
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a text without the white space around them, by their closing punctuation."""
+    """Split a text after closing punctuation; return its sentences without the white space around them."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     return [text[a:b].strip() for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
 
@@ -108,13 +108,15 @@ def _parsed(line: bytes) -> dict[str, Any]:
         lines = f", or one of several lines: {ONE_A_LINE}" if line.strip() in (b"{", b"[") else ""
         raise BadRecord("invalid_json", f"not valid JSON ({error.msg}){lines}") from None
     if not isinstance(tree, dict):
-        lines = f"an array, but {ONE_A_LINE}" if isinstance(tree, list) else "no JSON object, such as {...}"
+        lines = (
+            f"an array, but {ONE_A_LINE}" if isinstance(tree, list) else "not a JSON object, such as {...}"
+        )
         raise BadRecord("wrong_type", lines)
     return tree
 
 
 def _find(tree: dict[str, Any], name: str) -> Any:
-    """Return the value of a key, which may be nested; the whole name comes first."""
+    """Return the value of a key, which may be nested; a key with the whole name wins."""
     if name in tree:
         return tree[name]
     found: Any = tree
@@ -137,25 +139,24 @@ def _from_messages(tree: dict[str, Any], keys: Keys) -> tuple[str, str]:
     messages = _find(tree, keys.names[0])
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not messages:
         raise BadRecord(
-            "wrong_type", f"{keys.names[0]!r} is no list of messages, [{{'role', 'content'}}, ...]"
+            "wrong_type", f"{keys.names[0]!r} is not a list of messages, [{{'role', 'content'}}, ...]"
         )
     turns = [(_value(message, "role"), _value(message, "content")) for message in messages]
     role, answer = turns[-1]
     if role != "assistant":
-        raise BadRecord("empty_answer", f"the last message is of {role!r}, not of 'assistant'")
+        raise BadRecord("empty_answer", f"the last message is by {role!r}, not by 'assistant'")
     opening = keys.message_format.split("{content}")[0].replace("{role}", role)
     prompt = "".join(keys.message_format.replace("{role}", r).replace("{content}", c) for r, c in turns[:-1])
     return prompt + opening, answer
 
 
-@dataclass(frozen=True)
-class Record:
-    """One document with the place that it comes from.
+class Document(NamedTuple):
+    """The texts of a document and where they come from.
 
     Attributes:
-        texts: (text,), or (prompt, answer).
-        source: the input that it comes from.
-        position: where in it; see `SpanReader`.
+        texts: (text,) or (prompt, answer).
+        source: of the record.
+        position: of the record in the source; see `SpanReader`.
     """
 
     texts: tuple[str, ...]
@@ -164,12 +165,12 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where the document is, for messages."""
+        """The file and line or row of the record, for messages."""
         return place(self.source, self.position)
 
 
 def place(source: Source, position: int) -> str:
-    """Return where a raw record is, for people: ``FILE, line N`` or ``FILE, row N``."""
+    """Return the place of a record for messages: ``FILE, line N`` or ``FILE, row N``."""
     if source.format not in ("lines", "text"):
         return f"{source.path}, row {position + 1}"
     file, raw = open_file(source)
@@ -182,33 +183,33 @@ def place(source: Source, position: int) -> str:
 
 
 def check_inputs(paths: Iterable[Path], keys: Keys) -> list[Source]:
-    """Return the sources of files; raise a `UserError` for one that is missing or holds no such records."""
+    """Return the sources of files; raise a `UserError` if one is missing or cannot hold the keys."""
     sources = [Source.of_file(path) for path in paths]
-    check_kinds(sources, keys)
+    check_formats(sources, keys)
     return sources
 
 
-def check_kinds(sources: Sequence[Source], keys: Keys) -> None:
-    """Raise a `UserError` for a source that cannot hold such records."""
+def check_formats(sources: Sequence[Source], keys: Keys) -> None:
+    """Raise a `UserError` for a source that cannot hold the keys."""
     for source in sources:
         if source.format == "text" and keys.is_pair:
-            raise UserError(f"{source.path} is text: prompt/answer pairs come from jsonl lines or tables.")
+            raise UserError(f"{source.path} is plain text: prompt/answer pairs come from jsonl or tables.")
 
 
 OnBad = Callable[[Source, int, BadRecord], None]  # the arguments of `complaint`
 
 
 def too_many(bad: int, records: int, limit: float = MAX_BAD_FRACTION, final: bool = True) -> bool:
-    """Return whether so many of the records are bad that reading ends; of few records only `final`ly."""
+    """Return whether more than `limit` of the records are bad; few records are judged only if `final`."""
     return bad > limit * records and (final or records >= FEW_RECORDS)
 
 
 class BadRecords:
-    """Counts records that cannot be used, and gives up when they are too many.
+    """Counts bad records, and raises when there are too many.
 
     Attributes:
-        count: how many.
-        good: how many can be used; whoever reads keeps this up.
+        count: bad records.
+        good: the others; the reader counts them.
     """
 
     def __init__(self) -> None:
@@ -216,24 +217,24 @@ class BadRecords:
         self.first: tuple[Source, int, BadRecord] | None = None
 
     def add(self, source: Source, position: int, bad: BadRecord) -> None:
-        """Count one; raise a `UserError` of the first when there are too many."""
+        """Count a bad record; raise a `UserError` about the first if there are too many."""
         self.count += 1
         self.first = self.first or (source, position, bad)
         self.check(final=False)
 
     def check(self, final: bool = True) -> None:
-        """Raise a `UserError` of the first when there are too many; see `too_many`."""
+        """Raise a `UserError` about the first bad record if there are too many; see `too_many`."""
         if self.first is not None and too_many(self.count, self.count + self.good, final=final):
             raise UserError(complaint(*self.first))
 
 
-def read_all(paths: Iterable[Path], keys: Keys, on_bad: OnBad | None = None) -> Iterator[Record]:
+def read_all(paths: Iterable[Path], keys: Keys, on_bad: OnBad | None = None) -> Iterator[Document]:
     """Yield every document of the files, in order.
 
     Args:
         paths: the files.
-        keys: what is read.
-        on_bad: called with each record that cannot be used; without it the first one is a `UserError`.
+        keys: which values are read.
+        on_bad: called with each bad record; without it the first one raises a `UserError`.
     """
     for source in check_inputs(paths, keys):
         for span in cut(0, source, lambda: sys.maxsize, keys.reading().by_line):
@@ -246,22 +247,22 @@ def read_excerpt(
     limit: float,
     on_read: Callable[[float, float], None],
     bad: BadRecords,
-) -> Iterator[Record]:
-    """Yield documents spread evenly over a corpus, with about so much text; every one where there is no more.
+) -> Iterator[Document]:
+    """Yield documents with about `limit` bytes of text, spread evenly over a corpus; all of a smaller corpus.
 
-    The corpus is cut into many spans, of which the first documents are read, until there is as much text as
-    the corpus up to the end of the span has earned. Of a compressed file that is the beginning. The same
+    The corpus is cut into many spans. From the start of each, documents are read until the text is in
+    proportion to the bytes up to the end of the span. Of a compressed file only the start is read. The same
     corpus gives the same documents.
 
     Args:
-        sources: of `check_inputs`.
-        keys: what is read.
+        sources: from `check_inputs`.
+        keys: which values are read.
         limit: bytes of text.
-        on_read: called with each document, the bytes of the files that are behind, and those of text.
-        bad: counts the records that are passed over because they cannot be used.
+        on_read: called for each document with the bytes of files passed so far, and of text taken.
+        bad: counts the bad records, which are skipped.
 
     Raises:
-        UserError: when these are too many.
+        UserError: for too many bad records.
     """
     total = sum(source.size for source in sources)
     size = max(total // EXCERPTS, SMALLEST_EXCERPT)
@@ -281,7 +282,7 @@ def read_excerpt(
     bad.check()
 
 
-def _records(reader: SpanReader, keys: Keys, on_bad: OnBad | None = None) -> Iterator[Record]:
+def _records(reader: SpanReader, keys: Keys, on_bad: OnBad | None = None) -> Iterator[Document]:
     for position, content in reader:
         if isinstance(content, bytes) and not content.strip():
             continue
@@ -293,14 +294,14 @@ def _records(reader: SpanReader, keys: Keys, on_bad: OnBad | None = None) -> Ite
             on_bad(reader.source, position, bad)
             continue
         for texts in found:
-            yield Record(texts, reader.source, position)
+            yield Document(texts, reader.source, position)
 
 
 def complaint(source: Source, position: int, bad: BadRecord) -> str:
-    """Return the message for a record that cannot be used, with its place and the remedy."""
+    """Return the message about a bad record, with its place and the remedy."""
     remedy = {
-        "missing_key": "Name its keys by the options (--text-key, --prompt-key, ...), or rename them.",
-        "too_long": "Raise --max-document-bytes, or cut the record.",
-        "damaged_file": "Bring a whole copy of the file.",
-    }.get(bad.reason, "Mend or remove the record.")
+        "missing_key": "Set --text-key, --prompt-key, ... to its keys, or rename them.",
+        "too_long": "Raise --max-document-bytes, or shorten the record.",
+        "damaged_file": "Get a complete copy of the file.",
+    }.get(bad.reason, "Fix or remove the record.")
     return f"{place(source, position)}: {bad.detail.rstrip('.?')}. {remedy}"

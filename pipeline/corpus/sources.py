@@ -1,8 +1,4 @@
-"""Where a corpus is: files by path, glob, folder or list, and datasets that Hugging Face streams.
-
-A source is read in spans that a worker opens on its own: a byte range of a plain file, row groups of a
-parquet file, a whole compressed or arrow file, one shard of a streamed dataset.
-"""
+"""The inputs of a corpus: files by path, glob, folder or list, and datasets that Hugging Face streams."""
 
 from __future__ import annotations
 
@@ -43,7 +39,7 @@ COMPRESSIONS: dict[str, Callable[..., Any]] = {
 }
 KNOWN = f"{', '.join(FORMATS)}; the first four also with {', '.join(COMPRESSIONS)}"
 _ENDS = 2**16  # bytes hashed at the head and at the tail
-_KINDS = 5  # suffixes named of files that are left out
+_SUFFIXES = 5  # of skipped files, named in the message
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Hub:
     Attributes:
         name: of the dataset on the hub, or a local folder of data files.
         config: its configuration, if it has several.
-        split: which split is read.
+        split: the split to read.
         revision: commit or tag on the hub.
     """
 
@@ -65,16 +61,16 @@ class Hub:
 
 @dataclass(frozen=True)
 class Source:
-    """One input, as it was when the work was planned.
+    """One input, as it was when preprocessing began.
 
     Attributes:
         path: of the file, or the name of a streamed dataset.
-        format: what is inside.
-        compression: suffix of the compression, empty for none.
-        size: bytes; shards of a streamed dataset.
+        format: of its content.
+        compression: suffix of the compression, or empty.
+        size: in bytes; for a streamed dataset, in shards.
         mtime_ns: time of the last change; 0 for a streamed dataset.
-        ends: sha256 of the size, head and tail; the fingerprint of a streamed dataset.
-        hub: how a streamed dataset is loaded.
+        ends: sha256 of size, head and tail; for a streamed dataset, its fingerprint.
+        hub: how to load a streamed dataset.
     """
 
     path: str
@@ -92,44 +88,45 @@ class Source:
 
     @classmethod
     def of_file(cls, path: Path) -> Source:
-        """Return the source of a file; raise a `UserError` for one of an unknown kind or that is missing."""
+        """Return the source of a file; raise a `UserError` if it is missing or of an unknown type."""
         if not path.is_file():
-            raise UserError(f"{path} does not exist, or is no file.")
+            raise UserError(f"{path} does not exist or is not a file: check --input.")
         found = format_of(path)
         if found is None:
-            raise UserError(f"{path}: its kind is not known; use {KNOWN}.")
+            raise UserError(f"{path}: unknown file type; use {KNOWN}.")
         facts = path.stat()
         return cls(str(path), *found, facts.st_size, facts.st_mtime_ns, _hash_ends(path, facts.st_size))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Source:
-        """Return the source that `to_json` described."""
+        """Return the source from the result of `to_json`."""
         hub = values.pop("hub")
         return cls(**values, hub=Hub(**hub) if hub else None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the source in plain types."""
+        """Return the source as plain JSON values."""
         return asdict(self)
 
     def check_unchanged(self) -> None:
-        """Raise a `UserError` when size or time show that the file is not the planned one any more."""
+        """Raise a `UserError` if the file is gone, or if its size or time changed."""
         if self.hub is not None:
             return
         try:
             facts = Path(self.path).stat()
         except FileNotFoundError:
             raise UserError(
-                f"{self.path} has vanished: bring it back and run the same again; what is done is kept."
+                f"{self.path} has disappeared: restore it and run the same command again. Finished parts are "
+                "kept."
             ) from None
         if (facts.st_size, facts.st_mtime_ns) != (self.size, self.mtime_ns):
             raise UserError(
-                f"{self.path} has changed since the plan was made (size {self.size}, now {facts.st_size}): "
-                "bring the old file back, or give --restart to begin anew."
+                f"{self.path} has changed since preprocessing began (size {self.size}, now {facts.st_size}): "
+                "restore the old file, or start over with --restart."
             )
 
 
 def format_of(path: Path) -> tuple[Format, str] | None:
-    """Return format and compression that a file's name tells, in any case; None for an unknown kind."""
+    """Return format and compression by the file's suffixes, upper or lower case; None if unknown."""
     path = Path(path.name.lower())
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     found = FORMATS.get(path.with_suffix("").suffix if compression else path.suffix)
@@ -148,41 +145,44 @@ def _hash_ends(path: Path, size: int) -> str:
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
-    """Return the files meant by the inputs, in their order; say on stderr what a folder holds besides.
+    """Return the files of the inputs, in order; report on stderr what was skipped in folders.
 
-    An input is a file, a glob (``data/**/*.jsonl.zst``), a folder (every file of a known kind below it, by
-    name; the data files of a dataset saved by `datasets`, in its order) or ``@LIST``, a file of inputs, one a
-    line.
+    An input is a file, a glob (``data/**/*.jsonl.zst``), a folder (every file of a known type below it, by
+    name; the data files of a dataset saved by `datasets`, in its order) or ``@LIST``, a file with one input
+    per line.
 
     Raises:
-        UserError: for an input without a file, or a file that is meant twice.
+        UserError: for an input without a file, or a file given twice.
     """
-    left_out: list[Path] = []
-    files: dict[str, tuple[Path, str]] = {}  # by real path: the file, and the input that means it
-    for given, path in _expanded(inputs, left_out):
+    skipped: list[Path] = []
+    files: dict[str, tuple[Path, str]] = {}  # by real path: the file, and the input that gave it
+    for given, path in _expanded(inputs, skipped):
         file, before = files.setdefault(os.path.realpath(path), (path, given))
         if file is not path:
             raise UserError(
-                f"--input: {path} is meant twice, by {before} and by {given}, and its documents would come "
-                "twice: leave one out."
+                f"--input: {path} is given twice, by {before} and by {given}: its documents would be "
+                "duplicated. Remove one."
             )
-    if left_out:
-        print(f"left out, of unknown kinds: {_kinds(left_out)}. What is read: {KNOWN}.", file=sys.stderr)
+    if skipped:
+        print(f"skipped files of unknown types: {_suffixes(skipped)}. Known types: {KNOWN}.", file=sys.stderr)
     return [path for path, _ in files.values()]
 
 
 def _expanded(
-    inputs: Sequence[str], left_out: list[Path], lists: tuple[str, ...] = ()
+    inputs: Sequence[str], skipped: list[Path], lists: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Path]]:
-    """Yield each input, in nested `lists`, with each of its files; add the rest of folders to `left_out`."""
+    """Yield (input, file) for every file; add unknown files of folders to `skipped`.
+
+    `lists` are the lists around the inputs: a list that contains itself is refused.
+    """
     for given in inputs:
         path = Path(given)
         if given in lists:
-            raise UserError(f"--input {given}: the list names itself: take that line out.")
+            raise UserError(f"--input {given}: the list contains itself: remove that line.")
         if given.startswith("@"):
-            yield from _expanded(_read_list(Path(given[1:])), left_out, (*lists, given))
+            yield from _expanded(_read_list(Path(given[1:])), skipped, (*lists, given))
         elif path.is_dir():
-            yield from ((given, file) for file in _files_of_folder(path, left_out))
+            yield from ((given, file) for file in _files_of_folder(path, skipped))
         elif not path.exists() and glob.has_magic(given):
             found = _only_files(Path(match) for match in sorted(glob.glob(given, recursive=True)))
             if not found:
@@ -198,7 +198,7 @@ def _read_list(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _files_of_folder(folder: Path, left_out: list[Path]) -> list[Path]:
+def _files_of_folder(folder: Path, skipped: list[Path]) -> list[Path]:
     state = folder / "state.json"
     if state.is_file() and (folder / "dataset_info.json").is_file():
         try:
@@ -206,43 +206,45 @@ def _files_of_folder(folder: Path, left_out: list[Path]) -> list[Path]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{state} is damaged ({error}): save the dataset again.") from None
     if (folder / "dataset_dict.json").is_file():
-        raise UserError(f"--input {folder} holds several splits: name the folder of one, {folder}/train.")
-    below = glob.iglob("**", root_dir=folder, recursive=True)  # follows links, passes over what is hidden
+        raise UserError(
+            f"--input {folder} holds several splits: name the folder of one, such as {folder}/train."
+        )
+    below = glob.iglob("**", root_dir=folder, recursive=True)  # follows links, skips hidden files
     files = sorted(_only_files(folder / name for name in below))
     known = [path for path in files if format_of(path) is not None]
     unknown = [path for path in files if format_of(path) is None]
     if not known:
-        there = f" ({_kinds(unknown)})" if unknown else ""
-        raise UserError(f"--input {folder}: no file of a known kind in it{there}; use {KNOWN}.")
-    left_out += unknown
+        there = f" ({_suffixes(unknown)})" if unknown else ""
+        raise UserError(f"--input {folder} holds no file of a known type{there}; use {KNOWN}.")
+    skipped += unknown
     return known
 
 
 def _only_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files among paths, without the folders; raise a `UserError` for a link to nowhere."""
+    """Return the paths that are files; raise a `UserError` for a broken link."""
     files = []
     for path in paths:
         if path.is_file():
             files.append(path)
         elif path.is_symlink() and not path.exists():
-            raise UserError(f"--input {path} is a link to nowhere: bring its file back, or remove it.")
+            raise UserError(f"--input {path} is a broken link: restore its file, or remove the link.")
     return files
 
 
-def _kinds(files: Sequence[Path]) -> str:
-    """Return how many files there are of each suffix: ``3 .json.lz4, 1 .md``; the rarest are not named."""
+def _suffixes(files: Sequence[Path]) -> str:
+    """Return the number of files of each suffix: ``3 .json.lz4, 1 .md``; the rarest as ``others``."""
     counts: Counter[str] = Counter()
     for path in files:
         inner = Path(path.stem).suffix
         named = inner if inner.lower() in FORMATS or path.suffix.lower() in COMPRESSIONS else ""
         counts[f"{named}{path.suffix}" or "without a suffix"] += 1
-    first = [f"{count} {kind}" for kind, count in counts.most_common(_KINDS)]
-    others = len(files) - sum(count for _, count in counts.most_common(_KINDS))
+    first = [f"{count} {kind}" for kind, count in counts.most_common(_SUFFIXES)]
+    others = len(files) - sum(count for _, count in counts.most_common(_SUFFIXES))
     return ", ".join(first + ([f"{others} others"] if others else []))
 
 
 def open_file(source: Source) -> tuple[BinaryIO, BinaryIO]:
-    """Return a text file, decompressed, and the file below it, whose position tells progress."""
+    """Return a file of text, decompressed, and the raw file under it, whose position shows progress."""
     raw: BinaryIO = Path(source.path).open("rb", buffering=2**18)  # noqa: SIM115  the caller closes both
     if not source.compression:
         return raw, raw
@@ -251,14 +253,14 @@ def open_file(source: Source) -> tuple[BinaryIO, BinaryIO]:
 
 @functools.cache
 def load_hub(hub: Hub) -> Any:
-    """Return the builder of a dataset; raise a `UserError` when `datasets` cannot find it or its split."""
+    """Return the builder of a dataset; raise a `UserError` if `datasets` cannot load it or its split."""
     with extra("hub", "--hub-dataset"):
-        import datasets  # takes seconds, and most corpora are files
+        import datasets  # slow to import, and most corpora are files
 
     try:
         builder = datasets.load_dataset_builder(hub.name, hub.config, revision=hub.revision)
         builder.as_streaming_dataset(split=hub.split)
-    except Exception as error:  # its own errors, the hub's, the network's
+    except Exception as error:  # errors of `datasets`, the hub or the network
         raise UserError(
             f"--hub-dataset {hub.name} cannot be loaded ({type(error).__name__}: {error}): check its name, "
             "--hub-config, --hub-split and --hub-revision."
@@ -269,8 +271,8 @@ def load_hub(hub: Hub) -> Any:
 def hub_source(hub: Hub) -> Source:
     """Return the source of a streamed dataset.
 
-    Its fingerprint is that of its data files: on the hub their addresses, which carry the commit; of local
-    files also sizes and times.
+    Its fingerprint covers its data files: on the hub their URLs, which contain the commit; locally also sizes
+    and times.
     """
     builder = load_hub(hub)
     files = []

@@ -1,13 +1,7 @@
-"""A worker: takes a unit, reads, encodes and writes its part, and tells nobody a token.
-
-A part is a folder of the parts' folder, named by its unit's number: tokens, lengths, hashes (with
-de-duplication), quarantine.jsonl (where there are bad records), histograms.npy and part.json. It appears by
-one rename: a part that is there is whole.
-"""
+"""A worker process: reads the records of a unit, encodes them and writes its part."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 import json
@@ -26,86 +20,55 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder
 from pipeline.corpus.encode import WordEncoder
-from pipeline.corpus.plan import Plan
+from pipeline.corpus.partition import Partition
+from pipeline.corpus.parts import (
+    HASH,
+    HASHES,
+    LENGTHS,
+    QUARANTINE,
+    TOKENS,
+    PartFacts,
+    count_tokens,
+    part_folder,
+    write_part,
+)
 from pipeline.corpus.reading import BadRecord, SpanReader
-from pipeline.corpus.records import complaint, documents
+from pipeline.corpus.records import Document, complaint, documents
 from pipeline.corpus.sources import Source
 from pipeline.data.arrays import Array
 from pipeline.data.facts import Counts
 from pipeline.data.indexed import token_dtype
 from pipeline.data.tokenizer import Tokenizer
 
-TOKENS, LENGTHS, HASHES, QUARANTINE = "tokens", "lengths", "hashes", "quarantine.jsonl"
-HISTOGRAMS, PART = "histograms.npy", "part.json"
-HASH = np.dtype("V16")
-BATCH, BATCH_CHARACTERS = 4096, 2**20  # encoded by one call, which starts a thread each time
-EXCERPT = 200  # characters of a bad record that are shown
+BATCH, BATCH_CHARACTERS = 4096, 2**20  # encoded in one call; each call starts a thread
+EXCERPT = 200  # characters of a bad record that are quarantined
 
 
 class Stopped(Exception):
-    """The parent has asked the workers to stop."""
+    """The parent asked the workers to stop."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to know.
+    """What every worker of a run is given.
 
     Attributes:
-        plan: all of it.
+        partition: of the corpus.
         folder: of the parts.
         on_error: quarantine bad records, or fail at the first.
         whole_texts: encode each text as a whole, not word by word; the tokens are the same.
     """
 
-    plan: Plan
+    partition: Partition
     folder: Path
     on_error: Literal["quarantine", "fail"]
     whole_texts: bool = False
 
 
-@dataclass(frozen=True)
-class PartFacts:
-    """What part.json holds.
-
-    Attributes:
-        plan_sha256: the plan that the part belongs to.
-        counts: what became of the records.
-        sha256: of the files with tokens, lengths and hashes.
-    """
-
-    plan_sha256: str
-    counts: Counts
-    sha256: dict[str, str]
-
-
-def part_folder(folder: Path, unit: int) -> Path:
-    """Return the folder of a unit's part."""
-    return folder / f"{unit:06d}"
-
-
-def read_part(folder: Path, unit: int, plan_sha256: str) -> PartFacts:
-    """Return the facts of a part.
-
-    Raises:
-        UserError: when it is damaged, or of another plan.
-    """
-    path = part_folder(folder, unit) / PART
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        facts = PartFacts(**{**values, "counts": Counts(**values["counts"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): remove {path.parent} and run the same again."
-        ) from None
-    if facts.plan_sha256 != plan_sha256:
-        raise UserError(f"{path} belongs to another plan: give --restart to begin anew.")
-    return facts
-
-
 class Board:
-    """What workers show to the parent: a row of 64-bit numbers each, in shared memory without locks.
+    """The workers' progress as the parent sees it: a row of int64 per worker, in shared memory without locks.
 
-    Columns: the unit that is being done plus 1 (0: none), bytes read, tokens written, time of the last beat.
+    Columns: unit in progress plus 1 (0 if idle), bytes read, tokens written, time of the last heartbeat.
     """
 
     WIDTH = 4
@@ -126,22 +89,19 @@ class Board:
 
     @property
     def stopping(self) -> bool:
-        """Whether the workers have been asked to stop."""
+        """Whether the workers were asked to stop."""
         return bool(self._stop[0])
 
 
-Document = tuple[tuple[str, ...], Source, int]  # texts, and where they come from
-
-
 class _PartWriter:
-    """Gathers the documents of a unit and writes the files of its part."""
+    """Encodes the documents of a unit in batches and writes the files of its part."""
 
     def __init__(self, folder: Path, encoder: WordEncoder, job: Job) -> None:
         self.folder = folder
         self.encoder = encoder
         self.job = job
-        self.options = job.plan.options
-        self.step = 2 if self.options.keys.is_pair else 1  # sequences of a document
+        self.options = job.partition.options
+        self.step = 2 if self.options.keys.is_pair else 1  # sequences per document
         self.dtype = token_dtype(encoder.tokenizer.vocab_size)
         self.counts = Counts()
         self.histograms = np.zeros((2, encoder.tokenizer.vocab_size), np.int64)  # prompts; texts or answers
@@ -152,21 +112,21 @@ class _PartWriter:
         self._batch_size = 0
 
     def add(self, document: Document) -> bool:
-        """Take a document; return whether a batch was encoded."""
+        """Add a document; return whether that filled and encoded a batch."""
         self._batch.append(document)
-        self._batch_size += len(document[0][-1])
+        self._batch_size += len(document.texts[-1])
         if len(self._batch) < BATCH and self._batch_size < BATCH_CHARACTERS:
             return False
         self.encode()
         return True
 
     def quarantine(self, source: Source, position: int, bad: BadRecord, content: object) -> None:
-        """Write down a record that cannot be used; or fail, if so asked."""
+        """Record a bad record, or raise a `UserError` with --on-error fail."""
         if self.job.on_error == "fail":
             raise UserError(complaint(source, position, bad))
         self.counts.quarantined[bad.reason] = self.counts.quarantined.get(bad.reason, 0) + 1
-        where = "byte" if source.format in ("lines", "text") else "row"
-        entry = {"file": source.path, where: position, "reason": bad.reason, "detail": bad.detail}
+        kind = "byte" if source.format in ("lines", "text") else "row"
+        entry = {"file": source.path, kind: position, "reason": bad.reason, "detail": bad.detail}
         if not isinstance(content, BadRecord):
             shown = content.decode("utf-8", "replace") if isinstance(content, bytes) else repr(content)
             entry["excerpt"] = shown[:EXCERPT]
@@ -175,15 +135,15 @@ class _PartWriter:
         self.files[QUARANTINE].write(json.dumps(entry).encode() + b"\n")
 
     def encode(self) -> None:
-        """Encode what is gathered; count, hash and write its tokens."""
+        """Encode the batch; count, hash and write its tokens."""
         batch, self._batch, self._batch_size = self._batch, [], 0
         if not batch:
             return
         try:
-            found = self.encoder.encode_batch([text for texts, _, _ in batch for text in texts])
-        except UnicodeEncodeError:  # a lone surrogate, from a stream: JSON lines and tables hold none
+            found = self.encoder.encode_batch([text for document in batch for text in document.texts])
+        except UnicodeEncodeError:  # a lone surrogate of a streamed dataset; JSON and tables have none
             batch = [document for document in batch if self._is_unicode(document)]
-            found = self.encoder.encode_batch([text for texts, _, _ in batch for text in texts])
+            found = self.encoder.encode_batch([text for document in batch for text in document.texts])
         lengths = np.fromiter(map(len, found), np.int32, len(found)).reshape(-1, self.step)
         keep = self._judge(batch, lengths)
         if not keep.all():
@@ -204,7 +164,7 @@ class _PartWriter:
         self._write(TOKENS, tokens.data)
         self._write(LENGTHS, np.ascontiguousarray(lengths).data)
         if self.options.deduplicate:
-            self._write(HASHES, b"".join(document_hash(texts) for texts, _, _ in batch))
+            self._write(HASHES, b"".join(document_hash(document.texts) for document in batch))
 
     def _is_unicode(self, document: Document) -> bool:
         texts, source, position = document
@@ -217,7 +177,7 @@ class _PartWriter:
         return True
 
     def _judge(self, batch: Sequence[Document], lengths: Array) -> Array:
-        """Return which documents [B] are kept; add the end-of-sequence token to their `lengths` [B, step]."""
+        """Return a mask [B] of the documents to keep; count eos into `lengths` [B, step] in place."""
         empty = lengths[:, -1] == 0
         for number in np.flatnonzero(empty):
             texts, source, position = batch[int(number)]
@@ -240,37 +200,18 @@ class _PartWriter:
         self.digests[name].update(data)
 
     def close(self) -> None:
-        """Write the files' rest, and part.json last."""
+        """Finish the files; part.json comes last."""
         self.encode()
         self.counts.check()
         for file in self.files.values():
             file.close()
-        np.save(self.folder / HISTOGRAMS, self.histograms)
         digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
-        facts = PartFacts(self.job.plan.sha256, self.counts, digests)
-        (self.folder / PART).write_text(json.dumps(dataclasses.asdict(facts)) + "\n", encoding="utf-8")
-
-
-def count_tokens(histograms: Array, tokens: Array, lengths: Array, times: int = 1) -> None:
-    """Add how often ids occur to `histograms` [2, V]: of prompts in row 0, of texts and answers in row 1.
-
-    Args:
-        histograms: [2, V] int64, changed in place.
-        tokens: [sum of lengths], any integer type.
-        lengths: [documents, 1] of texts, or [documents, 2] of pairs.
-        times: -1 takes the tokens away again.
-    """
-    size = histograms.shape[1]
-    if lengths.shape[1] == 1:
-        histograms[1] += times * np.bincount(tokens, minlength=size)
-        return
-    is_answer = np.repeat(np.tile(np.array([False, True]), len(lengths)), lengths.ravel())
-    for row, chosen in ((0, ~is_answer), (1, is_answer)):
-        histograms[row] += times * np.bincount(tokens[chosen], minlength=size)
+        facts = PartFacts(self.job.partition.sha256, self.counts, digests)
+        write_part(self.folder, facts, self.histograms)
 
 
 def document_hash(texts: tuple[str, ...]) -> bytes:
-    """Return the 128-bit hash of a document's texts; of pairs with the length of the prompt."""
+    """Return the 128-bit hash of a document's texts; their lengths count, so (ab, c) is not (a, bc)."""
     digest = hashlib.blake2b(digest_size=HASH.itemsize)
     for text in texts:
         content = text.encode()
@@ -279,23 +220,23 @@ def document_hash(texts: tuple[str, ...]) -> bytes:
 
 
 def make_part(job: Job, encoder: WordEncoder, unit: int, beat: Callable[[int, int], None]) -> Counts:
-    """Write the part of a unit, whole or not at all.
+    """Write the part of a unit, completely or not at all.
 
     Args:
-        job: what is done.
-        encoder: with the loaded tokenizer.
-        unit: its number in the plan.
+        job: of the run.
+        encoder: of the job's tokenizer.
+        unit: its number in the partition.
         beat: called after each batch with the bytes read and the tokens written so far; may raise to stop.
 
     Raises:
-        UserError: at the first bad record, where bad ones are not quarantined; for a changed input.
+        UserError: for an input that changed; at the first bad record with --on-error fail.
     """
-    plan, options = job.plan, job.plan.options
+    partition, options = job.partition, job.partition.options
     reading = options.keys.reading(options.max_document_bytes)
     with creating_folder(part_folder(job.folder, unit)) as folder:
         part, before = _PartWriter(folder, encoder, job), 0
-        for span in plan.units[unit]:
-            source = plan.sources[span.source]
+        for span in partition.units[unit]:
+            source = partition.sources[span.source]
             reader = SpanReader(source, span, reading)
             for position, content in reader:
                 part.counts.records += 1
@@ -307,13 +248,13 @@ def make_part(job: Job, encoder: WordEncoder, unit: int, beat: Callable[[int, in
                     if isinstance(content, dict):
                         _check_size(found, options.max_document_bytes)
                 except BadRecord as bad:
-                    part.encode()  # what came before is judged before
+                    part.encode()  # so that the quarantine lists bad records in order
                     part.quarantine(source, position, bad, content)
                     beat(before + reader.done, part.counts.tokens)
                     continue
                 part.counts.added_by_splitting += len(found) - 1
                 for texts in found:
-                    if part.add((texts, source, position)):
+                    if part.add(Document(texts, source, position)):
                         beat(before + reader.done, part.counts.tokens)
             before += span.size
         part.close()
@@ -322,18 +263,18 @@ def make_part(job: Job, encoder: WordEncoder, unit: int, beat: Callable[[int, in
 
 
 def _check_size(found: Sequence[tuple[str, ...]], limit: int) -> None:
-    """Refuse rows of a table that are too long; lines of text have been measured when they were read."""
+    """Raise a `BadRecord` for a table row that is too long; lines are measured when they are read."""
     for texts in found:
         size = sum(map(len, texts))
         if size * 4 > limit and (size := sum(len(t.encode("utf-8", "replace")) for t in texts)) > limit:
             raise BadRecord("too_long", f"a row of {size} bytes of text, more than {limit}")
 
 
-_process: dict[str, Any] = {}  # what a worker process keeps from unit to unit
+_process: dict[str, Any] = {}  # what a worker process keeps between units
 
 
 def start(job: Job, memory: Any, workers: int, taken: Any) -> None:
-    """Prepare a worker process: one thread, no share in the terminal's Ctrl-C, the tokenizer loaded once."""
+    """Initialize a worker process: one thread, Ctrl+C left to the parent, the tokenizer loaded once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -342,15 +283,15 @@ def start(job: Job, memory: Any, workers: int, taken: Any) -> None:
         taken.value += 1
     _process.update(
         job=job,
-        encoder=WordEncoder(Tokenizer.load(Path(job.plan.tokenizer)), cut=not job.whole_texts),
+        encoder=WordEncoder(Tokenizer.load(Path(job.partition.tokenizer)), cut=not job.whole_texts),
         board=Board(memory, workers),
         number=number,
     )
-    gc.freeze()  # what is loaded is never garbage: collections need not look at it again
+    gc.freeze()  # spares the collector what is loaded for good
 
 
 def _end_with_parent() -> None:
-    """End this process with its parent, even if that is killed: an idle worker would wait for ever."""
+    """Exit when the parent does, even if it is killed: an idle worker would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

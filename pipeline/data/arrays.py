@@ -1,4 +1,4 @@
-"""The type of NumPy arrays, apart from torch: the workers of the preprocessor start fast and stay small."""
+"""The type of NumPy arrays; it does not import torch, so preprocessing workers start fast and stay small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much each dataset gives to a blend, and building its indices once, whole, and by one rank a node."""
+"""How much each dataset contributes to a blend; its indices, built once, by one rank per node."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ORDER_FILE = "data_order.json"
 
 @dataclass(frozen=True)
 class Share:
-    """What a dataset gives to an epoch of the blend.
+    """What a dataset contributes to an epoch of the blend.
 
     Attributes:
-        prefix: the dataset.
-        tokens: in all of it.
-        examples: training examples of one epoch of its own.
+        prefix: of the dataset.
+        tokens: of the whole dataset.
+        examples: training examples of the dataset.
         used: training examples in an epoch of the blend.
-        too_long: training documents left out by data.too_long: drop.
+        too_long: training documents dropped by data.too_long: drop.
     """
 
     prefix: str
@@ -37,21 +37,21 @@ class Share:
 
     @property
     def epochs(self) -> float:
-        """How often each of its examples comes in an epoch of the blend, on average."""
+        """How often an example is used in an epoch of the blend, on average."""
         return self.used / self.examples
 
 
 def blend_sizes(examples: Sequence[int], weights: Sequence[float], caps: Sequence[float] | None) -> list[int]:
-    """Return how many examples of each dataset an epoch of the blend holds.
+    """Return how many examples of each dataset are in an epoch of the blend.
 
-    It is as long as the datasets together, shared by `weights`. What a dataset may not give, because it would
-    come more than `caps` times, the others give in the proportion of their weights; where none may give more,
-    the epoch is shorter.
+    The epoch is as long as all datasets together, shared by `weights`. A dataset at its cap contributes no
+    more, and the others fill the gap in proportion to their weights; if all are at their caps, the epoch is
+    shorter.
 
     Args:
-        examples: examples of each dataset, once.
-        weights: shares, of any sum.
-        caps: most epochs of each dataset; None for no limit.
+        examples: number of examples of each dataset.
+        weights: shares, with any sum.
+        caps: maximum epochs of each dataset; None for no limit.
     """
     limits = (
         [float("inf")] * len(examples)
@@ -70,11 +70,11 @@ def blend_sizes(examples: Sequence[int], weights: Sequence[float], caps: Sequenc
 
 
 def build_once(folder: Path, build: Callable[[Path], object]) -> None:
-    """Have `folder` made by `build` where it is missing; every rank calls this.
+    """Build `folder` by `build` if it is missing; every rank calls this.
 
-    The first rank builds, and then, where its folder cannot be seen (a disk of the node's own), one rank of
-    each node. The folder appears whole, by a rename, so a killed build leaves none, and nodes that build the
-    same at the same time on a shared file system do no harm.
+    The first rank builds. On nodes that cannot see its folder (a local disk), one rank each builds then. The
+    folder appears by one rename: a killed build leaves nothing, and nodes may build the same folder at the
+    same time on a shared file system.
     """
     distributed = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
@@ -90,10 +90,10 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def as_if_alone() -> Iterator[None]:
-    """Let megatron-core build or load as a single process would.
+    """Make megatron-core build or load as in a single process.
 
-    By itself it builds on the global rank 0 only, with barriers that every rank must meet: then no rank of
-    another node could build on its own disk, and none could load alone.
+    Otherwise it builds on global rank 0 only, with barriers for all ranks: no rank of another node could
+    build on its own disk, and none could load alone.
     """
     names = {"is_initialized": lambda: False, "get_rank": lambda group=None: 0}
     before = {name: getattr(torch.distributed, name) for name in names}
@@ -107,7 +107,7 @@ def as_if_alone() -> Iterator[None]:
 
 
 def write_order(folder: Path, shares: Sequence[Share], fingerprint: str) -> None:
-    """Write what the blend is made of into the run folder."""
+    """Write the shares of the blend to RUN/data_order.json."""
     values = {
         "fingerprint": fingerprint,
         "datasets": [dataclasses.asdict(s) | {"epochs": s.epochs} for s in shares],
@@ -117,7 +117,7 @@ def write_order(folder: Path, shares: Sequence[Share], fingerprint: str) -> None
 
 
 def describe_order(shares: Sequence[Share]) -> str:
-    """Return the blend as lines for people."""
+    """Return the shares of the blend as readable lines."""
     total = sum(share.used for share in shares)
     lines = [f"an epoch: {total:,} training examples"]
     for share in shares:
@@ -127,5 +127,5 @@ def describe_order(shares: Sequence[Share]) -> str:
         )
         if share.too_long:
             among = f"{share.too_long:,} of {share.examples + share.too_long:,} documents"
-            lines.append(f"    left out, longer than data.sequence_length: {among}")
+            lines.append(f"    dropped, longer than data.sequence_length: {among}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-with warnings.catch_warnings():  # megatron-core warns of optional packages that are not used here
+with warnings.catch_warnings():  # megatron-core warns about optional packages that are not used here
     warnings.simplefilter("ignore")
     from megatron.core.datasets.blended_dataset import BlendedDataset
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -25,20 +25,20 @@ from pipeline.base.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, ExampleDataset
-from pipeline.data.facts import DatasetFacts, check_data
+from pipeline.data.facts import DatasetFacts
 from pipeline.data.tokenizer import Tokenizer
 
 
 @dataclass
 class ExampleConfig(GPTDatasetConfig):
-    """megatron-core's dataset configuration with the two settings of `PairDataset`; see DataConfig."""
+    """megatron-core's configuration with two settings of `PairDataset`; see `DataConfig`."""
 
     padding: str = "ignored"
     too_long: str = "error"
 
 
 class PackedDataset(GPTDataset):
-    """Text cut into examples of L tokens by megatron-core's GPTDataset; every position is answer."""
+    """Text packed into examples of L tokens by megatron-core's GPTDataset; every position is answer."""
 
     def __getitem__(self, index: int) -> dict[str, Array]:
         """Return an example as `ExampleDataset` does."""
@@ -47,7 +47,7 @@ class PackedDataset(GPTDataset):
 
 
 class PairDataset(MegatronDataset):
-    """Prompt/answer documents of two sequences, one document an example."""
+    """Prompt/answer documents of two sequences, one example per document."""
 
     def __init__(
         self,
@@ -62,26 +62,26 @@ class PairDataset(MegatronDataset):
         cached = Path(config.path_to_cache) / f"pairs-{self._identity()}.npy"
         if not cached.exists():
             np.save(cached, self._first_sequences())
-        # One entry more than examples: it says whether any example is shorter than the sequence length.
+        # The entry after the examples says whether any of them is shorter than the sequence length.
         self.first_sequence = np.load(cached, mmap_mode="r")[:-1]
         self.has_padding = config.padding == "ignored" and bool(np.load(cached, mmap_mode="r")[-1])
         self.size = len(self.first_sequence) if num_samples is None else num_samples
         self.left_out = len(indices) - len(self.first_sequence)
 
     def _identity(self) -> str:
-        """Return what the documents depend on, apart from the number of examples."""
+        """Return a hash of what the documents depend on, except the number of examples."""
         text = repr([self.dataset_path, self.index_split.name, self.config.split])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _first_sequences(self) -> Array:
-        """Return the first sequence of each document that is used, and whether any is shorter than L."""
+        """Return the first sequence of each document in use; the last entry: is any shorter than L?"""
         first = self.dataset.document_indices[self.indices]
         prompt, answer = self.dataset.sequence_lengths[first], self.dataset.sequence_lengths[first + 1]
         if (answer == 0).any():
             document = int(self.indices[int(np.argmax(answer == 0))])
             raise UserError(
                 f"{self.dataset_path}: document {document} has an answer of length 0 "
-                f"({int((answer == 0).sum())} such documents): preprocess the corpus again without it."
+                f"({int((answer == 0).sum())} such documents): remove them and preprocess the corpus again."
             )
         lengths, limit = prompt.astype(np.int64) + answer, self.config.sequence_length
         fits = lengths <= limit
@@ -89,12 +89,12 @@ class PairDataset(MegatronDataset):
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        """Return the documents, which is what splits are counted in."""
+        """Return the number of documents: splits are counted in documents."""
         return len(low_level_dataset.document_indices) - 1
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: ExampleConfig) -> IndexedDataset:
-        """Open .bin and .idx; modes mark the prompt (0) and the answer (1)."""
+        """Open .bin and .idx; modes mark prompt (0) and answer (1)."""
         return IndexedDataset(dataset_path, multimodal=True, mmap=config.mmap_bin_files)
 
     @staticmethod
@@ -105,7 +105,7 @@ class PairDataset(MegatronDataset):
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return an example as `ExampleDataset` does; a blend may ask for more than one epoch."""
+        """Return an example as `ExampleDataset` does; a blend may index more than one epoch."""
         sequence = int(self.first_sequence[index % len(self.first_sequence)])
         (prompt, _), (answer, _) = self.dataset.get(sequence), self.dataset.get(sequence + 1)
         length, used = self.config.sequence_length, len(prompt) + len(answer)
@@ -119,19 +119,19 @@ class PairDataset(MegatronDataset):
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """megatron-core's builder, for blends of which a dataset has no example in a split; it fails on those."""
+    """megatron-core's builder, made to work for blends with a dataset that has no example in a split."""
 
     @staticmethod
     def build_generic_dataset(
         cls: Any, is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> Any:
-        """Build a dataset; a blend is one of the datasets that have examples, None where there are none."""
+        """Build a dataset; a blend is reduced to the datasets with examples, or to None."""
         if cls is BlendedDataset:
             datasets, weights, *more = args
             kept = [pair for pair in zip(datasets or [], weights, strict=False) if pair[1] > 0]
             empty = [dataset.dataset_path for dataset in datasets or [] if not len(dataset)]
             if empty and datasets[0].index_split == Split.train:
-                raise _no_training_sample(empty, datasets[0].config)
+                raise _no_training_example(empty, datasets[0].config)
             if len(kept) < 2:
                 return kept[0][0] if kept else None
             args = (*map(list, zip(*kept, strict=True)), *more)
@@ -139,10 +139,10 @@ class _Builder(BlendedMegatronDatasetBuilder):
         return build(cls, is_built_on_rank, synchronize_ranks, *args)
 
 
-def _no_training_sample(prefixes: Sequence[str], config: DataConfig | ExampleConfig) -> UserError:
+def _no_training_example(prefixes: Sequence[str], config: DataConfig | ExampleConfig) -> UserError:
     return UserError(
         f"{', '.join(prefixes)} gives no training example of data.sequence_length = {config.sequence_length} "
-        f"tokens with data.split = {config.split!r}: bring more text, leave it out, or lower "
+        f"tokens with data.split = {config.split!r}: add text, remove the dataset, or lower "
         "data.sequence_length."
     )
 
@@ -153,10 +153,10 @@ class Datasets:
 
     Attributes:
         train: one epoch of training examples.
-        valid: the validation examples; none where data.split leaves no share to them.
-        has_padding: whether an example may hold positions that the model must not attend to.
+        valid: validation examples; None if data.split gives them no share.
+        has_padding: whether an example may have positions that the model must not attend to.
         fingerprint: see `data_fingerprint`.
-        shares: what each dataset gives to an epoch.
+        shares: what each dataset contributes to an epoch.
     """
 
     train: ExampleDataset
@@ -166,30 +166,34 @@ class Datasets:
     shares: list[Share]
 
 
-def data_fingerprint(config: DataConfig, tokenizer: Tokenizer, seed: int) -> str:
-    """Return what changes whenever the examples or their order do; nothing is built.
+def data_fingerprint(
+    config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int
+) -> str:
+    """Return a hash that changes whenever the examples or their order do; nothing is built.
 
-    Raises:
-        UserError: for data that does not fit the tokenizer or the run.
+    Args:
+        config: the data of the run.
+        facts: of its datasets, from `check_data`.
+        tokenizer: of the run.
+        seed: of the order.
     """
-    return _fingerprint(check_data(config, tokenizer), config, tokenizer, seed)
-
-
-def _fingerprint(facts: Sequence[DatasetFacts], config: DataConfig, tokenizer: Tokenizer, seed: int) -> str:
     identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
                      config.weights, config.temperature, config.max_epochs, config.split, config.padding,
                      config.too_long, seed])  # fmt: skip
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path) -> Datasets:
+def build_datasets(
+    config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int, cache: Path
+) -> Datasets:
     """Build the examples of a run, or load their indices from `cache`; every rank calls this.
 
+    The arguments are those of `data_fingerprint`.
+
     Raises:
-        UserError: for data that does not fit the tokenizer or the run, or too little of it.
+        UserError: for too little data, or data that does not fit the run.
     """
-    facts = check_data(config, tokenizer)
-    fingerprint = _fingerprint(facts, config, tokenizer, seed)
+    fingerprint = data_fingerprint(config, facts, tokenizer, seed)
     folder = cache / fingerprint[:16]
     build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing))
     with as_if_alone():
@@ -201,7 +205,7 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer, seed: int, cache: P
 def _build(
     config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int, folder: Path
 ) -> tuple[ExampleDataset, ExampleDataset | None, list[Share]]:
-    """Build the examples, with their indices in `folder`, or load what is there."""
+    """Build the examples with their indices in `folder`, or load existing indices."""
     settings = ExampleConfig(
         random_seed=seed,
         sequence_length=config.sequence_length,
@@ -222,7 +226,7 @@ def _build(
     examples = [len(part) for part in parts]
     left_out = [getattr(part, "left_out", 0) for part in parts]
     if train is None or len(train) == 0:
-        raise _no_training_sample(config.prefixes, config)
+        raise _no_training_example(config.prefixes, config)
     weights, used = config.weights, examples
     if config.temperature is not None:
         weights = [float(fact.tokens ** (1 / config.temperature)) for fact in facts]
@@ -250,7 +254,7 @@ def _build_splits(
 
 @contextlib.contextmanager
 def _only_user_errors(config: DataConfig) -> Iterator[None]:
-    """Name the datasets where megatron-core fails on one, instead of a traceback from inside it."""
+    """Turn a failure inside megatron-core into an error that names the datasets."""
     try:
         yield
     except (AssertionError, ValueError, ZeroDivisionError, IndexError) as error:

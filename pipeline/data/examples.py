@@ -1,4 +1,4 @@
-"""Clean sequences as tensors, one a slot: what the data side hands to the objectives."""
+"""Examples: what the data side hands to the objectives, one clean sequence per slot."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ExampleDataset(Protocol):
     """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}."""
 
     def __len__(self) -> int:
-        """Return the examples of one epoch."""
+        """Return the number of examples in one epoch."""
 
     def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return an example; safe to call from several threads."""
+        """Return an example; several threads may call this."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Examples:
     Attributes:
         tokens: [B, L] int64, x0.
         roles: [B, L] int8, PADDING, PROMPT or ANSWER; each row has at least one ANSWER.
-        ids: [B] int64, unique for each example and epoch; seeds the noise of the sequence.
+        ids: [B] int64, unique for each example and epoch; they seed the noise.
     """
 
     tokens: Tensor
@@ -59,13 +59,13 @@ class Examples:
         )
 
     def to(self, device: torch.device) -> Examples:
-        """Return the examples on `device`; a copy to a GPU does not wait."""
+        """Return the examples on `device`; a copy to a GPU is asynchronous."""
         tensors = [x.pin_memory() if device.type == "cuda" else x for x in vars(self).values()]
         return Examples(*(x.to(device, non_blocking=True) for x in tensors))
 
 
 def stack_examples(rows: Sequence[dict[str, Array]], ids: Sequence[int]) -> Examples:
-    """Return the examples of a dataset as tensors on the CPU, under their ids."""
+    """Stack rows of a dataset into tensors on the CPU, with these ids."""
     return Examples(
         torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)),
         torch.from_numpy(np.stack([row["roles"] for row in rows])),

@@ -1,4 +1,4 @@
-"""PREFIX.json: what a dataset is, where it comes from, and what became of every record of its corpus."""
+"""PREFIX.json: the metadata of a dataset, its origin, and what became of every record of its corpus."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
 from pipeline.data.arrays import Array
-from pipeline.data.indexed import facts_path, idx_path, read_index
+from pipeline.data.indexed import read_index
+from pipeline.data.paths import facts_path, idx_path
 from pipeline.data.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # the workers of the preprocessing start faster without it
+if TYPE_CHECKING:  # preprocessing workers start faster without it
     from pipeline.config import DataConfig
 
 FORMAT = 2
@@ -30,15 +31,15 @@ PACKAGES = ("sentencepiece", "tokenizers", "numpy", "orjson", "pyarrow")
 
 @dataclass
 class Counts:
-    """What became of the records; every one is in exactly one place.
+    """What became of the records; each is counted in exactly one place.
 
     Attributes:
-        records: lines, paragraphs or rows that were read.
+        records: lines, paragraphs or rows read.
         blank: blank lines among them.
-        quarantined: bad ones, by reason.
-        added_by_splitting: documents beyond the first of each record that was cut into several.
-        filtered: documents left out, by filter.
-        duplicates: documents left out because their texts came before.
+        quarantined: bad records, by reason.
+        added_by_splitting: documents beyond the first of each record that was split.
+        filtered: documents dropped, by filter.
+        duplicates: documents dropped because their texts came before.
         documents: documents in the dataset.
         tokens: tokens in the dataset.
     """
@@ -54,18 +55,18 @@ class Counts:
 
     @property
     def bad(self) -> int:
-        """Records that are quarantined."""
+        """Number of quarantined records."""
         return sum(self.quarantined.values())
 
     def check(self) -> None:
         """Raise a `RuntimeError` unless every record is accounted for."""
         left = self.documents + self.duplicates + sum(self.filtered.values()) + self.bad + self.blank
         if self.records + self.added_by_splitting != left:
-            raise RuntimeError(f"{self.records} records and {self} do not add up: a fault of this program.")
+            raise RuntimeError(f"{self.records} records and {self} do not add up: a bug in this program.")
 
     @classmethod
     def total(cls, parts: Iterable[Counts]) -> Counts:
-        """Return the sums."""
+        """Return the sum of several counts."""
         total = cls()
         for part in parts:
             for name, value in vars(part).items():
@@ -77,7 +78,7 @@ class Counts:
         return total
 
     def describe(self) -> str:
-        """Return the counts in a line."""
+        """Return the counts as one line of text."""
         words = [f"{self.documents:,} documents, {self.tokens:,} tokens from {self.records:,} records"]
         words += [f"{self.blank:,} blank"] if self.blank else []
         words += [f"{self.bad:,} quarantined ({_listed(self.quarantined)})"] if self.bad else []
@@ -94,24 +95,24 @@ def _listed(counts: dict[str, int]) -> str:
 
 @dataclass
 class DatasetFacts:
-    """What PREFIX.json says.
+    """The contents of PREFIX.json.
 
     Attributes:
         format: version of the file.
         kind: text, or pairs of prompt and answer.
-        tokenizer: folder of the tokenizer, as it was given.
-        tokenizer_sha256: its identity.
+        tokenizer: folder of the tokenizer, as given.
+        tokenizer_sha256: of its model.
         special_ids: ids of its mask, pad, eos and unk tokens.
-        vocab_size: its tokens.
-        options: what was asked for; see `units.Options`.
-        plan_sha256: identity of inputs and options; None for a merger of datasets.
+        vocab_size: number of its tokens.
+        options: of the preprocessing; see `corpus.partition.Options`.
+        plan_sha256: identity of inputs and options; None for merged datasets.
         counts: what became of the records.
         longest_document: tokens of the longest document.
-        length_histogram: documents by the power of two that their tokens do not exceed: {"1": .., "2": ..}.
-        token_histogram: how often each id occurs; of pairs, in the answers.
-        prompt_histogram: how often each id occurs in the prompts of pairs.
+        length_histogram: documents by length, rounded up to a power of two: {"1": .., "2": ..}.
+        token_histogram: occurrences of each id; for pairs, in the answers.
+        prompt_histogram: occurrences of each id in the prompts of pairs.
         sha256: of the .bin and .idx files.
-        versions: packages that made it.
+        versions: of the packages that made it.
     """
 
     format: int
@@ -147,27 +148,21 @@ class DatasetFacts:
 
     @property
     def entropy(self) -> float:
-        """Entropy (nats a token) of the token histogram, what a model must get below."""
+        """Entropy of the token histogram, in nats per token: a trained model must do better."""
         counts = np.array(self.token_histogram, np.float64)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
 
 def write_facts(facts: DatasetFacts, prefix: Path) -> None:
-    """Write PREFIX.json, a key a line."""
+    """Write PREFIX.json, one key per line."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in dataclasses.asdict(facts).items())
     with replacing(facts_path(prefix)) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def is_facts(path: Path) -> bool:
-    """Say whether a file begins as `write_facts` writes it; it may be a corpus of any size."""
-    with path.open("rb") as file:
-        return file.read(11) == b'{\n  "format'
-
-
 def read_facts(prefix: str | Path) -> DatasetFacts:
-    """Return the facts of a dataset; raise a `UserError` when it is missing or damaged."""
+    """Return the facts of a dataset; raise a `UserError` if it is missing or damaged."""
     prefix = Path(prefix)
     index = read_index(prefix)
     path = facts_path(prefix)
@@ -185,20 +180,46 @@ def read_facts(prefix: str | Path) -> DatasetFacts:
     return facts
 
 
+def check_replaceable(prefix: Path) -> None:
+    """Raise a `UserError` if a dataset at `prefix` would replace another one, or a foreign PREFIX.json."""
+    found = _existing(prefix)
+    if found is not None:
+        raise UserError(f"{found} exists: give --overwrite to replace it, or another --output-prefix.")
+
+
+def is_made_from(plan_sha256: str, prefix: Path) -> bool:
+    """Return whether a complete dataset at `prefix` was made from the inputs and options of a partition."""
+    try:
+        return read_facts(prefix).plan_sha256 == plan_sha256
+    except UserError:
+        return False
+
+
+def _existing(prefix: Path) -> Path | None:
+    """Return the index of the dataset at `prefix`, or a PREFIX.json that `write_facts` did not write."""
+    if idx_path(prefix).exists():
+        return idx_path(prefix)
+    path = facts_path(prefix)
+    if not path.exists():
+        return None
+    with path.open("rb") as file:  # it may be a corpus of any size
+        return None if file.read(11) == b'{\n  "format' else path
+
+
 def length_histogram(lengths: Array) -> Array:
-    """Return how many document lengths are at most 1, 2, 4, ... and above half of it: [LENGTH_BINS] int64."""
+    """Return [LENGTH_BINS] int64: how many lengths round up to 1, 2, 4, ..."""
     bins = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     return np.bincount(bins, minlength=LENGTH_BINS)
 
 
 def named_lengths(histogram: Array) -> dict[str, int]:
-    """Return a length histogram by the upper bounds of its bins, empty ends left out."""
+    """Return a length histogram keyed by the upper bounds of its bins, without empty bins at the end."""
     used = np.flatnonzero(histogram)
     return {str(2 ** int(bin)): int(histogram[bin]) for bin in range(used[-1] + 1)} if len(used) else {}
 
 
 def check_same(facts: Sequence[DatasetFacts], names: Sequence[str], what: str) -> None:
-    """Raise a `UserError` unless datasets can be used together: one tokenizer, one kind."""
+    """Raise a `UserError` unless all datasets have one tokenizer and one kind."""
     for name, fact in zip(names, facts, strict=True):
         for key in ("tokenizer_sha256", "kind"):
             first, found = getattr(facts[0], key), getattr(fact, key)
@@ -211,14 +232,17 @@ def check_same(facts: Sequence[DatasetFacts], names: Sequence[str], what: str) -
 
 
 def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
-    """Return the facts of every dataset; raise a `UserError` where one does not fit the run."""
+    """Return the facts of every dataset; raise a `UserError` if one does not fit the run.
+
+    A start of a run calls this once and passes the facts on: their histograms are large.
+    """
     facts = [read_facts(prefix) for prefix in config.prefixes]
     for prefix, fact in zip(config.prefixes, facts, strict=True):
         if fact.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
                 f"{prefix} was made with another tokenizer (sha256 {fact.tokenizer_sha256[:12]}) than "
-                f"data.tokenizer = {config.tokenizer} ({tokenizer.sha256[:12]}): name the tokenizer that the "
-                "dataset was made with, or preprocess the corpus again."
+                f"data.tokenizer = {config.tokenizer} ({tokenizer.sha256[:12]}): give the "
+                "tokenizer of the dataset, or preprocess the corpus again."
             )
         wanted = {"pairs": "pairs", "packed": "text"}[config.kind]
         if fact.kind != wanted:

@@ -1,9 +1,9 @@
-"""megatron-core's indexed datasets (.bin/.idx): written from parts in one pass, read and verified.
+"""megatron-core's indexed datasets (.bin/.idx): written from chunks in one pass, read and verified.
 
-The bytes are those of megatron-core's own IndexedDatasetBuilder, which takes one tensor at a time in one
-process; here many workers write parts, and a part's index is only its lengths. Layout of .idx: magic, uint64
+The bytes are those of megatron-core's IndexedDatasetBuilder, which takes one tensor at a time in one process;
+here workers write parts in parallel, each with its lengths as the only index. Layout of .idx: magic, uint64
 version, uint8 dtype code, uint64 sequences, uint64 document indices, int32 lengths, int64 byte offsets, int64
-document indices and, for pairs, int8 modes. .bin holds the tokens of every sequence, one after the other.
+document indices and, for pairs, int8 modes. .bin holds the tokens of all sequences without gaps.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.base.files import remove_left_overs, replacing
 from pipeline.data.arrays import Array
+from pipeline.data.paths import bin_path, facts_path, idx_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<QBQQ")
 DTYPE_CODES: dict[np.dtype[Any], int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-CHUNK = 2**14  # sequences copied at a time, and
-ENTRIES = 2**20  # entries of a table: memory does not grow with the dataset
+# In memory at a time, whatever the size of the dataset:
+CHUNK = 2**14  # sequences
+ENTRIES = 2**20  # of a table
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -36,27 +38,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
-def bin_path(prefix: Path) -> Path:
-    """Return the path of a dataset's tokens."""
-    return prefix.with_name(prefix.name + ".bin")
-
-
-def idx_path(prefix: Path) -> Path:
-    """Return the path of a dataset's index."""
-    return prefix.with_name(prefix.name + ".idx")
-
-
-def facts_path(prefix: Path) -> Path:
-    """Return the path of a dataset's facts."""
-    return prefix.with_name(prefix.name + ".json")
-
-
 @dataclass
 class Part:
-    """A piece of a dataset.
+    """A run of sequences on the disk.
 
     Attributes:
-        tokens: file of the tokens.
+        tokens: file of their tokens.
         lengths: [sequences] int32.
     """
 
@@ -64,7 +51,7 @@ class Part:
     lengths: Array
 
     def chunks(self, dtype: np.dtype[Any], keep: Array | None = None) -> Iterator[Chunk]:
-        """Yield the sequences in order, a bounded number at a time; only those of `keep` [sequences] bool."""
+        """Yield the sequences in order, CHUNK at a time; of `keep` [sequences] bool only the true ones."""
         tokens = np.memmap(self.tokens, dtype, "r") if self.tokens.stat().st_size else np.zeros(0, dtype)
         start = 0
         for first in range(0, len(self.lengths), CHUNK):
@@ -82,7 +69,7 @@ Chunk = tuple[Array, Array]  # tokens [sum of lengths], lengths [sequences] int3
 
 
 def join(parts: Iterable[Part], prefix: Path, dtype: np.dtype[Any], pairs: bool) -> dict[str, str]:
-    """Write the dataset of `parts`, in their order; see `write_dataset`."""
+    """Write the dataset of `parts`, in order; see `write_dataset`."""
     return write_dataset((c for part in parts for c in part.chunks(dtype)), prefix, dtype, pairs)
 
 
@@ -93,19 +80,19 @@ def write_dataset(
     pairs: bool,
     before_index: Callable[[dict[str, str]], object] = lambda sha256: None,
 ) -> dict[str, str]:
-    """Write a dataset in one pass and constant memory; .idx comes last, without it there is no dataset.
+    """Write a dataset in one pass and constant memory; .idx comes last, and without it there is no dataset.
 
-    After an error an older dataset is as it was; otherwise it is gone, with its PREFIX.json.
+    If `chunks` fails, an existing dataset stays as it was; otherwise the new one replaces it.
 
     Args:
         chunks: sequences, in order.
-        prefix: path of the dataset without .bin and .idx.
+        prefix: path of the dataset, without suffix.
         dtype: integer type of the tokens.
-        pairs: two sequences a document, with modes 0 and 1; otherwise one, without modes.
+        pairs: two sequences per document, with modes 0 and 1; otherwise one, without modes.
         before_index: called with the sha256 of both files just before .idx appears, to write PREFIX.json.
 
     Returns:
-        The sha256 of both files, by "bin" and "idx".
+        The sha256 of both files, under "bin" and "idx".
     """
     digests = {"bin": hashlib.sha256(), "idx": hashlib.sha256()}
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -152,23 +139,23 @@ def _index(lengths: Array, dtype: np.dtype[Any], pairs: bool) -> Iterator[bytes]
 
 
 def _pieces(size: int) -> Iterator[slice]:
-    """Yield slices that cover a table, an even number of entries each."""
+    """Yield slices of ENTRIES, an even number, that cover a table."""
     return (slice(first, min(first + ENTRIES, size)) for first in range(0, size, ENTRIES))
 
 
 @dataclass
 class IndexFacts:
-    """What the index of a dataset says.
+    """The index of a dataset.
 
     Attributes:
-        sequences: number of sequences.
-        documents: number of documents.
-        tokens: number of tokens.
+        sequences: their number.
+        documents: their number.
+        tokens: their number.
         dtype: integer type of the tokens.
         lengths: [sequences] int32, memory-mapped.
         offsets: [sequences] int64, bytes into .bin, memory-mapped.
         document_starts: [documents + 1] int64, memory-mapped.
-        modes: [sequences] int8 (prompt 0, answer 1), memory-mapped; None without.
+        modes: [sequences] int8 (prompt 0, answer 1), memory-mapped; None for text.
     """
 
     sequences: int
@@ -182,10 +169,10 @@ class IndexFacts:
 
 
 def read_index(prefix: Path) -> IndexFacts:
-    """Return the facts of a dataset, in constant time.
+    """Return the index of a dataset, in constant time.
 
     Raises:
-        UserError: when a file is missing, cut short or foreign.
+        UserError: if a file is missing, truncated or not of this format.
     """
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
@@ -197,13 +184,13 @@ def read_index(prefix: Path) -> IndexFacts:
     with path.open("rb") as file:
         magic, header = file.read(len(MAGIC)), file.read(HEADER.size)
     if magic != MAGIC or len(header) < HEADER.size:
-        raise UserError(f"{path} is no index of a dataset: preprocess the corpus again.")
+        raise UserError(f"{path} is not the index of a dataset: preprocess the corpus again.")
     version, code, sequences, indices = HEADER.unpack(header)
     offset = len(MAGIC) + HEADER.size
     size = path.stat().st_size - offset
     without_modes = sequences * 12 + indices * 8
     if version != VERSION or code not in DTYPES or size not in (without_modes, without_modes + sequences):
-        raise UserError(f"{path} is cut short or of another format: preprocess the corpus again.")
+        raise UserError(f"{path} is truncated or of another format: preprocess the corpus again.")
     has_modes = size > without_modes
     tables: list[Array] = []
     for kind, count in zip(
@@ -215,7 +202,9 @@ def read_index(prefix: Path) -> IndexFacts:
     dtype = DTYPES[code]
     size = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
     if bin_path(prefix).stat().st_size != size:
-        raise UserError(f"{bin_path(prefix)} has not the size that {path} says: preprocess the corpus again.")
+        raise UserError(
+            f"{bin_path(prefix)} does not have the size that {path} says: preprocess the corpus again."
+        )
     return IndexFacts(
         sequences, max(0, indices - 1), size // dtype.itemsize, dtype, lengths, offsets, starts,
         modes if has_modes else None,
@@ -230,7 +219,7 @@ def read_sequence(prefix: Path, facts: IndexFacts, number: int) -> Array:
 
 
 def find_faults(prefix: Path, facts: IndexFacts, vocab_size: int) -> list[str]:
-    """Return every invariant of a dataset that its files break; reads all of them, in constant memory."""
+    """Return the violated invariants of a dataset; reads both files completely, in constant memory."""
     faults = []
     step = 1 if facts.modes is None else 2
     expected_start = 0
@@ -242,7 +231,7 @@ def find_faults(prefix: Path, facts: IndexFacts, vocab_size: int) -> list[str]:
         wrong = facts.offsets[piece] != ends - lengths * facts.dtype.itemsize
         if wrong.any():
             faults.append(
-                f"sequence {piece.start + int(np.argmax(wrong))} does not begin where the one before ends"
+                f"sequence {piece.start + int(np.argmax(wrong))} does not begin where the previous one ends"
             )
         expected_start = int(ends[-1])
         if facts.modes is not None:
@@ -261,6 +250,6 @@ def find_faults(prefix: Path, facts: IndexFacts, vocab_size: int) -> list[str]:
     for piece in _pieces(facts.tokens):
         wrong = (tokens[piece] < 0) | (tokens[piece] >= vocab_size)
         if wrong.any():
-            faults.append(f"token {piece.start + int(np.argmax(wrong))} is no id of the vocabulary")
+            faults.append(f"token {piece.start + int(np.argmax(wrong))} is not an id of the vocabulary")
             break
     return faults

@@ -1,16 +1,13 @@
-"""Tokenizers: a folder with the model, of SentencePiece or Hugging Face, and a small JSON of special ids."""
+"""A tokenizer: a folder with a model of SentencePiece or Hugging Face, and a small JSON of special ids."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -19,38 +16,26 @@ import sentencepiece
 import tokenizers
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import creating_folder
-from pipeline.corpus.records import LONGEST_RECORD
 from pipeline.data.arrays import Array
 
-MODEL_TYPES = ("unigram", "bpe", "char", "word")
 HUGGING_FACE = "huggingface"
 MODEL_FILE, HUGGING_FACE_FILE, FACTS_FILE = "tokenizer.model", "model.json", "tokenizer.json"
 FORMAT = 1
-MASK = "<mask>"
-# Usual names of special tokens in Hugging Face files, the most specific first.
-USUAL_NAMES = {
-    "mask": (MASK, "<|mask|>", "[MASK]", "<|mdm_mask|>"),
-    "pad": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>"),
-    "eos": (
-        "</s>",
-        "<eos>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|eot_id|>",
-        "<|im_end|>",
-        "[EOS]",
-        "[SEP]",
-    ),
-    "unk": ("<unk>", "[UNK]", "<|unk|>"),
-}
 
 
 @dataclass
 class TokenizerFacts:
-    """What tokenizer.json holds: the special ids, and the identity of the model file.
+    """The contents of tokenizer.json.
 
-    unk_id is -1 where every text can be encoded.
+    Attributes:
+        format: version of the file.
+        model_type: unigram, bpe, char or word of SentencePiece, or HUGGING_FACE.
+        vocab_size: tokens, special ones included.
+        unk_id: of the unknown token; -1 if every text can be encoded.
+        pad_id: of padding.
+        eos_id: of the end of a sequence.
+        mask_id: of the mask token.
+        sha256: of the model file.
     """
 
     format: int
@@ -69,13 +54,13 @@ class TokenizerFacts:
 
 
 class Model(Protocol):
-    """What the two libraries have in common; special tokens never come from text."""
+    """What both libraries provide; text never encodes to special tokens."""
 
     def encode(self, text: str) -> Array:
         """Return the ids [n] int32 of a text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
-        """Return the ids [n] int32 of each text, by one thread."""
+        """Return the ids [n] int32 of each text, using one thread."""
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids."""
@@ -96,7 +81,7 @@ class SentencePieceModel:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
-        """See `Model`; no Python list of numbers in between."""
+        """See `Model`; no Python list of ints in between."""
         ids: list[Array] = self.processor.encode(list(texts), out_type="numpy", num_threads=1)
         return ids
 
@@ -120,14 +105,14 @@ class HuggingFaceModel:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         if getattr(self.tokenizer.model, "dropout", None):
-            self.tokenizer.model.dropout = None  # the same text has the same tokens
+            self.tokenizer.model.dropout = None  # BPE dropout: the same text must have the same tokens
 
     def encode(self, text: str) -> Array:
         """See `Model`."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
-        """See `Model`; one thread because the workers set TOKENIZERS_PARALLELISM."""
+        """See `Model`; one thread if TOKENIZERS_PARALLELISM is false, as in the workers."""
         found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in found]
 
@@ -146,17 +131,17 @@ def _model(content: bytes, model_type: str) -> Model:
 
 
 class Tokenizer:
-    """Text to token ids and back; also what megatron-core's datasets ask of a tokenizer.
+    """Text to token ids and back; it has the attributes that megatron-core's datasets expect.
 
     Attributes:
-        model_type: one of MODEL_TYPES, or HUGGING_FACE.
+        model_type: see `TokenizerFacts`.
         vocab_size: tokens, special ones included.
-        unk, pad, eos, mask: special ids; no text ever encodes to pad, eos or mask.
-        sha256: identity of the model, hexadecimal.
+        unk, pad, eos, mask: special ids; no text encodes to pad, eos or mask.
+        sha256: of the model, hexadecimal.
     """
 
     def __init__(self, model: Model, facts: TokenizerFacts) -> None:
-        """Wrap a loaded model; see `load`."""
+        """Wrap a model; see `load`."""
         self.model, self.model_type = model, facts.model_type
         self.vocab_size = facts.vocab_size
         self.unk, self.pad, self.eos, self.mask = facts.unk_id, facts.pad_id, facts.eos_id, facts.mask_id
@@ -166,7 +151,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Return the tokenizer of a folder; raise a `UserError` when it is missing or damaged."""
+        """Return the tokenizer in a folder; raise a `UserError` if it is missing or damaged."""
         facts_path = folder / FACTS_FILE
         _require(folder, facts_path)
         try:
@@ -180,9 +165,7 @@ class Tokenizer:
         _require(folder, model)
         content = model.read_bytes()
         if hashlib.sha256(content).hexdigest() != facts.sha256:
-            raise UserError(
-                f"{model} is not the file that {facts_path} describes: train the tokenizer again."
-            )
+            raise UserError(f"{model} does not match its sha256 in {facts_path}: train the tokenizer again.")
         return cls(_model(content, facts.model_type), facts)
 
     @property
@@ -199,7 +182,7 @@ class Tokenizer:
         return self.model.encode_batch(texts)
 
     def decode(self, ids: Iterable[int], mask_text: str = "") -> str:
-        """Return the text of token ids; pad and eos are left out, mask tokens shown as `mask_text`."""
+        """Return the text of token ids, without pad and eos; a mask token becomes `mask_text`."""
         text: list[str] = []
         run: list[int] = []
         for token in (int(i) for i in ids):
@@ -214,168 +197,15 @@ class Tokenizer:
 def _require(folder: Path, path: Path) -> None:
     if folder.is_file():
         raise UserError(
-            f"tokenizer {folder} is a file: name the folder that tools/train_tokenizer.py makes, of a "
-            "tokenizer.json of Hugging Face with --import-json."
+            f"tokenizer {folder} is a file: name a folder that tools/train_tokenizer.py made; --import-json "
+            "makes one from a Hugging Face tokenizer.json."
         )
     if not path.is_file():
         raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
 
 
-@contextlib.contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """Make the folder of a tokenizer, whole or not at all; that it cannot be made shows before the work."""
-    if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or name another folder.")
-    with creating_folder(output) as folder:
-        yield folder
-
-
-def _write(folder: Path, content: bytes, facts: TokenizerFacts) -> Tokenizer:
+def write_tokenizer(folder: Path, content: bytes, facts: TokenizerFacts) -> Tokenizer:
+    """Write the two files of a tokenizer into a folder, and return it."""
     (folder / facts.model_file).write_bytes(content)
     (folder / FACTS_FILE).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
     return Tokenizer(_model(content, facts.model_type), facts)
-
-
-def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> tuple[Tokenizer, list[str]]:
-    """Write the folder of a Hugging Face tokenizer.json.
-
-    A mask or padding token that the file does not have is added behind its last id: models that were not made
-    for masking have none.
-
-    Args:
-        path: the tokenizer.json.
-        names: the special tokens by use (mask, pad, eos); None for one of the usual names.
-        output: the folder; it must not exist.
-
-    Returns:
-        The tokenizer, and the tokens that were added.
-
-    Raises:
-        UserError: for a file that `tokenizers` cannot read, or tokens that it does not have.
-    """
-    with _new_folder(output) as folder:
-        content, facts, added = _imported(path, names)
-        return _write(folder, content, facts), added
-
-
-def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, TokenizerFacts, list[str]]:
-    """Return the file with its special tokens, the facts, and the tokens that were added."""
-    try:
-        found = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # its errors are plain Exceptions
-        if isinstance(error, OSError):
-            raise
-        raise UserError(f"--import-json {path} is no tokenizer.json ({error}): bring it again.") from None
-    ids: dict[str, int] = {}
-    added: list[str] = []
-    for use, usual in USUAL_NAMES.items():
-        given = names.get(use)
-        known = [t for t in ([given] if given else usual) if found.token_to_id(t) is not None]
-        if not known and use in ("mask", "pad"):
-            known = [given or usual[0]]
-            added.append(known[0])
-        if not known and use == "eos":
-            raise UserError(
-                f"--import-json {path} has no token {given or ' or '.join(usual)}: name its end-of-sequence "
-                "token with --eos-token."
-            )
-        if known and use != "unk":
-            found.add_special_tokens([known[0]])  # one that was an ordinary token must never come from text
-        ids[use] = int(found.get_vocab()[known[0]]) if known else -1
-    if len({ids["mask"], ids["pad"], ids["eos"]}) < 3:
-        raise UserError(f"--import-json {path}: mask, pad and eos must be three tokens, not {ids}.")
-    content = found.to_str().encode()
-    facts = TokenizerFacts(
-        format=FORMAT,
-        model_type=HUGGING_FACE,
-        vocab_size=max(found.get_vocab().values()) + 1,
-        unk_id=ids["unk"],
-        pad_id=ids["pad"],
-        eos_id=ids["eos"],
-        mask_id=ids["mask"],
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
-    return content, facts, added
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, output: Path) -> Tokenizer:
-    """Train a SentencePiece model and write its folder, whole or not at all.
-
-    Nothing of the text is changed on the way: no normalisation, no dummy prefix, whitespace as it is. unigram
-    and bpe fall back to bytes, so that decoding gives back any text; char and word map what they have not
-    seen to the unknown token. The same texts give the same bytes.
-
-    Args:
-        texts: the corpus.
-        vocab_size: tokens, special ones included; char and word may have fewer.
-        model_type: one of MODEL_TYPES.
-        output: the folder; it must not exist.
-
-    Raises:
-        UserError: when the corpus is empty or does not fit the vocabulary size.
-    """
-    with _new_folder(output) as folder:
-        content = _trained(texts, vocab_size, model_type)
-        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        facts = TokenizerFacts(
-            format=FORMAT,
-            model_type=model_type,
-            vocab_size=processor.vocab_size(),
-            unk_id=processor.unk_id(),
-            pad_id=processor.pad_id(),
-            eos_id=processor.eos_id(),
-            mask_id=processor.piece_to_id(MASK),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
-        return _write(folder, content, facts)
-
-
-def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
-    """Return a trained model; see `train_tokenizer`."""
-    falls_back = model_type in ("unigram", "bpe")
-    model = io.BytesIO()
-    texts = iter(texts)
-    first = next(texts, None)
-    if first is None:
-        raise UserError("there is no text in the corpus: look for another --input.")
-    raised: list[BaseException] = []
-
-    def lines() -> Iterator[str]:
-        try:
-            for text in chain([first], texts):
-                yield from filter(None, text.split("\n"))
-        except BaseException as error:  # SentencePiece would make a RuntimeError of it
-            raised.append(error)
-            raise
-
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
-            model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            hard_vocab_limit=falls_back,
-            character_coverage=0.9995 if falls_back else 1.0,
-            byte_fallback=falls_back,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            unk_id=0,
-            pad_id=1,
-            eos_id=2,
-            bos_id=-1,
-            control_symbols=[MASK],
-            max_sentence_length=LONGEST_RECORD,  # a longer line is passed over in silence: 4,192 by default
-            # The trainer sees single lines, so a line end would otherwise be unknown to it.
-            user_defined_symbols=["\n"],
-            num_threads=1,  # the order of its floating-point sums, and so the model, depends on the threads
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if raised:
-            raise raised[0] from None
-        reason = str(error).rsplit("] ", 1)[-1].split(" Increase ")[0].strip(" .") or "no reason given"
-        raise UserError(
-            f"--vocab-size {vocab_size} cannot be had for --model-type {model_type} from this text: {reason}."
-        ) from None
-    return model.getvalue()

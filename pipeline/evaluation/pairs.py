@@ -8,7 +8,8 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.records import Keys, read_all
 from pipeline.data.facts import read_facts
-from pipeline.data.indexed import idx_path, read_index, read_sequence
+from pipeline.data.indexed import read_index, read_sequence
+from pipeline.data.paths import idx_path
 from pipeline.data.tokenizer import Tokenizer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder
 from pipeline.config import ModelConfig
-from pipeline.data.tokenizer import import_tokenizer
+from pipeline.corpus.tokenizer_making import import_tokenizer
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import open_weights, write_weights

@@ -20,8 +20,10 @@ from pipeline.planning.memory import FULL, HALF, Zero, count_parameters
 from pipeline.planning.run_plan import checkpoint_bytes, kept_checkpoints
 
 
-def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True) -> None:
-    """Raise a `UserError` for the first problem that would end the run, now or later.
+def check_run(
+    config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True
+) -> list[DatasetFacts]:
+    """Return the facts of the data; raise a `UserError` for the first problem that would end the run.
 
     Args:
         config: the run.
@@ -29,8 +31,10 @@ def check_run(config: Config, tokenizer: Tokenizer, world_size: int | None = Non
         world_size: number of ranks, if known.
         disk: also check the disk space; one rank does.
     """
-    check_samples(config, check_data(config.data, tokenizer))
+    facts = check_data(config.data, tokenizer)
+    check_samples(config, facts)
     check_engine(config, tokenizer, world_size, disk)
+    return facts
 
 
 def check_engine(

@@ -18,6 +18,7 @@ from pipeline.checkpoint import Identity, Manifest, Saver
 from pipeline.config import Config
 from pipeline.data.blend import describe_order, write_order
 from pipeline.data.datasets import Datasets, build_datasets, data_fingerprint
+from pipeline.data.facts import DatasetFacts
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
@@ -103,18 +104,18 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
     """
     config = fit_micro_batch(config, ranks)
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
-    vocabulary = _check(config, tokenizer, ranks)
+    vocabulary, facts = _check(config, tokenizer, ranks)
     engine = build_engine(config, ranks, vocabulary)
     stack.callback(engine.close)
     _take_folder(Path(config.run_dir), ranks, stack)
-    fingerprint = data_fingerprint(config.data, tokenizer, config.train.seed)
+    fingerprint = data_fingerprint(config.data, facts, tokenizer, config.train.seed)
     batch_size = config.train.global_batch_size
     identity = Identity(engine.sharding, batch_size, vocabulary._asdict(), fingerprint)
     found = _find_start(config, identity, ranks)
     if found is None and config.train.initial_weights is not None:
         _start_from(Path(config.train.initial_weights), config, vocabulary, engine)
     tasks = read_tasks(config, tokenizer, ranks)
-    data = _open_data(config, tokenizer, ranks)
+    data = _open_data(config, facts, tokenizer, ranks)
     return _assemble(config, tokenizer, engine, identity, found, tasks, data, signals, stack)
 
 
@@ -169,12 +170,12 @@ def _assemble(
     return training
 
 
-def _check(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Vocabulary:
-    """Return the model's vocabulary; raise a `UserError` for what would end the run, now or later."""
+def _check(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[Vocabulary, list[DatasetFacts]]:
+    """Return the model's vocabulary and the data's facts; raise a `UserError` for what would end the run."""
     if config.monitor.wandb:
         require_wandb()
-    check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
-    return read_vocabulary(config, tokenizer)
+    facts = check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
+    return read_vocabulary(config, tokenizer), facts
 
 
 def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
@@ -218,11 +219,11 @@ def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: En
         print(f"starting from the weights in {folder}", flush=True)
 
 
-def _open_data(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> Datasets:
+def _open_data(config: Config, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, ranks: Ranks) -> Datasets:
     """Build or load the example indices; print and write each dataset's share of an epoch."""
     run_dir = Path(config.run_dir)
     cache = Path(config.data.cache) if config.data.cache else run_dir / "dataset_cache"
-    data = build_datasets(config.data, tokenizer, config.train.seed, cache)
+    data = build_datasets(config.data, facts, tokenizer, config.train.seed, cache)
     check_validation(config, data.valid is not None)
     if ranks.is_first:
         write_order(run_dir, data.shares, data.fingerprint)

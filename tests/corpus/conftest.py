@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.tokenizer import train_tokenizer
+from pipeline.corpus.tokenizer_making import train_tokenizer
 
 QUESTIONS = [
     (f"what is {n} + {n}?" if n % 5 else "", f"{2 * n}\n\u2028 é 🎉"[: 2 + n % 7]) for n in range(97)

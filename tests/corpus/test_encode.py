@@ -17,7 +17,8 @@ from tokenizers import AddedToken
 from pipeline.base.errors import UserError
 from pipeline.corpus import encode
 from pipeline.corpus.encode import GPT_4O, LLAMA_3, QWEN_2, WordEncoder
-from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from pipeline.corpus.tokenizer_making import import_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer
 from support.byte_level import train_byte_level
 from support.corpora import command, digests
 from support.programs import run_here

@@ -17,11 +17,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pipeline.base.errors import UserError
-from pipeline.corpus import preprocess
+from pipeline.corpus import pool
 from pipeline.corpus.records import Keys
+from pipeline.corpus.tokenizer_making import train_tokenizer
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import read_index, read_sequence, token_dtype
-from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer
 from support.corpora import (
     AS_PAIRS,
     PAIRS,
@@ -31,7 +32,7 @@ from support.corpora import (
     digests,
     make_dataset,
     make_parts,
-    make_plan_of,
+    partition_of,
 )
 from support.programs import Outcome, run_here
 from tools import inspect_data, merge_datasets, preprocess_data
@@ -130,7 +131,7 @@ def test_filters_and_duplicates(corpus: Path, tmp_path: Path, shards: int) -> No
     assert sum(facts.length_histogram.values()) == index.documents
 
 
-def test_duplicates_are_found_in_partitions(
+def test_duplicates_are_found_in_buckets(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.corpus import merge
@@ -150,9 +151,9 @@ def test_a_shard_without_a_document_is_refused(
     """With what it was to be made from; training would fail on it much later."""
     blank = tmp_path / "blank.jsonl"
     blank.write_text("\n" * 1700)
-    plan = make_plan_of([corpus / "x.jsonl", blank], corpus / "tokenizer", PAIRS, 900)
-    folder = make_parts(plan, tmp_path / "d")
-    count = len(plan.units)
+    partition = partition_of([corpus / "x.jsonl", blank], corpus / "tokenizer", PAIRS, 900)
+    folder = make_parts(partition, tmp_path / "d")
+    count = len(partition.units)
     arguments = ["--parts", str(folder), "--output-prefix", str(tmp_path / "d"), "--shards"]
     complaint = run_here(merge_datasets.main, [*arguments, str(count)], capsys).complaint()
     assert f"--input {blank}: no document in it" in complaint
@@ -176,7 +177,7 @@ def test_workers_of_tables_are_spawned(
         methods.append(method)
         return get_context(method)
 
-    monkeypatch.setattr(preprocess.multiprocessing, "get_context", recorded)
+    monkeypatch.setattr(pool.multiprocessing, "get_context", recorded)
     for name, method in (("x.parquet", "spawn"), ("x.arrow", "spawn"), ("x.jsonl", "fork")):
         inputs = [corpus / "x.jsonl"] if name == "x.jsonl" else [corpus / "y.txt", tmp_path / name]
         arguments = command(corpus, tmp_path / f"d_{name}", "--workers", "2", inputs=inputs)
@@ -246,14 +247,14 @@ def test_what_cannot_work_is_refused(
         arguments = command(corpus, tmp_path / "d", *more, inputs=inputs)
         return run_here(preprocess_data.main, arguments, capsys).complaint()
 
-    assert "belong to a --hub-dataset" in complaint("--hub-config", "en")
+    assert "belong to --hub-dataset" in complaint("--hub-config", "en")
     assert "empty.jsonl: no document in it" in complaint(inputs=[empty])
     shutil.rmtree(tmp_path / "d.parts")
     empty.write_bytes(b"")
     assert "empty.jsonl: no document in it" in complaint(inputs=[empty])
     shutil.rmtree(tmp_path / "d.parts")
-    assert "broken.parquet is no whole parquet file" in complaint(inputs=[tmp_path / "broken.parquet"])
-    assert "nothing: no file of a known kind" in complaint(inputs=[tmp_path / "nothing"])
+    assert "broken.parquet is not a complete parquet file" in complaint(inputs=[tmp_path / "broken.parquet"])
+    assert "nothing holds no file of a known type" in complaint(inputs=[tmp_path / "nothing"])
     assert "no file matches" in complaint(inputs=[f"{tmp_path}/*.nothing"])
     assert "the list" in complaint(inputs=[f"@{tmp_path}/list"])
     for more, message in [
@@ -266,8 +267,8 @@ def test_what_cannot_work_is_refused(
         (("--min-tokens", "9", "--max-tokens", "8"), "--max-tokens is 8: it must be 9 or more"),
         (("--shuffle-seed", "-1"), "--shuffle-seed is -1: it must be 0 or more"),
         (("--messages-key", "m", "--text-key", "t"), "--text-key excludes --messages-key"),
-        (("--messages-key", "m", "--message-format", "x"), "it must hold {content}"),
-        (("--split-documents", "line", *AS_PAIRS), "--split-documents cuts texts"),
+        (("--messages-key", "m", "--message-format", "x"), "it must contain {content}"),
+        (("--split-documents", "line", *AS_PAIRS), "--split-documents splits texts"),
         (("--prompt-key", "q", "--answer-key", "q"), "--prompt-key and --answer-key are both q"),
     ]:
         assert message in complaint(*more)
@@ -309,9 +310,9 @@ def test_damaged_datasets_are_named(corpus: Path, tmp_path: Path) -> None:
     make_dataset([corpus / "x.jsonl"], corpus / "tokenizer", prefix, PAIRS)
     content = {s: Path(f"{prefix}{s}").read_bytes() for s in (".bin", ".idx", ".json")}
     for suffix, damaged, message in [
-        (".bin", content[".bin"][:-2], r"d.bin has not the size"),
-        (".idx", content[".idx"][:-2], r"d.idx is cut short"),
-        (".idx", b"MMIDIDX", r"d.idx is no index"),
+        (".bin", content[".bin"][:-2], r"d.bin does not have the size"),
+        (".idx", content[".idx"][:-2], r"d.idx is truncated"),
+        (".idx", b"MMIDIDX", r"d.idx is not the index"),
         (".json", b"{}", r"d.json is damaged"),
         (
             ".json",
@@ -338,7 +339,7 @@ def test_inspect_shows_and_verifies(
         "97 documents",
         "'what is 1 + 1?'",
         "[1] answer",
-        "nats a token",
+        "nats per token",
         "d: 0 faults",
         "append_eos",
     ):
@@ -377,14 +378,14 @@ def test_the_last_units_are_small(corpus: Path, tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.jsonl" for number in range(3)]
     for path, size in zip(paths, sizes, strict=True):
         path.write_text(("x" * 99 + "\n") * (size // 100), encoding="utf-8")
-    plan = make_plan_of(paths, corpus / "tokenizer")
-    spans = [span for unit in plan.units for span in unit]
+    partition = partition_of(paths, corpus / "tokenizer")
+    spans = [span for unit in partition.units for span in unit]
     for number, path in enumerate(paths):  # every byte once, in order
         ends = [(span.start, span.end) for span in spans if span.source == number]
         assert [start for start, _ in ends] == [0, *(end for _, end in ends[:-1])]
         assert ends[-1][1] == path.stat().st_size
     left = sum(path.stat().st_size for path in paths)
-    for unit in plan.units:
+    for unit in partition.units:
         size = sum(span.size for span in unit)
         assert size <= 2 * max(left / 8, 2**20) + 100  # the end of a file, a piece of the next, a line
         left -= size

@@ -160,7 +160,7 @@ def test_an_excerpt_leaves_out_few_bad_records(tmp_path: Path) -> None:
         (b'{"text": 7}\n', "wrong_type", ["line 1", "'text' is of type int"]),
         (b'{"text": null}\n', "wrong_type", ["line 1", "'text' is of type NoneType"]),
         (b'{"text": ""}\n', "empty_text", ["line 1", "a text of length 0"]),
-        (b'"text"\n', "wrong_type", ["line 1", "no JSON object"]),
+        (b'"text"\n', "wrong_type", ["line 1", "not a JSON object"]),
         (b'[{"text": "a"}]\n', "wrong_type", ["line 1", "an array, but each line must hold an object", "jq"]),
         (b"[\n", "invalid_json", ["line 1", "not valid JSON", "one of several lines", "jq"]),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "invalid_utf8", ["line 2", "not valid UTF-8"]),
@@ -245,7 +245,7 @@ def test_inputs_are_checked_first(tmp_path: Path) -> None:
         check_inputs([tmp_path / "nowhere.jsonl"], TEXT)
     for name in ("x.txt", "x.pdf"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(UserError, match=r"x.pdf: its kind is not known; use .jsonl"):
+    with pytest.raises(UserError, match=r"x.pdf: unknown file type; use .jsonl"):
         check_inputs([tmp_path / "x.pdf"], TEXT)
     with pytest.raises(UserError, match="pairs come from jsonl"):
         check_inputs([tmp_path / "x.txt"], Keys(("q", "a")))
@@ -272,16 +272,14 @@ def test_what_a_folder_holds_besides_is_said_once(tmp_path: Path, capsys: pytest
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()
-    start = (
-        "left out, of unknown kinds: 2 .json.lz4, 1 .md, 1 without a suffix, 1 .tsv.gz. What is read: .jsonl"
-    )
+    start = "skipped files of unknown types: 2 .json.lz4, 1 .md, 1 without a suffix, 1 .tsv.gz. Known types:"
     assert line.startswith(start)
-    with pytest.raises(UserError, match=r"c: no file of a known kind in it \(1 \.lz4\); use .jsonl"):
+    with pytest.raises(UserError, match=r"c holds no file of a known type \(1 \.lz4\); use .jsonl"):
         find([f"{tmp_path}/c"])
     for number in range(9):
         (tmp_path / f"b/part.{number}").touch()
     find([f"{tmp_path}/b"])
-    assert "1 .4, 5 others. What" in capsys.readouterr().err
+    assert "1 .4, 5 others. Known" in capsys.readouterr().err
     find([f"{tmp_path}/a/x.jsonl"])
     assert capsys.readouterr().err == ""
 
@@ -298,11 +296,11 @@ def test_broken_links_and_circular_lists_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
     for meant in (str(tmp_path), f"{tmp_path}/*.jsonl"):
-        with pytest.raises(UserError, match=r"b.jsonl is a link to nowhere"):
+        with pytest.raises(UserError, match=r"b.jsonl is a broken link"):
             find([meant])
     (tmp_path / "one").write_text(f"@{tmp_path}/two\n")
     (tmp_path / "two").write_text(f"{tmp_path}/a.jsonl\n@{tmp_path}/one\n")
-    with pytest.raises(UserError, match=r"--input @.*/one: the list names itself"):
+    with pytest.raises(UserError, match=r"--input @.*/one: the list contains itself"):
         find([f"@{tmp_path}/one"])
 
 
@@ -314,7 +312,7 @@ def test_linked_folders_are_read(tmp_path: Path) -> None:
     assert find([f"{tmp_path}/corpus"]) == [tmp_path / "corpus/linked/x.jsonl"]
 
 
-def test_a_file_that_is_meant_twice_is_refused(tmp_path: Path) -> None:
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     """By name, glob, folder, list or link: with its name and both inputs."""
     (tmp_path / "d").mkdir()
     path = tmp_path / "d/x.jsonl"
@@ -329,7 +327,7 @@ def test_a_file_that_is_meant_twice_is_refused(tmp_path: Path) -> None:
         tmp_path / "link.jsonl",
     ]
     for other in inputs:
-        with pytest.raises(UserError, match=f"is meant twice, by {path} and by {re.escape(str(other))},"):
+        with pytest.raises(UserError, match=f"is given twice, by {path} and by {re.escape(str(other))}:"):
             find([str(path), str(other)])
-    with pytest.raises(UserError, match=r"link.jsonl is meant twice"):
+    with pytest.raises(UserError, match=r"link.jsonl is given twice"):
         find([f"@{tmp_path}/list", f"{tmp_path}/link.jsonl"])

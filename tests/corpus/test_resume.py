@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,12 +20,15 @@ import pytest
 from pipeline.base.errors import UserError
 from pipeline.corpus import worker
 from pipeline.corpus.encode import WordEncoder
-from pipeline.corpus.merge import merge_parts, missing_units, parts_folder
-from pipeline.corpus.plan import write_plan
+from pipeline.corpus.merge import merge_parts
+from pipeline.corpus.partition import write_partition
+from pipeline.corpus.parts import PartFacts, missing_units, read_part
 from pipeline.corpus.sources import Source
+from pipeline.corpus.tokenizer_making import train_tokenizer
 from pipeline.corpus.worker import Job, make_part
-from pipeline.data.tokenizer import Tokenizer, train_tokenizer
-from support.corpora import TEXT, digests, make_dataset, make_parts, make_plan_of
+from pipeline.data.paths import parts_folder
+from pipeline.data.tokenizer import Tokenizer
+from support.corpora import TEXT, digests, make_dataset, make_parts, partition_of
 from support.programs import ROOT, run_here
 from tools import preprocess_data
 
@@ -107,11 +110,14 @@ def test_what_has_changed_is_refused_by_name(
     source, tokenizer = tmp_path / "x.jsonl", tmp_path / "tokenizer"
     shutil.copy(corpus / "x.jsonl", source)
     shutil.copytree(corpus / "tokenizer", tokenizer)
-    plan = make_plan_of([source], tokenizer, TEXT, 10**6)
+    partition = partition_of([source], tokenizer, TEXT, 10**6)
     folder = parts_folder(tmp_path / "d")
-    write_plan(plan, folder)
+    write_partition(partition, folder)
     make_part(
-        Job(plan, folder, "quarantine"), WordEncoder(Tokenizer.load(tokenizer)), 1, lambda done, tokens: None
+        Job(partition, folder, "quarantine"),
+        WordEncoder(Tokenizer.load(tokenizer)),
+        1,
+        lambda done, tokens: None,
     )
     base = [
         "--input",
@@ -148,7 +154,7 @@ def test_what_has_changed_is_refused_by_name(
         if "hash" in message:
             os.utime(source, ns=times)
         assert message in complaint()
-        assert missing_units(plan, folder)[:2] == [0, 2]
+        assert missing_units(folder, len(partition.units))[:2] == [0, 2]
     source.write_bytes(content)
     os.utime(source, ns=times)
     shutil.rmtree(tokenizer)
@@ -163,7 +169,7 @@ def test_what_has_changed_is_refused_by_name(
     assert "exists: give --overwrite" in complaint("--append-eos")
 
 
-def test_a_plan_that_is_damaged_or_taken_is_named(
+def test_a_damaged_plan_and_a_second_process_are_named(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = parts_folder(tmp_path / "d")
@@ -179,12 +185,12 @@ def test_a_plan_that_is_damaged_or_taken_is_named(
         assert process.stdout is not None
         process.stdout.readline()
         complaint = run_here(preprocess_data.main, command(corpus, tmp_path / "d"), capsys).complaint()
-        assert "another process is at work on the same shard" in complaint
+        assert "another process is working on the same shard" in complaint
         process.communicate(b"\n")
 
 
 def test_a_full_disk_loses_nothing(corpus: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk; with room again the run goes on."""
+    """A limit on the size of files stands for the full disk; with room again the run resumes."""
     make_dataset([corpus / "x.jsonl"], corpus / "tokenizer", tmp_path / "whole", deduplicate=True)
     arguments = " ".join([sys.executable, "tools/preprocess_data.py", *command(corpus, tmp_path / "d")])
     limited = subprocess.run(
@@ -192,7 +198,7 @@ def test_a_full_disk_loses_nothing(corpus: Path, tmp_path: Path) -> None:
     )
     assert limited.returncode == 2
     assert limited.stderr.count("\n") == 1
-    assert "File too large. Mend it and run the same command again" in limited.stderr
+    assert "File too large. Fix it and run the same command again" in limited.stderr
     parts = len(list(parts_folder(tmp_path / "d").glob("[0-9]*")))
     assert parts > 10, "the join of the parts was what failed"
     assert not list(tmp_path.glob("d.*x"))
@@ -208,10 +214,10 @@ def test_an_error_in_a_unit_leaves_no_part(
     """A disk that fails, or a corpus that vanishes or changes, while a part is being made."""
     source = tmp_path / "x.jsonl"
     shutil.copy(corpus / "x.jsonl", source)
-    plan = make_plan_of([source], corpus / "tokenizer", TEXT, 10**6)
+    partition = partition_of([source], corpus / "tokenizer", TEXT, 10**6)
     folder = tmp_path / "d.parts"
     encoder = WordEncoder(Tokenizer.load(corpus / "tokenizer"))
-    job = Job(plan, folder, "quarantine")
+    job = Job(partition, folder, "quarantine")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -225,10 +231,10 @@ def test_an_error_in_a_unit_leaves_no_part(
     def change(done: int, tokens: int) -> None:
         source.write_bytes(source.read_bytes() + b"\n")
 
-    with pytest.raises(UserError, match="has changed since the plan was made"):
+    with pytest.raises(UserError, match="has changed since preprocessing began"):
         make_part(job, encoder, 0, change)
     source.unlink()
-    with pytest.raises(UserError, match="has vanished"):
+    with pytest.raises(UserError, match="has disappeared"):
         make_part(job, encoder, 0, lambda done, tokens: None)
     assert list(folder.iterdir()) == []
     assert Source.of_file(corpus / "x.jsonl").size > 0
@@ -253,8 +259,8 @@ def test_a_worker_that_dies_is_said(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_part_that_is_damaged_later_is_found(corpus: Path, tmp_path: Path) -> None:
     """By its hash when it is joined, and by its size; nothing is written then."""
-    plan = make_plan_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
-    folder = make_parts(plan, tmp_path / "d")
+    partition = partition_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
+    folder = make_parts(partition, tmp_path / "d")
     path = folder / "000001/tokens"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
@@ -270,30 +276,32 @@ def test_a_part_that_is_damaged_later_is_found(corpus: Path, tmp_path: Path) -> 
 def test_parts_are_joined_as_they_come(corpus: Path, tmp_path: Path) -> None:
     """Each is asked for once and in order; where one does not come, an older dataset stays as it was."""
     make_dataset([corpus / "x.jsonl"], corpus / "tokenizer", tmp_path / "whole")
-    plan = make_plan_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
+    partition = partition_of([corpus / "x.jsonl"], corpus / "tokenizer", TEXT, 10**6)
     folder, asked = parts_folder(tmp_path / "d"), []
     encoder = WordEncoder(Tokenizer.load(corpus / "tokenizer"))
-    write_plan(plan, folder)
+    write_partition(partition, folder)
 
-    def make(unit: int) -> None:
-        asked.append(unit)
-        make_part(Job(plan, folder, "quarantine"), encoder, unit, lambda done, tokens: None)
+    def made() -> Iterator[PartFacts]:
+        for unit in range(len(partition.units)):
+            asked.append(unit)
+            make_part(Job(partition, folder, "quarantine"), encoder, unit, lambda done, tokens: None)
+            yield read_part(folder, unit, partition.sha256)
 
-    def fail(unit: int) -> None:
-        if unit == 2:
-            raise UserError("a worker died")
+    def fail() -> Iterator[PartFacts]:
+        yield from (read_part(folder, unit, partition.sha256) for unit in range(2))
+        raise UserError("a worker died")
 
-    merge_parts(folder, tmp_path / "d", wait_for=make)
-    assert asked == list(range(len(plan.units)))
+    merge_parts(folder, tmp_path / "d", parts=made())
+    assert asked == list(range(len(partition.units)))
     assert len(asked) > 2
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
     with pytest.raises(UserError, match="a worker died"):
-        merge_parts(folder, tmp_path / "d", wait_for=fail)
+        merge_parts(folder, tmp_path / "d", parts=fail())
     assert digests(tmp_path / "d") == digests(tmp_path / "whole")
     assert not list(tmp_path.glob(".d.*"))
 
 
-def test_many_units_do_not_make_the_plan_be_described_more_often(
+def test_the_partition_is_serialized_as_often_for_many_units(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A corpus has thousands of units and files: what is done with all of them for each one never ends."""

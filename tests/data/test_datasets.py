@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from pipeline.base.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.corpus.records import Keys
+from pipeline.corpus.tokenizer_making import train_tokenizer
 from pipeline.data.blend import blend_sizes, build_once, describe_order, write_order
 from pipeline.data.datasets import Datasets, build_datasets
 from pipeline.data.examples import ANSWER, PADDING, PROMPT
-from pipeline.data.tokenizer import Tokenizer, train_tokenizer
+from pipeline.data.facts import check_data
 from support.corpora import make_dataset
 from support.programs import run_program
 
@@ -59,7 +60,8 @@ class Corpus:
             prefixes=[str(self.folder / p) for p in prefixes],
             **settings,
         )  # type: ignore[arg-type]
-        return build_datasets(config, Tokenizer.load(self.folder / "tokenizer"), 1, self.folder / "cache")
+        facts = check_data(config, self.tokenizer)
+        return build_datasets(config, facts, self.tokenizer, 1, self.folder / "cache")
 
     def decoded(self, example: dict[str, np.ndarray]) -> tuple[str, str, int]:
         """Return prompt, answer and padding count of an example."""
@@ -256,10 +258,10 @@ def test_pairs_that_are_too_long_are_counted(corpus: Corpus) -> None:
         (fits["p"], 40 - fits["p"]),
         (fits["q"], 10 - fits["q"]),
     ]
-    left_out = f"left out, longer than data.sequence_length: {40 - fits['p']} of 40 documents"
-    assert left_out in describe_order(data.shares)
+    dropped = f"dropped, longer than data.sequence_length: {40 - fits['p']} of 40 documents"
+    assert dropped in describe_order(data.shares)
     whole = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0")
-    assert "left out" not in describe_order(whole.shares)
+    assert "dropped" not in describe_order(whole.shares)
 
 
 def test_the_order_is_written_into_the_run_folder(corpus: Corpus, tmp_path: Path) -> None:

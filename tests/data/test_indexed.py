@@ -68,7 +68,7 @@ def test_every_invariant_is_checked(tmp_path: Path) -> None:
         assert any(message in fault for fault in faults), (message, faults)
     Path(f"{prefix}.idx").write_bytes(content)
     assert find_faults(prefix, read_index(prefix), 10) == []
-    assert find_faults(prefix, read_index(prefix), 9) == ["token 9 is no id of the vocabulary"]
+    assert find_faults(prefix, read_index(prefix), 9) == ["token 9 is not an id of the vocabulary"]
 
 
 def test_an_error_leaves_the_old_dataset(tmp_path: Path) -> None:

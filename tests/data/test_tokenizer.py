@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.base.errors import UserError
-from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from pipeline.corpus.tokenizer_making import import_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer
 from support.byte_level import train_byte_level
 from support.programs import run_here
 from tools import train_tokenizer as tool
@@ -153,7 +154,7 @@ def test_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     command = ["--input", str(empty), "--vocab-size", "300", "--output", str(tmp_path / "e")]
-    assert "no text in the corpus" in run_here(tool.main, command, capsys).complaint()
+    assert "--input has no text" in run_here(tool.main, command, capsys).complaint()
 
 
 def write_hugging_face(path: Path, specials: list[str]) -> None:
@@ -220,4 +221,4 @@ def test_special_tokens_are_named_or_asked_for(tmp_path: Path, capsys: pytest.Ca
     assert (loaded.mask, loaded.pad, loaded.eos) == (0, 1, 2)
     path.write_text("{}")
     complaint = run_here(tool.main, [*arguments[:3], str(tmp_path / "u")], capsys).complaint()
-    assert "is no tokenizer.json" in complaint
+    assert "is not a tokenizer.json" in complaint

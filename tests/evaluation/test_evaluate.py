@@ -17,6 +17,7 @@ import torch
 from pipeline.checkpoint.load_model import load_model
 from pipeline.data.datasets import build_datasets
 from pipeline.data.examples import stack_examples
+from pipeline.data.facts import check_data
 from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import estimate
@@ -276,7 +277,8 @@ def test_ends_are_scored_where_they_are_trained(
     assert train(tmp_path / "run", "--data.padding", "eos_targets", "--evaluation.interval", "0").code == 0
     loaded = load_model(tmp_path / "run", torch.device("cpu"))
     settings = replace(loaded.config.data, split="100,0,0")
-    dataset = build_datasets(settings, loaded.tokenizer, 0, tmp_path / "cache").train
+    facts = check_data(settings, loaded.tokenizer)
+    dataset = build_datasets(settings, facts, loaded.tokenizer, 0, tmp_path / "cache").train
     examples = stack_examples([dataset[i] for i in range(60)], range(60))
     expected = estimate(loaded.model, loaded.layout, examples, loaded.step, draws=64)
     for source in ("corpus.jsonl", "pairs"):

@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from pipeline.data.tokenizer import Tokenizer, import_tokenizer, train_tokenizer
+from pipeline.corpus.tokenizer_making import import_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.huggingface.export import CODE
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from support.byte_level import train_byte_level

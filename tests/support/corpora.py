@@ -12,11 +12,12 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from pipeline.corpus.encode import WordEncoder
-from pipeline.corpus.merge import merge_parts, parts_folder
-from pipeline.corpus.plan import Options, Plan, make_plan, write_plan
+from pipeline.corpus.merge import merge_parts
+from pipeline.corpus.partition import Options, Partition, make_partition, write_partition
 from pipeline.corpus.records import Keys
 from pipeline.corpus.worker import Job, make_part
 from pipeline.data.facts import DatasetFacts
+from pipeline.data.paths import bin_path, facts_path, idx_path, parts_folder
 from pipeline.data.tokenizer import Tokenizer
 
 TEXT = Keys(("text",))
@@ -32,15 +33,17 @@ def command(corpus: Path, prefix: Path, *more: str, inputs: Sequence[Path | str]
     ]  # fmt: skip
 
 
-def make_plan_of(
+def partition_of(
     inputs: Sequence[Path | str],
     tokenizer: Path,
     keys: Keys = TEXT,
     unit_bytes: int | None = None,
     **options: Any,
-) -> Plan:
-    """Return the plan of a corpus."""
-    return make_plan([str(path) for path in inputs], None, tokenizer, Options(keys, **options), unit_bytes)
+) -> Partition:
+    """Return the partition of a corpus."""
+    return make_partition(
+        [str(path) for path in inputs], None, tokenizer, Options(keys, **options), unit_bytes
+    )
 
 
 def make_dataset(
@@ -52,23 +55,23 @@ def make_dataset(
     **options: Any,
 ) -> DatasetFacts:
     """Preprocess a corpus; bad records are quarantined, the parts stay."""
-    plan = make_plan_of(inputs, tokenizer, keys, unit_bytes, **options)
-    return merge_parts(make_parts(plan, prefix), prefix)[0][1]
+    partition = partition_of(inputs, tokenizer, keys, unit_bytes, **options)
+    return merge_parts(make_parts(partition, prefix), prefix)[0][1]
 
 
-def make_parts(plan: Plan, prefix: Path) -> Path:
-    """Make all parts of a plan; return their folder."""
+def make_parts(partition: Partition, prefix: Path) -> Path:
+    """Make all parts of a partition; return their folder."""
     folder = parts_folder(prefix)
-    write_plan(plan, folder)
-    encoder = WordEncoder(Tokenizer.load(Path(plan.tokenizer)))
-    for unit in range(len(plan.units)):
-        make_part(Job(plan, folder, "quarantine"), encoder, unit, lambda done, tokens: None)
+    write_partition(partition, folder)
+    encoder = WordEncoder(Tokenizer.load(Path(partition.tokenizer)))
+    for unit in range(len(partition.units)):
+        make_part(Job(partition, folder, "quarantine"), encoder, unit, lambda done, tokens: None)
     return folder
 
 
 def digests(prefix: Path) -> list[str]:
     """Return the sha256 of a dataset's three files."""
-    files = [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json")]
+    files = [bin_path(prefix), idx_path(prefix), facts_path(prefix)]
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
 
 

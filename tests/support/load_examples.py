@@ -11,6 +11,7 @@ import torch
 
 from pipeline.config import DataConfig
 from pipeline.data import datasets
+from pipeline.data.facts import check_data
 from pipeline.data.tokenizer import Tokenizer
 
 
@@ -31,7 +32,8 @@ def main(folder: Path, own_disk: bool) -> None:
         sequence_length=16, weights=[1.0, 2.0], split="80,20,0",
     )  # fmt: skip
     cache = folder / (f"cache_of_{rank}" if own_disk else "shared_cache")
-    data = datasets.build_datasets(config, Tokenizer.load(folder / "tokenizer"), 1, cache)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    data = datasets.build_datasets(config, check_data(config, tokenizer), tokenizer, 1, cache)
     content = b"".join(data.train[i]["tokens"].tobytes() for i in range(len(data.train)))
     # One write for the line and its end: print makes two of them, and the other rank's line may come between.
     sys.stdout.write(f"rank {rank}: {len(builds)} builds, examples {hashlib.sha256(content).hexdigest()}\n")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from pipeline.base.errors import UserError
-from pipeline.corpus.records import Record
+from pipeline.corpus.records import Document
 from pipeline.evaluation.sandbox import Sandbox
 from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
@@ -46,7 +46,7 @@ class _Gsm8k(Task):
 
     keys = ("question", "answer")
 
-    def check(self, item: Item, record: Record, before: Sequence[Item]) -> None:
+    def check(self, item: Item, record: Document, before: Sequence[Item]) -> None:
         """See `Task`."""
         if MARK not in item.reference or final_number(item.reference) is None:
             raise UserError(

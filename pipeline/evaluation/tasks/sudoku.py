@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from pipeline.base.errors import UserError
 from pipeline.corpus.recipes.puzzles import BOXES, is_solved
-from pipeline.corpus.records import Record
+from pipeline.corpus.records import Document
 from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 
 class Sudoku(Task):
     """Grids of 4, 6 or 9 digits a side, a token a cell; any solution that keeps the clues is right."""
 
-    def check(self, item: Item, record: Record, before: Sequence[Item]) -> None:
+    def check(self, item: Item, record: Document, before: Sequence[Item]) -> None:
         """See `Task`."""
         puzzle = item.prompt
         size = math.isqrt(len(puzzle))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.base.errors import UserError
-from pipeline.corpus.records import Keys, Record, read_all
+from pipeline.corpus.records import Document, Keys, read_all
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Task:
             raise UserError(f"{path} holds no item: give --data a file with one at least.")
         return items
 
-    def check(self, item: Item, record: Record, before: Sequence[Item]) -> None:
+    def check(self, item: Item, record: Document, before: Sequence[Item]) -> None:
         """Raise a `UserError` for a record that is no item, or not one of the kind of those before it."""
 
     def answer_length(self, items: Sequence[Item]) -> int | None:

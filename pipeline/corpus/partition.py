@@ -1,7 +1,7 @@
-"""The plan of a corpus: what is read, how, and the units of work, written once; nothing else is shared.
+"""A corpus cut into units of work: inputs, options and the spans of each unit, written once as plan.json.
 
-A unit is some spans that one worker turns into one part. The plan says all that the dataset depends on, so
-the parts of equal plans can be joined, whoever made them.
+A unit is a list of spans that one worker turns into one part. A partition holds everything that the dataset
+depends on, so the parts of equal partitions can be joined, whichever machines made them.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from pipeline.base.cli import option
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
 from pipeline.corpus.reading import Span, cut
-from pipeline.corpus.records import LONGEST_RECORD, Keys, check_kinds
+from pipeline.corpus.records import LONGEST_RECORD, Keys, check_formats
 from pipeline.corpus.sources import Hub, Source, find, hub_source
 from pipeline.data.tokenizer import Tokenizer
 
 FORMAT = 1
-PLAN_FILE = "plan.json"
+PARTITION_FILE = "plan.json"
 MANY_UNITS = 4096
-SMALLEST, LARGEST = 2**23, 2**30  # bytes of a unit, where none are asked for
-TAIL, SMALLEST_OF_TAIL = 8, 2**20  # the last units are an 8th of what is left: workers end together
+SMALLEST, LARGEST = 2**23, 2**30  # bytes of a unit, without --unit-bytes
+TAIL, SMALLEST_OF_TAIL = 8, 2**20  # a unit has at most 1/8 of the remaining bytes: workers finish together
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked for; each value changes the dataset.
+    """The options that change the dataset.
 
     Attributes:
-        keys: what is read of a record.
-        append_eos: close every document with the end-of-sequence token.
+        keys: which values of a record are read.
+        append_eos: append the end-of-sequence token to every document.
         max_document_bytes: longest line, paragraph or text.
-        min_tokens: shorter documents are left out.
-        max_tokens: longer documents are left out; None for no limit.
-        deduplicate: leave out documents whose texts came before.
-        shuffle_seed: seed of a random order of all documents; None keeps the order of the input.
+        min_tokens: shorter documents are dropped.
+        max_tokens: longer documents are dropped; None for no limit.
+        deduplicate: drop documents whose texts came before.
+        shuffle_seed: seed of a shuffle of all documents; None keeps the order of the input.
     """
 
     keys: Keys
@@ -53,13 +53,13 @@ class Options:
     shuffle_seed: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options as flat plain values."""
+        """Return the options as one flat JSON object."""
         values = dataclasses.asdict(self)
         return {**values.pop("keys"), **values, "names": list(self.keys.names)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Options:
-        """Return the options that `to_json` described."""
+        """Return the options from the result of `to_json`."""
         names = {field.name for field in dataclasses.fields(Keys)}
         keys = {k: v for k, v in values.items() if k in names}
         keys["names"] = tuple(keys["names"])
@@ -67,15 +67,15 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that a dataset is made from.
+class Partition:
+    """Everything that a dataset is made from, and how the work is cut.
 
     Attributes:
         sources: the inputs, in order.
-        options: what is asked for.
-        tokenizer: folder of the tokenizer, as it was given.
-        tokenizer_sha256: its identity.
-        units: spans of each unit; the documents of the dataset are in this order.
+        options: see `Options`.
+        tokenizer: folder of the tokenizer, as given.
+        tokenizer_sha256: of its model.
+        units: spans of each unit; the dataset keeps this order.
     """
 
     sources: tuple[Source, ...]
@@ -85,7 +85,7 @@ class Plan:
     units: tuple[tuple[Span, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan in plain types."""
+        """Return the partition as plain JSON values."""
         return {
             "format": FORMAT,
             "options": self.options.to_json(),
@@ -97,41 +97,40 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of the inputs and options; how they are cut into units does not change the dataset."""
+        """Identity of inputs and options; the cut into units does not change the dataset."""
         values = dataclasses.replace(self, units=()).to_json()
         del values["units"], values["tokenizer"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    @property
-    def size(self) -> int:
-        """Bytes of all units."""
-        return sum(span.size for unit in self.units for span in unit)
+    def size_of(self, unit: int) -> int:
+        """Return the bytes of a unit on the disk."""
+        return sum(span.size for span in self.units[unit])
 
 
-def make_plan(
+def make_partition(
     inputs: Sequence[str], hub: Hub | None, tokenizer: Path, options: Options, unit_bytes: int | None
-) -> Plan:
-    """Return the plan of a corpus; files are looked at, only their ends are read.
+) -> Partition:
+    """Cut a corpus into units; of each file only the head, the tail and the cuts are read.
 
     Args:
         inputs: see `sources.find`.
         hub: a dataset that `datasets` streams, after the inputs.
-        tokenizer: its folder.
-        options: what is asked for.
-        unit_bytes: size of a unit; None for about 4,096 units of 8 MiB to 1 GiB, and smaller ones at the end.
+        tokenizer: folder of the tokenizer.
+        options: see `Options`.
+        unit_bytes: size of a unit; None for about 4,096 units of 8 MiB to 1 GiB, smaller ones at the end.
 
     Raises:
-        UserError: for an input that is missing, unreadable or cannot hold such records.
+        UserError: for an input that is missing or unreadable, or that cannot hold the keys.
     """
     sources = [Source.of_file(path) for path in find(inputs)] + ([hub_source(hub)] if hub else [])
-    check_kinds(sources, options.keys)
+    check_formats(sources, options.keys)
     total = sum(source.size for source in sources)
     most = unit_bytes or min(max(total // MANY_UNITS, SMALLEST), LARGEST)
     least = most if unit_bytes or hub else SMALLEST_OF_TAIL
     by_line = options.keys.reading().by_line
     units: list[tuple[Span, ...]] = []
     held: list[Span] = []
-    size = 0  # of the spans in `held`, of which there may be very many
+    size = 0  # of the spans in `held`, which may be very many
     left = total
 
     def target() -> int:
@@ -147,14 +146,14 @@ def make_plan(
                 held, size = [], 0
     units += [tuple(held)] if held else []
     sha256 = Tokenizer.load(tokenizer).sha256
-    return Plan(tuple(sources), options, str(tokenizer), sha256, tuple(units))
+    return Partition(tuple(sources), options, str(tokenizer), sha256, tuple(units))
 
 
 Difference = tuple[str, Any, Any]
 
 
-def differences(old: Plan, new: Plan) -> list[Difference]:
-    """Return what differs between two plans apart from the cut into units: (name, then, now)."""
+def differences(old: Partition, new: Partition) -> list[Difference]:
+    """Return what differs between two partitions, except the cut into units: (name, then, now)."""
     found: list[Difference] = []
     before, now = old.options.to_json(), new.options.to_json()
     names = {"names": "the keys", "messages": option("messages_key"), "split": option("split_documents")}
@@ -181,31 +180,31 @@ def differences(old: Plan, new: Plan) -> list[Difference]:
     return found
 
 
-def write_plan(plan: Plan, folder: Path) -> None:
-    """Write the plan into the folder of the parts."""
-    values = plan.to_json()
+def write_partition(partition: Partition, folder: Path) -> None:
+    """Write plan.json into the folder of the parts."""
+    values = partition.to_json()
     lines = [f"{json.dumps(key)}: {_listed(value)}" for key, value in values.items()]
-    with replacing(folder / PLAN_FILE) as file:
+    with replacing(folder / PARTITION_FILE) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def _listed(value: Any) -> str:
-    """Return a value as JSON, a list with an entry a line."""
+    """Return a value as JSON, a list with one entry per line."""
     if not isinstance(value, list):
         return json.dumps(value)
     return "[" + ",".join(f"\n  {json.dumps(entry)}" for entry in value) + "]"
 
 
-def read_plan(folder: Path) -> Plan | None:
-    """Return the plan in a folder of parts, if there is one; raise a `UserError` when it is damaged."""
-    path = folder / PLAN_FILE
+def read_partition(folder: Path) -> Partition | None:
+    """Return the partition in a folder of parts, or None; raise a `UserError` if plan.json is damaged."""
+    path = folder / PARTITION_FILE
     if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, this program reads {FORMAT}")
-        return Plan(
+        return Partition(
             tuple(Source.from_json(source) for source in values["sources"]),
             Options.from_json(values["options"]),
             values["tokenizer"],
@@ -213,4 +212,4 @@ def read_plan(folder: Path) -> Plan | None:
             tuple(tuple(Span(*span) for span in unit) for unit in values["units"]),
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give --restart to begin anew.") from None
+        raise UserError(f"{path} cannot be read ({error}): start over with --restart.") from None

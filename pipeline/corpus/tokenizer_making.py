@@ -1,0 +1,190 @@
+"""Making a tokenizer: SentencePiece trained on a corpus, or a Hugging Face tokenizer.json imported."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+
+from pipeline.base.errors import UserError
+from pipeline.base.files import creating_folder
+from pipeline.corpus.records import LONGEST_RECORD
+from pipeline.data.tokenizer import FORMAT, HUGGING_FACE, Tokenizer, TokenizerFacts, write_tokenizer
+
+MODEL_TYPES = ("unigram", "bpe", "char", "word")
+MASK = "<mask>"
+# Names of special tokens in Hugging Face files, in order of preference.
+USUAL_NAMES = {
+    "mask": (MASK, "<|mask|>", "[MASK]", "<|mdm_mask|>"),
+    "pad": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>"),
+    "eos": (
+        "</s>",
+        "<eos>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|im_end|>",
+        "[EOS]",
+        "[SEP]",
+    ),
+    "unk": ("<unk>", "[UNK]", "<|unk|>"),
+}
+
+
+@contextlib.contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """Make the folder completely or not at all; one that cannot be made fails before the work."""
+    if output.exists():
+        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+    with creating_folder(output) as folder:
+        yield folder
+
+
+def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> tuple[Tokenizer, list[str]]:
+    """Write the folder of a Hugging Face tokenizer.json.
+
+    A mask or padding token that the file lacks gets the next free id: most models have no mask token.
+
+    Args:
+        path: the tokenizer.json.
+        names: the special tokens by use (mask, pad, eos); None for one of USUAL_NAMES.
+        output: the folder; it must not exist.
+
+    Returns:
+        The tokenizer, and the added tokens.
+
+    Raises:
+        UserError: for a file that `tokenizers` cannot read, or a token that it lacks.
+    """
+    with _new_folder(output) as folder:
+        content, facts, added = _imported(path, names)
+        return write_tokenizer(folder, content, facts), added
+
+
+def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, TokenizerFacts, list[str]]:
+    """Return the content of the model file, its facts, and the added tokens."""
+    try:
+        found = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # `tokenizers` raises plain Exceptions
+        if isinstance(error, OSError):
+            raise
+        raise UserError(f"--import-json {path} is not a tokenizer.json ({error}): get a new copy.") from None
+    ids: dict[str, int] = {}
+    added: list[str] = []
+    for use, usual in USUAL_NAMES.items():
+        given = names.get(use)
+        known = [t for t in ([given] if given else usual) if found.token_to_id(t) is not None]
+        if not known and use in ("mask", "pad"):
+            known = [given or usual[0]]
+            added.append(known[0])
+        if not known and use == "eos":
+            raise UserError(
+                f"--import-json {path} has no token {given or ' or '.join(usual)}: name its end-of-sequence "
+                "token with --eos-token."
+            )
+        if known and use != "unk":
+            found.add_special_tokens([known[0]])  # even an ordinary token: text must not encode to it
+        ids[use] = int(found.get_vocab()[known[0]]) if known else -1
+    if len({ids["mask"], ids["pad"], ids["eos"]}) < 3:
+        raise UserError(f"--import-json {path}: mask, pad and eos must be three tokens, not {ids}.")
+    content = found.to_str().encode()
+    facts = TokenizerFacts(
+        format=FORMAT,
+        model_type=HUGGING_FACE,
+        vocab_size=max(found.get_vocab().values()) + 1,
+        unk_id=ids["unk"],
+        pad_id=ids["pad"],
+        eos_id=ids["eos"],
+        mask_id=ids["mask"],
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+    return content, facts, added
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, output: Path) -> Tokenizer:
+    """Train a SentencePiece model and write its folder.
+
+    The text is not normalized: no dummy prefix, whitespace as it is. unigram and bpe fall back to bytes, so
+    decoding restores any text; char and word map what they have not seen to the unknown token. The same texts
+    give the same bytes.
+
+    Args:
+        texts: the corpus.
+        vocab_size: tokens, special ones included; char and word may have fewer.
+        model_type: one of MODEL_TYPES.
+        output: the folder; it must not exist.
+
+    Raises:
+        UserError: if the corpus is empty or does not fit the vocabulary size.
+    """
+    with _new_folder(output) as folder:
+        content = _trained(texts, vocab_size, model_type)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        facts = TokenizerFacts(
+            format=FORMAT,
+            model_type=model_type,
+            vocab_size=processor.vocab_size(),
+            unk_id=processor.unk_id(),
+            pad_id=processor.pad_id(),
+            eos_id=processor.eos_id(),
+            mask_id=processor.piece_to_id(MASK),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        return write_tokenizer(folder, content, facts)
+
+
+def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
+    """Return a trained model; see `train_tokenizer`."""
+    falls_back = model_type in ("unigram", "bpe")
+    model = io.BytesIO()
+    texts = iter(texts)
+    first = next(texts, None)
+    if first is None:
+        raise UserError("--input has no text in it: give another corpus.")
+    raised: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in chain([first], texts):
+                yield from filter(None, text.split("\n"))
+        except BaseException as error:  # SentencePiece would turn it into a RuntimeError
+            raised.append(error)
+            raise
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            hard_vocab_limit=falls_back,
+            character_coverage=0.9995 if falls_back else 1.0,
+            byte_fallback=falls_back,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            pad_id=1,
+            eos_id=2,
+            bos_id=-1,
+            control_symbols=[MASK],
+            max_sentence_length=LONGEST_RECORD,  # longer lines are skipped silently; the default is 4,192
+            # The trainer sees single lines: without this a line end would be unknown.
+            user_defined_symbols=["\n"],
+            num_threads=1,  # the order of floating-point sums, and so the model, depends on the threads
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
+        reason = str(error).rsplit("] ", 1)[-1].split(" Increase ")[0].strip(" .") or "no reason given"
+        raise UserError(
+            f"--vocab-size {vocab_size} does not work for --model-type {model_type} on this text: {reason}."
+        ) from None
+    return model.getvalue()
