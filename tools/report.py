@@ -1,4 +1,4 @@
-"""Write one HTML page about runs: curves, time use, restarts, skipped steps, texts, settings that differ."""
+"""Write an HTML report of one or more runs: curves, time use, restarts, skipped steps, texts, settings."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pipeline.monitor.report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page; it is one file that needs no network."""
+    """Write the report, a single file that needs no network."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several are compared")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders; several runs are compared"
+    )
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file to write")
     options = parser.parse_args(arguments)
     page = report(options.runs)

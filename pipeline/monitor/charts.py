@@ -1,4 +1,4 @@
-"""Line charts as SVG, small enough to be part of an HTML page."""
+"""Draw line charts as SVG, small enough to embed in an HTML page."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thinned(curve: Curve, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """Return at most `most` points: means over neighbours, of finite values alone."""
+    """Return at most `most` points, each the mean of neighbouring finite points."""
     points = np.array([point for point in curve if all(map(math.isfinite, point))]).reshape(-1, 2)
     parts = np.array_split(points, min(most, max(1, len(points))))
     return [tuple(part.mean(axis=0)) for part in parts if len(part)]
 
 
 def short(value: float) -> str:
-    """Return a number in few letters: 1.5M, 3e+20, 0.05."""
+    """Format a number compactly: 1.5M, 3e+20, 0.05."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size <= abs(value) < 1e12:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
@@ -40,20 +40,20 @@ def short(value: float) -> str:
 
 
 def palette(count: int, ordered: bool = False) -> list[str]:
-    """Return CSS colours: easily told apart, or, for many and for those in an order, from blue to red."""
+    """Return CSS colours: distinct ones for a few curves, a blue-to-red scale for many or ordered curves."""
     if count <= len(COLOURS) and not ordered:
         return list(COLOURS[:count])
     return [f"hsl({220 - 220 * number / max(1, count - 1):.0f} 65% 45%)" for number in range(count)]
 
 
 def line_chart(title: str, x_label: str, curves: Mapping[str, Curve], ordered: bool = False) -> str:
-    """Return an SVG of curves by name, with a legend; an empty text where no curve has a point.
+    """Return an SVG of the curves with a legend, or an empty string if no curve has a point.
 
     Args:
-        title: of the chart.
-        x_label: what the x-axis shows.
-        curves: their points by name; points that are not finite are left out.
-        ordered: the curves are those of an order, such as bins, and their colours show it.
+        title: title of the chart.
+        x_label: label of the x-axis.
+        curves: points by curve name; points that are not finite are dropped.
+        ordered: whether the curves have an order, such as bins; their colours then form a scale.
     """
     lines = {name: points for name, curve in curves.items() if (points := thinned(curve))}
     if not lines:

@@ -1,8 +1,8 @@
-"""The first page of TensorBoard: what to look at, in the order in which one looks."""
+"""The custom-scalars page of TensorBoard: the charts to look at, in order."""
 
 from __future__ import annotations
 
-# Category, chart, and the tags in it, which TensorBoard takes as regular expressions.
+# Category -> chart -> tags, which TensorBoard reads as regular expressions.
 LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
     "1 Does it learn?": {
         "loss": ["Multiline", [r"train/loss$", r"held_out/.*"]],

@@ -1,4 +1,4 @@
-"""Which examples each step was trained on: proof that none is lost or used twice."""
+"""Log the examples of each training step, to prove that none is lost or repeated."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ FOLDER = "samples"
 
 
 class ExampleLog:
-    """One file a rank, one line a step: ``{"step": 3, "samples": [[epoch, example], ...]}``, a pair a slot.
+    """Writes one file per rank, one line per step: ``{"step": 3, "samples": [[epoch, example], ...]}``.
 
-    An example stays in its slot for as many steps as its chain lasts. It is numbered as in the training split
-    (tools/inspect_data.py). Reading the numbers waits for the device at every step.
+    A line has one pair per slot. An example stays in its slot until its chain ends. Its number is the index
+    in the training split (tools/inspect_data.py). Reading the numbers synchronises with the device at every
+    step.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, stream: SlotStream, first_step: int) -> None:
-        """Open this rank's file; see `open`."""
+        """Open the file of this rank; see `open`."""
         self.stream = stream
         self.ranks = ranks
         self.folder = run_dir / FOLDER
@@ -32,9 +33,9 @@ class ExampleLog:
         self.open(first_step)
 
     def open(self, first_step: int) -> None:
-        """Open this rank's file, once more after a rollback.
+        """Open the file of this rank, or reopen it after a rollback.
 
-        In the files of all ranks, what was written from `first_step` on is dropped.
+        Entries from `first_step` on are dropped from the files of all ranks.
         """
         self.close()
         if self.ranks.is_first:
@@ -45,7 +46,7 @@ class ExampleLog:
         self.file = (self.folder / f"rank_{self.ranks.rank:05d}.jsonl").open("ab")
 
     def write(self, step: int, groups: Sequence[SlotGroup]) -> None:
-        """Write the examples of `groups`, which `step` is about to be trained on."""
+        """Write the examples in `groups`, on which `step` is about to train."""
         positions = [position for group in groups for position in group.examples.ids.tolist()]
         examples = [[position // self.stream.size, self.stream.index(position)] for position in positions]
         assert self.file is not None

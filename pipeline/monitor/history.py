@@ -1,9 +1,9 @@
-"""When a run was started, and how each start ended: RUN/history.jsonl, for people and for the report.
+"""Record every start of a run and how it ended in RUN/history.jsonl, for people and for the report.
 
-A line a start:
+One line per start:
 ``{"started": 1764000000.0, "step": 200, "ranks": 2, "lost_steps": 17, "last_sign": 1763990000.0}``,
-and a line its end: ``{"ended": 1764003600.0, "outcome": "done"}``. A start without an end was killed, or
-ended by the watchdog; the next one says when it gave its last sign of life.
+and one per end: ``{"ended": 1764003600.0, "outcome": "done"}``. A start without an end was killed, or stopped
+by the watchdog; the next start records when it last wrote metrics.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import psutil
 from pipeline.base.files import append, keep_lines, read_lines
 
 HISTORY_FILE = "history.jsonl"
-KILLED = "killed (no end was noted)"
+KILLED = "killed (no end recorded)"
 
 
 @dataclass
 class Start:
-    """One start of a run, as the report shows it.
+    """One start of a run, as shown in the report.
 
     Attributes:
-        started: when its process began, seconds since 1970.
-        step: the step that it went on from.
-        ranks: how many.
-        lost_steps: steps that an earlier start had done beyond that step; they were done again.
-        last_sign: when the start before it wrote its last figures; 0 where there was none.
-        ended: when it ended, or gave its last sign of life; None for the last start, until its end is noted.
-        outcome: how.
+        started: start time of the process, seconds since 1970.
+        step: the step that it resumed from.
+        ranks: number of ranks.
+        lost_steps: steps that an earlier start had trained beyond `step`, and that are trained again.
+        last_sign: when the previous start last wrote metrics; 0 for the first start.
+        ended: when it ended or last wrote metrics; None for the latest start, until its end is recorded.
+        outcome: how it ended.
     """
 
     started: float
@@ -51,18 +51,18 @@ class Start:
 def noted(
     run_dir: Path, step: int, ranks: int, lost_steps: int, last_sign: float, outcome: Callable[[], str]
 ) -> Iterator[None]:
-    """Note a start, and after the block its end; the first rank does this.
+    """Record a start, and its end after the block; only the first rank calls this.
 
     Args:
-        run_dir: the run.
-        step: the step that it goes on from.
-        ranks: how many.
+        run_dir: run folder.
+        step: the step that the run resumes from.
+        ranks: number of ranks.
         lost_steps: see `Start`.
         last_sign: see `Start`.
-        outcome: asked how a block without an error ended.
+        outcome: called to describe the end of a block that raised no error.
     """
     path = run_dir / HISTORY_FILE
-    keep_lines(path, lambda _: True)  # half a line of a killed process goes
+    keep_lines(path, lambda _: True)  # drops the partial line of a killed process
     started = psutil.Process().create_time()
     facts = {"step": step, "ranks": ranks, "lost_steps": lost_steps, "last_sign": last_sign}
     _append(path, {"started": started, **facts})

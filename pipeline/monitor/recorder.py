@@ -1,4 +1,4 @@
-"""Curves: collected on the device every step, fetched, reduced and written once an interval."""
+"""Record training metrics: collect them on the device every step, reduce and write them once per interval."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GIB = 2**30
 
 
 class Recorder:
-    """Collects values on the device every step, and fetches and writes them once an interval."""
+    """Collects metrics on the device every step, and writes them once per interval."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class Recorder:
         """Open the files; see `open`.
 
         Args:
-            config: the run.
+            config: configuration of the run.
             vocabulary_rows: rows of the output matrix, for the FLOPs.
-            engine: what the steps run on.
-            groups: where the chains' statistics come from.
-            stragglers: what compares the ranks.
-            first_step: the step that comes next.
+            engine: training engine.
+            groups: slot groups that provide the chain statistics.
+            stragglers: comparison of the ranks.
+            first_step: the next step.
         """
         self.config = config
         self.vocabulary_rows = vocabulary_rows
@@ -63,7 +63,7 @@ class Recorder:
         self.open(first_step)
 
     def open(self, first_step: int) -> None:
-        """Open the files, once more after a rollback; what was written from `first_step` on is dropped."""
+        """Open the files, or reopen them after a rollback; entries from `first_step` on are dropped."""
         self.close()
         self.pending.clear()
         self.since = time.monotonic()
@@ -79,16 +79,16 @@ class Recorder:
         self.written = self.engine.ranks.all_gather(names)[0]
 
     def collect(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
-        """Remember a step; `loss` [] is this rank's mean over its micro-batches, still on the device."""
+        """Collect a step; `loss` [] is the mean over this rank's micro-batches, still on the device."""
         self.pending.append((step, loss, gradient_norm, learning_rate))
 
     def flush(self, skipped: int) -> dict[str, float]:
-        """Write the steps collected since the last flush, and return the figures of the last one.
+        """Write the steps collected since the last flush, and return the metrics of the last one.
 
-        Every rank calls this: it waits for the device, and reduces one sum and one maximum.
+        Every rank must call this: it synchronises with the device and all-reduces one sum and one maximum.
 
         Args:
-            skipped: steps that the guard has refused since the run began.
+            skipped: steps skipped by the guard since the run began.
         """
         numbers, losses, norms, learning_rates = zip(*self.pending, strict=True)
         sums = self._sums(torch.stack(losses), len(numbers))
@@ -123,7 +123,7 @@ class Recorder:
         return last
 
     def _sums(self, losses: Tensor, steps: int) -> dict[str, list[float]]:
-        """Return what is added up over the groups and ranks, in one reduction and one wait."""
+        """Sum over groups and ranks, with one reduction and one device synchronisation."""
         begun = np.sum([group.begun() for group in self.groups], axis=0) / self.engine.ranks.sequence_size
         parts = {
             "losses": losses.double(),
@@ -137,7 +137,7 @@ class Recorder:
         return {name: part.tolist() for name, part in zip(parts, total.cpu().split(sizes), strict=True)}
 
     def _progress(self, step: int, begun: float, begun_in_first_epoch: float) -> dict[str, float]:
-        """Return how far the run has come at `step`."""
+        """Return the progress of the run at `step`."""
         train, examples = self.config.train, self.groups[0].stream.size
         figures = {
             "progress/tokens": step * train.global_batch_size * self.config.data.sequence_length,
@@ -148,7 +148,7 @@ class Recorder:
         return figures if stages is None else figures | {"chains/stages": stages}
 
     def _speed(self, step: int, steps: int, elapsed: float, chains: ChainFigures) -> dict[str, float]:
-        """Return rates over `elapsed` seconds, in which `steps` steps up to `step` were trained."""
+        """Return rates over the last `steps` steps up to `step`, which took `elapsed` seconds."""
         rate, examples = steps / elapsed, self.config.train.global_batch_size
         rows, prompt = chains.masked_rows, chains.prompt_length
         flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt).model
@@ -168,7 +168,7 @@ class Recorder:
         return figures
 
     def _memory(self) -> dict[str, float]:
-        """Return the highest of any rank in GiB: on a GPU since the last call, else of the process now."""
+        """Return the maximum over ranks in GiB: peak GPU memory since the last call, or host memory now."""
         device = self.engine.ranks.device
         if device.type == "cuda":
             names = ["memory/allocated", "memory/reserved"]
@@ -180,23 +180,23 @@ class Recorder:
         return dict(zip(names, self.engine.ranks.max(sizes).tolist(), strict=True))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write figures of a step under their names; only the first rank does."""
+        """Write metrics of a step; only the first rank writes."""
         self._write(Point(step, values))
 
     def written_at(self, step: int) -> frozenset[str]:
-        """Return the names of what an earlier process wrote at `step`, on every rank."""
+        """Return, on every rank, the names of the metrics that an earlier process wrote at `step`."""
         return self.written if step == self.last_step else frozenset()
 
     def _write(self, point: Point) -> None:
         self._by_each(lambda writer: writer.write(point))
 
     def write_texts(self, texts: Sequence[ShownText]) -> None:
-        """Write what the model wrote at one step; only the first rank does."""
+        """Write the texts generated at one step; only the first rank writes."""
         if texts:
             self._by_each(lambda writer: writer.write_texts(texts))
 
     def _by_each(self, act: Callable[[Writer], None]) -> None:
-        """Call each writer; what a full disk does not take is lost, and the run goes on, as for its saves."""
+        """Call `act` on each writer; if its disk is full, the metrics are lost and training continues."""
         for writer in self.writers:
             try:
                 act(writer)
@@ -204,12 +204,15 @@ class Recorder:
             except OSError as error:
                 if writer not in self.failing:
                     what = error.filename or type(writer).__name__
-                    print(f"{what} takes no more curves: {error.strerror}. The run goes on.", flush=True)
+                    print(
+                        f"{what} cannot be written: {error.strerror}. Training continues without it.",
+                        flush=True,
+                    )
                 self.failing.add(writer)
 
     @contextmanager
     def apart(self, step: int, what: str) -> Iterator[None]:
-        """Leave what is done inside out of the rates, and write its seconds under time/`what`."""
+        """Exclude the block from the rates, and write its duration in seconds as time/`what`."""
         began = time.monotonic()
         yield
         seconds = time.monotonic() - began
@@ -217,9 +220,9 @@ class Recorder:
         self.write(step, {f"time/{what}": seconds})
 
     def sync(self) -> None:
-        """See to it that all that was flushed is in the files, before a checkpoint says that it is."""
+        """Flush all writers to disk, before a checkpoint relies on it."""
         self._by_each(lambda writer: writer.sync())
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Close all writers."""
         self._by_each(lambda writer: writer.close())

@@ -1,4 +1,4 @@
-"""One HTML page about one or several runs, from what they have written; it needs no network and no server."""
+"""Build a self-contained HTML report of one or more runs from their files."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ _TEXTS = 3  # of the last evaluation
 
 @dataclass
 class Record:
-    """What a run has written.
+    """The records of a run.
 
     Attributes:
-        name: how the page calls it.
-        settings: its configuration by dotted keys.
-        lines: metrics.jsonl.
-        skipped: skipped.jsonl.
-        history: its starts.
-        texts: what it wrote, by step.
+        name: name on the page.
+        settings: configuration, by dotted key.
+        lines: entries of metrics.jsonl.
+        skipped: entries of skipped.jsonl.
+        history: starts of the run.
+        texts: texts written by the model during training, in order of steps.
     """
 
     name: str
@@ -64,22 +64,22 @@ class Record:
     texts: list[ShownText]
 
     def curve(self, key: str) -> list[tuple[float, float]]:
-        """Return (step, value) of a figure."""
+        """Return (step, value) pairs of a metric."""
         return [(line["step"], line[key]) for line in self.lines if line.get(key) is not None]
 
     def total(self, key: str) -> float:
-        """Return the sum of a figure over the run."""
+        """Return the sum of a metric over the run."""
         return sum(value for _, value in self.curve(key))
 
     def running_total(self, values: Mapping[float, float]) -> Callable[[float], float]:
-        """Return the sum up to a step of `values` by step, drawn out evenly between them."""
+        """Return a function of the step: the cumulative sum of `values`, interpolated between their steps."""
         steps = sorted(values)
-        places = np.array([0.0, *steps])  # once: converted for each point, a long run would take hours
+        places = np.array([0.0, *steps])  # converted once: per point it would take hours for a long run
         sums = np.cumsum([0.0, *(values[step] for step in steps)])
         return lambda step: float(np.interp(step, places, sums))
 
     def axes(self) -> dict[str, Callable[[float], float]]:
-        """Return what a curve can be drawn over: functions of the step."""
+        """Return the possible x-axes, as functions of the step."""
         a_step = self.settings["train.global_batch_size"] * self.settings["data.sequence_length"]
         flops, before = {}, 0.0
         for step, each in self.curve("progress/flops_per_step"):
@@ -101,15 +101,15 @@ TIMES = ("time/training", "time/evaluation", "time/checkpoint_stall")
 
 
 def read_record(run_dir: Path, name: str) -> Record:
-    """Return what the run in `run_dir` has written.
+    """Read the records of the run in `run_dir`.
 
     Raises:
-        UserError: where there is no run, or one that has not yet logged a step.
+        UserError: if it is not a run folder, or the run has not logged a step yet.
     """
     for needed in (METRICS_FILE, "config.yaml"):
         if not (run_dir / needed).is_file():
             raise UserError(
-                f"{run_dir} has no {needed}: give the folder of a run (run_dir) that has trained a step."
+                f"{run_dir} has no {needed}: give the folder (run_dir) of a run that has trained a step."
             )
     lines = read_lines(run_dir / METRICS_FILE)
     if not any("loss" in line for line in lines):
@@ -125,7 +125,7 @@ def read_record(run_dir: Path, name: str) -> Record:
 
 
 def names_of(run_dirs: Sequence[Path]) -> list[str]:
-    """Return a name for each run: its folder's, with as many folders before it as tell them apart."""
+    """Return a unique name for each run: its folder, with as many parent folders as needed."""
     parts = [run_dir.resolve().parts for run_dir in run_dirs]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
@@ -135,7 +135,7 @@ def names_of(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def report(run_dirs: Sequence[Path]) -> str:
-    """Return the page; raise a `UserError` for what is no run."""
+    """Return the HTML page; raise a `UserError` for a folder that is not a run."""
     names = names_of(run_dirs)
     records = [read_record(run_dir, name) for run_dir, name in zip(run_dirs, names, strict=True)]
     sections = [
@@ -160,7 +160,7 @@ def report(run_dirs: Sequence[Path]) -> str:
 
 
 def _table(rows: Iterable[Sequence[object]], heading: bool = True) -> str:
-    """Return rows as a table; the first is the heading."""
+    """Return an HTML table; the first row is the heading unless `heading` is False."""
     lines = []
     for number, row in enumerate(rows):
         tag = "th" if heading and number == 0 else "td"
@@ -190,7 +190,7 @@ def _summary(records: Sequence[Record]) -> list[list[str]]:
         ("FLOPs", lambda r: f"{r.axes()['FLOPs'](r.curve('loss')[-1][0]):.3g}"),
         ("last loss", lambda r: last(r, "loss", "{:.4f}")),
         ("lowest held-out loss", lambda r: least(r, "held_out/loss")),
-        ("lowest held-out loss, averaged weights", lambda r: least(r, "held_out/ema_loss")),
+        ("lowest held-out loss, EMA weights", lambda r: least(r, "held_out/ema_loss")),
         ("tokens a second, median", lambda r: middle(r, "tokens_per_second", "{:,.0f}")),
         ("TFLOP/s a rank, median", lambda r: middle(r, "speed/tflops", "{:.4g}")),
         ("MFU, median", lambda r: middle(r, "speed/mfu", "{:.3f}")),
@@ -205,7 +205,7 @@ def _summary(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _losses(records: Sequence[Record]) -> str:
-    """Return the losses over steps; of several runs over tokens, FLOPs and hours too."""
+    """Return charts of the losses over steps; for several runs also over tokens, FLOPs and hours."""
     charts = []
     axes = {record.name: record.axes() for record in records}
     for key in LOSSES:
@@ -226,7 +226,7 @@ def _charts(records: Sequence[Record]) -> str:
 
 
 def _families(record: Record) -> str:
-    """Return the charts that have a line a bin."""
+    """Return the charts with one line per bin."""
     charts = []
     for title, family in FAMILIES:
         curves: dict[str, list[tuple[float, float]]] = {}
@@ -249,7 +249,7 @@ def _differences(records: Sequence[Record]) -> str:
         values = [str(record.settings.get(key, "-")) for record in records]
         if len(set(values)) > 1:
             rows.append([key, *values])
-    return _table(rows) if len(rows) > 1 else "<p>None but the folder.</p>"
+    return _table(rows) if len(rows) > 1 else "<p>Only the run folder.</p>"
 
 
 def _settings(record: Record) -> str:
@@ -258,7 +258,7 @@ def _settings(record: Record) -> str:
 
 
 def _time_use(records: Sequence[Record]) -> list[list[str]]:
-    """Return where the time went: what was measured, and the rest of the processes' lives."""
+    """Return the time use: the measured parts, and the rest of the processes' lifetime."""
     rows = [["", *(record.name for record in records)]]
     columns = []
     for record in records:
@@ -270,11 +270,11 @@ def _time_use(records: Sequence[Record]) -> list[list[str]]:
         columns.append([training, wait, evaluation, stall, rest, alive])
     names = (
         "training",
-        "of it waiting for data (slowest rank)",
+        "of which waiting for data (slowest rank)",
         "evaluation",
         "checkpoint stall",
-        "starting, steps that were lost, ending",
-        "all processes together",
+        "start-up, lost steps, shutdown",
+        "total",
     )
     for name, values in zip(names, zip(*columns, strict=True), strict=True):
         cells = []
@@ -286,11 +286,11 @@ def _time_use(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _length(record: Record, start: Start) -> float:
-    """Return how long a process lived, to the last thing known of it."""
+    """Return the seconds that a process ran, up to its last known activity."""
     if start.ended is not None:
         return start.ended - start.started
     times = (line.get("unix_time", 0) for line in record.lines)
-    written = [moment for moment in times if moment >= start.started]  # it is the last start
+    written = [moment for moment in times if moment >= start.started]  # only the latest start gets here
     return max(written, default=start.started) - start.started
 
 
@@ -305,7 +305,7 @@ def _faults(record: Record) -> str:
         entries = [["step", "what"]]
         for entry in record.skipped:
             what = entry.get("problem") or (
-                f"went back to step {entry['rollback_to']}, without {len(entry['excluded'])} examples"
+                f"rolled back to step {entry['rollback_to']}, excluding {len(entry['excluded'])} examples"
             )
             entries.append([entry["step"], what])
         content += _table(entries)

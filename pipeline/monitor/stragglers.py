@@ -1,8 +1,9 @@
-"""Which rank holds the others up.
+"""Find the rank that slows the others down.
 
-Under ZeRO-3 the ranks wait for each other in every layer: all have the same time a step, and it names
-nobody. So each rank measures what it does alone: how long it waited for its examples, and how long its device
-takes for a fixed matrix product, right after training steps, when it is as warm as in them.
+Under ZeRO-3 the ranks wait for each other in every layer, so the step time is the same on all and identifies
+no straggler. Instead, each rank measures what does not depend on the others: the time it waits for examples,
+and the time its device takes for a fixed matrix product. The product runs right after training steps, when
+the device is as warm as during them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PRODUCTS = 4
 
 
 class Stragglers:
-    """Measures this rank, and compares all of them."""
+    """Measures this rank and compares all ranks."""
 
     def __init__(self, ranks: Ranks, stream: SlotStream) -> None:
         """Prepare the probe."""
@@ -30,10 +31,10 @@ class Stragglers:
         on_gpu = self.ranks.device.type == "cuda"
         size, dtype = (4096, torch.bfloat16) if on_gpu else (256, torch.float32)
         self.matrix = torch.full((size, size), 1.0 / size, dtype=dtype, device=self.ranks.device)
-        self._probe()  # the first product loads the library
+        self._probe()  # warm-up: the first product loads the library
 
     def _probe(self) -> float:
-        """Return the seconds that the device takes for the products."""
+        """Return the seconds that the device takes for the matrix products."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -45,17 +46,17 @@ class Stragglers:
         return time.perf_counter() - began
 
     def measure(self, steps: int) -> Tensor:
-        """Return a [2 x ranks] float64 tensor to be summed over the ranks: each fills in its own measures.
+        """Return a [2 * ranks] float64 tensor to sum over the ranks; each rank fills in its own entries.
 
         Args:
-            steps: since the last call.
+            steps: steps since the last call.
         """
         mine = torch.zeros(len(MEASURES), self.ranks.world_size, dtype=torch.float64)
         mine[:, self.ranks.rank] = torch.tensor([self.stream.take_waited() / steps, self._probe()])
         return mine.flatten().to(self.ranks.device)
 
     def figures(self, measured: list[float]) -> dict[str, float]:
-        """Return the slowest rank, its figure and the median by name, from `measure` summed over ranks."""
+        """Return the slowest rank, its value and the median per measure, from the summed `measure`s."""
         figures: dict[str, float] = {}
         for row, name in enumerate(MEASURES):
             values = measured[row * self.ranks.world_size : (row + 1) * self.ranks.world_size]

@@ -1,4 +1,4 @@
-"""What the model writes while it is trained, coloured by the order in which its tokens were unmasked."""
+"""Show texts that the model writes during training, coloured by the order of unmasking."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TEXTS_FILE = "texts.jsonl"
 
 @dataclass(frozen=True)
 class ShownText:
-    """A text that the model wrote, or the part of one that follows what is given.
+    """A text that the model wrote, including the given tokens.
 
     Attributes:
         step: optimizer step of the model.
-        pieces: the text of each token.
-        order: the decoding step, from 0, at which each was unmasked; None where it is given.
+        pieces: text of each token.
+        order: decoding step, from 0, at which each token was unmasked; None for given tokens.
     """
 
     step: int
@@ -33,15 +33,15 @@ class ShownText:
 
     @property
     def steps(self) -> int:
-        """How many decoding steps there were."""
+        """The number of decoding steps."""
         return 1 + max((number for number in self.order if number is not None), default=0)
 
     def tokens(self) -> Iterator[tuple[str, int | None]]:
-        """Yield text and decoding step of each token."""
+        """Yield the text and decoding step of each token."""
         return zip(self.pieces, self.order, strict=True)
 
     def to_json(self) -> bytes:
-        """Return a line of RUN/texts.jsonl."""
+        """Return the line for RUN/texts.jsonl."""
         return orjson.dumps(asdict(self)) + b"\n"
 
 
@@ -51,7 +51,7 @@ def read_texts(run_dir: Path) -> list[ShownText]:
 
 
 def as_html(text: ShownText) -> str:
-    """Return the text for an HTML page; pointing at a token shows its step."""
+    """Return the text as HTML; hovering over a token shows its step."""
     spans = []
     for piece, number in text.tokens():
         shown = html.escape(piece)
@@ -63,13 +63,13 @@ def as_html(text: ShownText) -> str:
 
 
 def as_picture(text: ShownText) -> np.ndarray:
-    """Return the text as a picture [height, width, 3] uint8; letters beyond ASCII become boxes."""
+    """Return the text as an image [height, width, 3] uint8; characters outside ASCII become boxes."""
     cells = [Cell(piece, number, False) for piece, number in text.tokens()]
     return np.asarray(still_picture(cells, text.steps))
 
 
 def as_plain(text: ShownText) -> str:
-    """Return the text with each written part in double brackets."""
+    """Return the text with each part that the model wrote in double brackets."""
     shown, inside = "", False
     for piece, number in text.tokens():
         if (number is not None) != inside:

@@ -1,4 +1,4 @@
-"""Where the curves go: TensorBoard and metrics.jsonl always, Weights & Biases where it is asked for."""
+"""Write metrics to metrics.jsonl and TensorBoard, and optionally to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WANDB_FILE = "wandb_id"
 
 
 def is_measured(name: str) -> bool:
-    """Say whether a figure is a time, a rate or a size of memory, which no two runs share."""
+    """Return whether a metric is a time, rate or memory size, which differs between identical runs."""
     return (
         name.startswith(("ranks/", "speed/", "time/", "memory/"))
         or name.endswith("_per_second")
@@ -40,13 +40,13 @@ def is_measured(name: str) -> bool:
 
 @dataclass
 class Point:
-    """What is known of one step.
+    """The metrics of one step.
 
     Attributes:
-        step: the optimizer step.
-        scalars: figures by name.
-        bins: families of figures: for each name a figure for each bin.
-        histograms: by name.
+        step: optimizer step.
+        scalars: scalar metrics, by name.
+        bins: binned metrics, by name: one value per bin.
+        histograms: histograms, by name.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Point:
     histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
     def tagged(self) -> dict[str, float]:
-        """Return all scalars and bins under the tags that TensorBoard groups by."""
+        """Return all scalars and bins, by TensorBoard tag."""
         tags = {name if "/" in name else f"train/{name}": value for name, value in self.scalars.items()}
         return tags | {
             f"{name}/{key}": value for name, bins in self.bins.items() for key, value in bins.items()
@@ -63,32 +63,32 @@ class Point:
 
 
 class Writer(Protocol):
-    """Something that keeps points; what it cannot keep, for a full disk, it says by an OSError."""
+    """A destination for points; raises an OSError if it cannot store one, for example on a full disk."""
 
     def write(self, point: Point) -> None:
-        """Keep a point; steps may come again, with other figures."""
+        """Store a point; the same step may come again with other metrics."""
 
     def write_texts(self, texts: Sequence[ShownText]) -> None:
-        """Keep what the model wrote at one step."""
+        """Store the texts generated at one step."""
 
     def sync(self) -> None:
-        """See to it that all points so far are in the files."""
+        """Flush all points so far to disk."""
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Flush and close."""
 
 
 class JsonLines:
-    """metrics.jsonl: one line a point; histograms are left to TensorBoard. And texts.jsonl.
+    """Writes metrics.jsonl, one line per point without histograms, and texts.jsonl.
 
     Attributes:
-        lost_steps: training steps that were in the file from the first step on.
-        last_sign: when its last line was written, in seconds since 1970; 0 for a new file.
-        last_names: what is in the file for the step before.
+        lost_steps: training steps dropped from the file, those from `first_step` on.
+        last_sign: when the last line was written, in seconds since 1970; 0 for a new file.
+        last_names: names of the metrics in the file for the step before `first_step`.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Open the files; lines from `first_step` on, and half a line of a killed process, are dropped."""
+        """Open the files; drop lines from `first_step` on and the partial line of a killed process."""
         self.path, self.texts = run_dir / METRICS_FILE, run_dir / TEXTS_FILE
         self.lost_steps, self.last_sign = 0, 0.0
         names: set[str] = set()
@@ -107,7 +107,7 @@ class JsonLines:
         keep_lines(self.texts, lambda line: orjson.loads(line)["step"] < first_step)
 
     def write(self, point: Point) -> None:
-        """See `Writer`; "unix_time" is when the line was written."""
+        """See `Writer`; "unix_time" is the time of writing."""
         line = {"step": point.step, **point.scalars, **point.bins, "unix_time": round(time.time(), 2)}
         append(self.path, orjson.dumps(line) + b"\n")
 
@@ -116,22 +116,22 @@ class JsonLines:
         append(self.texts, b"".join(text.to_json() for text in texts))
 
     def sync(self) -> None:
-        """See `Writer`: nothing is held back."""
+        """See `Writer`; nothing is buffered."""
 
     def close(self) -> None:
         """See `Writer`."""
 
 
 class TensorBoard:
-    """Events in RUN/tensorboard, with the settings as text and a first page of their own."""
+    """Writes events to RUN/tensorboard, with the settings as text and a custom-scalars page."""
 
     def __init__(self, run_dir: Path, first_step: int, config: Config) -> None:
-        """Open a file of events, before which TensorBoard forgets steps from `first_step` on."""
+        """Open an event file that makes TensorBoard drop earlier entries from `first_step` on."""
         self.folder = str(run_dir / "tensorboard")
         self.writer = SummaryWriter(self.folder, purge_step=first_step)
         self.writer.add_custom_scalars(LAYOUT)
         self.writer.add_text("config", _as_code(configuration.to_yaml(config)), first_step - 1)
-        # add_hparams itself would write to a run of its own.
+        # add_hparams would write to a separate TensorBoard run.
         settings = {key: _plain(value) for key, value in flatten(dataclasses.asdict(config)).items()}
         for summary in hparams(settings, {"train/loss": 0.0, "held_out/loss": 0.0}):
             self.writer.file_writer.add_summary(summary)
@@ -162,14 +162,14 @@ class TensorBoard:
         )
 
     def write_texts(self, texts: Sequence[ShownText]) -> None:
-        """See `Writer`: the order of unmasking as a picture, and the bare text, in any script."""
+        """See `Writer`; writes an image of the order of unmasking, and the plain text in any script."""
         for number, text in enumerate(texts):
             tag = f"texts/{number}"
             self.writer.add_image(tag, as_picture(text), text.step, dataformats="HWC")
             self.writer.add_text(tag, _as_code(as_plain(text)), text.step)
 
     def sync(self) -> None:
-        """See `Writer`; where a point could not be written, a new file begins: the old one takes no more."""
+        """See `Writer`; after a failed write, start a new file, as the old writer accepts no more points."""
         try:
             self.writer.flush()
         except OSError:
@@ -181,20 +181,20 @@ class TensorBoard:
 
 
 def _as_code(text: str) -> str:
-    """Return Markdown that shows a text as it is: indented, it is code."""
+    """Return Markdown that shows a text verbatim, as an indented code block."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _plain(value: Any) -> str | bool | int | float:
-    """Return a setting as a type that TensorBoard's hparams know."""
+    """Convert a setting to a type that TensorBoard's hparams accept."""
     return value if isinstance(value, str | bool | int | float) else str(value)
 
 
 class WeightsAndBiases:
-    """The same curves on wandb; a run that goes on there, too, is told by the id in RUN/wandb_id."""
+    """Logs to Weights & Biases. A resumed run continues the same W&B run; its id is in RUN/wandb_id."""
 
     def __init__(self, run_dir: Path, config: Config) -> None:
-        """Begin or continue the run."""
+        """Start or resume the W&B run."""
         path = run_dir / WANDB_FILE
         if not path.exists():
             path.write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -206,7 +206,7 @@ class WeightsAndBiases:
             dir=str(run_dir),
             config=dataclasses.asdict(config),
         )
-        # wandb's own counter never goes back, as ours does after a restart.
+        # wandb's own step counter never decreases, but ours does after a restart.
         self.run.define_metric("*", step_metric="step")
 
     def write(self, point: Point) -> None:
@@ -219,7 +219,7 @@ class WeightsAndBiases:
         self.run.log({"step": texts[0].step, **shown})
 
     def sync(self) -> None:
-        """See `Writer`: wandb sends from a process of its own."""
+        """See `Writer`; wandb uploads from its own process."""
 
     def close(self) -> None:
         """See `Writer`."""
@@ -227,7 +227,7 @@ class WeightsAndBiases:
 
 
 def require_wandb() -> ModuleType:
-    """Return the module wandb; raise a `UserError` where it is not installed."""
+    """Return the wandb module; raise a `UserError` if it is not installed."""
     with extra("wandb", "monitor.wandb"):
         import wandb
     return wandb

@@ -105,7 +105,7 @@ def test_several_runs_are_compared(report: Report, run_dir: Path, tmp_path: Path
     assert page.row("objective.threshold") == ["0.3", "0.5"]
     assert page.row("skipped steps") == ["0", "1"]
     assert ["3", "the loss is <not> finite"] in page.rows
-    assert ["5", "went back to step 4, without 2 examples"] in page.rows
+    assert ["5", "rolled back to step 4, excluding 2 examples"] in page.rows
     for axis in ("steps", "tokens", "FLOPs", "hours"):
         assert f">{axis}</text>" in content
     differing = content[content.index("Settings that differ") : content.index("<h2>Time")]
@@ -149,7 +149,7 @@ def test_where_the_time_went(report: Report, run_dir: Path, tmp_path: Path) -> N
     assert 0 < sum(parts) < alive
     assert report(run_dir, "--output", tmp_path / "report.html").code == 0
     page = Page((tmp_path / "report.html").read_text())
-    names = ("training", "evaluation", "checkpoint stall", "starting, steps that were lost, ending")
+    names = ("training", "evaluation", "checkpoint stall", "start-up, lost steps, shutdown")
     shares = [float(re.search(r"\((.*)%\)", page.row(name)[0]).group(1)) for name in names]  # type: ignore[union-attr]
     assert sum(shares) == pytest.approx(100, abs=0.3)
     assert shares[0] == pytest.approx(100 * parts[0] / alive, abs=0.1)
