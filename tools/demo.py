@@ -1,4 +1,4 @@
-"""The whole pipeline on 4x4 Sudoku, in minutes on two CPU cores: every command is shown and really run."""
+"""Run the whole pipeline on 4x4 Sudoku in minutes on two CPU cores, and print every command."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def show(command: str) -> list[str]:
-    """Print a command as a user would type it; return its words, with this interpreter's path."""
+    """Print a command as a user would type it; return its words, with the path of this interpreter."""
     print(f"\n$ {command}", flush=True)
     first, *rest = command.split()
     return [sys.executable if first == "python" else first, *rest]
 
 
 def call(command: str) -> str:
-    """Run a command to its end and return the last line it printed; stop the demo when it fails."""
+    """Run a command and return the last line it printed; stop the demo if it fails."""
     process = subprocess.Popen(show(command), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout is not None
     last = ""
@@ -40,7 +40,7 @@ def call(command: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of the demo's programs: two ranks share the CPU, one thread each."""
+    """Return the environment of the demo's commands: two ranks on the CPU, one thread each."""
     return os.environ | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "CUDA_VISIBLE_DEVICES": "",
@@ -48,25 +48,25 @@ def environment() -> dict[str, str]:
 
 
 def interrupt_after_first_checkpoint(run_dir: Path, command: str) -> None:
-    """Start a training, and kill all its processes without warning once a checkpoint exists."""
+    """Start training, and kill all its processes once a checkpoint exists."""
     process = subprocess.Popen(show(command), cwd=ROOT, env=environment())
     while not checkpoints(run_dir):
         if process.poll() is not None:
             raise UserError(f"training ended before its first checkpoint, exit code {process.returncode}.")
         time.sleep(0.2)
-    time.sleep(2)  # some steps beyond the checkpoint, which are lost
+    time.sleep(2)  # train some steps beyond the checkpoint, to lose them
     everyone = [*psutil.Process(process.pid).children(recursive=True), process]
     for each in everyone:
         each.kill()
     process.wait()
     psutil.wait_procs(everyone[:-1])
     print(
-        "\nInterrupted: every process killed. The same command goes on from the last checkpoint.", flush=True
+        "\nInterrupted: all processes killed. The same command resumes from the last checkpoint.", flush=True
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the demo and end with the share of held-out puzzles that are solved."""
+    """Run the demo, and print how many held-out puzzles the model solves."""
     parser = ToolParser(__doc__ or "")
     parser.parse_args(arguments)
     started = time.monotonic()

@@ -1,7 +1,7 @@
-"""Measure a trained model: answers to puzzles or word problems, exact answers, or the likelihood of text.
+"""Evaluate a trained model: answers to puzzles or word problems, exact answers, or the likelihood of text.
 
-Alone, or by torchrun or srun on several ranks, which share the items. With --output an interrupted evaluation
-goes on by the same command.
+Run it as one process, or with torchrun or srun on several ranks, which share the items. With --output, the
+same command resumes an interrupted evaluation.
 """
 
 from __future__ import annotations
@@ -34,30 +34,36 @@ LIKELIHOOD = "likelihood"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the checked options."""
+    """Parse and check the command line."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
-    parser.add_argument("--untrained", action="store_true", help="measure the initial weights, as a baseline")
-    parser.add_argument("--task", choices=[*TASKS, LIKELIHOOD], default="sudoku", help="what is measured")
+    parser.add_argument(
+        "--untrained", action="store_true", help="evaluate the initial weights, as a baseline"
+    )
+    parser.add_argument("--task", choices=[*TASKS, LIKELIHOOD], default="sudoku", help="what to measure")
     parser.add_argument(
         "--data",
         required=True,
         type=Path,
-        help="jsonl of the items; for the likelihood also a dataset PREFIX",
+        help="jsonl file of items; for likelihood also a dataset PREFIX",
     )
-    parser.add_argument("--prompt-key", help="of a record (by default question for GSM8K, else prompt)")
-    parser.add_argument("--answer-key", help="of a record (by default answer)")
+    parser.add_argument("--prompt-key", help="key of the prompt (default: question for GSM8K, else prompt)")
+    parser.add_argument("--answer-key", help="key of the answer (default: answer)")
     parser.add_argument("--text-key", help="likelihood: score the text at this key instead of pairs")
-    parser.add_argument("--prompt-format", default="{prompt}", help="what the model is given for a prompt")
+    parser.add_argument("--prompt-format", default="{prompt}", help="template of the model's input")
     parser.add_argument(
-        "--length", type=int, help="tokens of an answer (default: the task's, or all that fit)"
+        "--length", type=int, help="answer length in tokens (default: the task's, or all that fit)"
     )
     parser.add_argument("--limit", type=int, help="use only the first LIMIT items")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="likelihood: masks of a sequence, even")
-    parser.add_argument("--batch-size", type=int, default=128, help="sequences computed together")
-    parser.add_argument("--output", type=Path, help="JSON file for settings, figures and every answer")
-    parser.add_argument("--restart", action="store_true", help="drop what --output holds and begin anew")
+    parser.add_argument(
+        "--draws", type=int, default=DRAWS, help="likelihood: masks per sequence, an even number"
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="sequences per batch")
+    parser.add_argument("--output", type=Path, help="JSON file for settings, results and every answer")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard the results in --output and start over"
+    )
     add_options(parser)
     options = parser.parse_args(arguments)
     for name in ("length", "batch_size", "limit"):
@@ -70,14 +76,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) != parser.get_default(name):
             raise UserError(f"{option(name)} has no effect with --task {options.task}: leave it out.")
     if options.output is not None and options.output.resolve() == options.data.resolve():
-        raise UserError(f"--output {options.output} is the file of the items, --data: name another.")
+        raise UserError(f"--output {options.output} is also --data, the file of items: choose another file.")
     if "{prompt}" not in options.prompt_format:
         raise UserError(f"--prompt-format is {options.prompt_format!r}: it must contain {{prompt}}.")
     return options
 
 
 def without_effect(task: str) -> list[str]:
-    """Return the options that a task does not look at."""
+    """Return the options that have no effect with a task."""
     if task != LIKELIHOOD:
         return ["draws", "text_key"]
     sampler = [field.name for field in dataclasses.fields(SamplingSettings) if field.name != "seed"]
@@ -85,7 +91,7 @@ def without_effect(task: str) -> list[str]:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return all that decides the results, by option."""
+    """Return every setting that affects the results, by option."""
     without = {"batch_size", "output", "restart", *without_effect(options.task)}
     data = options.data if options.data.is_file() else bin_path(options.data)
     chosen = {option(name): value for name, value in vars(options).items() if name not in without}
@@ -97,7 +103,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) -> Measure:
-    """Return what the options ask for."""
+    """Return the measure that the options select."""
     if options.task == LIKELIHOOD:
         keys: tuple[str, ...] = (options.prompt_key or "prompt", options.answer_key or "answer")
         keys = (options.text_key,) if options.text_key else keys
@@ -112,11 +118,11 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the figures; of puzzles ``solved X.XX of N held-out puzzles`` comes last."""
+    """Evaluate and print the results; for puzzles the last line is ``solved X.XX of N held-out puzzles``."""
     options = parse(arguments)
     with ExitStack() as stack:
         ranks = join_ranks()
-        ranks.connect("gloo", timedelta(days=7))  # ranks may have very different items
+        ranks.connect("gloo", timedelta(days=7))  # items may take very different times
         stack.callback(ranks.disconnect)
         problem = None
         try:

@@ -1,7 +1,7 @@
-"""Write a checkpoint as a folder for Hugging Face's transformers: safetensors, config, tokenizer, model card.
+"""Export a checkpoint to a Hugging Face transformers folder: safetensors, config, tokenizer, model card.
 
-One process on the CPU exports what any number of ranks trained; memory is about one shard. In transformers:
-AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True).
+A single CPU process exports a checkpoint of any number of ranks; memory is about one shard. Load the folder
+with AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Export a checkpoint."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
-    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the numbers in the files"
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="data type of the weights"
     )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)

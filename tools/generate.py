@@ -1,8 +1,7 @@
 """Continue prompts with a trained model, or fill in masked spans.
 
-Without --prompt and --prompt-file each line of the standard input is a prompt.
-On a terminal the text is shown while it comes into being; elsewhere, or with --json, only the result is
-printed.
+Without --prompt and --prompt-file, each line of standard input is a prompt. A terminal shows the text while
+it is decoded; otherwise, or with --json, only the result is printed.
 """
 
 from __future__ import annotations
@@ -34,19 +33,25 @@ def build_parser() -> ToolParser:
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
     types = ["float32", "bfloat16"]
-    parser.add_argument("--dtype", choices=types, default=types[0], help="of the weights; logits are fp32")
+    parser.add_argument(
+        "--dtype", choices=types, default=types[0], help="data type of the weights; logits are fp32"
+    )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt", nargs="+", action="extend", help=f"texts to continue, '' for none; {SPAN_HELP}"
     )
-    prompts.add_argument("--prompt-file", type=Path, help="txt with a prompt a line, or jsonl, parquet")
+    prompts.add_argument("--prompt-file", type=Path, help="txt with one prompt per line, jsonl or parquet")
     parser.add_argument("--prompt-key", default="prompt", help="key of the prompt in jsonl or parquet")
     parser.add_argument("--length", type=int, help="tokens to add (default: all that fit)")
-    parser.add_argument("--num-samples", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences decoded together")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON a sample, with order")
-    parser.add_argument("--animate", type=Path, help="draw the order of unmasking to a .html or .gif file")
-    parser.add_argument("--font", type=Path, help="TrueType font of a .gif; the built-in one is ASCII")
+    parser.add_argument("--num-samples", type=int, default=1, help="samples per prompt")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch")
+    parser.add_argument(
+        "--json", action="store_true", help="print one line of JSON per sample, with the order of unmasking"
+    )
+    parser.add_argument(
+        "--animate", type=Path, help="write an animation of the unmasking to a .html or .gif file"
+    )
+    parser.add_argument("--font", type=Path, help="TrueType font for a .gif; the built-in font is ASCII only")
     add_options(parser)
     return parser
 
@@ -66,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_animation(options.animate, options.font)
         if len(prompts) * options.num_samples > MOST_ANIMATED:
             raise UserError(
-                f"--animate draws {MOST_ANIMATED} sequences at most, and these are "
+                f"--animate draws at most {MOST_ANIMATED} sequences, but there are "
                 f"{len(prompts) * options.num_samples}: give fewer prompts or a smaller --num-samples."
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_stdin() -> list[str]:
-    """Return the lines of the standard input."""
+    """Return the non-empty lines of standard input."""
     if sys.stdin.isatty():
-        raise UserError("no prompt: give --prompt, --prompt-file, or lines on the standard input.")
+        raise UserError("no prompt: give --prompt, --prompt-file, or lines on standard input.")
     prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
-        raise UserError("the standard input holds no prompt: give one on each line.")
+        raise UserError("standard input is empty: give one prompt per line.")
     return prompts
 
 

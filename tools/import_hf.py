@@ -1,8 +1,8 @@
-"""Make a folder that a run starts from out of a Qwen2, Qwen3 or Llama model of Hugging Face, on this disk.
+"""Import a local Hugging Face model (Qwen2, Qwen3 or Llama) as the initial weights of a run.
 
-The folder of the model must hold config.json, safetensors and tokenizer.json; nothing is downloaded. What is
-made holds weights, tokenizer, and the settings of a run that fit (model.yaml): preprocess the corpus with its
-tokenizer, and start with --config configs/X.yaml --config OUTPUT/model.yaml.
+The model folder must contain config.json, safetensors and tokenizer.json; nothing is downloaded. The output
+folder contains the weights, the tokenizer and matching settings for a run (model.yaml). Preprocess the corpus
+with this tokenizer, and train with --config configs/X.yaml --config OUTPUT/model.yaml.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Import a model."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--input", required=True, type=Path, help="folder of the Hugging Face model")
-    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
     for use, otherwise in (
-        ("mask", "a usual one such as <mask>, or a new token"),
-        ("pad", "a usual one, or a new token"),
-        ("eos", "a usual one such as <|endoftext|>"),
+        ("mask", "a common one such as <mask>, else a new token"),
+        ("pad", "a common one, else a new token"),
+        ("eos", "a common one such as <|endoftext|>"),
     ):
-        parser.add_argument(f"--{use}-token", help=f"its {use} token; without the option {otherwise}")
+        parser.add_argument(f"--{use}-token", help=f"{use} token (default: {otherwise})")
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
     tokens = {use: getattr(options, f"{use}_token") for use in ("mask", "pad", "eos")}
@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"(before: {imported.old_rows})"
     )
     print(
-        f"the mask token is {imported.mask}, id {vocabulary.mask_id}; tokens that were added: "
-        f"{', '.join(imported.added) or 'none'}; the embeddings of all these start at the mean of the others"
+        f"the mask token is {imported.mask}, id {vocabulary.mask_id}; added tokens: "
+        f"{', '.join(imported.added) or 'none'}; the embeddings of these start at the mean of the others"
     )
     print(
-        "a causal model predicts each token one position before it, so model.prediction is shifted; to let "
-        "attention grow from causal to bidirectional, set objective.attention_annealing_steps, such as 10000"
+        "a causal model predicts each token from the position before it, so model.prediction is shifted; to "
+        "anneal attention from causal to bidirectional, set objective.attention_annealing_steps (10000, say)"
     )
-    print(f"settings of a run that starts from it ({options.output / SETTINGS_FILE}):\n\n{imported.settings}")
+    print(f"settings of a run with these weights ({options.output / SETTINGS_FILE}):\n\n{imported.settings}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The way in and out of Hugging Face: folders with config.json, safetensors and a tokenizer."""
+"""Import and export Hugging Face folders: config.json, safetensors and a tokenizer."""

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, how it was trained, how it is loaded."""
+"""Write the model card of an exported model: architecture, training, how to load it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ tags:
 
 # {name}
 
-A masked diffusion language model: a transformer that fills in masked tokens. It has no `generate`: a sampler
-calls it on partly masked sequences.
+A masked diffusion language model: a transformer that fills in masked tokens. It has no `generate` method;
+call it from a sampler on partly masked sequences.
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -32,9 +32,9 @@ inputs = tokenizer("any text with {mask} in it", return_tensors="pt", return_tok
 logits = model(**inputs).logits  # [1, length, {rows}]; -inf for the mask token and for padding rows
 ```
 
-`AutoModel` gives the hidden states. The mask token is never predicted, nor are the rows of the output matrix
-beyond the {tokens} tokens of the tokenizer. Sequences were {sequence_length} tokens long in training; give an
-attention mask where a batch is padded.
+`AutoModel` returns the hidden states. The model never predicts the mask token or rows of the output matrix
+beyond the {tokens} tokens of the tokenizer. Training used sequences of {sequence_length} tokens; pass an
+attention mask for padded batches.
 
 ## Model
 
@@ -47,9 +47,9 @@ attention mask where a batch is padded.
 ## Files
 
 - The weights are {weights}, in {dtype}.
-- `tokenizer/` is the tokenizer as the training pipeline reads it.
+- `tokenizer/` is the tokenizer in the format of the training pipeline.
 
-Neither a licence nor the data are described here: add them before you share the model.
+This card describes neither the licence nor the data: add both before you share the model.
 """
 
 
@@ -64,29 +64,31 @@ def model_card(
     mask: str,
     attention: str,
 ) -> str:
-    """Return README.md.
+    """Return the text of README.md.
 
     Args:
-        name: of the exported folder.
-        config: the run.
-        manifest: the checkpoint.
-        parameters: numbers in the weights, tied ones counted once.
+        name: name of the exported folder.
+        config: configuration of the run.
+        manifest: manifest of the checkpoint.
+        parameters: number of parameters, with tied ones counted once.
         weights: "ema" or "raw".
-        dtype: type of the numbers in the files.
-        mask: how the mask token is written.
-        attention: which positions see which others.
+        dtype: data type of the exported weights.
+        mask: text of the mask token.
+        attention: attention pattern, as in config.json.
     """
     model, train, objective = config.model, config.train, config.objective
     shape = {
         "parameters": f"{parameters:,}",
         "layers": model.layers,
         "hidden size": model.hidden_size,
-        "heads": f"{model.heads}, of which key and value {model.kv_heads or model.heads}",
+        "heads": f"{model.heads} query, {model.kv_heads or model.heads} key and value",
         "intermediate size (SwiGLU)": model.intermediate_size,
         "vocabulary": f"{manifest.vocabulary['tokens']:,} tokens, {manifest.vocabulary['rows']:,} rows",
         "embeddings tied": "yes" if model.tie_embeddings else "no",
         "rotary base": f"{model.rope_theta:g}",
-        "position i is predicted at": {"same": "i", "shifted": "i - 1 (0 is given)"}[model.prediction],
+        "position i is predicted at": {"same": "i", "shifted": "i - 1 (position 0 is always given)"}[
+            model.prediction
+        ],
         "attention": attention,
     }
     examples, loss = manifest.step * train.global_batch_size, manifest.held_out_loss
@@ -94,9 +96,9 @@ def model_card(
         "optimizer steps": f"{manifest.step:,}",
         "sequences seen": f"{examples:,} of {config.data.sequence_length} tokens",
         "tokens seen": f"{manifest.tokens:,}",
-        "held-out loss": "not measured at this step" if loss is None else f"{loss:.4f} nats a masked token",
+        "held-out loss": "not measured at this step" if loss is None else f"{loss:.4f} nats per masked token",
         "datasets": ", ".join(Path(prefix).name for prefix in config.data.prefixes),
-        "samples": config.data.kind,
+        "kind of examples": config.data.kind,
         "data fingerprint": f"`{manifest.data_fingerprint[:16]}`",
         "objective": _settings(objective),
         "optimizer": f"AdamW, {_settings(config.optimizer)}",
@@ -106,7 +108,7 @@ def model_card(
         "ranks": manifest.world_size,
         "software": ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
     }
-    long = {"ema": "the moving average of the trained ones", "raw": "those of the last step"}
+    long = {"ema": "the exponential moving average of the trained weights", "raw": "those of the last step"}
     return _CARD.format(
         name=name,
         mask=mask,

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that transformers loads: weights, config.json, tokenizer, code and model card."""
+"""Export a checkpoint as a transformers folder: weights, config.json, tokenizer, code and model card."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def export(
     dtype: DType,
     max_shard_size: int,
 ) -> int:
-    """Write `output`, whole or not at all, in one process on the CPU.
+    """Export a checkpoint to `output`, completely or not at all, in one process on the CPU.
 
-    Memory is one shard and one weight in fp32, whatever the size of the model and the number of ranks that
-    trained it; only a checkpoint of ZeRO 1 or 2 is put together in memory (4 bytes a parameter).
+    Peak memory is one shard and one fp32 weight, whatever the model size and the number of training ranks.
+    Only checkpoints of ZeRO-1 and ZeRO-2 are assembled in memory (4 bytes per parameter).
 
     Args:
-        source: a run folder or a checkpoint folder.
-        output: the folder; it must not exist.
-        weights: ema = the moving average, raw = those of the last step; by default ema where there is one.
-        dtype: type of the numbers in the files.
-        max_shard_size: bytes of weights in a file, unless a single weight is larger.
+        source: run folder or checkpoint folder.
+        output: folder to create; it must not exist.
+        weights: ema = the moving average, raw = the weights of the last step; None = ema if available.
+        dtype: data type of the exported weights.
+        max_shard_size: maximum bytes per file, unless a single weight is larger.
 
     Returns:
-        The step that was exported.
+        The step of the exported checkpoint.
 
     Raises:
-        UserError: when there is no checkpoint, it is damaged, it lacks the weights, or `output` exists.
+        UserError: if there is no checkpoint, it is damaged, it lacks the weights, or `output` exists.
     """
     if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+        raise UserError(f"--output {output} exists: remove it, or choose another folder.")
     folder, manifest = checkpoint.find(source)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     averaged = takes_average(folder, weights)
     stored = dict(open_weights(folder / "model", averaged))
-    if config.model.tie_embeddings:  # one tensor under two names; a checkpoint may hold either or both
+    if config.model.tie_embeddings:  # one tensor with two names; a checkpoint may hold either or both
         stored.pop("lm_head.weight", None)
     with creating_folder(output) as writing:
         write_weights(stored, writing, max_shard_size, getattr(torch, dtype))
@@ -86,7 +86,7 @@ def export(
 
 
 def attention(config: Config, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    """Return what config.json says of which positions see which others, as in decoding after `step` steps."""
+    """Return the attention pattern for config.json, the one used for decoding after `step` steps."""
     layout = decoding_layout(config, tokenizer.mask, step)
     blocks = {} if layout.block_size is None else {"block_size": layout.block_size}
     return {"attention": layout.attention, **blocks}

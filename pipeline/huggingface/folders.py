@@ -1,4 +1,4 @@
-"""Folders of safetensors files with an index, as transformers reads and writes them."""
+"""Read and write folders of safetensors files with an index, in the format of transformers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def add_shard_argument(parser: ToolParser) -> None:
-    """Add the option that bounds files and memory."""
+    """Add the option --max-shard-size."""
     parser.add_argument(
         "--max-shard-size",
         type=_bytes,
         default="5GB",
-        help="largest file of weights, and about the memory that is used",
+        help="maximum size of a weights file, and roughly the memory used",
     )
 
 
@@ -40,10 +40,10 @@ def _bytes(text: str) -> int:
 
 
 def open_weights(folder: Path) -> StoredWeights:
-    """Return the weights in a folder's safetensors files by name; they are mapped, not read.
+    """Return the weights in a folder's safetensors files, by name; they are memory-mapped, not read.
 
     Raises:
-        UserError: when a file is missing or damaged.
+        UserError: if a file is missing or damaged.
     """
     index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
     if index.is_file():
@@ -53,7 +53,7 @@ def open_weights(folder: Path) -> StoredWeights:
         names = [WEIGHTS_FILE]
     else:
         raise UserError(
-            f"{folder} holds no {WEIGHTS_FILE} and no {INDEX_FILE}: convert older files by loading and "
+            f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: convert older files by loading and "
             "saving them with transformers."
         )
     weights: dict[str, StoredWeight] = {}
@@ -61,14 +61,14 @@ def open_weights(folder: Path) -> StoredWeights:
         try:
             file = safe_open(folder / name, "pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / name} is missing or damaged ({error}): bring it again.") from None
-        for key in file.keys():  # noqa: SIM118 (it is no mapping)
-            weights[key] = StoredWeight.of(file.get_tensor(key))  # mapped: nothing is read yet
+            raise UserError(f"{folder / name} is missing or damaged ({error}): download it again.") from None
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            weights[key] = StoredWeight.of(file.get_tensor(key))  # memory-mapped, not read yet
     return weights
 
 
 def divide(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Return the names in shards of at most `limit` bytes each, in order; a larger one has a shard alone."""
+    """Group names into shards of at most `limit` bytes, in order; a larger tensor gets its own shard."""
     shards: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -86,15 +86,15 @@ def write_weights(
     max_shard_size: int,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write weights as model.safetensors, or in shards with an index where that file would be too large.
+    """Write weights as model.safetensors, or as shards with an index if that file would be too large.
 
-    At most one shard and one weight as it is stored are in memory.
+    Peak memory is one shard and one stored weight.
 
     Args:
-        weights: what to write, in this order.
-        folder: where to write.
-        max_shard_size: bytes of weights in a file, unless a single weight is larger.
-        dtype: type of the numbers in the files; by default the type that each weight has.
+        weights: weights to write, in this order.
+        folder: destination.
+        max_shard_size: maximum bytes per file, unless a single weight is larger.
+        dtype: data type to write; None keeps the type of each weight.
     """
     types = {name: dtype or weight.dtype for name, weight in weights.items()}
     sizes = {name: math.prod(w.shape) * types[name].itemsize for name, w in weights.items()}
@@ -106,10 +106,12 @@ def write_weights(
         shard = {name: weights[name].read().to(types[name]) for name in names}
         try:
             save_file(shard, folder / file, {"format": "pt"})
-        except SafetensorError as error:  # in place of an OSError
-            raise Failure(f"{folder / file} cannot be written ({error}): start again with room.") from None
-        del shard  # before the next one is read
-        (folder / file).chmod(0o666 & ~_umask())  # safetensors would let nobody else read it
+        except SafetensorError as error:  # safetensors raises this instead of an OSError
+            raise Failure(
+                f"{folder / file} cannot be written ({error}): free disk space and start again."
+            ) from None
+        del shard  # free it before the next one is read
+        (folder / file).chmod(0o666 & ~_umask())  # safetensors makes it private
         places |= dict.fromkeys(names, file)
         progress.advance(len(places))
         progress.report(file)
@@ -120,7 +122,7 @@ def write_weights(
 
 
 def _umask() -> int:
-    """Return the permissions that new files do not have; they can only be read by setting them."""
+    """Return the umask; it can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""A causal model of Hugging Face as a folder that a run of ours starts from."""
+"""Import a causal Hugging Face model as a folder for train.initial_weights."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "model.yaml"
-MATRICES = ("model.embed_tokens.weight", "lm_head.weight")  # with a row a token
-MEAN_ROWS = 4096  # rows that are added in float64 at a time
+MATRICES = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token
+MEAN_ROWS = 4096  # rows summed in float64 at once
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of an import.
+    """The result of an import.
 
     Attributes:
-        settings: the sections of a run's YAML that fit, as text.
-        vocabulary: of the new model.
-        mask: the mask token as it is written.
-        added: tokens that the tokenizer did not have.
-        old_rows: rows that the matrices had.
+        settings: matching YAML sections for a run, as text.
+        vocabulary: vocabulary of the new model.
+        mask: text of the mask token.
+        added: tokens added to the tokenizer.
+        old_rows: rows of the matrices before the import.
     """
 
     settings: str
@@ -52,31 +52,31 @@ def import_model(
     special_tokens: dict[str, str | None],
     max_shard_size: int,
 ) -> Imported:
-    """Write `output`, whole or not at all: a folder as an export makes it, without the code and the card.
+    """Import a model to `output`, completely or not at all: an export without code and model card.
 
-    The weights are copied bit for bit in the type that they have, one shard at a time. The embedding and the
-    output matrix get rows for the tokens that the tokenizer lacks (a mask token, as a rule), rounded up to a
-    multiple of 8. The rows of the mask token and of every added token start at the mean of the others: a new
-    direction that the network has never seen would be far from all that it knows.
+    The weights are copied bit for bit in their own data type, one shard at a time. The embedding and the
+    output matrix get rows for the tokens that the tokenizer lacks (usually a mask token), rounded up to a
+    multiple of 8. The rows of the mask token and of every added token start at the mean of the other rows,
+    because a random direction would be far from everything the network has seen.
 
     Args:
         source: folder with config.json, safetensors and tokenizer.json of a Qwen2, Qwen3 or Llama model.
-        output: the folder; it must not exist.
-        special_tokens: the tokens for mask, pad and eos; see `import_tokenizer`.
-        max_shard_size: bytes of weights in a file, unless a single weight is larger.
+        output: folder to create; it must not exist.
+        special_tokens: tokens for mask, pad and eos; see `import_tokenizer`.
+        max_shard_size: maximum bytes per file, unless a single weight is larger.
 
     Raises:
-        UserError: for a model that is built in another way, a damaged folder, or when `output` exists.
+        UserError: if the architecture is not supported, the folder is damaged, or `output` exists.
     """
     if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+        raise UserError(f"--output {output} exists: remove it, or choose another folder.")
     settings = mapping.read_json(source / "config.json")
     model = mapping.from_json(settings, source / "config.json")
     if settings["model_type"] == mapping.MODEL_TYPE:
-        raise UserError(f"{source} is an exported model already: set train.initial_weights to it.")
+        raise UserError(f"{source} is already an exported model: set train.initial_weights to it.")
     if not (source / TOKENIZER_FILE).is_file():
         raise UserError(
-            f"{source / TOKENIZER_FILE} is missing: make it with transformers, by "
+            f"{source / TOKENIZER_FILE} is missing: create it with transformers, by "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
     stored = parameters_in(source, model)
@@ -93,7 +93,7 @@ def import_model(
         length = int(settings.get("max_position_embeddings", 2048))
         dtype = str(stored[MATRICES[0]].dtype).removeprefix("torch.")
         own = mapping.to_json(model, vocabulary, tokenizer, length, dtype)
-        del own["architectures"], own["auto_map"]  # the code goes along with trained models only
+        del own["architectures"], own["auto_map"]  # only exported models include the code
         (writing / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
         sections = {
             "data": {"tokenizer": str(output / "tokenizer")},
@@ -106,32 +106,32 @@ def import_model(
 
 
 def parameters_in(folder: Path, model: ModelConfig) -> dict[str, StoredWeight]:
-    """Return the weights in `folder` that a model of ours has, by name; what else is there is left out.
+    """Return the weights in `folder` that our model has, by name; others are ignored.
 
     Raises:
-        UserError: for a weight that is missing or of another shape.
+        UserError: if a weight is missing or has the wrong shape.
     """
     rows = model.vocab_size or 0
-    with torch.device("meta"):  # names and shapes alone
+    with torch.device("meta"):  # names and shapes only
         parameters = dict(MaskedDiffusionModel(model, Vocabulary(rows, rows, 0)).named_parameters())
     stored = open_weights(folder)
     for name, parameter in parameters.items():
         shape = stored[name].shape if name in stored else "missing"
         if shape != tuple(parameter.shape):
             raise UserError(
-                f"{folder}: the weight {name} is {shape}, by config.json it has {tuple(parameter.shape)}: "
-                "bring the folder again."
+                f"{folder}: the weight {name} is {shape}, by config.json it is {tuple(parameter.shape)}: "
+                "download the folder again."
             )
     return {name: stored[name] for name in parameters}
 
 
 def with_tokens(matrix: StoredWeight, vocabulary: Vocabulary, new: Sequence[int]) -> StoredWeight:
-    """Return a matrix with a row a token as it is for a vocabulary with `new` tokens, on the disk until read.
+    """Return an embedding or output matrix resized to `vocabulary`; nothing is read until it is used.
 
     Args:
-        matrix: [old rows, H], the embedding or the output matrix.
-        vocabulary: with as many rows as it has, or more; new rows without a token are 0.
-        new: ids of the tokens that start at the mean of the others.
+        matrix: [old rows, H], one row per token.
+        vocabulary: new vocabulary, with at least as many rows; rows without a token are 0.
+        new: ids of the tokens whose rows start at the mean of the others.
     """
 
     def read() -> Tensor:

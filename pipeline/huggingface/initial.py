@@ -1,4 +1,4 @@
-"""The weights that a run starts from: a folder of tools/import_hf.py or tools/export_hf.py."""
+"""Open the initial weights of a run, a folder written by tools/import_hf.py or tools/export_hf.py."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pipeline.model.batch import Vocabulary
 def open_initial_weights(
     folder: Path, model: ModelConfig, vocabulary: Vocabulary, tokenizer: Path
 ) -> StoredWeights:
-    """Return the weights in `folder`, still on the disk.
+    """Return the weights in `folder`, memory-mapped.
 
     Raises:
-        UserError: where they are of another model or vocabulary than the run's, or damaged.
+        UserError: if model, vocabulary or tokenizer differ from the run's, or a file is damaged.
     """
     where = folder / "config.json"
     if not where.exists():
         raise UserError(
-            f"train.initial_weights: {where} is missing: give a folder of tools/import_hf.py or "
-            "tools/export_hf.py; a run becomes one by the latter."
+            f"train.initial_weights: {where} is missing: give a folder written by "
+            "tools/import_hf.py or tools/export_hf.py. A run must be exported first."
         )
     settings = mapping.read_json(where)
     if settings.get("model_type") != mapping.MODEL_TYPE:
         raise UserError(
-            f"train.initial_weights: {where} is of model_type {settings.get('model_type')!r}, without a mask "
+            f"train.initial_weights: {where} has model_type {settings.get('model_type')!r}, without a mask "
             "token: convert it with tools/import_hf.py."
         )
     theirs = mapping.from_json(settings, where)
@@ -45,13 +45,13 @@ def open_initial_weights(
     for key, (there, here) in pairs.items():
         if there != here:
             raise UserError(
-                f"train.initial_weights: {folder} is of a model with {key} = {there}, the run has {here}: "
+                f"train.initial_weights: the model in {folder} has {key} = {there}, the run has {here}: "
                 f"set it to {there}."
             )
     own = folder / "tokenizer"
     if Tokenizer.load(own).sha256 != Tokenizer.load(tokenizer).sha256:
         raise UserError(
-            f"train.initial_weights: {folder} goes with another tokenizer than data.tokenizer = {tokenizer}: "
-            f"set it to {own}, and preprocess the data with that."
+            f"train.initial_weights: {folder} has another tokenizer than data.tokenizer = {tokenizer}: "
+            f"set it to {own}, and preprocess the data with it."
         )
     return open_weights(folder)

@@ -1,4 +1,4 @@
-"""The model section of a run in the words of transformers' config.json, and back."""
+"""Convert between the model section of a run and transformers' config.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.model.batch import Vocabulary
 
 MODEL_TYPE = "masked_diffusion"
 FAMILIES = ("qwen2", "qwen3", "llama")
-# What config.json calls the settings of the model section.
+# Our names of the model settings -> names in config.json.
 NAMES = {
     "layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -43,10 +43,10 @@ def to_json(
 
     Args:
         model: shape of the network.
-        vocabulary: the tokens.
-        tokenizer: whose special tokens the model has.
-        sequence_length: tokens in a training example.
-        dtype: type of the numbers in the files.
+        vocabulary: vocabulary of the model.
+        tokenizer: tokenizer with the special tokens.
+        sequence_length: tokens per training example.
+        dtype: data type of the weights.
     """
     settings = {theirs: getattr(model, ours) for ours, theirs in NAMES.items()}
     settings["vocab_size"] = vocabulary.rows
@@ -71,35 +71,35 @@ def to_json(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a config.json; raise a `UserError` when it is missing or damaged."""
+    """Read a config.json; raise a `UserError` if it is missing or damaged."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give the folder of a Hugging Face model.") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): bring the folder again.") from None
+        raise UserError(f"{path} is damaged ({error}): download the folder again.") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold a JSON object: bring the folder again.")
+        raise UserError(f"{path} is not a JSON object: download the folder again.")
     return settings
 
 
 def from_json(settings: dict[str, Any], where: Path) -> ModelConfig:
-    """Return the model section that computes what the model of a config.json does, with any attention.
+    """Return the model section that is equivalent to a config.json, apart from the attention mask.
 
     Args:
-        settings: the content of config.json, of a family in FAMILIES or of an exported model.
-        where: the file, for errors.
+        settings: content of config.json, of a family in FAMILIES or of an exported model.
+        where: path of the file, for error messages.
 
     Raises:
-        UserError: for a model that is built in another way.
+        UserError: if the architecture is not supported.
     """
     family = settings.get("model_type")
     if family not in (*FAMILIES, MODEL_TYPE):
-        raise UserError(f"{where}: model_type is {family!r}; {', '.join(FAMILIES)} can be imported.")
+        raise UserError(f"{where}: model_type is {family!r}: choose one of {', '.join(FAMILIES)}.")
     found = {ours: settings[theirs] for ours, theirs in NAMES.items() if settings.get(theirs) is not None}
     for ours in NEEDED:
         if ours not in found:
-            raise UserError(f"{where}: {NAMES[ours]} is missing: bring the folder again.")
+            raise UserError(f"{where}: {NAMES[ours]} is missing: download the folder again.")
     if family != MODEL_TYPE:
         _check_family(settings, where)
         found |= {"attention_bias": family == "qwen2", "qk_norm": family == "qwen3", "prediction": "shifted"}
@@ -115,7 +115,7 @@ def from_json(settings: dict[str, Any], where: Path) -> ModelConfig:
 
 
 def _check_family(settings: dict[str, Any], where: Path) -> None:
-    """Raise a `UserError` for a variant of a family that our blocks do not compute."""
+    """Raise a `UserError` for a variant of a family that our blocks do not implement."""
     layer_types = set(settings.get("layer_types") or ["full_attention"])
     wrong = {
         "hidden_act": settings.get("hidden_act", "silu") != "silu",
@@ -127,18 +127,20 @@ def _check_family(settings: dict[str, Any], where: Path) -> None:
     }
     for key, is_wrong in wrong.items():
         if is_wrong:
-            raise UserError(f"{where}: {key} = {settings[key]!r} cannot be imported: take another model.")
+            raise UserError(f"{where}: {key} = {settings[key]!r} is not supported: choose another model.")
 
 
 def _rope(settings: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Return our settings of the rotary embedding, from the keys of transformers 5 or those before."""
+    """Return our rotary embedding settings, from the keys of transformers 5 or earlier."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     found = {"rope_theta": float(rope.get("rope_theta", settings.get("rope_theta", 10000.0)))}
     kind = rope.get("rope_type", rope.get("type", "default"))
     bounds = (rope.get("low_freq_factor", SLOW), rope.get("high_freq_factor", FAST))
     partial = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
     if kind not in ("default", "llama3") or bounds != (SLOW, FAST) or partial != 1.0:
-        raise UserError(f"{where}: the rotary embedding {rope or partial} cannot be imported.")
+        raise UserError(
+            f"{where}: the rotary embedding {rope or partial} is not supported: choose another model."
+        )
     if kind == "llama3":
         length = rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]
         found |= {"rope_factor": float(rope["factor"]), "rope_original_length": int(length)}

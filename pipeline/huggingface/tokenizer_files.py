@@ -1,4 +1,4 @@
-"""The tokenizer of a run in a form that transformers' AutoTokenizer loads."""
+"""Write the tokenizer of a run in a format that transformers' AutoTokenizer loads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pipeline.data.tokenizer import HUGGING_FACE_FILE, MODEL_FILE, Tokenizer
 
 
 def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokenizer:
-    """Write the tokenizer of the folder `source`: as it is to FOLDER/tokenizer, and for transformers.
+    """Write the tokenizer in `source` twice: unchanged to FOLDER/tokenizer, and to FOLDER for transformers.
 
-    A SentencePiece model is read there by the code in `remote_code`, one of Hugging Face by transformers
-    itself, so the ids are the same. One thing differs, as its users expect: special tokens written in a text,
-    such as "<mask>", are these tokens there.
+    In transformers, the code in `remote_code` reads a SentencePiece model, and transformers itself reads a
+    Hugging Face tokenizer, so the ids are the same. One difference is intended: transformers recognises
+    special tokens in a text, such as "<mask>".
     """
     tokenizer = Tokenizer.load(source)
     shutil.copytree(source, folder / "tokenizer")
@@ -31,7 +31,7 @@ def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokeniz
         }
     else:
         model = json.loads((source / HUGGING_FACE_FILE).read_text(encoding="utf-8"))
-        model["post_processor"] = None  # which would put tokens around a text that were not there in training
+        model["post_processor"] = None  # it would add tokens that training never saw
         (folder / "tokenizer.json").write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

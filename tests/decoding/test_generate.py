@@ -65,7 +65,7 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
         ("--prompt a --top-k 3", "--top-k is 3: it has no effect at temperature 0"),
         ("--prompt a --animate x.mp4", "--animate x.mp4: name a file that ends with .html or .gif"),
         ("--prompt a --animate x.gif --font README.md", "--font README.md cannot be read as a font"),
-        ("--prompt a --animate x.gif --num-samples 17", "16 sequences at most, and these are 17"),
+        ("--prompt a --animate x.gif --num-samples 17", "at most 16 sequences, but there are 17"),
         (
             "--prompt a fedcbafedcba --length 1 --batch-size 1",
             "prompt 2 of 2, 'fedcbafedcba', has 12 tokens; with an answer of 1 it",
@@ -75,7 +75,7 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
         ("--prompt-file {tmp}/empty.txt", "empty.txt holds no prompt"),
         ("--prompt-file {tmp}/a.jsonl", "a.jsonl, line 1: no key 'prompt'; it has 'text'"),
         ("--prompt a --prompt-file {tmp}/empty.txt", "not allowed with"),
-        ("", "the standard input holds no prompt"),
+        ("", "standard input is empty"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -216,7 +216,7 @@ def test_the_items_are_not_replaced_by_the_results(run: Evaluate, data: Path, tm
     items = tmp_path / "items.jsonl"
     items.write_bytes((data / "corpus.jsonl").read_bytes())
     more = ["--data", str(items), "--output", f"{tmp_path}/../{tmp_path.name}/items.jsonl", "--restart"]
-    assert "items.jsonl is the file of the items, --data" in run(*more).complaint()
+    assert "items.jsonl is also --data, the file of items" in run(*more).complaint()
     assert items.read_bytes() == (data / "corpus.jsonl").read_bytes()
 
 

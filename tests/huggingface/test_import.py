@@ -124,7 +124,7 @@ def test_new_tokens_start_at_the_mean(
     outcome, settings = bring_in(tmp_path / "theirs", tmp_path / "ours", capsys)
     assert f"98 tokens in {new_rows} rows of the embedding (before: {rows})" in outcome.output
     assert "the mask token is <mask>, id 96" in outcome.output
-    assert "added: <mask>, <pad>" in outcome.output
+    assert "added tokens: <mask>, <pad>" in outcome.output
     assert settings["model"]["vocab_size"] == new_rows
     weights = {name: weight.read() for name, weight in open_weights(tmp_path / "ours").items()}
     for name, old in theirs.state_dict().items():
@@ -147,7 +147,7 @@ def test_an_existing_token_may_be_the_mask(tmp_path: Path, capsys: pytest.Captur
     outcome, settings = bring_in(
         tmp_path / "theirs", tmp_path / "ours", capsys, "--mask-token", "~", "--pad-token", "}"
     )
-    assert "the mask token is ~, id 95; tokens that were added: none" in outcome.output
+    assert "the mask token is ~, id 95; added tokens: none" in outcome.output
     facts = json.loads((tmp_path / "ours/config.json").read_text())
     assert (facts["mask_token_id"], facts["pad_token_id"], facts["num_tokens"]) == (95, 94, 96)
     old, new = theirs.model.embed_tokens.weight, open_weights(tmp_path / "ours")["model.embed_tokens.weight"]
@@ -225,7 +225,7 @@ def test_what_a_run_cannot_start_from(
         return run_here(train.main, arguments, capsys).complaint()
 
     assert "config.json is missing" in complaint("--train.initial_weights", str(tmp_path / "nowhere"))
-    assert "a run becomes one" in complaint("--train.initial_weights", str(tmp_path / "run"))
+    assert "A run must be exported first" in complaint("--train.initial_weights", str(tmp_path / "run"))
     assert "tools/import_hf.py" in complaint("--train.initial_weights", str(tmp_path / "theirs"))
     found = complaint("--model.rope_theta", "1e4")
     assert "model.rope_theta = 5000.0, the run has 10000.0: set it to 5000.0" in found
@@ -304,7 +304,7 @@ def test_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "theirs/model.safetensors.index.json").unlink()
     save_file({"model.norm.weight": torch.ones(31)}, tmp_path / "theirs/model.safetensors")
     complaint = run_here(import_hf.main, arguments, capsys).complaint()
-    assert "model.embed_tokens.weight is missing, by config.json it has (101, 32)" in complaint
+    assert "model.embed_tokens.weight is missing, by config.json it is (101, 32)" in complaint
     (tmp_path / "theirs/config.json").write_text("{")
     assert "config.json is damaged" in run_here(import_hf.main, arguments, capsys).complaint()
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

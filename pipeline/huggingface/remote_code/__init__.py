@@ -1,1 +1,1 @@
-"""Code that an exported folder carries for transformers (trust_remote_code); nothing here imports it."""
+"""Code that is copied into exported folders for transformers (trust_remote_code); nothing imports it here."""

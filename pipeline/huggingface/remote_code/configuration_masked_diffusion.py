@@ -1,4 +1,4 @@
-"""Shape and vocabulary of a masked diffusion language model."""
+"""Configuration of a masked diffusion language model."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from transformers import PretrainedConfig
 
 
 class MaskedDiffusionConfig(PretrainedConfig):
-    """Settings of a bidirectional transformer that fills in masked tokens.
+    """Configuration of a transformer that fills in masked tokens.
 
     Args:
         vocab_size: rows of the embedding and the output matrix.
-        num_tokens: tokens of the tokenizer; rows beyond them pad the matrices and are never predicted.
-        mask_token_id: the mask token, which is never predicted.
-        pad_token_id: the padding token.
-        eos_token_id: the end-of-sequence token.
+        num_tokens: tokens of the tokenizer; rows beyond them are padding and are never predicted.
+        mask_token_id: id of the mask token, which is never predicted.
+        pad_token_id: id of the padding token.
+        eos_token_id: id of the end-of-sequence token.
         hidden_size: width of the residual stream.
         intermediate_size: width of the SwiGLU.
         num_hidden_layers: transformer blocks.
@@ -23,15 +23,15 @@ class MaskedDiffusionConfig(PretrainedConfig):
         attention_bias: biases on the query, key and value projections.
         qk_norm: RMSNorm of each head's queries and keys.
         rope_theta: base of the rotary position embedding.
-        rope_factor: slow rotations are slower by this factor, as in Llama 3.1; 1 for none.
-        rope_original_length: sequence length by which rope_factor tells slow from fast.
+        rope_factor: slow down low-frequency rotations by this factor, as in Llama 3.1; 1 = off.
+        rope_original_length: sequence length that separates low from high frequencies for rope_factor.
         rms_norm_eps: epsilon of RMSNorm.
         initializer_range: standard deviation of new weights.
-        max_position_embeddings: length of the sequences that the model was trained on.
-        tie_word_embeddings: use the embedding as output matrix.
-        prediction: "same", or "shifted": position i is predicted by the hidden state at i - 1.
-        attention: "bidirectional", "causal", or "blocks": bidirectional in a block, causal between blocks.
-        block_size: tokens of a block, with attention "blocks".
+        max_position_embeddings: sequence length in training.
+        tie_word_embeddings: use the embedding as the output matrix.
+        prediction: hidden state that predicts position i: "same" = the one at i, "shifted" = at i - 1.
+        attention: "bidirectional", "causal", or "blocks" = bidirectional in a block, causal between blocks.
+        block_size: tokens per block for attention "blocks".
     """
 
     model_type = "masked_diffusion"

@@ -1,6 +1,6 @@
-"""A masked diffusion language model: a bidirectional transformer that fills in masked tokens.
+"""A masked diffusion language model: a transformer that fills in masked tokens.
 
-It has no cache and no `generate`: a sampler calls it on partly masked sequences.
+It has no KV cache and no `generate` method; call it from a sampler on partly masked sequences.
 """
 
 import math
@@ -19,9 +19,7 @@ def rotary_table(length: int, config: MaskedDiffusionConfig, device: torch.devic
     """Return cosines and sines [L, head_size] float32 for positions 0..L-1."""
     exponent = -torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequency = config.rope_theta**exponent
-    if (
-        config.rope_factor != 1.0
-    ):  # Llama 3.1: rotations of less than 1 turn in the original length are slower
+    if config.rope_factor != 1.0:  # Llama 3.1: slow down rotations of less than one turn per original length
         turns = config.rope_original_length * frequency / (2 * math.pi)
         kept = ((turns - 1.0) / 3.0).clamp(0.0, 1.0)
         frequency = frequency * (kept + (1.0 - kept) / config.rope_factor)
@@ -31,14 +29,14 @@ def rotary_table(length: int, config: MaskedDiffusionConfig, device: torch.devic
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn x [B, heads, L, head_size] by its position."""
+    """Apply rotary embeddings to x [B, heads, L, head_size]."""
     cos, sin = table
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return hidden @ weight^T [B, L, V] float32: bf16 results would tie confidences that differ."""
+    """Return hidden @ weight^T [B, L, V] in float32; bf16 would round different confidences to ties."""
     if hidden.dtype == torch.float32 or not hidden.is_cuda:
         return F.linear(hidden.float(), weight.float())
     return torch.mm(hidden.flatten(0, 1), weight.T, out_dtype=torch.float32).view(*hidden.shape[:2], -1)
@@ -69,7 +67,7 @@ class MaskedDiffusionAttention(nn.Module):
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, D]
         q, k, grouped = rotate(q, table), rotate(k, table), self.kv_heads != self.heads
-        if grouped and attention_mask is not None:  # no fast kernel of a GPU takes both
+        if grouped and attention_mask is not None:  # no fast GPU kernel supports both
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
             grouped = False
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
@@ -107,7 +105,7 @@ class MaskedDiffusionBlock(nn.Module):
 
 
 class MaskedDiffusionPreTrainedModel(PreTrainedModel):
-    """What transformers asks of a model."""
+    """Base class for transformers."""
 
     config_class = MaskedDiffusionConfig
     base_model_prefix = "model"
@@ -116,7 +114,7 @@ class MaskedDiffusionPreTrainedModel(PreTrainedModel):
 
 
 class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
-    """Tokens to hidden states."""
+    """Maps tokens to hidden states."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"lm_head\.weight"]
 
@@ -140,9 +138,9 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
         Args:
             input_ids: [B, L].
             attention_mask: [B, L], 0 at padding.
-            blocks: [B or 1, L], the number of each position's block: a position sees none of a higher one.
-                By default all see all, or with config.attention "causal" those before them.
-            return_dict: False for a tuple.
+            blocks: [B or 1, L], block number of each position; a position does not attend to higher blocks.
+                By default attention is bidirectional, or causal if config.attention is "causal".
+            return_dict: False returns a tuple.
         """
         x = self.embed_tokens(input_ids)
         table = rotary_table(input_ids.shape[1], self.config, x.device)
@@ -155,7 +153,7 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
     def visible(
         self, input_ids: Tensor, attention_mask: Tensor | None, blocks: Tensor | None
     ) -> Tensor | None:
-        """Return which keys each query sees, broadcastable to [B, heads, L, L] bool; None for all."""
+        """Return the attention mask, broadcastable to [B, heads, L, L] bool; None = every key is visible."""
         if blocks is None and self.config.attention == "causal":
             blocks = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         elif blocks is None and self.config.attention == "blocks":
@@ -171,7 +169,7 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
 
 
 class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
-    """p(x0 | xt): what each masked position may hold, given the tokens that are there."""
+    """Predicts p(x0 | xt), the distribution of each masked position given the visible tokens."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -195,13 +193,13 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
         Args:
             input_ids: [B, L], with config.mask_token_id at the positions to fill in.
             attention_mask: [B, L], 0 at padding.
-            labels: [B, L], the true tokens where the loss is wanted and -100 elsewhere; the loss is the mean
-                negative log-likelihood in nats.
+            labels: [B, L], true tokens at the positions of the loss and -100 elsewhere; the loss is the mean
+                NLL in nats.
             blocks: see `MaskedDiffusionModel`.
-            return_dict: False for a tuple.
+            return_dict: False returns a tuple.
         """
         hidden = self.model(input_ids, attention_mask, blocks).last_hidden_state
-        if self.config.prediction == "shifted":  # position i is predicted at i - 1; position 0 must be given
+        if self.config.prediction == "shifted":  # the state at i - 1 predicts i; position 0 must be given
             hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         logits = fp32_product(hidden, self.lm_head.weight)
         logits[..., self.config.mask_token_id] = -torch.inf

@@ -1,4 +1,4 @@
-"""A SentencePiece tokenizer that changes nothing of the text: no prefix, no normalisation."""
+"""A SentencePiece tokenizer that leaves the text unchanged: no prefix, no normalisation."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizer
 
 
 class MaskedDiffusionTokenizer(PreTrainedTokenizer):
-    """Text to the ids of a SentencePiece model and back; special tokens written in a text are recognised."""
+    """Maps text to SentencePiece ids and back; recognises special tokens in the text."""
 
     vocab_files_names: ClassVar = {"vocab_file": "tokenizer.model"}
     model_input_names: ClassVar = ["input_ids", "attention_mask"]
@@ -22,7 +22,7 @@ class MaskedDiffusionTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, special ones included."""
+        """The number of tokens, including special tokens."""
         return self.processor.vocab_size()
 
     def get_vocab(self) -> dict[str, int]:
@@ -39,7 +39,7 @@ class MaskedDiffusionTokenizer(PreTrainedTokenizer):
         return self.processor.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Return the text of tokens; special ones as they are written."""
+        """Return the text of `tokens`; special tokens appear verbatim."""
         text: list[str] = []
         run: list[str] = []
         for token in tokens:
