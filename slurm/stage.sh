@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What every stage does first; sourced by the sbatch files, with the name of the stage as argument.
+# Common setup of all stages; the sbatch files source it with the stage name as argument.
 #
-# PUMA_CODE   folder of the code: the checkout a job is submitted from, or the copy in the run folder
-# PUMA_RUN    the run folder, where tools/submit.py set it: stages note there when they start and end
+# PUMA_CODE   code folder: the checkout from which the job was submitted, or its copy in the run folder
+# PUMA_RUN    run folder, if set by tools/submit.py: stages record there when they start and end
 
 set -uo pipefail
 export PUMA_CODE="${PUMA_CODE:-$SLURM_SUBMIT_DIR}"
@@ -14,7 +14,7 @@ fi
 export PYTHONPATH="$PUMA_CODE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
 
-# Append one line to the run's journal: time, stage, job, array task, what happened.
+# Append a line to the run's journal: time, stage, job, array task, event.
 note() {
     [ -n "${PUMA_RUN:-}" ] || return 0
     mkdir -p "$PUMA_RUN/slurm"
@@ -22,7 +22,7 @@ note() {
         "${SLURM_ARRAY_TASK_ID:--}" "$1" >>"$PUMA_RUN/slurm/journal.tsv"
 }
 
-# Run a single-process stage and end the job with its exit code.
+# Run a single-process stage and exit with its exit code.
 run_stage() {
     note started
     # shellcheck disable=SC2086  # CONTAINER is a command with its options

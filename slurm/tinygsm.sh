@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The paper's 125M text run by one command, from raw files to a score on GSM8K: docs/tutorials/tinygsm.md.
+# Reproduce the paper's 125M text run, from raw files to a GSM8K score: docs/tutorials/tinygsm.md.
 #
 #   slurm/tinygsm.sh TINYGSM GSM8K_TEST TOKENIZER [options of tools/submit.py, such as --nodes 1 --dry-run]
 #
-# TINYGSM and GSM8K_TEST are jsonl or parquet, TOKENIZER is Qwen2's tokenizer.json. What is prepared goes to data/,
-# or to the folder DATA, and is not made twice.
+# TINYGSM and GSM8K_TEST are jsonl or parquet files, TOKENIZER is Qwen2's tokenizer.json. Prepared data goes to data/,
+# or to the folder DATA, and is reused.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-    echo "error: give TinyGSM's file, GSM8K's test file and a tokenizer.json; the head of $0 says more." >&2
+    echo "error: give TinyGSM's file, GSM8K's test file and a tokenizer.json; see the comment at the top of $0." >&2
     exit 2
 fi
 raw=$1 benchmark=$2 tokenizer=$3
