@@ -1,9 +1,9 @@
-"""Our models in EleutherAI's lm-evaluation-harness, under the name ``puma``.
+"""Model ``puma`` for EleutherAI's lm-evaluation-harness.
 
-``python -m pipeline.evaluation.harness --model puma --model_args checkpoint=RUN --tasks ...`` is its own
-command line with this model added; ``pip install lm_eval`` first. A log-likelihood is less the bound of
-`pipeline.evaluation.likelihood`: summed over all masks of short answers, an estimate with a fixed seed of
-longer ones, exact for models from left to right.
+``python -m pipeline.evaluation.harness --model puma --model_args checkpoint=RUN --tasks ...`` is the
+harness's command line with this model registered; run ``pip install lm_eval`` first. A log-likelihood is the
+negative bound of `pipeline.evaluation.likelihood`: a sum over all masks for short answers, an estimate with a
+fixed seed for longer ones, and exact for autoregressive models.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ except UserError as missing:
     raise
 
 Tokens = list[int]
-LENGTH = 256  # tokens of an answer where neither the task nor the user says
+LENGTH = 256  # default answer length in tokens
 
 
 @register_model("puma")
 class PumaLM(TemplateLM):
-    """A run or a checkpoint as the harness sees it."""
+    """A run or a checkpoint as a model of the harness."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class PumaLM(TemplateLM):
 
         Args:
             checkpoint: run folder, RUN:STEP, or checkpoint folder.
-            weights: ema or raw; by default the moving average where there is one.
-            device: where it computes; by default a GPU where there is one.
-            batch_size: sequences a forward.
-            draws: masks of a sequence for its likelihood, even.
-            check_greedy: also decode each continuation that is scored, as some metrics need to know whether
-                decoding finds it (lambada_openai's accuracy); false saves a forward a token.
-            max_batch_size: of the harness's own search for a batch size; not used.
-            sampler: settings of the sampler (`SamplingSettings`), such as tokens_per_step=4, and the seed.
+            weights: ema or raw; None = ema if the checkpoint has it.
+            device: torch device; by default a GPU if available.
+            batch_size: sequences per forward.
+            draws: masks per sequence for its likelihood, an even number.
+            check_greedy: also decode each scored continuation, because some metrics (accuracy of
+                lambada_openai) need to know whether decoding finds it; False saves one forward per token.
+            max_batch_size: unused; the harness passes it for its own batch size search.
+            sampler: fields of `SamplingSettings`, such as tokens_per_step=4 or seed=1.
 
         Raises:
             UserError: for a missing checkpoint or a bad setting.
@@ -76,52 +76,52 @@ class PumaLM(TemplateLM):
         known = [field.name for field in dataclasses.fields(SamplingSettings)]
         for name in sampler:
             if name not in known:
-                raise UserError(f"--model_args has {name}, which is no setting: choose from {known}.")
+                raise UserError(f"--model_args has unknown setting {name}: choose from {known}.")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size is {batch_size}: give a number of sequences, 1 or more.")
         self.settings = SamplingSettings(**sampler)
         self.settings.check()
-        wanted = device or "cuda"  # as the harness says where the user says nothing
+        wanted = device or "cuda"  # the harness's default, with or without a GPU
         usable = torch.cuda.is_available() or not wanted.startswith("cuda")
         self._device = torch.device(wanted if usable else "cpu")
         self.loaded = load_model(Path(checkpoint), self._device, weights=weights)  # type: ignore[arg-type]
         self.batch_size, self.draws, self.check_greedy = int(batch_size), draws, check_greedy
-        # Prompts and answers of pairs were tokenized apart; a packed text was tokenized as a whole.
+        # Prompts and answers of pairs were tokenized separately, packed text as a whole.
         self.backend = "causal" if self.loaded.config.data.kind == "packed" else "seq2seq"
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-sequence token, which also stands before a text without a context."""
+        """The end-of-sequence token, also used as the context of a text without one."""
         return self.loaded.tokenizer.eos
 
     @property
     def limit(self) -> int:
-        """Tokens that fit into a sequence."""
+        """The trained sequence length in tokens."""
         return self.loaded.config.data.sequence_length
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells the tokenizer from others, for the harness's caches."""
+        """Identity of the tokenizer, for the harness's caches."""
         return self.loaded.tokenizer.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> Tokens:
-        """Return the tokens of a text; there are no special ones to add."""
+        """Return the tokens of a text; no special tokens are added."""
         ids: Tokens = self.loaded.tokenizer.encode(string).tolist()
         return ids
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], Tokens, Tokens]], disable_tqdm: bool = False, **more: Any
     ) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each continuation, and whether it is what decoding finds.
+        """Return the log-likelihood of each continuation, and whether decoding finds it.
 
-        What does not fit is cut off at the beginning of the context.
+        Long contexts are truncated on the left.
         """
         pairs = []
         for (_, text), context, continuation in requests:
             if len(continuation) > self.limit:
                 raise UserError(
-                    f"the continuation {text[:40]!r}... has {len(continuation)} tokens, more than the "
-                    f"{self.limit} that the model was trained on: it cannot be scored."
+                    f"the continuation {text[:40]!r}... has {len(continuation)} tokens, which exceeds the "
+                    f"trained sequence length {self.limit}: remove or shorten it."
                 )
             room = self.limit - len(continuation)
             pairs.append((context[-room:] if room else [], continuation))
@@ -133,7 +133,7 @@ class PumaLM(TemplateLM):
         return [(-score.nll, same) for score, same in zip(scores, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each text, in pieces behind one token of the piece before."""
+        """Return the log-likelihood of each text, scored in windows with one token of context."""
         pairs, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -147,10 +147,10 @@ class PumaLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what the sampler writes behind each context, up to the first of its stop strings.
+        """Return the continuation of each context, up to the first stop string.
 
-        Contexts are cut off at the beginning where they leave no room. Of the task's settings those of length
-        (max_gen_toks) and stop strings (until) are kept; with do_sample its temperature and top_p too.
+        Long contexts are truncated on the left. Of the task's settings, max_gen_toks and until are used; with
+        do_sample also temperature and top_p.
         """
         alike: dict[SamplingSettings, list[int]] = defaultdict(list)
         prompts = []
@@ -158,7 +158,7 @@ class PumaLM(TemplateLM):
             context, task = request.args
             ids = self.tok_encode(context) or [self.eot_token_id]
             length = int(task.get("max_gen_toks", LENGTH))
-            if len(ids) + length > self.limit:  # half of the sequence is the answer's, more if it is free
+            if len(ids) + length > self.limit:  # leave at least half of the sequence to the answer
                 length = max(self.limit - len(ids), min(length, self.limit // 2))
             prompts.append((ids[-(self.limit - length) :], length))
             alike[self._settings_of(task)].append(number)
@@ -172,7 +172,7 @@ class PumaLM(TemplateLM):
         return [texts[number] for number in range(len(requests))]
 
     def _settings_of(self, task: dict[str, Any]) -> SamplingSettings:
-        """Return the sampler's settings for a request of a task."""
+        """Return the sampler settings for the generation settings of a task."""
         if not task.get("do_sample", False):
             return self.settings
         changes = {name: task[name] for name in ("temperature", "top_p") if name in task}
@@ -181,7 +181,7 @@ class PumaLM(TemplateLM):
         return settings
 
     def _decode(self, prompts: Sequence[tuple[Tokens, int]], settings: SamplingSettings) -> list[Tokens]:
-        """Return the tokens that the sampler writes behind each prompt, so many of them."""
+        """Return the continuation of each (prompt, length)."""
         mask = self.loaded.tokenizer.mask
         sequences = [MaskedSequence.behind(ids, [mask] * length) for ids, length in prompts]
         stop = self.eot_token_id
@@ -190,7 +190,7 @@ class PumaLM(TemplateLM):
 
 
 def before_first(text: str, stops: Sequence[str]) -> str:
-    """Return a text up to the first of the stop strings that is in it."""
+    """Return a text up to the first occurrence of any stop string."""
     ends = [text.find(stop) for stop in stops if stop and stop in text]
     return text[: min(ends)] if ends else text
 

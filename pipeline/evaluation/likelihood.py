@@ -1,14 +1,14 @@
-"""The likelihood of an answer given its prompt: a bound by masking it, or exactly from left to right.
+"""Likelihood of an answer given its prompt: a bound for masked diffusion, exact for autoregressive models.
 
 A masked diffusion model bounds the negative log-likelihood of an answer of L tokens (LLaDA, arXiv 2502.09992,
 equation 6; equal to the continuous-time bound of MDLM, arXiv 2406.07524, and to the mean over all orders of
-filling the answer one by one, RADD, arXiv 2406.03736):
+filling the answer token by token, RADD, arXiv 2406.03736):
 
     -log p(x0)  <=  E  L/n  sum over the masked positions of  -log p(x0_i | xt),    n ~ U{1..L} of them masked
 
-It is an equality where the model's predictions are those of one joint distribution. Of a model trained in
-blocks it is the sum of the blocks' bounds, each given the clean blocks before it (BD3-LM, arXiv 2503.09573);
-of an autoregressive one the chain rule gives the likelihood itself.
+The bound is tight if the model's predictions are the conditionals of one joint distribution. For a model
+trained in blocks it is the sum of the blocks' bounds, each given the clean blocks before it (BD3-LM, arXiv
+2503.09573). For an autoregressive model the chain rule gives the exact likelihood.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ DRAWS = 128
 
 
 class LikelihoodMasks(RandomMasking):
-    """The masks of an estimate: stage d of a chain is the d-th of D draws.
+    """The masks of an estimate: stage d of a chain is draw d of D.
 
-    A chain of L tokens is masked in one of three ways. Where D draws suffice for all 2^L - 1 masks, each is
-    taken: there is no error. Where D >= L, each n has D/L draws or one more: the sum over n is exact. Else n
-    is stratified: one draw in each D-th part of (0, 1).
+    A chain of L tokens is masked in one of three ways. If D >= 2^L - 1, every mask is used and the result has
+    no sampling error. Else if D >= L, every n gets D/L draws, rounded up or down, so the sum over n is exact.
+    Else n is stratified, with one draw in each D-th part of (0, 1).
     """
 
     def __init__(self, seed: int, layout: Layout, draws: int) -> None:
-        """Make the masks of `draws` draws; `seed` decides them."""
+        """Create the masks of `draws` draws from `seed`."""
         super().__init__(seed, layout)
         self.draws = draws
 
     def enumerated(self, chains: Chains) -> Tensor:
-        """Return [B, N] bool: the chains whose masks are all taken."""
+        """Return which chains use every mask, [B, N] bool."""
         return chains.length < (self.draws + 1).bit_length()
 
     def masks(self, chains: Chains) -> Tensor:
-        """Return how many masks each chain [B, N] has, where they are all taken; 1 elsewhere."""
+        """Return the number of masks of each enumerated chain, [B, N]; 1 for the others."""
         return torch.where(self.enumerated(chains), (1 << chains.length.clamp(max=62)) - 1, 1).clamp(min=1)
 
     def ratio(self, chains: Chains, stage: Tensor) -> Tensor:
-        """Return the number [B, N] in [0, 1) of which n = 1 + floor(ratio x L)."""
+        """Return the mask ratio [B, N] in [0, 1); n = 1 + floor(ratio x L) positions are masked."""
         length = chains.length.clamp(min=1)
         stratified = (stage + super().ratio(chains, stage)) / self.draws
         each = (stage * length // self.draws + 0.5) / length
@@ -63,13 +63,13 @@ class LikelihoodMasks(RandomMasking):
 
     def draw(self, chains: Chains, stage: Tensor) -> Tensor:
         """Return the masks [B, L] bool of draws `stage` [B, N]."""
-        bits = chains.spread(1 + stage % self.masks(chains))  # the number of a mask has a bit a position
+        bits = chains.spread(1 + stage % self.masks(chains))  # bit i masks position i of the chain
         counted = (bits >> chains.rank.clamp(0, 62)) & 1 == 1
         drawn = super().draw(chains, stage)
         return chains.answer & torch.where(chains.spread(self.enumerated(chains)), counted, drawn)
 
     def weights(self, chains: Chains, state: ChainState) -> Tensor:
-        """Return the share [B, L] float64 of each masked position in the estimate that all D draws make."""
+        """Return the weight of each masked position in the sum over all D draws, [B, L] float64."""
         draws, length, masks = self.draws, chains.length.clamp(min=1), self.masks(chains)
         n = chains.sums(state.masked).clamp(min=1)
         of_n = _ceil(n * draws, length) - _ceil((n - 1) * draws, length)  # draws with n positions
@@ -85,20 +85,20 @@ def _ceil(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _log_choose(length: Tensor, n: Tensor) -> Tensor:
-    """Return the logarithm of the number of ways to choose n of `length`, float64."""
+    """Return the logarithm of the binomial coefficient (length, n), float64."""
     top, bottom = length.double() + 1, n.double() + 1
     return torch.lgamma(top) - torch.lgamma(bottom) - torch.lgamma(top - n)
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """What is known of the likelihoods of B answers.
+    """Likelihoods of B answers.
 
     Attributes:
-        nll: [B] float64, nats: an estimate of the bound on -log p(answer | prompt), or, from left to right,
-            that itself.
-        standard_error: [B] float64, nats: of the estimate, from its random masks; 0 where there are none.
-        tokens: [B] int64, how many tokens were scored.
+        nll: [B] float64, nats: an estimate of the bound on -log p(answer | prompt); exact for autoregressive
+            models.
+        standard_error: [B] float64, nats: sampling error of the masks; 0 without random masks.
+        tokens: [B] int64, number of scored tokens.
     """
 
     nll: Tensor
@@ -119,29 +119,29 @@ def estimate(
 ) -> Estimates:
     """Return the likelihood of each answer given its prompt.
 
-    It takes ceil(B x D / batch_size) forwards, with D = `draws`, or 1 from left to right: as many on each
-    rank where B is the same, as ZeRO-3 needs. The standard error is that of neighbouring draws taken in
-    pairs: their differences hold the noise of the masks and what the strata differ by, so it errs upwards.
+    Run ceil(B x D / batch_size) forwards, with D = `draws`, or D = 1 for an autoregressive model. Ranks with
+    equal B run equally many, as ZeRO-3 requires. The standard error comes from differences between
+    neighbouring draws. These include the difference between strata, so it is biased upwards.
 
     Args:
-        evaluate: runs the model on a batch: `Engine.evaluate`, or a model itself.
-        layout: how the objective shows sequences to the model (`Objective.layout`, `Loaded.layout`).
-        examples: B sequences; their ids seed the masks, the same in any batch.
-        step: the optimizer step that the model has come to.
-        draws: masks of each sequence, even.
-        batch_size: masked sequences a forward.
-        seed: of the masks.
-        scored: [B, L] bool, the positions whose likelihood is asked for; by default all answers.
+        evaluate: runs the model on a batch: `Engine.evaluate`, or the model.
+        layout: the layout of the objective (`Objective.layout`, `Loaded.layout`).
+        examples: B sequences; their ids seed the masks, so the batch does not matter.
+        step: the optimizer step of the model.
+        draws: masks per sequence, an even number.
+        batch_size: masked sequences per forward.
+        seed: seed of the masks.
+        scored: [B, L] bool, the positions to score; by default all answers.
 
     Raises:
-        UserError: for an odd or missing number of draws.
+        UserError: for an odd number of draws, or fewer than 2.
     """
     if draws < 2 or draws % 2:
         raise UserError(f"draws is {draws}: give an even number, 2 or more; the standard error needs pairs.")
     exact = layout.attention == "causal"
     each = 1 if exact else draws
     device, (count, length) = examples.tokens.device, examples.tokens.shape
-    totals = torch.zeros(2, count * each, dtype=torch.float64, device=device)  # of all chains, of the random
+    totals = torch.zeros(2, count * each, dtype=torch.float64, device=device)  # all masks, random masks
     objective: Objective = Autoregressive(layout) if exact else LikelihoodMasks(seed, layout, draws)
     for start in range(0, count * each, batch_size):
         place = torch.arange(start, min(start + batch_size, count * each), device=device)
@@ -174,8 +174,8 @@ class AnswerScore:
     Attributes:
         nll: see `Estimates`, nats.
         standard_error: see `Estimates`, nats.
-        tokens: how many tokens were scored.
-        bytes: length of the text that those tokens decode to, in UTF-8.
+        tokens: number of scored tokens.
+        bytes: UTF-8 length of the text of the scored tokens.
     """
 
     nll: float
@@ -195,28 +195,27 @@ def score_answers(
 ) -> list[AnswerScore]:
     """Return the likelihood of each answer given its prompt.
 
-    Short answers, of which `draws` can take every mask, are scored without any random number, and with no
-    more forwards than they have masks.
+    Answers with at most `draws` masks are scored with all masks, without sampling.
 
     Args:
         loaded: the model.
-        pairs: token ids of prompts, which may be empty, and answers. A model with shifted prediction does not
-            predict the first token of a sequence: it is given and not scored.
-        draws: masks of each answer, even.
-        batch_size: masked sequences a forward.
-        seed: of the masks, together with the number of the pair; the batch does not matter.
-        on_progress: called with the number of pairs done.
-        numbers: of the pairs; by default their places in the list.
+        pairs: token ids of (prompt, answer); prompts may be empty. A model with shifted prediction does not
+            score the first token of a sequence.
+        draws: masks per answer, an even number.
+        batch_size: masked sequences per forward.
+        seed: seed of the masks, together with the id of the pair; the batch does not matter.
+        on_progress: called with the number of finished pairs.
+        numbers: ids of the pairs; by default their indices.
 
     Raises:
-        UserError: for a pair without an answer, or beyond the sequence length that the model was trained on.
+        UserError: for a pair without an answer, or one that exceeds the trained sequence length.
     """
     limit = loaded.config.data.sequence_length
     for prompt, answer in pairs:
         if not answer or len(prompt) + len(answer) > limit:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens with an answer of {len(answer)} cannot be scored: the "
-                f"answer needs a token, and both may have {limit}, the sequence length of the training."
+                f"a prompt of {len(prompt)} tokens with an answer of {len(answer)} cannot be scored: give an "
+                f"answer of 1 token or more, and at most {limit} in all, the trained sequence length."
             )
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
     scores: dict[int, AnswerScore] = {}
@@ -224,7 +223,7 @@ def score_answers(
         part = order[start : start + batch_size]
         seeds = part if numbers is None else [numbers[i] for i in part]
         examples, masked = stack(loaded, [MaskedSequence.behind(*pairs[i]) for i in part], seeds)
-        masks = 2 ** min(62, len(pairs[part[-1]][1]))  # even, and one more than the longest answer has
+        masks = 2 ** min(62, len(pairs[part[-1]][1]))  # even; one more than the longest answer's masks
         found = estimate(
             loaded.model,
             loaded.layout,
@@ -249,11 +248,11 @@ class Likelihood:
     """The likelihood of a set of sequences.
 
     Attributes:
-        nll: mean over sequences, nats; a bound, but from left to right.
-        standard_error: of that mean as one over all sequences there could be; the masks' noise is in it.
-        perplexity: exp of nats a token.
-        bits_per_byte: of the sequences' text.
-        sequences: how many.
+        nll: mean over sequences, nats; exact for autoregressive models, else a bound.
+        standard_error: standard error of this mean, nats; it includes the sampling error of the masks.
+        perplexity: exp(nats per token).
+        bits_per_byte: bits per byte of text.
+        sequences: number of sequences.
     """
 
     nll: float
@@ -264,11 +263,11 @@ class Likelihood:
 
 
 def likelihood_totals(nll: Tensor, tokens: Tensor, text_bytes: Tensor) -> Tensor:
-    """Return what `likelihood_of` asks for, [5] float64; totals of several ranks may be added.
+    """Return the sums for `likelihood_of`, [5] float64; sums of several ranks may be added.
 
     Args:
         nll: [B] float64, nats.
-        tokens: [B], tokens scored.
+        tokens: [B], scored tokens.
         text_bytes: [B], bytes of their text.
     """
     nll = nll.double()
@@ -278,7 +277,7 @@ def likelihood_totals(nll: Tensor, tokens: Tensor, text_bytes: Tensor) -> Tensor
 
 
 def likelihood_of(totals: Tensor) -> Likelihood:
-    """Return the likelihood of all sequences in `totals` (`likelihood_totals`)."""
+    """Return the likelihood of a set of sequences from its `likelihood_totals`."""
     count, nll, squares, tokens, text_bytes = totals.tolist()
     spread = max(0.0, squares / count - (nll / count) ** 2)
     return Likelihood(

@@ -1,4 +1,4 @@
-"""What is measured item by item, answers or likelihoods, on one seam; and the loop over the items."""
+"""Measures of a model, accuracy or likelihood, and the loop over the items of an evaluation."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _REPORT_EVERY = 10  # seconds, in a log file
 
 
 class Measure(Protocol):
-    """Rows of results, one an item, and figures of all rows."""
+    """A measure gives one row of results per item, and figures over all rows."""
 
     def __len__(self) -> int:
         """Return the number of items."""
 
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
-        """Return the results of some items; each holds its number as ``item``."""
+        """Return the results of the items `numbers`; each row has its number as ``item``."""
 
     def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Return the figures of the results of all items."""
+        """Return the figures over all rows."""
 
     def summary(self, figures: dict[str, Any]) -> str:
-        """Return the figures as lines for people."""
+        """Return the figures as readable lines."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers(Measure):
-    """The verdicts of a task on decoded answers; where a prompt leaves no room for one, that is wrong.
+    """Accuracy of decoded answers; an item whose prompt leaves no room for an answer counts as wrong.
 
     Attributes:
-        task: judges them.
-        items: what is asked.
-        settings: of the sampler.
-        length: tokens of an answer; None for the task's own length.
-        prompt_format: what the model is given, with ``{prompt}`` in the place of the item's.
+        task: judges the answers.
+        items: the items.
+        settings: settings of the sampler.
+        length: answer length in tokens; None = the task's.
+        prompt_format: template of the model's input; ``{prompt}`` is replaced by the item's prompt.
     """
 
     task: Task
@@ -63,11 +63,11 @@ class Answers(Measure):
         return len(self.items)
 
     def prompts(self, items: Sequence[Item]) -> list[str]:
-        """Return what the model is given for each item."""
+        """Return the model's input for each item."""
         return [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
 
     def check(self, loaded: Loaded) -> None:
-        """Raise a `UserError` for what the model cannot answer, before anything is answered."""
+        """Raise a `UserError` for prompts that the model cannot answer, before the evaluation starts."""
         prompts = self.prompts(self.items)
         fit = self._that_fit(prompts, loaded)
         fitting = [prompt for prompt, fits in zip(prompts, fit, strict=True) if fits]
@@ -124,25 +124,25 @@ class Answers(Measure):
         low, high = figures["interval"]
         missing = (
             f"{figures['not_answered']} of {figures['total']} items have a prompt that leaves no room for an "
-            "answer: they are not answered and count as wrong\n"
+            "answer: they count as wrong\n"
         )
         return (
             f"{missing if figures['not_answered'] else ''}"
             f"accuracy {figures['accuracy']:.4f}, 95% interval {low:.4f} to {high:.4f} (Wilson), "
-            f"{figures['tokens_per_forward']:.2f} tokens a forward\n"
+            f"{figures['tokens_per_forward']:.2f} tokens per forward\n"
             + self.task.summary(figures["right"], figures["total"])
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihoods(Measure):
-    """The bound on the negative log-likelihood of each sequence; exact for models from left to right.
+    """The bound on the negative log-likelihood of each sequence; exact for autoregressive models.
 
     Attributes:
-        pairs: token ids of prompts, which may be empty, and of what is scored.
-        too_long: pairs that were left out, because they exceed the sequence length of the training.
-        draws: masks of a sequence.
-        seed: of the masks.
+        pairs: token ids of (prompt, answer); prompts may be empty.
+        too_long: number of pairs excluded because they exceed the trained sequence length.
+        draws: masks per sequence.
+        seed: seed of the masks.
     """
 
     pairs: Sequence[tuple[list[int], list[int]]]
@@ -178,14 +178,12 @@ class Likelihoods(Measure):
         """See `Measure`."""
         numbers = {name: "?" if f is None else f"{f:.4f}" for name, f in figures.items()}
         missing = (
-            f"{self.too_long} pairs are longer than the sequence length of the training and left out\n"
-            if self.too_long
-            else ""
+            f"{self.too_long} pairs exceed the trained sequence length: excluded\n" if self.too_long else ""
         )
         return (
-            f"{missing}bound {numbers['nll']} nats a sequence, standard error {numbers['standard_error']} "
+            f"{missing}bound {numbers['nll']} nats per sequence, standard error {numbers['standard_error']} "
             f"({numbers['standard_error_of_masks']} from the masks)\n"
-            f"perplexity {numbers['perplexity']}, {numbers['bits_per_byte']} bits a byte of "
+            f"perplexity {numbers['perplexity']}, {numbers['bits_per_byte']} bits per byte, "
             f"{figures['sequences']} sequences"
         )
 
@@ -198,18 +196,18 @@ def measure_items(
     results: Results | None = None,
     on_start: Callable[[int, int], Progress] = lambda total, done: Progress(total, done, "item", False),
 ) -> list[Row]:
-    """Return the rows of all items in order, on every rank; the number of ranks changes nothing but the time.
+    """Return the rows of all items in order, on every rank; they do not depend on the world size.
 
     Args:
-        measure: what is measured.
+        measure: the measure.
         loaded: the model.
-        ranks: among which the items are dealt; every rank calls this.
-        batch_size: items that a rank works on together.
-        results: where each batch is noted; what was done before is not done again.
-        on_start: makes the progress bar of the first rank.
+        ranks: the ranks, which split the items; every rank calls this.
+        batch_size: items per batch and rank.
+        results: file of finished rows; items found there are not measured again.
+        on_start: creates the progress display of the first rank.
 
     Raises:
-        UserError: on every rank, for what is wrong on one; what was done is noted.
+        UserError: on every rank, for an error on any rank; finished rows are kept in `results`.
     """
     problem: str | None = None
     done: dict[int, Row] = {}

@@ -1,4 +1,4 @@
-"""Token ids of what a likelihood is asked for, from a dataset or a file of records."""
+"""Read (prompt, answer) token ids for likelihoods from a dataset or a file of records."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pipeline.data.tokenizer import Tokenizer
 def read_pairs(
     path: Path, keys: tuple[str, ...], loaded: Loaded, limit: int | None
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """Return the token ids of prompts and of what is scored, of an indexed dataset or a file of records.
+    """Return the token ids of (prompt, answer) pairs, and the number of excluded pairs.
 
-    Texts longer than the sequence length of the training are cut into pieces, each scored by itself. Longer
-    pairs are left out; their number is returned too.
+    Texts longer than the trained sequence length are split into pieces, each scored on its own. Pairs longer
+    than that are excluded.
 
     Args:
         path: PREFIX of an indexed dataset, or a file of records.
-        keys: of a record: a text, or a prompt and an answer.
+        keys: keys of a record: of a text, or of a prompt and an answer.
         loaded: the model, for its tokenizer and sequence length.
-        limit: documents that are read, at most.
+        limit: maximum number of documents to read; None = all.
 
     Raises:
-        UserError: for a dataset of another tokenizer, an unusable record, or where there is nothing.
+        UserError: for a dataset of another tokenizer, a bad record, or nothing to score.
     """
     length = loaded.config.data.sequence_length
     documents: list[list[list[int]]] = []
@@ -45,22 +45,22 @@ def read_pairs(
             pairs.append(as_trained(ids[0], ids[1], loaded))
         else:
             pairs += [([], ids[0][start : start + length]) for start in range(0, len(ids[0]), length)]
-    # A model with shifted prediction has nothing to score in a piece of one token.
+    # A model with shifted prediction cannot score the only token of a piece.
     pairs = [pair for pair in pairs if len(pair[1]) > (loaded.model.shifted and not pair[0])]
     fitting = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= length]
     if not fitting:
         raise UserError(
-            f"{path} holds nothing to score ({len(pairs)} pairs longer than {length}, the sequence length of "
-            "the training): give --data a dataset or file with text."
+            f"{path} holds nothing to score ({len(pairs)} pairs longer than {length}, the trained sequence "
+            "length): give --data a dataset or file with text."
         )
     return fitting, len(pairs) - len(fitting)
 
 
 def as_trained(prompt: list[int], answer: list[int], loaded: Loaded) -> tuple[list[int], list[int]]:
-    """Return a pair with its answer as long as the training made it.
+    """Return a pair with its answer padded as in training.
 
-    Where that filled up answers with end-of-sequence tokens as targets, so are they here: cut off, a sequence
-    would tell where its answer ends.
+    If training padded answers with end-of-sequence tokens as targets, so does this. Otherwise the length of
+    the sequence would reveal the end of the answer.
     """
     config = loaded.config.data
     missing = config.sequence_length - len(prompt) - len(answer) if config.padding == "eos_targets" else 0
@@ -71,8 +71,8 @@ def _read_dataset(prefix: Path, tokenizer: Tokenizer, limit: int | None) -> list
     facts, index = read_facts(prefix), read_index(prefix)
     if facts.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
-            f"dataset {prefix} was made with another tokenizer, {facts.tokenizer}, than the model was "
-            "trained with: preprocess the corpus with the run's."
+            f"dataset {prefix} was made with another tokenizer than the model's, {facts.tokenizer}: "
+            "preprocess the corpus with the run's tokenizer."
         )
     parts = 2 if facts.kind == "pairs" else 1
     count = min(index.documents, index.documents if limit is None else limit)

@@ -1,4 +1,4 @@
-"""What an evaluation found: a JSON file, and until it exists a line for each item that is done."""
+"""Results of an evaluation: a JSON file and, until it is finished, one JSON line per finished item."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ PACKAGES = ("torch", "sentencepiece", "tokenizers", "numpy")
 
 
 class Results:
-    """The results in ``NAME.json``, with ``NAME.items.RANK.jsonl`` beside it while items are missing."""
+    """Results in ``NAME.json``; ``NAME.items.RANK.jsonl`` hold finished items until all are finished."""
 
     def __init__(self, path: Path, settings: dict[str, Any], restart: bool = False) -> None:
-        """Name the file; nothing is read or written yet.
+        """Set the paths, without reading or writing.
 
         Args:
             path: NAME.json.
-            settings: all that decides the results, by the names of the command line's options.
-            restart: remove what an earlier start has left.
+            settings: all settings that affect the results, by command-line option.
+            restart: remove the results of an earlier attempt.
         """
         self.path, self.settings, self.restart = path, settings, restart
-        self.items = f"{path.name.removesuffix('.json')}.items"  # v1.2 is not v1.3
+        self.items = f"{path.name.removesuffix('.json')}.items"  # not Path.stem: v1.2 differs from v1.3
         self.file: BinaryIO | None = None
 
     def read(self) -> dict[int, Row]:
-        """Return the rows of items that were done before, by number; the first rank alone calls this.
+        """Return the rows of finished items by number; only the first rank calls this.
 
         Raises:
-            UserError: when they were made with other settings, or the file is no such file.
+            UserError: when they were made with other settings, or a file does not hold results.
         """
         if self.restart:
             self.remove_items()
@@ -48,7 +48,7 @@ class Results:
             try:
                 done |= self.checked(first, rows, part)
             except (KeyError, TypeError, AttributeError):
-                raise UserError(f"{part} is damaged: remove it, and its items are measured again.") from None
+                raise UserError(f"{part} is damaged: remove it to measure its items again.") from None
         try:
             if self.path.exists():
                 tree = orjson.loads(self.path.read_bytes())
@@ -61,28 +61,28 @@ class Results:
         return done
 
     def item_files(self) -> list[Path]:
-        """Return the files of single items."""
+        """Return the files of finished items, one per rank."""
         return sorted(self.path.parent.glob(f"{glob.escape(self.items)}.*.jsonl"))
 
     def remove_items(self) -> None:
-        """Remove the files of single items."""
+        """Remove the files of finished items."""
         for part in self.item_files():
             part.unlink()
 
     def checked(self, tree: Row, rows: list[Row], source: Path) -> dict[int, Row]:
-        """Return rows by number, if the settings in `tree` are those of now."""
+        """Return rows by number; raise a `UserError` if the settings in `tree` differ from today's."""
         before = tree["settings"] if rows else self.settings
         for name in {**before, **self.settings}:
             then, now = before.get(name), self.settings.get(name)
             if then != now:
                 raise UserError(
                     f"{source} was made with {name} = {then}, now it is {now}: set it back, give another "
-                    "--output, or --restart to begin anew."
+                    "--output, or --restart to start over."
                 )
         return {row["item"]: row for row in rows}
 
     def write(self, rank: int, rows: list[Row]) -> None:
-        """Note items that a rank has done."""
+        """Append finished rows to the file of this rank."""
         if self.file is None:
             path = self.path.with_name(f"{self.items}.{rank}.jsonl")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class Results:
         self.file.flush()
 
     def finish(self, figures: dict[str, Any], rows: list[Row]) -> None:
-        """Write the JSON file; the files of single items are not needed any more."""
+        """Write the JSON file and remove the files of finished items."""
         tree = {
             "settings": self.settings,
             "versions": {name: version(name) for name in PACKAGES},

@@ -1,19 +1,19 @@
-"""Running programs that a model has written, where they can compute and nothing else.
+"""Sandbox for programs written by a model: they can compute, and nothing else.
 
-A program runs in a process of its own, which gives up everything but its memory, its CPU time and a pipe for
-its result before the first line of the program is even compiled. The layers, all unprivileged:
+Each program runs in a new process. Before the program is compiled, the process drops all access except to its
+memory, its CPU time and a pipe for the result. The layers, all unprivileged:
 
-- limits (setrlimit) on CPU time, memory, file size and processes, and a supervisor that kills after
-  a wall time;
-- no_new_privs and a seccomp filter with a list of the system calls that computing takes. No call
-  opens a file, makes a socket, a process or a thread, signals, traces or starts another program, so a program
-  has no files at all, and imports only what `sandbox_child.MODULES` names;
+- limits (setrlimit) on CPU time, memory, file size and processes, and a supervisor that kills the process
+  after a wall time;
+- no_new_privs and a seccomp filter that allows only the system calls needed to compute. No allowed call opens
+  a file, creates a socket, process or thread, sends a signal, traces or starts a program. So a program has no
+  files, and can import only `sandbox_child.MODULES`;
 - an empty environment, no descriptor but the pipe, its own session, stdout and stderr to /dev/null;
-- where the kernel has them, Landlock without one permitted file or port, and empty network, user, IPC and
-  mount namespaces. They refuse the same a second time, so that results do not depend on them.
+- if the kernel has them, Landlock without any permitted file or port, and empty network, user, IPC and mount
+  namespaces. They refuse only what the other layers refuse, so results do not depend on them.
 
-Limits and the filter are required: without them nothing is run. A program can name any result as its own, but
-it cannot know which one is right: the references never enter the sandbox.
+Limits and the filter are required: without them nothing runs. A program can forge its own result, but cannot
+know the right one: references never enter the sandbox.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from pipeline.base.errors import Failure, UserError
 CHILD = Path(__file__).with_name("sandbox_child.py")
 COMMAND = [sys.executable, "-s", "-S", "-B", str(CHILD)]
 REMEDY = (
-    "Programs are not run unprotected. Take a Linux kernel with CONFIG_SECCOMP_FILTER (3.17 or later), in a "
-    "container whose own seccomp profile allows prctl, or choose a task that runs no program."
+    "Programs are not run unprotected. Use a Linux kernel with CONFIG_SECCOMP_FILTER (3.17 or later), in a "
+    "container whose seccomp profile allows prctl, or choose a task that runs no programs."
 )
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Limits of a program.
 
     Attributes:
         cpu_seconds: CPU time.
-        wall_seconds: time by the clock, sleep included; on a busy machine more than the CPU time.
-        memory: bytes of address space beyond what the interpreter itself takes.
+        wall_seconds: wall time, including sleep; larger than the CPU time to allow for a busy machine.
+        memory: bytes of address space beyond the interpreter's.
     """
 
     cpu_seconds: int = 1
@@ -55,10 +55,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended: with a value, or with an error.
+    """The outcome of a program: a value or an error.
 
     Attributes:
-        value: what its function returned, as text, and what the program wants us to believe.
+        value: the returned value as text; untrusted, the program may forge it.
         error: why there is no value.
     """
 
@@ -67,24 +67,24 @@ class Outcome:
 
 
 class Sandbox:
-    """Some servers that each run one program at a time, in a new process; safe to use from several threads.
+    """A pool of servers that each run one program at a time in a new process; thread-safe.
 
     Attributes:
-        layers: what protects this machine from the programs.
+        layers: the active layers.
     """
 
     def __init__(self, limits: Limits | None = None, servers: int = 1) -> None:
-        """Start the servers; each tries the layers on itself first.
+        """Start the servers; each first tests the layers with an empty program.
 
         Args:
-            limits: of each program.
-            servers: programs that run at a time.
+            limits: limits of each program.
+            servers: number of programs that run in parallel.
 
         Raises:
             UserError: when a required layer is missing.
         """
         options = dataclasses.asdict(limits or Limits())
-        # A Python of a module system or conda may not start without its libraries' path.
+        # A Python from a module system or conda may need its library path to start.
         environment = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         environment |= {"PYTHONHASHSEED": "0", "TZ": "UTC"}
         self.servers = [
@@ -108,32 +108,31 @@ class Sandbox:
             raise
 
     def run(self, program: str) -> Outcome:
-        """Run a program and return what the function that it defines returns.
+        """Run a program and return the value of its function, called without arguments.
 
-        That is `simple_math_problem` or `solution` where it defines one, and the last function else. It is
-        called without arguments.
+        The function is `simple_math_problem` or `solution` if defined, else the last function defined.
 
         Raises:
-            UserError: when the process of the program cannot be locked in.
+            UserError: when a layer cannot be applied to the process.
             Failure: when a server was killed.
         """
         server = self.idle.get()
         try:
             assert server.stdin is not None
-            # JSON in ASCII, so that text with half a surrogate pair comes through too.
+            # ASCII JSON can also carry text with lone surrogates.
             server.stdin.write(json.dumps(program).encode() + b"\n")
             server.stdin.flush()
             return Outcome(**_answer(server))
         except BrokenPipeError:
             raise _gone(server) from None
-        except BaseException:  # interrupted: what it answers belongs to nobody
+        except BaseException:  # interrupted: the next program must not get this answer
             server.kill()
             raise
         finally:
             self.idle.put(server)
 
     def close(self) -> None:
-        """End the servers, and with them what they run."""
+        """Kill the servers and the programs that they run."""
         for server in self.servers:
             server.kill()
             server.communicate()
@@ -158,5 +157,5 @@ def _answer(server: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 def _gone(server: subprocess.Popen[bytes]) -> Failure:
     return Failure(
-        f"the sandbox's server, process {server.pid}, was ended from outside. Start again to go on."
+        f"the sandbox server, process {server.pid}, was killed from outside: rerun the same command."
     )

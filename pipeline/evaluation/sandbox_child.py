@@ -1,8 +1,8 @@
-"""The other side of `pipeline.evaluation.sandbox`: forks a locked-in process for each program it is given.
+"""Server process of `pipeline.evaluation.sandbox`: fork a locked-in process for each program.
 
-Started as ``python -s -S -B sandbox_child.py LIMITS``; imports the standard library only. It reads a JSON
-request a line from stdin and answers each with a line on stdout. What is required is at the top of `lock_in`;
-nothing of a program is compiled or run before.
+Started as ``python -s -S -B sandbox_child.py LIMITS``; imports only the standard library. It reads one JSON
+request per line from stdin and writes one JSON answer per line to stdout. `lock_in` applies the layers before
+a program is compiled.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path.pop(0)  # this folder: the programs' imports are those of the standard library
+sys.path.pop(0)  # this folder: programs import only the standard library
 
-# What a program can import, for it cannot open a file any more; datetime imports `_strptime` by itself.
+# Modules a program can import: imported before it loses access to files. datetime needs `_strptime`.
 MODULES = """
     _strptime abc bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
     heapq itertools json math numbers operator random re statistics string textwrap time typing
 """.split()
-# The one that TinyGSM's programs define, and PAL's; of others the last one that is defined is called.
+# Function names of TinyGSM and PAL; other programs must define the function to call last.
 FUNCTIONS = ("simple_math_problem", "solution")
 LONGEST_RESULT = 4096  # bytes
 LOCKED_IN = b"+"
 
-# All that computing takes: memory, time, and the descriptors that are open. Whatever opens, connects, starts,
-# signals, traces, loads, mounts or raises a limit is not here, and is refused whoever asks for it and how.
+# What computing needs: memory, time, and open descriptors. Calls that open, connect, start, signal, trace,
+# load, mount or raise a limit are not listed, so the kernel refuses them.
 SYSTEM_CALLS = {
     "x86_64": {
         "read": 0, "write": 1, "close": 3, "fstat": 5, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11,
@@ -73,23 +73,23 @@ class _Filter(ctypes.Structure):
 
 
 class Unprotected(Exception):
-    """A required layer is missing: nothing may be run."""
+    """A required layer is missing: no program may run."""
 
 
 def control(option: int, *arguments: object) -> None:
-    """Call prctl; raise `Unprotected` where it fails."""
+    """Call prctl; raise `Unprotected` on failure."""
     if LIBC.prctl(option, *arguments, *[0] * (4 - len(arguments))) != 0:
         raise Unprotected(f"prctl({option}) fails with {os.strerror(ctypes.get_errno())}")
 
 
 def system_call_filter() -> _Filter:
-    """Return the program, in classic BPF, that lets the calls of `SYSTEM_CALLS` through and no others."""
+    """Return the classic BPF program that allows only the calls of `SYSTEM_CALLS`."""
     machine = platform.machine()
     if sys.platform != "linux" or machine not in SYSTEM_CALLS:
-        raise Unprotected(f"its system calls are known on Linux for {', '.join(SYSTEM_CALLS)}, not {machine}")
+        raise Unprotected(f"it needs Linux on {' or '.join(SYSTEM_CALLS)}, not {sys.platform} on {machine}")
     allowed = sorted(SYSTEM_CALLS[machine].values())
     code = [
-        (LOAD_WORD, 0, 0, 4),  # seccomp_data.arch: the numbers of another one (32 bits) mean other calls
+        (LOAD_WORD, 0, 0, 4),  # seccomp_data.arch: call numbers differ in another one (32 bits)
         (JUMP_EQUAL, 1, 0, AUDIT_ARCHITECTURES[machine]),
         (RETURN, 0, 0, RET_KILL_PROCESS),
         (LOAD_WORD, 0, 0, 0),  # seccomp_data.nr
@@ -101,17 +101,17 @@ def system_call_filter() -> _Filter:
 
 
 def leave_namespaces() -> bool:
-    """Take this process out of the machine's network, mounts and users; say whether the kernel allows it."""
+    """Move this process to new network, mount, user and IPC namespaces; return whether that succeeds."""
     return bool(LIBC.unshare(NEW_NAMESPACES) == 0)
 
 
 def landlock_version() -> int:
-    """Return the version of Landlock's interface; 0 where the kernel has none."""
+    """Return the ABI version of Landlock; 0 if the kernel has none."""
     return max(0, int(LIBC.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
 
 
 def landlock() -> None:
-    """Give up files, TCP ports (version 4) and signals to others (version 6), as far as there is Landlock."""
+    """Drop access to files, TCP ports (ABI 4) and signals to others (ABI 6), if Landlock supports it."""
     abi = landlock_version()
     if abi == 0:
         return
@@ -123,10 +123,10 @@ def landlock() -> None:
 
 
 def lock_in(limits: dict[str, int], calls: _Filter) -> None:
-    """Lock this process in for good, and see for itself that it is; raise `Unprotected` where it is not.
+    """Lock this process in permanently, and verify it; raise `Unprotected` on failure.
 
-    Required are the limits, no_new_privs and the filter of system calls, which every Linux since 3.17 gives
-    an unprivileged process. Landlock, where there is one, refuses files and signals a second time.
+    Limits, no_new_privs and the seccomp filter are required; Linux 3.17 and later give them to unprivileged
+    processes. Landlock, if available, refuses files and signals a second time.
     """
     hard = {
         resource.RLIMIT_CPU: limits["cpu_seconds"],
@@ -145,11 +145,11 @@ def lock_in(limits: dict[str, int], calls: _Filter) -> None:
             attempt()
         except PermissionError:
             continue
-        raise Unprotected("the kernel takes the filter of system calls and does not apply it")
+        raise Unprotected("the kernel accepts the seccomp filter, but does not apply it")
 
 
 def result_of(program: str) -> str:
-    """Run a program and return what its function returns, as text."""
+    """Run a program and return the value of its function as text."""
     names: dict[str, object] = {"__name__": "program"}
     exec(compile(program, "<program>", "exec"), names)
     functions = [name for name, value in names.items() if callable(value) and type(value) is type(result_of)]
@@ -160,7 +160,7 @@ def result_of(program: str) -> str:
 
 
 def become(program: str, pipe: int, null: int, lock: Callable[[], None]) -> None:
-    """Be the process of one program: lock in, say so, run it, write its result to `pipe`, end."""
+    """Run one program in this process and exit: lock in, report it, run, write the result to `pipe`."""
     try:
         os.setsid()
         control(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -172,8 +172,8 @@ def become(program: str, pipe: int, null: int, lock: Callable[[], None]) -> None
     except BaseException as error:
         os.write(3, str(error).encode())
         os._exit(1)
-    os.write(3, LOCKED_IN)  # whatever is written from here on may be the program's
-    random.seed(0)  # the same result every time
+    os.write(3, LOCKED_IN)  # anything after this byte may be written by the program
+    random.seed(0)  # deterministic results
     try:
         result = {"value": result_of(program)}
     except BaseException as error:
@@ -183,7 +183,7 @@ def become(program: str, pipe: int, null: int, lock: Callable[[], None]) -> None
 
 
 def supervise(child: int, pipe: int, seconds: float) -> dict[str, str]:
-    """Read what a program's process writes until its end, or kill it at the end of its time."""
+    """Return the result of a program's process; kill it after `seconds` or too much output."""
     end, written, status = time.monotonic() + seconds, b"", None
     while len(written) < LONGEST_RESULT and select.select([pipe], [], [], max(0, end - time.monotonic()))[0]:
         piece = os.read(pipe, LONGEST_RESULT)
@@ -195,7 +195,7 @@ def supervise(child: int, pipe: int, seconds: float) -> dict[str, str]:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     if not written.startswith(LOCKED_IN):
-        raise Unprotected(written.decode(errors="replace") or "the process ends while it locks itself in")
+        raise Unprotected(written.decode(errors="replace") or "the process ended while locking itself in")
     if status is None:
         much = len(written) >= LONGEST_RESULT
         return {"error": "a result of too many bytes" if much else f"still running after {seconds} s"}
@@ -205,7 +205,7 @@ def supervise(child: int, pipe: int, seconds: float) -> dict[str, str]:
 
 
 def wait_until(end: float, child: int) -> int | None:
-    """Return the status with which a process ends; None where it goes on until `end`."""
+    """Return the exit status of a process; None if it still runs at time `end`."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -216,7 +216,7 @@ def wait_until(end: float, child: int) -> int | None:
 
 
 def read_result(written: bytes) -> dict[str, str]:
-    """Return the result that a program's process wrote, which may be anything that the program likes."""
+    """Parse the untrusted output of a program's process."""
     try:
         [(key, value)] = json.loads(written).items()
     except (ValueError, AttributeError, RecursionError):
@@ -232,7 +232,7 @@ def main() -> None:
     for name in MODULES:
         importlib.import_module(name)
     null = os.open(os.devnull, os.O_RDWR)
-    with open("/proc/self/statm") as file:  # some systems map all their locales, which take 200 MB
+    with open("/proc/self/statm") as file:  # size of this process: on some systems locales alone map 200 MB
         limits["memory"] += int(file.read().split()[0]) * resource.getpagesize()
     layers = ["limits", "no_new_privs", "seccomp"]
     layers += ["landlock"] if landlock_version() else []
@@ -260,7 +260,7 @@ def main() -> None:
 
 
 def answer(tree: dict[str, Any]) -> None:
-    """Write a line to stdout."""
+    """Write one JSON line to stdout."""
     sys.stdout.buffer.write(json.dumps(tree).encode() + b"\n")
     sys.stdout.buffer.flush()
 

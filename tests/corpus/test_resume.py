@@ -265,7 +265,9 @@ def test_a_part_that_is_damaged_later_is_found(corpus: Path, tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"000001/tokens is damaged: remove .*000001 and run the same command again"):
+    with pytest.raises(
+        UserError, match=r"000001/tokens is damaged: remove .*000001 and run the same command again"
+    ):
         merge_parts(folder, tmp_path / "d")
     (folder / "000001/lengths").write_bytes(b"")
     with pytest.raises(UserError, match=r"000001/lengths is damaged"):

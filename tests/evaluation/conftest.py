@@ -1,4 +1,4 @@
-"""A trained model and sandboxes for the tests of this folder."""
+"""A trained model and sandboxes, shared by the evaluation tests."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["this", "further"])
 def box(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    """Return a sandbox with all layers that this kernel has, and one with the required ones only."""
+    """Return a sandbox with all layers of this kernel, then one with only the required layers."""
     with started(request.param, Limits(cpu_seconds=2, wall_seconds=8)) as one:
         yield one

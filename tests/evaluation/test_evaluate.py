@@ -1,4 +1,4 @@
-"""tools/evaluate.py: figures, results on the disk, going on, several ranks."""
+"""tools/evaluate.py: figures, result files, resume, several ranks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_answers(run: Evaluate, data: Path, run_dir: Pa
     }
     assert outcome.output.splitlines()[-2:] == [
         f"accuracy {right / 60:.4f}, 95% interval {low:.4f} to {high:.4f} (Wilson), "
-        f"{1 / forwards:.2f} tokens a forward",
+        f"{1 / forwards:.2f} tokens per forward",
         f"right {right / 60:.4f} of 60 items",
     ]
     assert tree["settings"]["--checkpoint"] == str(run_dir / "checkpoints" / "step_00000008")
@@ -81,7 +81,7 @@ def test_figures_are_those_of_the_answers(run: Evaluate, data: Path, run_dir: Pa
 def test_an_interrupted_evaluation_goes_on(
     run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the same command, with what was done; the results are those of an uninterrupted one."""
+    """The same command keeps finished items; the results equal those of an uninterrupted evaluation."""
     whole, output = tmp_path / "whole.json", tmp_path / "results.json"
     assert run("--output", str(whole)).code == 0
     decoded: list[int] = []
@@ -98,7 +98,7 @@ def test_an_interrupted_evaluation_goes_on(
         assert run("--output", str(output)).code == 130
         part = tmp_path / "results.items.0.jsonl"
         assert not output.exists()
-        part.write_bytes(part.read_bytes()[:-9])  # half a line, as a kill leaves it
+        part.write_bytes(part.read_bytes()[:-9])  # a partial line, as after a kill
         for changed, message in [
             (["--seed", "5"], f"{part} was made with --seed = 0, now it is 5: set it back"),
             (["--tokens-per-step", "2"], "--tokens-per-step = 1, now it is 2"),
@@ -112,14 +112,14 @@ def test_an_interrupted_evaluation_goes_on(
     assert not part.exists()
     with monkeypatch.context() as patch:
         patch.setattr(measures, "complete", None)
-        assert run("--output", str(output), "--batch-size", "2").code == 0  # nothing is left to do
+        assert run("--output", str(output), "--batch-size", "2").code == 0  # all items are finished
         assert "now it is 1" in run("--output", str(output), "--seed", "1").complaint()
     assert run("--output", str(output), "--seed", "1", "--restart").code == 0
     assert read(output)["settings"]["--seed"] == 1
 
 
 def test_prompts_without_room_are_wrong_and_counted(run: Evaluate, data: Path, tmp_path: Path) -> None:
-    """The other items are answered as if these were not there, in whatever batches."""
+    """They do not affect the answers of the other items, at any batch size."""
     lines = (data / "corpus.jsonl").read_text().splitlines(keepends=True)[:9]
     long = json.dumps({"prompt": "abcdef", "answer": "abc"}) + "\n"  # 6 + 7 tokens, of 12
     mixed, output = tmp_path / "mixed.jsonl", tmp_path / "r.json"
@@ -144,11 +144,11 @@ def test_prompts_without_room_are_wrong_and_counted(run: Evaluate, data: Path, t
         assert (figures["total"], figures["not_answered"], figures["accuracy"]) == (11, 2, right / 11)
         assert "2 of 11 items have a prompt that leaves no room for an answer" in outcome.output
     mixed.write_text(long * 2)
-    assert "prompt 1 of 2, 'abcdef', of 6 tokens" in run("--data", str(mixed)).complaint()
+    assert "prompt 1 of 2, 'abcdef', has 6 tokens" in run("--data", str(mixed)).complaint()
 
 
 def test_damaged_items_of_an_interrupted_evaluation(run: Evaluate, tmp_path: Path) -> None:
-    """A line that is none is measured again; where the settings are missing, the file is named."""
+    """The item of a damaged line is measured again; a file without settings is refused by name."""
     whole, output = tmp_path / "whole.json", tmp_path / "results.json"
     assert run("--output", str(whole), "--limit", "5").code == 0
     tree = read(whole)
@@ -164,7 +164,7 @@ def test_damaged_items_of_an_interrupted_evaluation(run: Evaluate, tmp_path: Pat
     for bad in (lines[1:2] * 2, ["3", "4"], [lines[0], "[1]"]):
         part.write_text("\n".join(bad) + "\n")
         complaint = run("--output", str(output), "--limit", "5").complaint()
-        assert f"{part} is damaged: remove it, and its items are measured again" in complaint
+        assert f"{part} is damaged: remove it to measure its items again" in complaint
 
 
 def test_another_step_is_another_evaluation(run: Evaluate, run_dir: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_items_are_not_replaced_by_the_results(run: Evaluate, data: Path, tm
 def test_outputs_that_differ_behind_a_full_stop(
     run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An evaluation that was interrupted does not stand in the way of the next version's."""
+    """Names that differ only after a full stop (v1.2, v1.3) do not share files of finished items."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -248,7 +248,7 @@ def test_the_prompt_format(run: Evaluate, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["jsonl", "dataset"])
 def test_likelihood(run: Evaluate, data: Path, tmp_path: Path, source: str) -> None:
-    """Mean, perplexity and bits a byte, computed again from the items; both sources hold the same pairs."""
+    """Mean, perplexity and bits per byte are recomputed from the items; both sources hold the same pairs."""
     output = tmp_path / "likelihood.json"
     where = ["--data", str(data / ("corpus.jsonl" if source == "jsonl" else "pairs"))]
     outcome = run("--task", "likelihood", "--draws", "4", "--output", str(output), *where)
@@ -265,15 +265,15 @@ def test_likelihood(run: Evaluate, data: Path, tmp_path: Path, source: str) -> N
     assert figures["bits_per_byte"] == pytest.approx(nll.sum() / math.log(2) / size.sum())
     answers = [json.loads(line)["answer"] for line in (data / "corpus.jsonl").read_text().splitlines()]
     assert size.tolist() == [len(answer) for answer in answers]
-    end = source == "dataset"  # whose answers end with the end-of-sequence token
+    end = source == "dataset"  # its answers end with an end-of-sequence token
     assert tokens.tolist() == [len(answer) + end for answer in answers]
-    assert "bits a byte of 60 sequences" in outcome.output
+    assert "bits per byte, 60 sequences" in outcome.output
 
 
 def test_ends_are_scored_where_they_are_trained(
     train: Callable[..., Outcome], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The likelihoods are those of the training's own examples, filled up with end-of-sequence tokens."""
+    """Likelihoods equal those of the training examples, which are padded with end-of-sequence tokens."""
     assert train(tmp_path / "run", "--data.padding", "eos_targets", "--evaluation.interval", "0").code == 0
     loaded = load_model(tmp_path / "run", torch.device("cpu"))
     settings = replace(loaded.config.data, split="100,0,0")
@@ -299,7 +299,7 @@ def test_long_texts_are_scored_in_pieces(run: Evaluate, tmp_path: Path) -> None:
 
 
 def test_pairs_that_are_too_long_are_left_out(run: Evaluate, data: Path, tmp_path: Path) -> None:
-    """And counted; the figures are those of the others alone."""
+    """Excluded pairs are counted, and do not affect the figures."""
     lines = (data / "corpus.jsonl").read_text().splitlines(keepends=True)[:5]
     long = json.dumps({"prompt": "abcdef", "answer": "abcdefa"}) + "\n"  # 13 tokens, of 12
     likelihood = ["--task", "likelihood", "--draws", "4", "--output", str(tmp_path / "r.json"), "--restart"]
@@ -310,7 +310,7 @@ def test_pairs_that_are_too_long_are_left_out(run: Evaluate, data: Path, tmp_pat
         assert outcome.code == 0, outcome.error
         figures.append(read(tmp_path / "r.json")["figures"])
         many = len(content) - 5
-        assert ("2 pairs are longer than the sequence length" in outcome.output) == (many == 2)
+        assert ("2 pairs exceed the trained sequence length" in outcome.output) == (many == 2)
         assert figures[-1].pop("too_long") == many
     assert figures[0] == figures[1]
     (tmp_path / "x.jsonl").write_text(long)
@@ -329,7 +329,7 @@ def test_a_dataset_of_another_tokenizer(run: Evaluate, data: Path, tmp_path: Pat
 
 @pytest.mark.distributed
 def test_several_ranks_find_the_same(run: Evaluate, run_dir: Path, data: Path, tmp_path: Path) -> None:
-    """Two ranks go on where one was killed; the file is that of one rank, byte for byte."""
+    """Two ranks resume an evaluation of one rank; the result file is equal byte for byte."""
     alone, output = tmp_path / "alone.json", tmp_path / "both.json"
     assert run("--output", str(alone)).code == 0
     tree = read(alone)

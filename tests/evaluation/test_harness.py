@@ -1,4 +1,4 @@
-"""Our models in the real lm-evaluation-harness, on tasks of local files, against sums over all masks."""
+"""The model ``puma`` in the real lm-evaluation-harness, on local tasks, against sums over all masks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_likelihoods_are_sums_over_all_masks(loaded: Loaded, run_dir: Path) -> N
 
 
 def test_long_texts_roll(loaded: Loaded, run_dir: Path) -> None:
-    """Pieces of up to 12 tokens, each behind one token of what precedes it; an estimate of a long one."""
+    """Texts are scored in windows of 12 tokens with one token of context; long windows are estimated."""
     model = PumaLM(str(run_dir), draws=64)
     ids = loaded.tokenizer.encode("abcde").tolist()
     [value] = model.loglikelihood_rolling(requests("loglikelihood_rolling", ("abcde",)))
@@ -81,7 +81,7 @@ def test_long_contexts_lose_their_beginning(loaded: Loaded, run_dir: Path) -> No
     long, short = "fedcba" * 3, "fedcba" * 3
     [one, two] = model.loglikelihood(requests("loglikelihood", (long, "ab"), (short[-10:], "ab")))
     assert one[0] == pytest.approx(two[0], rel=1e-6)
-    with pytest.raises(UserError, match="13 tokens, more than the 12"):
+    with pytest.raises(UserError, match="13 tokens, which exceeds the trained sequence length 12"):
         model.loglikelihood(requests("loglikelihood", ("a", "b" * 13)))
     [text] = model.generate_until(requests("generate_until", (long, {"max_gen_toks": 4})))
     assert text == complete(loaded, [long[-8:]], length=4)[0].text
@@ -105,7 +105,7 @@ def test_answers_end_at_stop_strings(loaded: Loaded, run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"draw": 3}, "--model_args has draw, which is no setting"),
+        ({"draw": 3}, "--model_args has unknown setting draw"),
         ({"batch_size": "auto"}, "--batch_size is auto"),
         ({"tokens_per_step": 0}, "--tokens-per-step is 0"),
         ({"checkpoint": "nowhere"}, "nowhere holds no checkpoint"),
@@ -127,7 +127,7 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_the_harness_runs_local_tasks(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
-    """A choice by likelihood and a text to be written, through the harness's own evaluation by name."""
+    """A multiple-choice and a generation task, through the harness's evaluation, by model name."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -155,7 +155,7 @@ target_delimiter: ""
         model="puma",
         model_args=f"checkpoint={run_dir},check_greedy=false",
         batch_size=8,
-        device="cuda:0",  # as the harness's command line has it, also where there is none
+        device="cuda:0",  # the default of the harness's command line, even without a GPU
         tasks=["local_choice", "local_write"],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,

@@ -1,4 +1,4 @@
-"""The bound on the likelihood against enumeration of all masks, and against distributions that are known."""
+"""The bound on the likelihood against enumeration of all masks, and against known distributions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTH = 5
 
 
 def everything(joint: Joint, prompt: int = 0) -> Examples:
-    """Return some sequences of the joint distribution, of which the first `prompt` tokens are given."""
+    """Return sequences of the joint distribution whose first `prompt` tokens are given."""
     tokens = torch.tensor(list(itertools.product(range(FIRST, FIRST + joint.size), repeat=joint.length)))[::7]
     roles = torch.where(torch.arange(joint.length) < prompt, PROMPT, ANSWER).expand_as(tokens)
     return Examples(tokens, roles, torch.arange(len(tokens)))
@@ -39,7 +39,7 @@ def everything(joint: Joint, prompt: int = 0) -> Examples:
     ids=["whole", "blocks-of-2", "blocks-of-3", "left-to-right"],
 )
 def test_an_exact_model_has_the_likelihood_itself(layout: Whole, prompt: int) -> None:
-    """With all masks taken, the bound is -log p(answer | prompt), whatever the model sees at once."""
+    """With all masks, the bound of an exact model equals -log p(answer | prompt), for every layout."""
     joint = Joint(3, LENGTH)
     examples = everything(joint, prompt)
     found = estimate(evaluator(joint), layout, examples, 1, draws=32, batch_size=50)
@@ -51,7 +51,7 @@ def test_an_exact_model_has_the_likelihood_itself(layout: Whole, prompt: int) ->
 
 
 def test_a_beginning_inside_a_block_is_given() -> None:
-    """Of packed text, cut into blocks from its start, some positions are scored given the others."""
+    """In packed text, with blocks from the start, some positions are scored given the others."""
     joint = Joint(3, LENGTH)
     examples = everything(joint)
     scored = (torch.arange(LENGTH) >= 3).expand_as(examples.tokens)
@@ -64,7 +64,7 @@ def test_a_beginning_inside_a_block_is_given() -> None:
 
 
 def test_the_bound_of_a_network_equals_all_its_masks() -> None:
-    """Rows of different lengths, padding and prompts among them, against a sum over every mask in float64."""
+    """Rows with prompts, padding and different lengths, against a float64 sum over every mask."""
     torch.manual_seed(0)
     config = ModelConfig(layers=2, hidden_size=32, heads=4, intermediate_size=48, init_std=0.4)
     model = MaskedDiffusionModel(config, Vocabulary(12, 12, 3)).eval()
@@ -88,14 +88,14 @@ def test_the_bound_of_a_network_equals_all_its_masks() -> None:
 
 
 def test_left_to_right_is_the_chain_rule() -> None:
-    """A causal network's likelihood against one forward for each prefix."""
+    """The likelihood of a causal network equals one forward per prefix."""
     torch.manual_seed(1)
     config = ModelConfig(layers=2, hidden_size=32, heads=4, init_std=0.4, prediction="shifted")
     model = MaskedDiffusionModel(config, Vocabulary(12, 12, 3)).eval()
     tokens = torch.randint(4, 12, (2, 7))
     roles = torch.where(torch.arange(7) < torch.tensor([[3], [0]]), PROMPT, ANSWER)
     found = estimate(model, LeftToRight(3, False, True), Examples(tokens, roles, torch.arange(2)), 1)
-    for row, first in enumerate([3, 1]):  # nothing predicts position 0
+    for row, first in enumerate([3, 1]):  # position 0 is never predicted
         total = 0.0
         for i in range(first, 7):
             causal = LeftToRight(3, False, True).decoding(Examples(tokens[:1, :i], roles, torch.zeros(1)))
@@ -108,7 +108,7 @@ def test_left_to_right_is_the_chain_rule() -> None:
 
 
 class Table:
-    """NLLs that are looked up by the mask: a model without any structure, of which one sum is the bound."""
+    """A table of random NLLs by mask: a model without structure, whose bound is one sum."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -134,7 +134,7 @@ class Table:
 
 @pytest.mark.parametrize("draws", [4, 6, 12, 20], ids=["stratified", "each-once", "each-twice", "uneven"])
 def test_estimates_are_unbiased_and_know_their_error(draws: int) -> None:
-    """400 estimates: their mean is the bound, and the standard error is their spread, or somewhat more."""
+    """The mean of 400 estimates is the bound; the standard error is their spread or slightly more."""
     length, count = 6, 400
     table = Table(length)
     tokens = torch.full((count, length), FIRST)
@@ -165,9 +165,10 @@ def test_nothing_depends_on_the_batch() -> None:
 def test_answers_of_a_trained_model(
     train: Callable[..., Outcome], tmp_path: Path, prediction: str, last: int
 ) -> None:
-    """In the order of the pairs, the same in any company; short answers exactly; bytes of what is scored.
+    """Scores keep the order of the pairs and do not depend on the batch; short answers are exact.
 
-    Shifted, the first token of an answer without a prompt is given: its bytes cost nothing and do not count.
+    With shifted prediction, the first token of an answer without a prompt is neither scored nor counted in
+    bytes.
     """
     settings = "--train.steps", "4", "--schedule.warmup_steps", "1", "--model.prediction", prediction
     assert train(tmp_path, *settings).code == 0
@@ -182,12 +183,12 @@ def test_answers_of_a_trained_model(
     again = score_answers(loaded, pairs, draws=20, batch_size=3)
     for one, two in zip(scores, again, strict=True):
         assert one.nll == pytest.approx(two.nll, rel=1e-5)
-    with pytest.raises(UserError, match="may have 12, the sequence length"):
+    with pytest.raises(UserError, match="at most 12 in all, the trained"):
         score_answers(loaded, [([5] * 7, [5] * 6)])
 
 
 def test_totals_of_several_ranks() -> None:
-    """Perplexity, bits a byte and the error of the mean from sums that ranks may add up."""
+    """Perplexity, bits per byte and the standard error from sums added over ranks."""
     nll, tokens, text_bytes = (
         torch.tensor([3.0, 5.0, 10.0]),
         torch.tensor([2, 2, 5]),

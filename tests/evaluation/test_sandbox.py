@@ -1,4 +1,4 @@
-"""Programs in the sandbox: what comes out of them, and what becomes of the servers that run them."""
+"""Programs in the sandbox: their results, and the servers that run them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUIRED = ["limits", "no_new_privs", "seccomp"]
 
 
 def test_the_layers(box: Sandbox, request: pytest.FixtureRequest) -> None:
-    """The required ones are always there; an older kernel has nothing else."""
+    """The required layers are always active; an older kernel has no others."""
     assert box.layers[:3] == REQUIRED
     if "further" in request.node.name:
         assert box.layers == REQUIRED
@@ -89,7 +89,7 @@ def test_the_same_program_gives_the_same_result(box: Sandbox) -> None:
     ],
 )
 def test_forged_results(box: Sandbox, write: bytes) -> None:
-    """Junk in the result's place is an error of this program, and touches no other one."""
+    """A forged result is an error of its program and does not affect others."""
     outcome = box.run(f"import os\nos.write(3, {write!r})\nos._exit(0)")
     assert outcome == Outcome(error="ended without a result")
     assert box.run("def f(): return 7") == Outcome(value="7")
@@ -111,13 +111,13 @@ def test_changed_modules_stay_in_their_process(box: Sandbox) -> None:
     [("seccomp", "Invalid argument"), ("pretence", "does not apply it")],
 )
 def test_nothing_runs_unprotected(what: str, reason: str) -> None:
-    """Without the filter of system calls there is no sandbox, but one error with the remedy."""
+    """Without the seccomp filter the sandbox refuses to start, with one error and the remedy."""
     with pytest.raises(UserError, match=rf"no sandbox on this machine: .*{reason}.*CONFIG_SECCOMP_FILTER"):
         started(what, Limits())
 
 
 def test_an_interrupted_program_answers_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its value never comes out as that of the next program."""
+    """The next program never gets the value of an interrupted one."""
 
     def interrupt(server: object) -> None:
         raise KeyboardInterrupt
@@ -135,7 +135,7 @@ def test_a_killed_server_is_reported() -> None:
     with started("this", Limits()) as box:
         box.servers[0].kill()
         box.servers[0].wait()
-        with pytest.raises(Failure, match="was ended from outside"):
+        with pytest.raises(Failure, match="was killed from outside"):
             box.run("def f(): return 1")
 
 

@@ -1,6 +1,6 @@
-"""Attempts to get out of the sandbox; each is judged by what the machine outside shows, not by its word.
+"""Attempts to escape the sandbox, judged by their effects outside, not by what the program reports.
 
-All of them are made with every layer, and without Landlock and namespaces, which many clusters lack.
+Each runs with all layers, and again without Landlock and namespaces, which many clusters lack.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_relative_paths_after_chdir(box: Sandbox, tmp_path: Path) -> None:
 
 
 def nobody_calls(server: socket.socket) -> bool:
-    """Say whether a listening or bound socket has met with nothing."""
+    """Return whether a listening or bound socket receives nothing."""
     server.settimeout(0.05)
     try:
         server.recv(99) if server.type == socket.SOCK_DGRAM else server.accept()
@@ -105,7 +105,7 @@ def test_sockets(box: Sandbox, tmp_path: Path, kind: str) -> None:
         knock = f"one = {make}\n        one.connect({server.getsockname()!r})\n        one.send(b'x')"
         program = f"import socket\ndef solution():\n    try:\n        {knock}\n    finally:\n        pass"
         exec(program, here := {})
-        here["solution"]()  # the attempt works where nothing forbids it
+        here["solution"]()  # the attempt works outside the sandbox
         assert not nobody_calls(server)
         if kind != "udp":
             with pytest.raises(TimeoutError):
@@ -115,7 +115,7 @@ def test_sockets(box: Sandbox, tmp_path: Path, kind: str) -> None:
 
 
 def test_dns(box: Sandbox) -> None:
-    """Neither the resolver nor a query of its own."""
+    """Neither the resolver nor a raw DNS query works."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", 0))
         query = "b'\\x12\\x34\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\7example\\3com\\0\\0\\1\\0\\1'"
@@ -146,7 +146,7 @@ def test_signals_to_others(box: Sandbox) -> None:
         assert psutil.pid_exists(server)
         assert box.run("def f(): return 1") == Outcome(value="1")
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert received == [signal.SIGUSR1]  # it would have been seen
+        assert received == [signal.SIGUSR1]  # the handler works
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -176,7 +176,7 @@ def test_starting_other_programs(box: Sandbox, tmp_path: Path) -> None:
 
 
 def test_raw_system_calls(box: Sandbox, tmp_path: Path) -> None:
-    """Through libc: open, fork, execve, undoing the filter and the limits."""
+    """Through libc: open, fork, execve, removing the filter and the limits."""
     path, flags = f"{tmp_path}/raw", os.O_CREAT | os.O_WRONLY
     numbers = {"x86_64": (257, 57, 59, 160), "aarch64": (56, 220, 221, 164)}
     openat, fork, execve, setrlimit = numbers[platform.machine()]
@@ -206,7 +206,7 @@ time.sleep(0.2)
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the 32-bit gate of x86")
 def test_system_calls_by_32_bit_numbers(box: Sandbox, tmp_path: Path) -> None:
-    """Machine code makes a folder through the gate with other numbers: 39 is getpid, and mkdir there."""
+    """Machine code calls the 32-bit gate, where number 39 is mkdir instead of getpid."""
     program = f"""
 import ctypes
 libc = ctypes.CDLL(None)
@@ -259,7 +259,7 @@ def test_inherited_descriptors(tmp_path: Path) -> None:
         with started("this", Limits(wall_seconds=8)) as box:
             writes = "attempt(*[lambda fd=fd: os.write(fd, b'x') for fd in range(4096) if fd != 3])"
             out = said(box.run(f"{TRY}\n{writes}\nfound = [found.count(1), found.count('OSError')]"))
-            assert out == "[3, 4092]"  # /dev/null, and nothing else but the result
+            assert out == "[3, 4092]"  # 0 to 2 are /dev/null, the others are closed
             with pytest.raises(BlockingIOError):
                 os.read(reading, 1)
         assert (tmp_path / "open").read_bytes() == b""

@@ -1,4 +1,4 @@
-"""Programs that take more than they may have."""
+"""Programs that exceed the limits of the sandbox."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tasks read and how they judge."""
+"""Tasks: reading of items, and judging of answers."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_exact_answers() -> None:
 
 
 def test_sudoku_is_judged_by_the_rules(tmp_path: Path) -> None:
-    """Any solution is right, whatever the file says; a grid that breaks a clue or a rule is not."""
+    """Any solution is right, even if the file has another; a grid that breaks a clue or a rule is wrong."""
     solution = "1234341221434321"
     path = write(tmp_path / "puzzles.jsonl", [{"prompt": "12" + "0" * 14, "answer": "x"}])
     task = TASKS["sudoku"]()
@@ -135,7 +135,7 @@ def test_sudoku_is_judged_by_the_rules(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("sudoku", [{"prompt": "123", "answer": "1"}], r"line 1: '123' is no puzzle; make some"),
+        ("sudoku", [{"prompt": "123", "answer": "1"}], r"line 1: '123' is no puzzle: make some"),
         ("sudoku", [{"prompt": "5" * 16, "answer": "1"}], "is no puzzle"),
         (
             "sudoku",
@@ -145,7 +145,7 @@ def test_sudoku_is_judged_by_the_rules(tmp_path: Path) -> None:
         ("gsm8k-number", [{"question": "q", "answer": "7"}], "line 1: .* does not end in '#### NUMBER'"),
         ("gsm8k-program", [{"question": "q", "answer": "#### x"}], "does not end in '#### NUMBER'"),
         ("gsm8k-number", [{"prompt": "q", "answer": "7"}], "line 1: no key 'question'.*--prompt-key"),
-        ("exact", [], "holds no item"),
+        ("exact", [], "holds no items"),
     ],
 )
 def test_files_that_are_no_items(tmp_path: Path, name: str, rows: list[dict[str, str]], message: str) -> None:

@@ -151,7 +151,7 @@ def test_what_a_stop_cut_short_is_made_up_for(
         ({"task": "chess"}, "evaluation.tasks"),
         ({"interval": 0}, r"evaluation.tasks\[0\].interval is 0: it must be above 0"),
         ({"samples": -1}, r"evaluation.tasks\[0\].samples is -1"),
-        ({"length": 12}, "evaluation.tasks, .*items.jsonl: prompt 1 of .* sequence length .*, 12"),
+        ({"length": 12}, "evaluation.tasks, .*items.jsonl: prompt 1 of .* sequence length 12"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"task": "sudoku"}, "items.jsonl, line 1: .* is no puzzle"),
         ({"intervall": 3}, "evaluation.tasks"),

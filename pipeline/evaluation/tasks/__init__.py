@@ -1,4 +1,4 @@
-"""Tasks whose answers are right or wrong; a new one is a class here with a name in `TASKS`."""
+"""Tasks with right and wrong answers; to add one, write a subclass of `Task` and name it in `TASKS`."""
 
 from __future__ import annotations
 

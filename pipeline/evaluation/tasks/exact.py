@@ -1,4 +1,4 @@
-"""Answers that are right word for word."""
+"""Exact match."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 
 class Exact(Task):
-    """The answer equals the reference; white space counts only as what separates words."""
+    """The answer must equal the reference, up to the amount of white space between words."""
 
     def score(self, item: Item, answer: str) -> Verdict:
         """See `Task`."""

@@ -1,7 +1,7 @@
-"""GSM8K (Cobbe et al., arXiv 2110.14168): word problems whose answer is a number.
+"""GSM8K (Cobbe et al., arXiv 2110.14168): word problems with a numeric answer.
 
-The references are the file's own answers, which end in ``#### NUMBER``. The model either writes a program,
-whose value is compared (TinyGSM, arXiv 2312.09241), or a text that ends in the number.
+References are the answers in the file, which end in ``#### NUMBER``. The model writes either a program, whose
+value is compared (TinyGSM, arXiv 2312.09241), or a text that ends in the number.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pipeline.evaluation.sandbox import Sandbox
 from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 MARK = "####"
-TOLERANCE = Decimal("1e-6")  # relative: a program that computes in binary fractions gets 17.999999999999996
-# A sign, before or after the currency, is one where no operand stands before it: 10-5 ends in 5.
+TOLERANCE = Decimal("1e-6")  # relative: floating point gives 17.999999999999996
+# A sign may precede or follow the currency. After an operand it is a minus: 10-5 ends in 5.
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])(?P<sign>[-−])\s?)?(?:[$€£¥]\s?(?P<inner>[-−])?)?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)",
@@ -28,9 +28,9 @@ _FENCE = re.compile(r"```[a-z]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the first number behind the last ``####`` of a text, or else its last number.
+    """Return the first number after the last ``####`` of a text, or without ``####`` the last number.
 
-    Thousands separators, currencies, units, a full stop at the end and zeros that do not count are left out.
+    Thousands separators, currencies, units and a final full stop are ignored.
     """
     _, mark, behind = text.rpartition(MARK)
     found = list(_NUMBER.finditer(behind))
@@ -42,7 +42,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 class _Gsm8k(Task):
-    """The public files' records; see there for what tells their kinds apart."""
+    """Records of the public GSM8K files."""
 
     keys = ("question", "answer")
 
@@ -50,13 +50,13 @@ class _Gsm8k(Task):
         """See `Task`."""
         if MARK not in item.reference or final_number(item.reference) is None:
             raise UserError(
-                f"{record.place}: the answer does not end in '{MARK} NUMBER', as GSM8K's do. Mend or remove "
-                "the record."
+                f"{record.place}: the answer does not end in '{MARK} NUMBER' as in GSM8K: fix or remove the "
+                "record."
             )
 
 
 class FinalNumber(_Gsm8k):
-    """The number that a text ends in equals the reference's."""
+    """The final number of the answer must equal that of the reference."""
 
     def score(self, item: Item, answer: str) -> Verdict:
         """See `Task`."""
@@ -65,13 +65,13 @@ class FinalNumber(_Gsm8k):
 
 
 class Program(_Gsm8k):
-    """The answer is a Python program; the value of its function equals the reference, to 1e-6 of it."""
+    """The answer is a Python program; the value of its function must equal the reference up to 1e-6."""
 
     def __init__(self) -> None:
         """Start the sandbox.
 
         Raises:
-            UserError: on a machine that has none.
+            UserError: on a machine without the required layers.
         """
         self.parallel = max(1, min(8, len(os.sched_getaffinity(0))))
         self.sandbox = Sandbox(servers=self.parallel)
@@ -92,9 +92,9 @@ class Program(_Gsm8k):
 
 
 def is_close(value: str, reference: Decimal) -> bool:
-    """Say whether a value that a program gave, as text, is the reference's number."""
+    """Return whether a program's value, given as text, equals the reference up to `TOLERANCE`."""
     try:
         number = Decimal(value)
         return number.is_finite() and abs(number - reference) <= TOLERANCE * max(Decimal(1), abs(reference))
-    except ArithmeticError:  # no number, or one beyond all bounds, such as 1e9999999
+    except ArithmeticError:  # not a number, or out of range, such as 1e9999999
         return False

@@ -1,4 +1,4 @@
-"""Puzzles whose answers are judged by the rules of Sudoku."""
+"""Sudoku puzzles, judged by the rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.evaluation.tasks.task import Item, Task, Verdict
 
 
 class Sudoku(Task):
-    """Grids of 4, 6 or 9 digits a side, a token a cell; any solution that keeps the clues is right."""
+    """Grids of 4, 6 or 9 cells per side, one token per cell; any valid grid that keeps the clues is right."""
 
     def check(self, item: Item, record: Document, before: Sequence[Item]) -> None:
         """See `Task`."""
@@ -20,7 +20,7 @@ class Sudoku(Task):
         size = math.isqrt(len(puzzle))
         digits = "0123456789"[: size + 1]
         if size not in BOXES or size * size != len(puzzle) or any(c not in digits for c in puzzle):
-            raise UserError(f"{record.place}: {puzzle!r} is no puzzle; make some with tools/make_sudoku.py.")
+            raise UserError(f"{record.place}: {puzzle!r} is no puzzle: make some with tools/make_sudoku.py.")
         if before and len(puzzle) != len(before[0].prompt):
             raise UserError(f"{record.place}: a puzzle of {size}x{size} among others of another size.")
 

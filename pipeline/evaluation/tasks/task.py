@@ -1,4 +1,4 @@
-"""What a task is: items to answer, and a verdict on an answer."""
+"""The base class of tasks: items to answer, and verdicts on answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pipeline.corpus.records import Document, Keys, read_all
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that is asked.
+    """An item of a task.
 
     Attributes:
-        prompt: what the model is given.
-        reference: what the answer is compared with; empty where rules decide.
+        prompt: input of the model.
+        reference: the right answer; empty if rules decide.
     """
 
     prompt: str
@@ -26,11 +26,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a task thinks of an answer.
+    """The judgement of an answer.
 
     Attributes:
-        right: whether it is right.
-        found: what was read out of it, such as a number, or why nothing was.
+        right: whether the answer is right.
+        found: what was parsed from it, such as a number, or why parsing failed.
     """
 
     right: bool
@@ -38,11 +38,11 @@ class Verdict:
 
 
 class Task:
-    """Reads its items, and scores one answer at a time; to be closed after use.
+    """A task reads items and scores answers; call `close` after use.
 
     Attributes:
-        keys: of prompt and reference in a record of its files.
-        parallel: answers that are scored at a time.
+        keys: keys of prompt and reference in a record.
+        parallel: number of answers scored in parallel.
     """
 
     keys: tuple[str, str] = ("prompt", "answer")
@@ -53,10 +53,10 @@ class Task:
 
         Args:
             path: the file.
-            keys: where prompt and reference are, instead of `Task.keys`.
+            keys: keys of prompt and reference, instead of `Task.keys`.
 
         Raises:
-            UserError: for a file without items, or with a record that is none; it names the line.
+            UserError: for a file without items, or a bad record; it names the line.
         """
         items: list[Item] = []
         for record in read_all([path], Keys(keys or self.keys)):
@@ -64,28 +64,28 @@ class Task:
             self.check(item, record, items)
             items.append(item)
         if not items:
-            raise UserError(f"{path} holds no item: give --data a file with one at least.")
+            raise UserError(f"{path} holds no items: give --data a file with at least one.")
         return items
 
     def check(self, item: Item, record: Document, before: Sequence[Item]) -> None:
-        """Raise a `UserError` for a record that is no item, or not one of the kind of those before it."""
+        """Raise a `UserError` for a record that is not a valid item, or differs in kind from those before."""
 
     def answer_length(self, items: Sequence[Item]) -> int | None:
-        """Return how many tokens an answer has; None for as many as fit behind the prompt."""
+        """Return the answer length in tokens; None = up to the trained sequence length."""
         return None
 
     def score(self, item: Item, answer: str) -> Verdict:
-        """Judge an answer; several threads may."""
+        """Judge an answer; must be thread-safe if `parallel` > 1."""
         raise NotImplementedError
 
     def score_all(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
-        """Judge an answer to each item, `parallel` at a time."""
+        """Judge one answer per item, `parallel` at a time."""
         with ThreadPoolExecutor(self.parallel) as pool:
             return list(pool.map(self.score, items, answers))
 
     def summary(self, right: int, total: int) -> str:
-        """Return the last line of an evaluation."""
+        """Return the last line of an evaluation's output."""
         return f"right {right / total:.4f} of {total} items"
 
     def close(self) -> None:
-        """Give back what scoring took."""
+        """Release resources, such as a sandbox."""
