@@ -27,7 +27,8 @@ roles = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (500, 12)).asty
 roles[:, -1] = 2
 examples = Examples(torch.zeros(500, 12).long(), roles, torch.arange(500))
 objective = SuffixMasking(0, Whole(1, True))
-masked = objective.begin(examples, torch.zeros(500, 1).long(), 1).masked.numpy()
+chains = objective.layout.chains(examples)
+masked = objective.begin(chains, torch.zeros(500, 1).long(), 1).masked.numpy()
 counts = []
 for role, row in zip(roles.numpy(), masked):
     answer = np.flatnonzero(role == 2)
