@@ -7,8 +7,8 @@ import sys
 import typing
 from typing import Any
 
+import jsonargparse
 import yaml
-from docstring_parser import parse
 
 from pipeline.config.load import Config, described
 from pipeline.config.run import TaskConfig
@@ -35,12 +35,13 @@ def page() -> str:
 
 def _section(name: str, cls: Any) -> str:
     """Return heading, description and table of one dataclass; its own sections are left out."""
-    documented = parse(cls.__doc__)
-    help_of = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(cls)
+    help_of = {action.dest: " ".join((action.help or "").split()) for action in parser._actions}
     lines = [
         f"## {name}",
         "",
-        (documented.short_description or "").strip(),
+        cls.__doc__.splitlines()[0],
         "",
         "| key | value | default | meaning |",
         "|---|---|---|---|",
