@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from pipeline import config as configuration
@@ -39,7 +40,7 @@ def test_deepspeed_takes_the_settings_of_a_preset(preset: Preset) -> None:
     config = preset.load(ROOT)
     train = config.train.fitted(preset.gpus)
     assert train == config.train, "the micro-batch divides a rank's share"
-    ranks = Ranks(0, preset.gpus)
+    ranks = Ranks(0, preset.gpus, device=torch.device("cuda", 0))
     made = complete_settings(engine_settings(config, preset.gpus), config, ranks)
     read = DeepSpeedConfig(made)
     stage = json.loads(Path(config.engine.deepspeed_config).read_text())["zero_optimization"]["stage"]
