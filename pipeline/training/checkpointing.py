@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import checkpoint
@@ -30,26 +31,27 @@ def resume(
         print(f"resumed from {folder} (step {saved.step}{ranks})", flush=True)
 
 
+@dataclass(eq=False)
 class Checkpoints:
-    """Saves the run every ``checkpoint.interval`` steps, at the last step and before it stops."""
+    """Saves the run every ``checkpoint.interval`` steps, at the last step and before it stops.
 
-    def __init__(
-        self,
-        config: Config,
-        identity: Identity,
-        state: TrainState,
-        saver: Saver,
-        log: StepLog,
-        stop: Stop,
-        watchdog: Watchdog,
-    ) -> None:
-        self.config = config
-        self.identity = identity
-        self.state = state
-        self.saver = saver
-        self.log = log
-        self.stop = stop
-        self.watchdog = watchdog
+    Attributes:
+        config: the run.
+        identity: what a run that resumes must have in common with the checkpoints.
+        state: progress of the run.
+        saver: writes the checkpoints.
+        log: is on the disk before a checkpoint is.
+        stop: whether the run is to stop.
+        watchdog: watches the saves.
+    """
+
+    config: Config
+    identity: Identity
+    state: TrainState
+    saver: Saver
+    log: StepLog
+    stop: Stop
+    watchdog: Watchdog
 
     def after_step(self) -> None:
         """Save, if a save is due."""

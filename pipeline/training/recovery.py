@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,37 +19,27 @@ from pipeline.training.checkpointing import Checkpoints, resume
 from pipeline.training.state import TrainState
 
 
+@dataclass(eq=False)
 class Recovery:
-    """Skips refused steps; rolls back to the newest checkpoint after too many in a row."""
+    """Skips refused steps; rolls back to the newest checkpoint after too many in a row.
 
-    def __init__(
-        self,
-        config: Config,
-        state: TrainState,
-        guard: Guard,
-        stream: SlotStream,
-        skipped: SkipLog,
-        groups: Sequence[SlotGroup],
-        checkpoints: Checkpoints,
-    ) -> None:
-        """Take what a rollback changes.
+    Attributes:
+        config: the run.
+        state: progress of the run.
+        guard: refuses updates.
+        stream: leaves out the examples of refused steps.
+        skipped: log of refused steps.
+        groups: all chains of this rank.
+        checkpoints: checkpoints of the run.
+    """
 
-        Args:
-            config: the run.
-            state: progress of the run.
-            guard: refuses updates.
-            stream: leaves out the examples of refused steps.
-            skipped: log of refused steps.
-            groups: all chains of this rank.
-            checkpoints: checkpoints of the run.
-        """
-        self.config = config
-        self.state = state
-        self.guard = guard
-        self.stream = stream
-        self.skipped = skipped
-        self.groups = groups
-        self.checkpoints = checkpoints
+    config: Config
+    state: TrainState
+    guard: Guard
+    stream: SlotStream
+    skipped: SkipLog
+    groups: Sequence[SlotGroup]
+    checkpoints: Checkpoints
 
     def rolled_back(self, trained: Sequence[SlotGroup]) -> bool:
         """Log the last step if the guard refused it; return whether the run was rolled back.

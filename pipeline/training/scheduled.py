@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -100,37 +101,27 @@ def read_tasks(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Sched
     return tasks
 
 
+@dataclass(eq=False)
 class Tasks:
-    """Measures each task of a run when it is due, by the averaged weights where they are kept."""
+    """Measures each task of a run when it is due, by the averaged weights where they are kept.
 
-    def __init__(
-        self,
-        tasks: Sequence[ScheduledTask],
-        engine: Engine,
-        averaged: bool,
-        state: TrainState,
-        log: StepLog,
-        stop: Stop,
-        stopped: Callable[[], bool],
-    ) -> None:
-        """Take what a measurement needs.
+    Attributes:
+        tasks: the tasks of the run.
+        engine: runs the model.
+        averaged: whether the engine keeps averaged weights.
+        state: progress of the run.
+        log: receives the accuracies.
+        stop: whether the run is to stop.
+        stopped: whether to stop, asked before every forward; all ranks must agree.
+    """
 
-        Args:
-            tasks: the tasks of the run.
-            engine: runs the model.
-            averaged: whether the engine keeps averaged weights.
-            state: progress of the run.
-            log: receives the accuracies.
-            stop: whether the run is to stop.
-            stopped: whether to stop, asked before every forward; all ranks must agree.
-        """
-        self.tasks = tasks
-        self.engine = engine
-        self.averaged = averaged
-        self.state = state
-        self.log = log
-        self.stop = stop
-        self.stopped = stopped
+    tasks: Sequence[ScheduledTask]
+    engine: Engine
+    averaged: bool
+    state: TrainState
+    log: StepLog
+    stop: Stop
+    stopped: Callable[[], bool]
 
     def after_step(self) -> None:
         """Measure the tasks that are due.

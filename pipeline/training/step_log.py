@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,34 +15,25 @@ from pipeline.resilience.skipped import SkipLog
 from pipeline.training.state import TrainState
 
 
+@dataclass(eq=False)
 class StepLog:
-    """Writes curves and the examples of each step, and shows progress on the terminal."""
+    """Writes curves and the examples of each step, and shows progress on the terminal.
 
-    def __init__(
-        self,
-        state: TrainState,
-        interval: int,
-        recorder: Recorder,
-        examples: ExampleLog | None,
-        skipped: SkipLog,
-        progress: Progress,
-    ) -> None:
-        """Make the log.
+    Attributes:
+        state: progress of the run.
+        interval: steps between two lines, ``train.log_interval``.
+        recorder: writes the curves.
+        examples: writes the examples of each step; None unless ``train.log_samples`` is set.
+        skipped: log of refused steps.
+        progress: the terminal.
+    """
 
-        Args:
-            state: progress of the run.
-            interval: steps between two lines, ``train.log_interval``.
-            recorder: writes the curves.
-            examples: writes the examples of each step; None unless ``train.log_samples`` is set.
-            skipped: log of refused steps.
-            progress: the terminal.
-        """
-        self.state = state
-        self.interval = interval
-        self.recorder = recorder
-        self.examples = examples
-        self.skipped = skipped
-        self.progress = progress
+    state: TrainState
+    interval: int
+    recorder: Recorder
+    examples: ExampleLog | None
+    skipped: SkipLog
+    progress: Progress
 
     def begin_step(self, groups: Sequence[SlotGroup]) -> None:
         """Write the examples of the next step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.data.examples import ExampleDataset
@@ -15,40 +16,29 @@ from pipeline.training.state import TrainState
 from pipeline.training.step_log import StepLog
 
 
+@dataclass(eq=False)
 class Validation:
-    """Measures loss and bound, and lets the model write texts, every ``evaluation.interval`` steps."""
+    """Measures loss and bound, and lets the model write texts, every ``evaluation.interval`` steps.
 
-    def __init__(
-        self,
-        config: Config,
-        engine: Engine,
-        valid: ExampleDataset | None,
-        objectives: ObjectiveSchedule,
-        tokenizer: Tokenizer,
-        state: TrainState,
-        log: StepLog,
-        stopped: Callable[[], bool],
-    ) -> None:
-        """Take what an evaluation needs.
+    Attributes:
+        config: the run.
+        engine: runs the model.
+        valid: validation examples, or None.
+        objectives: objective of each step.
+        tokenizer: tokenizer of the model.
+        state: progress of the run.
+        log: receives the figures.
+        stopped: whether to stop, asked before every forward; all ranks must agree.
+    """
 
-        Args:
-            config: the run.
-            engine: runs the model.
-            valid: validation examples, or None.
-            objectives: objective of each step.
-            tokenizer: tokenizer of the model.
-            state: progress of the run.
-            log: receives the figures.
-            stopped: whether to stop, asked before every forward; all ranks must agree.
-        """
-        self.config = config
-        self.engine = engine
-        self.valid = valid
-        self.objectives = objectives
-        self.tokenizer = tokenizer
-        self.state = state
-        self.log = log
-        self.stopped = stopped
+    config: Config
+    engine: Engine
+    valid: ExampleDataset | None
+    objectives: ObjectiveSchedule
+    tokenizer: Tokenizer
+    state: TrainState
+    log: StepLog
+    stopped: Callable[[], bool]
 
     def after_step(self) -> None:
         """Evaluate if it is due, also with the averaged weights if the run keeps them.
