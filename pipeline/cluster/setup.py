@@ -32,7 +32,7 @@ from pipeline.planning.gpus import GIB, gpu_of_device
 from pipeline.ranks import free_port
 from pipeline.training.preflight import check_run
 
-DISTRIBUTION = "puma-pipeline"  # pip writes what pyproject.toml declares into its metadata
+DISTRIBUTION = "puma-pipeline"  # its metadata holds what pyproject.toml declares
 LOCKS = ("requirements.txt", "requirements-dev.txt")
 SPEED_BYTES = 2**26
 SLOW_MEGABYTES = 100.0  # per second; below this, checkpoints slow the run down
@@ -59,9 +59,9 @@ class Finding:
 
 
 def check_packages(root: Path) -> Iterator[Finding]:
-    """Compare Python and the packages with the ranges of pyproject.toml and with the tested versions.
+    """Compare Python and the packages with the ranges in pyproject.toml and with the tested versions.
 
-    One line names all packages that are as tested. Every other one has a line of its own.
+    Packages at their tested version share one finding. Every other package has its own.
     """
     try:
         about = metadata(DISTRIBUTION)
@@ -75,7 +75,7 @@ def check_packages(root: Path) -> Iterator[Finding]:
         found = _version(each.name)
         wanted = f"pip install '{each.name}{each.specifier}'"
         if found is None and extra:
-            remedy = f"pip install '{DISTRIBUTION}[{extra}]' where it is wanted"
+            remedy = f"pip install '{DISTRIBUTION}[{extra}]' if you use it"
             yield Finding(each.name, "warning", f"is not installed: the extra {extra!r} needs it", remedy)
         elif found is None:
             yield Finding(each.name, "failed", "is missing", wanted)
@@ -91,7 +91,7 @@ def check_packages(root: Path) -> Iterator[Finding]:
 
 
 def read_pins(locks: Sequence[Path]) -> dict[str, SpecifierSet]:
-    """Return the versions that requirements files pin for this interpreter, by normalised name."""
+    """Return the versions that the requirements files pin for this interpreter, by normalised name."""
     lines = (line for path in locks for line in path.read_text(encoding="utf-8").splitlines())
     pins = (Requirement(text) for line in lines if (text := line.partition("#")[0].strip()))
     return {
@@ -109,7 +109,7 @@ def _check_python(found: str, wanted: SpecifierSet) -> Finding:
 
 
 def _declared(extras: Sequence[str]) -> Iterator[tuple[Requirement, str]]:
-    """Yield what this interpreter needs, with the extra that needs it ("" for none); not for development."""
+    """Yield the requirements for this interpreter, each with its extra ("" for none), except dev."""
     for line in requires(DISTRIBUTION) or []:
         each = Requirement(line)
         for extra in ("", *extras):

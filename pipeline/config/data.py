@@ -18,17 +18,17 @@ class DataConfig:
         kind: pairs = each document is a prompt and an answer and becomes one example; packed = documents are
             concatenated and cut into examples of sequence_length tokens.
         sequence_length: Tokens per example.
-        weights: Sampling weight of each prefix in the blend; none = use every example once per epoch.
+        weights: Sampling weight of each prefix in the blend; null = use every example once per epoch.
         temperature: Instead of weights, sample each prefix in proportion to its tokens^(1/temperature). 1 =
-            by size; higher values favour small datasets; none = off.
+            by size; higher values favour small datasets; null = off.
         max_epochs: For each prefix, the maximum number of times that one epoch of the blend repeats its
-            examples; the other prefixes fill the gap. Requires weights or temperature; none = no limit.
+            examples; the other prefixes fill the gap. Requires weights or temperature; null = no limit.
         split: Shares of the documents for training, validation and test.
         padding: What follows an answer shorter than its example: ignored = padding that the model never
             sees; eos_targets = end-of-sequence tokens that count as part of the answer, so that the model
             learns where to stop.
         too_long: Action for a pair longer than sequence_length: error = stop; drop = leave it out.
-        cache: Folder for the example indices; none = dataset_cache in the run folder.
+        cache: Folder for the example indices; null = dataset_cache in the run folder.
         workers: Threads that prefetch examples; 0 = read in the training thread.
     """
 

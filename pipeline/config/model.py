@@ -16,10 +16,10 @@ class ModelConfig:
         layers: Transformer blocks.
         hidden_size: Width of the residual stream.
         heads: Query heads.
-        kv_heads: Key and value heads (grouped-query attention); none = heads.
-        head_size: Width of a head; none = hidden_size / heads.
+        kv_heads: Key and value heads (grouped-query attention); null = heads.
+        head_size: Width of a head; null = hidden_size / heads.
         intermediate_size: Width of the SwiGLU.
-        vocab_size: Rows of the embedding; none = the tokenizer's vocabulary size, rounded up to a multiple
+        vocab_size: Rows of the embedding; null = the tokenizer's vocabulary size, rounded up to a multiple
             of 8.
         tie_embeddings: Use the embedding as the output matrix.
         attention_bias: Add biases to the query, key and value projections (as in Qwen2).

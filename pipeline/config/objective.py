@@ -17,7 +17,7 @@ class ObjectiveConfig:
     Args:
         kind: puma = progressive unmasking; random_masking = a random subset of each answer is masked;
             autoregressive = next-token prediction from left to right.
-        switch_to: Objective to switch to at switch_step; the settings below apply to both. none = no switch.
+        switch_to: Objective to switch to at switch_step; the settings below apply to both. null = no switch.
         switch_step: First step of switch_to; all chains restart there.
         policy: Which masked positions a PUMA chain reveals first: confidence = highest probability of the
             most likely token; margin = largest gap between the two most likely tokens; entropy = lowest
@@ -26,8 +26,8 @@ class ObjectiveConfig:
         stages_increment: Stages added at each increase of K; 0 = constant K.
         stages_first_increase: First step with the increased K.
         stages_interval: Steps between two increases of K.
-        stages_maximum: Upper limit of K; none = no limit.
-        threshold: Also reveal every position with a confidence above this probability; none = standard mode.
+        stages_maximum: Upper limit of K; null = no limit.
+        threshold: Also reveal every position with a confidence above this probability; null = standard mode.
         random_share: Share of PUMA chains that use a fresh random mask at every stage instead.
         turns: Keep turns x train.global_batch_size PUMA chains in flight and train each of them every
             turns-th step, so that consecutive steps share no example. 1 = train every chain at every step.
@@ -37,7 +37,7 @@ class ObjectiveConfig:
         stratified: Spread t (or n/L) evenly over the global batch, which lowers the variance of the loss.
         complementary: Train on each random mask and, at the next step, on its complement.
         block_size: Block diffusion: split answers into blocks of this many tokens, each with its own chain
-            and conditioned on the clean blocks before it. none = one chain per answer.
+            and conditioned on the clean blocks before it. null = one chain per answer.
         attention_annealing_steps: Start masked training with causal attention, to continue from causal
             weights, and let each position attend to more and more later positions until attention is
             bidirectional after this many steps. 0 = bidirectional from the start.

@@ -1,4 +1,4 @@
-"""The settings reference as Markdown, from the dataclasses and their docstrings: ``make reference``."""
+"""Write the settings reference as Markdown from the dataclasses and their docstrings (``make reference``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ keys, values out of range and settings without effect are refused before a run s
 
 
 def page() -> str:
-    """Return the reference: the run's own keys, and a table for each section."""
+    """Return the reference page: a table for the top-level keys and one per section."""
     sections = typing.get_type_hints(Config)
     parts = [HEAD, _section("run", Config)]
     parts += [_section(name, hint) for name, hint in sections.items() if dataclasses.is_dataclass(hint)]
@@ -34,7 +34,7 @@ def page() -> str:
 
 
 def _section(name: str, cls: Any) -> str:
-    """Return heading, description and table of one dataclass; its own sections are left out."""
+    """Return heading, description and table of one dataclass, without its nested sections."""
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(cls)
     help_of = {action.dest: " ".join((action.help or "").split()) for action in parser._actions}
@@ -55,7 +55,7 @@ def _section(name: str, cls: Any) -> str:
 
 
 def _default(item: dataclasses.Field[Any]) -> str:
-    """Return the default as YAML writes it."""
+    """Return the default in YAML notation."""
     if item.default_factory is not dataclasses.MISSING:
         return f"`{item.default_factory()}`"
     if item.default is dataclasses.MISSING:

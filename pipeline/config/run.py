@@ -63,8 +63,8 @@ class TaskConfig:
         interval: Steps between two evaluations; the last step is always evaluated.
         samples: Maximum number of items; the first ones in the file are used.
         tokens_per_step: Tokens unmasked per decoding step, most confident first.
-        length: Answer length in tokens; none = the task's default, or all that fit.
-        name: Name of the curves, evaluation/NAME/accuracy; none = the task's name.
+        length: Answer length in tokens; null = the task's default, or all that fit.
+        name: Name of the curves, evaluation/NAME/accuracy; null = the task's name.
     """
 
     task: Literal["sudoku", "gsm8k-program", "gsm8k-number", "exact"]

@@ -25,7 +25,7 @@ class OptimizerConfig:
         eps: Epsilon added to the denominator.
         gradient_clip: Maximum global gradient norm; 0 = no clipping.
         ema_decay: Decay of an exponential moving average of the weights for evaluation and export, such as
-            0.9999; none = no average.
+            0.9999; null = no average.
     """
 
     learning_rate: float = 3e-4
@@ -113,7 +113,7 @@ class TrainConfig:
         log_interval: Steps between two log lines and two writes of the metrics.
         log_samples: Write the examples that each step was trained on to samples/ in the run folder; slower.
         initial_weights: Start from the weights in this folder, written by tools/import_hf.py or
-            tools/export_hf.py; none = random weights.
+            tools/export_hf.py; null = random weights.
     """
 
     steps: int = 1000

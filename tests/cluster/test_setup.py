@@ -132,7 +132,7 @@ def test_packages_are_tested_in_their_range_or_outside(packages: Path) -> None:
         "painter": (
             "warning",
             "is not installed: the extra 'pictures' needs it",
-            "pip install 'puma-pipeline[pictures]' where it is wanted",
+            "pip install 'puma-pipeline[pictures]' if you use it",
         ),
         "brush": ("warning", "1.0 is outside of >=2", "pip install 'brush>=2'"),
     }

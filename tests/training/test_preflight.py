@@ -77,7 +77,7 @@ WRONG = [
     ),
     Wrong("checkpoint.keep_every", "15", "multiple", {"checkpoint": {"interval": 10, "keep_every": 15}}),
     # YAML: contradictions
-    Wrong("data.temperature", "2.0", "give one", {"data": {"temperature": 2, "weights": [1]}}),
+    Wrong("data.temperature", "2.0", "keep one of them", {"data": {"temperature": 2, "weights": [1]}}),
     Wrong("data.prefixes", "pairs", "once", {"data": {"prefixes": ["pairs", "pairs"]}}),
     Wrong("data.padding", "'eos_targets'", "'pairs'", {"data": {"kind": "packed", "padding": "eos_targets"}}),
     Wrong(
