@@ -107,7 +107,7 @@ class Saver:
             size = sum(state_bytes(state) for state in states.values())
             work.files |= {f"model/{name}": partial(torch.save, state) for name, state in states.items()}
             packed = io.BytesIO()  # np.savez needs a file that is readable, too
-            np.savez(packed, **slots)
+            np.savez(packed, **slots)  # type: ignore[arg-type]  # no slot array is named allow_pickle
             work.files[f"slots_{self.engine.ranks.rank:05d}.npz"] = _bytes_writer(packed.getvalue())
             problem = self._lack_of_space(size + len(packed.getvalue()))
         if problem is not None:
