@@ -303,30 +303,6 @@ def test_parts_are_joined_as_they_come(corpus: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".d.*"))
 
 
-def test_the_partition_is_serialized_as_often_for_many_units(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A corpus has thousands of units and files: what is done with all of them for each one never ends."""
-    described: list[str] = []
-    monkeypatch.setattr(Source, "to_json", counting(described, Source.to_json))
-    found = []
-    for name, size in (("few", "1000000"), ("many", "30000")):
-        preprocess_data.main([*command(corpus, tmp_path / name)[:-1], size])
-        found.append(len(described))
-        described.clear()
-    assert found[0] == found[1] > 0
-
-
-def counting(calls: list[str], function: Callable[[Source], dict[str, object]]) -> Callable[..., object]:
-    """Return a function that notes each call."""
-
-    def called(source: Source) -> dict[str, object]:
-        calls.append(source.path)
-        return function(source)
-
-    return called
-
-
 def test_the_lock_is_closed_before_it_is_removed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,22 +125,6 @@ def test_the_axes(run_dir: Path) -> None:
     assert axes["hours"](16) == pytest.approx(seconds / 3600)
 
 
-def test_a_point_costs_no_conversion_of_the_whole_run(
-    report: Report, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A list of all steps, made into an array for each point, is quadratic: hours for a long run."""
-    interpolate, kinds = np.interp, []
-
-    def watched(x: float, places: np.ndarray, sums: np.ndarray) -> np.ndarray:
-        kinds.append((type(places), type(sums)))
-        return interpolate(x, places, sums)
-
-    monkeypatch.setattr(np, "interp", watched)
-    shutil.copytree(run_dir, tmp_path / "other")
-    assert report(run_dir, tmp_path / "other", "--output", tmp_path / "page.html").code == 0
-    assert set(kinds) == {(np.ndarray, np.ndarray)}
-
-
 def test_where_the_time_went(report: Report, run_dir: Path, tmp_path: Path) -> None:
     """The parts, those of the training's own not counted again, come to the life of the processes."""
     record = read_record(run_dir, "run")
