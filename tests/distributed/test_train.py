@@ -20,6 +20,9 @@ from tools import train_tokenizer
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]
 
 Train = Callable[..., Outcome]
+# Chains that do not ask the model, and weights so large that no two confidences of a text nearly tie: another
+# number of ranks rounds differently.
+ANY_ROUNDING = ("--objective.policy", "random", "--model.init_std", "0.5")
 
 
 def test_resume_is_bit_for_bit(train: Train, tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_held_out_loss_does_not_depend_on_ranks(data: Path, train: Train, tmp_pa
 
     Nor does any other figure that is no measured time.
     """
-    more = ["--evaluation.samples", "11", "--evaluation.bound_draws", "2"]
+    more = [*ANY_ROUNDING, "--evaluation.samples", "11", "--evaluation.bound_draws", "2"]
     assert train(tmp_path / "1", *more).code == 0
     train_on(2, data, tmp_path / "2", *more)
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
@@ -108,11 +111,11 @@ def test_held_out_loss_does_not_depend_on_ranks(data: Path, train: Train, tmp_pa
 
 def test_ranks_that_share_sequences_count_once(data: Path, train: Train, tmp_path: Path) -> None:
     """Sequence parallelism changes no curve, neither losses nor what is counted; a run may go on without."""
-    assert train(tmp_path / "1").code == 0
-    train_on(2, data, tmp_path / "2", "--engine.sequence_parallel_size", "2")
+    assert train(tmp_path / "1", *ANY_ROUNDING).code == 0
+    train_on(2, data, tmp_path / "2", *ANY_ROUNDING, "--engine.sequence_parallel_size", "2")
     for step in (12, 16):
         (tmp_path / f"2/checkpoints/step_{step:08d}").rename(tmp_path / f"lost_{step}")
-    assert "step 8" in train_on(2, data, tmp_path / "2")
+    assert "step 8" in train_on(2, data, tmp_path / "2", *ANY_ROUNDING)
     for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         assert flatten(not_measured(one)) == pytest.approx(flatten(not_measured(two)), rel=1e-3, abs=1e-5)
 

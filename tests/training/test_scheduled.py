@@ -27,6 +27,10 @@ from support.programs import Outcome, run_here
 from support.runs import curve, metrics, train_on
 from tools import evaluate
 
+# Weights so large that the model is certain of something everywhere, now and then of the end-of-sequence
+# token, and that no two confidences lie within the rounding of another batch.
+LARGE = ("--model.init_std", "0.5")
+
 
 @pytest.fixture(scope="module")
 def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,8 +81,8 @@ def test_answers_of_any_length(
     """Several tokens at a forward, as many as fit; the steps do not notice that they are measured."""
     corpus = data / "corpus.jsonl"
     several = schedule(corpus, length=None, tokens_per_step=3, samples=60)
-    assert train(tmp_path / "measured", *several).code == 0
-    assert train(tmp_path / "plain", "--evaluation.interval", "0").code == 0
+    assert train(tmp_path / "measured", *LARGE, *several).code == 0
+    assert train(tmp_path / "plain", *LARGE, "--evaluation.interval", "0").code == 0
     assert curve(tmp_path / "measured", "loss") == curve(tmp_path / "plain", "loss")
     options = ["--checkpoint", str(tmp_path / "plain"), "--task", "exact", "--data", str(corpus)]
     outcome = run_here(evaluate.main, [*options, "--tokens-per-step", "3"], capsys)
@@ -91,11 +95,8 @@ def test_answers_of_any_length(
 def test_the_answers_are_those_of_the_sampler(
     train: Callable[..., Outcome], data: Path, tmp_path: Path, at_once: int
 ) -> None:
-    """What is behind an end-of-sequence token is left alone: filled in first, it would change the rest.
-
-    The weights are so large that the model is certain of something everywhere, now and then of that token.
-    """
-    small = ["--train.steps", "2", "--model.init_std", "0.5", "--evaluation.interval", "0"]
+    """What is behind an end-of-sequence token is left alone: filled in first, it would change the rest."""
+    small = ["--train.steps", "2", *LARGE, "--evaluation.interval", "0"]
     assert train(tmp_path, *small).code == 0
     loaded = load_model(tmp_path, torch.device("cpu"))
     prompts = [json.loads(line)["prompt"] for line in (data / "corpus.jsonl").read_text().splitlines()]
