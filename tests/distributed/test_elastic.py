@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.engine.deepspeed import checkpointing
+from pipeline.ranks import Ranks
 from support.programs import Outcome
 from support.runs import curve, train_on
 
@@ -106,5 +107,5 @@ def test_a_signal_to_the_ranks_leaves_the_conversion_alone(
     program.chmod(0o755)
     (folder / checkpointing.TAG).mkdir(parents=True)
     monkeypatch.setattr(checkpointing.sys, "executable", str(program))
-    converted = checkpointing.make_universal(folder, rank=0, all_gather=lambda value: [value])
+    converted = checkpointing.make_universal(folder, Ranks())
     assert int((converted / checkpointing.TAG / "group").read_text()) != os.getpgrp()

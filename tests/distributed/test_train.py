@@ -178,7 +178,7 @@ def test_a_resume_that_changes_the_run_is_refused(train: Train, tmp_path: Path) 
         assert ("from these weights: tools/export_hf.py" in complaint) == (named != "model")
     complaint = train(run_dir, "--train.initial_weights", str(tmp_path)).complaint()
     assert "train.initial_weights is" in complaint
-    assert "leave it out" in complaint
+    assert "remove the setting" in complaint
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from support.sandboxes import started
 def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a short run on pairs, with checkpoints at steps 4 and 8.
 
-    The weights are large: near the uniform distribution confidences tie except for rounding, and another batch
-    size or another machine would rank them differently.
+    The weights are large. Near the uniform distribution confidences tie except for rounding, and another
+    batch size or another machine would rank them differently.
     """
     from pipeline import train as program
     from support.runs import command
