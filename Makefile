@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slurm lint format reference clean
+.PHONY: help install demo test test-fast test-slurm lint format reference clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -31,6 +31,9 @@ demo: $(VENV)/.installed ## Corpus to solved puzzles: preprocess, train with PUM
 
 test: $(VENV)/.installed-dev ## Run the tests.
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-fast: $(VENV)/.installed-dev ## Run the tests that start no processes: about a minute.
+	$(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"
 
 # SLURM_INSTALL=1 lets root install what is missing.
 test-slurm: $(VENV)/.installed-dev ## Run the job chain on a real two-node SLURM, started on this machine.

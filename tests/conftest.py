@@ -36,6 +36,17 @@ def same_environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test without the mark `slow` fail when it starts a process: `make test-fast` promises none."""
+    if not any(request.node.get_closest_marker(name) for name in ("slow", "distributed", "slurm")):
+        monkeypatch.setattr("subprocess.Popen.__init__", _refuse)
+
+
+def _refuse(*arguments: object, **options: object) -> None:
+    raise AssertionError(f"a test that starts {arguments[1:2]} needs the mark slow")
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tokenizer and 60 tokenized pairs of different lengths."""

@@ -17,6 +17,8 @@ from pipeline import train
 from support.programs import ROOT, run_here
 from tools import evaluate, preprocess_data
 
+pytestmark = pytest.mark.slow
+
 TINY = """
     --model.layers 1 --model.hidden_size 32 --model.heads 2 --model.intermediate_size 64
     --model.vocab_size 256

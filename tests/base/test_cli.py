@@ -14,6 +14,8 @@ from pipeline.base import cli, errors, files
 from pipeline.config import build_parser
 from support.programs import ROOT, run_here
 
+pytestmark = pytest.mark.slow
+
 # os.abort at exit simulates a torch.distributed thread that aborts during interpreter shutdown.
 ABORTS_IN_TEARDOWN = """
 import atexit, os, sys

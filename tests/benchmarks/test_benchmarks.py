@@ -17,6 +17,8 @@ from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from train_step import MASK, Shape
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(2, 64, 4, 192, 3000, 48)
 
 

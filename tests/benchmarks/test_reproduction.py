@@ -14,6 +14,8 @@ import reproduce_text
 from plot_reproduction import Run, reach
 from support.programs import run_here
 
+pytestmark = pytest.mark.slow
+
 
 def curve(*scores: float) -> Run:
     """Return a curve with a point every 100 steps."""

@@ -15,6 +15,8 @@ import pytest
 import trainings
 from support.programs import ROOT
 
+pytestmark = pytest.mark.slow
+
 # Each worker starts a training: a process that writes its number and sleeps.
 DRIVER = """
 import subprocess, sys

@@ -19,6 +19,8 @@ from pipeline.base.errors import Failure
 from pipeline.checkpoint import FORMAT, Manifest, Saver, checkpoints, saving
 from pipeline.ranks import Ranks
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 T = TypeVar("T")
 

@@ -18,6 +18,8 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint import RunLock, lock
 from support.programs import Outcome
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Outcome]
 
 

@@ -15,6 +15,8 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint import find
 from support.programs import Outcome
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Outcome]
 NEWEST = "checkpoints/step_00000016"
 SHORT = ["--evaluation.interval", "0", "--checkpoint.interval", "8"]

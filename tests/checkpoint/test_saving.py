@@ -24,6 +24,8 @@ from pipeline.training import preflight
 from support.programs import Outcome
 from support.runs import curve
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Outcome]
 SHORT = ["--evaluation.interval", "0"]
 

@@ -11,6 +11,8 @@ from pipeline.cluster.health import bad_nodes, check_alone
 from support.programs import ROOT, Outcome, run_here
 from tools import check_node
 
+pytestmark = pytest.mark.slow
+
 
 def fake_nvidia_smi(folder: Path, gpus: str, processes: str) -> None:
     """Write a program that answers the two queries."""

@@ -18,6 +18,8 @@ from pipeline.config.load import flatten
 from support.programs import ROOT, Outcome, run_here
 from tools import make_sudoku, preprocess_data, submit, train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 Submit = Callable[..., Outcome]
 
 

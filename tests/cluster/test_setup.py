@@ -15,6 +15,8 @@ from support.programs import ROOT, run_here
 from support.runs import command
 from tools import check_setup
 
+pytestmark = pytest.mark.slow
+
 
 def without_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "check_two_ranks", lambda _: iter([Finding("2 ranks", "ok", "")]))

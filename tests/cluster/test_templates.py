@@ -11,6 +11,8 @@ import pytest
 
 from support.programs import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def run_template(name: str, code: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a template as the batch shell would."""

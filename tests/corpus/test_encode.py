@@ -24,6 +24,8 @@ from support.corpora import command, digests
 from support.programs import run_here
 from tools import preprocess_data
 
+pytestmark = pytest.mark.slow
+
 CORPUS = [
     f"the {a} {b} jumps over\n\n{b}'s  lazy dogs, {n}{n}! don't DON'T (see {a}.{b}/{n})\t"
     f"<a href='{b}'>é ü</a>\r\n  x_{n}= {n}*2;\n"

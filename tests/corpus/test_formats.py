@@ -27,6 +27,8 @@ from support.corpora import AS_PAIRS, PAIRS, TEXT, command, digests, make_datase
 from support.programs import run_here
 from tools import preprocess_data
 
+pytestmark = pytest.mark.slow
+
 
 def as_table(lines: Path) -> pa.Table:
     """Return the rows of a jsonl file."""

@@ -37,6 +37,8 @@ from support.corpora import (
 from support.programs import Outcome, run_here
 from tools import inspect_data, merge_datasets, preprocess_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("append_eos", [True, False])
 def test_pairs_equal_one_by_one_encoding(corpus: Path, tmp_path: Path, append_eos: bool) -> None:

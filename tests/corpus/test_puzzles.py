@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from pipeline.base.errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from pipeline.corpus.recipes import puzzles
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 SIZES = sorted(BOX)

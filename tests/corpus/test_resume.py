@@ -32,6 +32,8 @@ from support.corpora import TEXT, digests, make_dataset, make_parts, partition_o
 from support.programs import ROOT, run_here
 from tools import preprocess_data
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 

@@ -12,6 +12,8 @@ from pipeline.corpus.recipes.tinygsm import Selection, defines_a_function
 from support.programs import run_here
 from tools import prepare_tinygsm
 
+pytestmark = pytest.mark.slow
+
 CODE = "def simple_math_problem() -> int:\n    return {}\n"
 BENCHMARK = (
     "Tom has 3 red apples and 4 green apples in each of his 5 large baskets. How many apples are there?"

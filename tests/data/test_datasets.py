@@ -26,6 +26,8 @@ from pipeline.data.facts import check_data
 from support.corpora import make_dataset
 from support.programs import run_program
 
+pytestmark = pytest.mark.slow
+
 ALPHABET = "abcdefghij"
 
 

@@ -14,6 +14,8 @@ import pytest
 from pipeline.data.paths import facts_path
 from support.programs import Outcome
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_start_reads_each_prefix_json_once(
     train: Callable[..., Outcome], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,8 @@ from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 
+pytestmark = pytest.mark.slow
+
 MASK, SIZE, STOP = 3, 40, 5
 LAYOUTS = {
     "whole": Whole(MASK, True),

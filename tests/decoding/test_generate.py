@@ -22,6 +22,8 @@ from pipeline.decoding.prompts import generate, spans
 from support.programs import Outcome, run_here
 from tools import generate as program
 
+pytestmark = pytest.mark.slow
+
 Generate = Callable[..., Outcome]
 
 

@@ -27,7 +27,7 @@ STEPS = """
 """.split()
 Run = Callable[[str], str]
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("commands of the documents")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("commands of the documents"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from support.documents import blocks, text_of
 from support.programs import ROOT, environment_of_ranks
 from tools import make_sudoku, plan_presets, preprocess_data, train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PAGE = "CONTRIBUTING.md"
 SCRIPT = """
 import numpy as np, torch

@@ -14,6 +14,8 @@ from pipeline.base.errors import UserError
 from pipeline.engine.deepspeed import private
 from support.programs import ROOT, run_program
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "pipeline/engine/deepspeed"
 BUILD = """
 import sys

@@ -25,6 +25,8 @@ from pipeline.evaluation.results import Results
 from support.programs import ROOT, Outcome, run_here, run_program
 from tools import evaluate
 
+pytestmark = pytest.mark.slow
+
 Evaluate = Callable[..., Outcome]
 
 

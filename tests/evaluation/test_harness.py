@@ -23,6 +23,8 @@ from pipeline.evaluation import harness
 from pipeline.evaluation.harness import PumaLM, before_first
 from pipeline.model.batch import masked_batch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def loaded(run_dir: Path) -> Loaded:

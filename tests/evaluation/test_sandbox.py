@@ -15,6 +15,8 @@ from pipeline.evaluation import sandbox
 from pipeline.evaluation.sandbox import Limits, Outcome, Sandbox
 from support.sandboxes import started
 
+pytestmark = pytest.mark.slow
+
 REQUIRED = ["limits", "no_new_privs", "seccomp"]
 
 

@@ -19,6 +19,8 @@ import pytest
 from pipeline.evaluation.sandbox import Limits, Outcome, Sandbox
 from support.sandboxes import SECRET, TRY, Watch, said, started
 
+pytestmark = pytest.mark.slow
+
 
 def test_reading_system_files(box: Sandbox) -> None:
     out = said(box.run(f"{TRY}\nattempt(lambda: open('/etc/passwd').read(), lambda: os.listdir('/etc'))"))

@@ -12,6 +12,8 @@ import pytest
 from pipeline.evaluation.sandbox import Limits, Outcome, Sandbox
 from support.sandboxes import TRY, Watch, said, started
 
+pytestmark = pytest.mark.slow
+
 
 def test_fork_bomb(box: Sandbox) -> None:
     forks = "[os.fork, os.forkpty, lambda: os.posix_spawn('/bin/true', ['true'], {})]"

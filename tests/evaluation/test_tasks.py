@@ -143,7 +143,10 @@ def test_sudoku_is_judged_by_the_rules(tmp_path: Path) -> None:
             "line 2: a puzzle of 6x6 among others",
         ),
         ("gsm8k-number", [{"question": "q", "answer": "7"}], "line 1: .* does not end in '#### NUMBER'"),
-        ("gsm8k-program", [{"question": "q", "answer": "#### x"}], "does not end in '#### NUMBER'"),
+        pytest.param(
+            *("gsm8k-program", [{"question": "q", "answer": "#### x"}], "does not end in '#### NUMBER'"),
+            marks=pytest.mark.slow,
+        ),
         ("gsm8k-number", [{"prompt": "q", "answer": "7"}], "line 1: no key 'question'.*--prompt-key"),
         ("exact", [], "holds no items"),
     ],

@@ -26,7 +26,7 @@ from support.programs import Outcome, run_here, run_program
 from support.runs import KEYS, command
 from tools import export_hf, import_hf, preprocess_data
 
-pytestmark = pytest.mark.xdist_group("train")
+pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.slow]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,

@@ -16,6 +16,8 @@ from pipeline.engine.network import compile_blocks, make_model
 from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = Vocabulary(48, 48, 3)
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(

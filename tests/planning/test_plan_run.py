@@ -21,6 +21,8 @@ from pipeline.planning.memory import Zero
 from support.programs import ROOT, run_here
 from tools import plan_run
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 MODEL = {"layers": 10, "hidden_size": 1024, "heads": 16, "intermediate_size": 2816, "vocab_size": 32_000}
 

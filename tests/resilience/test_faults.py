@@ -12,7 +12,7 @@ import pytest
 from support.programs import ROOT, run_program
 from support.runs import command, curve
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train"), pytest.mark.slow]
 FAULTY = str(ROOT / "tests/support/faulty.py")
 QUIET = "--evaluation.interval 0 --train.log_samples true --optimizer.ema_decay 0.9".split()
 

@@ -21,7 +21,7 @@ from pipeline.engine.plain import PlainEngine
 from support.programs import ROOT, Outcome, run_program
 from support.runs import command, curve, metrics, train_on
 
-pytestmark = pytest.mark.xdist_group("train")
+pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.slow]
 FAULTY = str(ROOT / "tests/support/faulty.py")
 Train = Callable[..., Outcome]
 

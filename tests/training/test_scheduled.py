@@ -27,6 +27,8 @@ from support.programs import Outcome, run_here
 from support.runs import curve, metrics, train_on
 from tools import evaluate
 
+pytestmark = pytest.mark.slow
+
 # Weights so large that the model is certain of something everywhere, now and then of the end-of-sequence
 # token, and that no two confidences lie within the rounding of another batch.
 LARGE = ("--model.init_std", "0.5")

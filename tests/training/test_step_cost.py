@@ -40,6 +40,8 @@ from pipeline.train import train_step
 from support.host_reads import host_reads
 from support.synthetic import Pairs
 
+pytestmark = pytest.mark.slow
+
 SIZE, MASK = 160, 4
 KINDS = [
     ObjectiveConfig("puma", stages=3),

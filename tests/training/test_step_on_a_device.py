@@ -21,6 +21,8 @@ from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.objective import ObjectiveSchedule, Scores, model_input
 from support.synthetic import MASK, Pairs
 
+pytestmark = pytest.mark.slow
+
 DEVICE, SLOTS, ROWS = torch.device("meta"), 4, 10
 OBJECTIVES = {
     "puma": ObjectiveConfig("puma", stages=3),
