@@ -1,1 +1,1 @@
-"""Corpora that the project makes or prepares itself."""
+"""Corpora that the project generates or prepares."""

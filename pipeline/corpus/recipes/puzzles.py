@@ -15,11 +15,11 @@ from pipeline.base.errors import UserError
 
 # Rows and columns of a box.
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
-# The fewest clues with which a puzzle can have one solution.
+# Minimum number of clues of a puzzle with one solution.
 FEWEST_CLUES = {4: 4, 6: 8, 9: 17}
-# Few enough that guessing fails, so many that nearly every grid can be emptied that far.
+# Few enough that guessing fails; enough that nearly every grid can be reduced to them.
 DEFAULT_CLUES = {4: 6, 6: 14, 9: 32}
-# Grids of the wanted split that may fail one after the other before a request counts as impossible.
+# Failures in a row, among grids of the requested split, before a request counts as impossible.
 TRIES = 2000
 
 Split = Literal["train", "held-out"]
@@ -82,7 +82,7 @@ def _units_of_cell(size: int) -> tuple[tuple[int, int, int], ...]:
 
 
 class _Filling:
-    """The digits that are in the units of a grid; digit d is the bit 1 << d.
+    """The digits in the units of a grid; digit d is the bit 1 << d.
 
     Attributes:
         used: the digits in each unit, in the order of `units`.
@@ -101,7 +101,7 @@ class _Filling:
         return self.every_digit & ~(self.used[row] | self.used[column] | self.used[box])
 
     def flip(self, cell: int, digit: int) -> None:
-        """Enter a digit into the units of a cell, or take it out again."""
+        """Add a digit to the units of a cell, or remove it again."""
         for unit in self.units_of_cell[cell]:
             self.used[unit] ^= 1 << digit
 
@@ -115,7 +115,7 @@ class _Filling:
             return 1
         units_of_cell, used, every_digit = self.units_of_cell, self.used, self.every_digit
         fewest, best, options = 99, 0, 0
-        # As in `possible`, without the call: nearly all of the time goes into this loop.
+        # `possible` inlined: nearly all the time is spent in this loop.
         for position, cell in enumerate(empty):
             row, column, box = units_of_cell[cell]
             possible = every_digit & ~(used[row] | used[column] | used[box])
@@ -163,7 +163,7 @@ def count_solutions(puzzle: str, size: int, limit: int = 2) -> int:
 
 
 def random_solution(rng: random.Random, size: int) -> str:
-    """Return a random full grid; the chances of the grids are nearly equal.
+    """Return a random full grid; all grids are nearly equally likely.
 
     Raises:
         UserError: for a size other than 4, 6 and 9.
@@ -178,14 +178,14 @@ def make_puzzle(
 ) -> tuple[str, str] | None:
     """Return a puzzle with exactly `clues` clues, and its one solution.
 
-    The cells of a random solution are emptied in random order as long as it stays the only one. None when
-    that ends before there are so few clues, or when the solution is not to be used: try again then.
+    The cells of a random solution are emptied in random order while the solution stays unique. None if more
+    clues than `clues` remain or the solution is not accepted: try again then.
 
     Args:
-        rng: the source of all chance.
+        rng: source of randomness.
         size: digits and side length.
         clues: cells that are given.
-        accept: says whether a solution is to be used. It is asked before the slow part of the work.
+        accept: whether to use a solution; called before the slow part.
 
     Raises:
         UserError: for a size other than 4, 6 and 9.
@@ -205,7 +205,7 @@ def make_puzzle(
             break
         digit = int(solution[cell])
         filling.flip(cell, digit)
-        # The puzzle had one solution with this cell given, so a second one has another digit here.
+        # With this cell given the solution was unique, so any second one has another digit here.
         for other in _digits(filling.possible(cell) & ~(1 << digit)):
             filling.flip(cell, other)
             ambiguous = filling.search(empty, 1)
@@ -225,8 +225,8 @@ def make_puzzle(
 def split_of(solution: str, held_out_percent: int) -> Split:
     """Return the split of a grid, by its hash.
 
-    All puzzles of a grid are in one split, so that no held-out puzzle, nor even its solution, is ever trained
-    on, whatever the seeds and counts of the files.
+    All puzzles of a grid are in one split, so neither a held-out puzzle nor its solution is ever trained on,
+    whatever the seeds and counts of the files.
     """
     bucket = int.from_bytes(hashlib.sha256(solution.encode()).digest()[:8], "big") % 100
     return "held-out" if bucket < held_out_percent else "train"
@@ -242,11 +242,11 @@ def generate(
         count: number of puzzles.
         clues: cells that are given in each of them.
         seed: decides which puzzles of the many there are.
-        split: the split that all grids are of; None for grids of both.
-        held_out_percent: share of all grids that are held out.
+        split: of all grids; None for both.
+        held_out_percent: percentage of all grids that is held out.
 
     Raises:
-        UserError: at once for arguments that no puzzle fits; from the iterator when no new puzzle is found
+        UserError: at once for arguments that no puzzle fits; from the iterator if no new puzzle is found
             in many tries.
     """
     boxes(size)
@@ -265,9 +265,9 @@ def generate(
 def _different_puzzles(
     rng: random.Random, size: int, count: int, clues: int, split: Split | None, held_out_percent: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield what `generate` promises; its arguments have been checked."""
+    """Yield the puzzles of `generate`, whose arguments are checked."""
     share = {None: 100, "train": 100 - held_out_percent, "held-out": held_out_percent}[split]
-    # A grid of the wrong split costs next to nothing, so a small split is given more tries.
+    # A grid of the wrong split is cheap, so a small split gets more tries.
     allowed = TRIES * 100 // share
     seen: set[str] = set()
     tries = 0

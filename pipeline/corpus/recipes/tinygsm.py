@@ -1,7 +1,7 @@
-"""TinyGSM (arXiv 2312.09241): what of the raw file is trained on, what is held out, what is left out and why.
+"""TinyGSM (arXiv 2312.09241): which records to train on, to hold out and to drop.
 
-A record is a word problem (``question``) and a Python function that solves it (``code``). The same question
-comes with several programs.
+A record is a word problem (``question``) and a Python function that solves it (``code``). A question may come
+with several programs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def words(text: str) -> list[str]:
 def defines_a_function(code: str) -> bool:
     """Say whether `code` is Python that defines a function; nothing is run."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the code's own, such as "\d" in a string
+        warnings.simplefilter("ignore")  # about the parsed code, such as "\d" in a string
         try:
             tree = ast.parse(code)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -36,20 +36,20 @@ def defines_a_function(code: str) -> bool:
 
 
 class Selection:
-    """Decides about one record after the other; the same records in another order give the same held-out set.
+    """Assigns records one by one; the held-out set does not depend on their order.
 
-    It keeps 8 bytes, 100 or so with Python's own, for each record that was accepted.
+    Memory is about 100 bytes per accepted record.
 
     Attributes:
-        counts: records by what became of them: train, held_out, or the reason why they are left out.
+        counts: records by outcome: train, held_out, or the reason for dropping them.
     """
 
     def __init__(self, benchmark: Iterable[str], held_out_share: float) -> None:
-        """Begin.
+        """Start with nothing seen.
 
         Args:
             benchmark: questions that must not be trained on, such as GSM8K's test split.
-            held_out_share: share of the questions, with all their programs, that are held out.
+            held_out_share: share of questions, with all their programs, to hold out.
         """
         self.limit = int(held_out_share * 2**64)
         self.counts: Counter[str] = Counter()
@@ -57,7 +57,7 @@ class Selection:
         self._copied = {gram for question in benchmark for gram in _grams(words(question))}
 
     def part(self, question: str, code: str) -> Part | None:
-        """Return where a record belongs; nothing when it is left out."""
+        """Return where a record belongs; None if it is dropped."""
         asked = words(question)
         what = self._reason(asked, code) or self._part(asked)
         self.counts[what] += 1
@@ -82,7 +82,7 @@ class Selection:
 
 
 def _grams(asked: list[str]) -> Iterable[str]:
-    """Return all runs of GRAM words; a shorter question is one run."""
+    """Return all n-grams of GRAM words; a shorter question is one."""
     return {" ".join(asked[i : i + GRAM]) for i in range(max(1, len(asked) - GRAM + 1))}
 
 
