@@ -30,7 +30,7 @@ from pipeline.data.datasets import Datasets, build_datasets
 from pipeline.data.facts import check_data
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import build_engine
-from pipeline.objectives.objective import Scores
+from pipeline.objectives.seam import Scores
 from pipeline.ranks import Ranks
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.preflight import read_vocabulary

@@ -32,7 +32,7 @@ from pipeline.decoding.decoding import decode
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, Whole
-from pipeline.objectives.objective import Layout
+from pipeline.objectives.seam import Layout
 
 MASK = 3
 

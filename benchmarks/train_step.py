@@ -48,7 +48,7 @@ from pipeline.data.examples import ANSWER, Array
 from pipeline.engine.plain import PlainEngine
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.objectives.objective import take_highest
+from pipeline.objectives.seam import take_highest
 from pipeline.planning.flops import step_flops
 from pipeline.planning.live_memory import LiveStorages
 from pipeline.ranks import join_ranks

@@ -22,7 +22,7 @@ from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import WEIGHTS_HELP, Loaded, load_model
 from pipeline.data.paths import bin_path
 from pipeline.decoding import SamplingSettings
-from pipeline.decoding.settings import add_options, read_options
+from pipeline.decoding.sampling import add_options, read_options
 from pipeline.evaluation.likelihood import DRAWS
 from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_items
 from pipeline.evaluation.pairs import read_pairs

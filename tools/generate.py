@@ -21,7 +21,7 @@ from pipeline.checkpoint.load_model import WEIGHTS_HELP, load_model
 from pipeline.decoding.animation import check_animation, write_animation
 from pipeline.decoding.frames import Recorder, Show, watcher
 from pipeline.decoding.prompts import SPAN_HELP, Sample, generate, read_prompts
-from pipeline.decoding.settings import add_options, read_options
+from pipeline.decoding.sampling import add_options, read_options
 from pipeline.decoding.terminal import LiveView
 
 MOST_ANIMATED = 16

@@ -20,7 +20,7 @@ from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
 from pipeline.data.examples import Examples
 from pipeline.model.batch import HeadOutput, MaskedBatch
-from pipeline.objectives.objective import ChainState, ObjectiveSchedule, Scores, model_input
+from pipeline.objectives.seam import ChainState, ObjectiveSchedule, Scores, model_input
 from pipeline.ranks import Ranks
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.data.examples import PROMPT
 from pipeline.model.batch import HeadOutput, MaskedBatch
-from pipeline.objectives.objective import Chains, ChainState, Reveals
+from pipeline.objectives.seam import Chains, ChainState, Reveals
 
 TENTHS = 10  # bins of mask ratio and confidence
 MOST_BINS = 64  # of stage and age; longer chains have several stages in a bin

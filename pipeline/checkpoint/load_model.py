@@ -15,11 +15,11 @@ from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import read_weights
 from pipeline.engine.ema import has_average
-from pipeline.engine.network import make_model
+from pipeline.engine.module import make_model
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives import decoding_layout
-from pipeline.objectives.objective import Layout
+from pipeline.objectives.seam import Layout
 
 Weights = Literal["ema", "raw"]
 WEIGHTS_HELP = (

@@ -13,8 +13,8 @@ from pipeline.checkpoint.load_model import Loaded
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import MaskedSequence, behind_prompts, check_beginnings, stack, up_to_end
 from pipeline.decoding.decoding import Decoded, decode
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
-from pipeline.decoding.settings import SamplingSettings
 
 
 @dataclass(frozen=True)

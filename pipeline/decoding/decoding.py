@@ -11,13 +11,13 @@ from torch import Tensor
 from pipeline.base.errors import UserError
 from pipeline.data.examples import Examples
 from pipeline.decoding.network import ModelNetwork, Network
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.schedule import fill_counts
 from pipeline.decoding.sequences import UNFILLED, Sequences
-from pipeline.decoding.settings import SamplingSettings
 from pipeline.model.batch import Visibility
 from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
-from pipeline.objectives.objective import Scores, take_highest
 from pipeline.objectives.policies import POLICIES
+from pipeline.objectives.seam import Scores, take_highest
 
 
 @dataclass

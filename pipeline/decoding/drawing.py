@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.decoding.settings import SamplingSettings
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.model.masked_head import CHUNK_LOGITS, MaskedHead
 from pipeline.objectives import noise
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.drawing import draw_tokens
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
-from pipeline.decoding.settings import SamplingSettings
 from pipeline.model.batch import HeadOutput, Visibility
 from pipeline.model.cache import KeyValueCache
 from pipeline.model.transformer import MaskedDiffusionModel

@@ -13,7 +13,7 @@ from pipeline.corpus.records import Keys, read_all
 from pipeline.decoding.batching import behind_prompts
 from pipeline.decoding.completing import Completion, complete, infill, with_gaps
 from pipeline.decoding.frames import Watch
-from pipeline.decoding.settings import SamplingSettings
+from pipeline.decoding.sampling import SamplingSettings
 
 _SPAN = re.compile(r"\[MASK\*(.*?)\]")
 SPAN_HELP = "[MASK*N] in a text marks N tokens to fill in, given the text before and after"

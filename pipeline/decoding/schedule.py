@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
-from pipeline.decoding.settings import SamplingSettings
 from pipeline.objectives import noise
-from pipeline.objectives.objective import positions_like
+from pipeline.objectives.seam import positions_like
 
 
 def fill_counts(settings: SamplingSettings, now: Sequences, block: Tensor) -> tuple[Tensor, Tensor]:

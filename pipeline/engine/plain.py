@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.engine.ema import WeightAverage, file_name
-from pipeline.engine.network import compile_blocks, make_model, precision_of
+from pipeline.engine.module import compile_blocks, make_model, precision_of
 from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.engine.snapshot import HostCopy
 from pipeline.engine.weights import Piece, StoredWeight, StoredWeights, copy_pieces, squared_norm

@@ -26,8 +26,8 @@ from pipeline.data.examples import Examples
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.autoregressive import Autoregressive
-from pipeline.objectives.objective import Chains, ChainState, Layout, Objective, model_input
 from pipeline.objectives.random_masking import RandomMasking
+from pipeline.objectives.seam import Chains, ChainState, Layout, Objective, model_input
 
 Evaluate = Callable[[MaskedBatch], HeadOutput]
 DRAWS = 128

@@ -1,4 +1,4 @@
-"""The ways of masking. Only this module knows them by name; the seam is `Objective` in objective.py."""
+"""The ways of masking. Only this module knows them by name; the seam is `Objective` in seam.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pipeline.config import Config, ObjectiveConfig
 from pipeline.objectives.autoregressive import Autoregressive
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 from pipeline.objectives.mixture import Mixture
-from pipeline.objectives.objective import Layout, Objective, ObjectiveSchedule
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
+from pipeline.objectives.seam import Layout, Objective, ObjectiveSchedule
 from pipeline.objectives.stages import StageSchedule
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.objectives.objective import (
+from pipeline.objectives.seam import (
     Chains,
     ChainState,
     Layout,

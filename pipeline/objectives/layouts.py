@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.data.examples import PADDING, Examples
 from pipeline.model.batch import MaskedBatch, Visibility, masked_batch
 from pipeline.objectives import noise
-from pipeline.objectives.objective import Attention, Chains, positions_like
+from pipeline.objectives.seam import Attention, Chains, positions_like
 
 
 @dataclass(frozen=True)

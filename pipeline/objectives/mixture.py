@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pipeline.data.examples import Examples
 from pipeline.objectives import noise
-from pipeline.objectives.objective import Chains, ChainState, Objective, Reveals, Scores
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
+from pipeline.objectives.seam import Chains, ChainState, Objective, Reveals, Scores
 
 
 class Mixture:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.data.examples import Examples
 from pipeline.objectives import noise
-from pipeline.objectives.objective import Scores, positions_like
+from pipeline.objectives.seam import Scores, positions_like
 
 
 @dataclass(frozen=True)

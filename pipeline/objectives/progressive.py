@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import noise
-from pipeline.objectives.objective import (
+from pipeline.objectives.policies import Policy
+from pipeline.objectives.random_masking import chain_numbers, held_out_masking
+from pipeline.objectives.seam import (
     Chains,
     ChainState,
     Layout,
@@ -15,8 +17,6 @@ from pipeline.objectives.objective import (
     Scores,
     mean_over_chains,
 )
-from pipeline.objectives.policies import Policy
-from pipeline.objectives.random_masking import chain_numbers, held_out_masking
 from pipeline.objectives.stages import StageSchedule
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import noise
-from pipeline.objectives.objective import (
+from pipeline.objectives.seam import (
     Chains,
     ChainState,
     Layout,

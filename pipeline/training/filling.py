@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pipeline.data.examples import Examples
 from pipeline.decoding.decoding import decode_by
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
-from pipeline.decoding.settings import SamplingSettings
 from pipeline.engine.protocol import Engine
 from pipeline.model.batch import HeadOutput
-from pipeline.objectives.objective import Layout
+from pipeline.objectives.seam import Layout
 
 
 class _Stopped(Exception):

@@ -11,7 +11,7 @@ from pipeline.data.examples import ExampleDataset, Examples, stack_examples
 from pipeline.engine.protocol import Engine
 from pipeline.evaluation.likelihood import estimate
 from pipeline.model.batch import HeadOutput, MaskedBatch
-from pipeline.objectives.objective import Layout, Objective, model_input
+from pipeline.objectives.seam import Layout, Objective, model_input
 from pipeline.ranks import Ranks
 
 

@@ -15,7 +15,7 @@ from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.skipped import SkipLog
-from pipeline.training.checkpointing import Checkpoints, resume
+from pipeline.training.checkpoints import Checkpoints, resume
 from pipeline.training.state import TrainState
 
 

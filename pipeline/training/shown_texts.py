@@ -12,7 +12,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.frames import pieces
 from pipeline.engine.protocol import Engine
 from pipeline.monitor.texts import ShownText
-from pipeline.objectives.objective import Layout
+from pipeline.objectives.seam import Layout
 from pipeline.training.filling import fill
 
 FORWARDS = 32  # of a whole text

@@ -35,7 +35,7 @@ from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
 from pipeline.resilience.stop import Stop
 from pipeline.resilience.watchdog import Watchdog
-from pipeline.training.checkpointing import Checkpoints, resume
+from pipeline.training.checkpoints import Checkpoints, resume
 from pipeline.training.preflight import check_run, check_validation, read_vocabulary
 from pipeline.training.recovery import Recovery
 from pipeline.training.scheduled import ScheduledTask, Tasks, read_tasks

@@ -9,7 +9,7 @@ from pipeline.config import Config
 from pipeline.data.examples import ExampleDataset
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.protocol import Engine
-from pipeline.objectives.objective import ObjectiveSchedule
+from pipeline.objectives.seam import ObjectiveSchedule
 from pipeline.training.held_out import held_out_bound, held_out_loss
 from pipeline.training.shown_texts import write_texts
 from pipeline.training.state import TrainState

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PROMPT, Examples
 from pipeline.decoding.decoding import decode
-from pipeline.decoding.settings import SamplingSettings
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.masked_head import MaskedHead
 from pipeline.model.transformer import MaskedDiffusionModel

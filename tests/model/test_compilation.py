@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from pipeline.base.errors import UserError
 from pipeline.config import Config, EngineConfig, ModelConfig
-from pipeline.engine.network import compile_blocks, make_model
+from pipeline.engine.module import compile_blocks, make_model
 from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 

@@ -14,7 +14,7 @@ from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_bat
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask, block_mask
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
-from pipeline.objectives.objective import mean_over_chains
+from pipeline.objectives.seam import mean_over_chains
 
 MASK, SIZE, LENGTH, BLOCK = 3, 40, 13, 4
 # (prompt, answer) lengths of the rows: with padding, without a prompt, with a last block of one token.

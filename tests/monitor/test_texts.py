@@ -14,11 +14,11 @@ from pipeline.data.examples import ANSWER, stack_examples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.animation import colour_of
 from pipeline.decoding.decoding import decode
-from pipeline.decoding.settings import SamplingSettings
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.engine.plain import PlainEngine
 from pipeline.monitor.texts import ShownText, as_html, as_picture, as_plain, read_texts
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
-from pipeline.objectives.objective import Layout
+from pipeline.objectives.seam import Layout
 from pipeline.training.shown_texts import FORWARDS, IN_TURN, fill, to_be_written, write_texts
 from support.synthetic import MASK, Pairs, sharp_engine
 

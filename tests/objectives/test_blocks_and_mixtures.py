@@ -14,9 +14,9 @@ from pipeline.config import ObjectiveConfig
 from pipeline.objectives import noise
 from pipeline.objectives.autoregressive import Autoregressive
 from pipeline.objectives.mixture import Mixture
-from pipeline.objectives.objective import Scores
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
+from pipeline.objectives.seam import Scores
 from support import oracles
 from support.synthetic import Pairs
 from support.walks import SEED, SIZE, WIDTH, group_of, output, step

@@ -17,10 +17,10 @@ import torch
 from pipeline.data.examples import ANSWER, Examples
 from pipeline.objectives.layouts import Blocks, Whole
 from pipeline.objectives.mixture import Mixture
-from pipeline.objectives.objective import Objective, Scores
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
+from pipeline.objectives.seam import Objective, Scores
 from pipeline.objectives.stages import StageSchedule
 
 TOKENS, LENGTH, COUNT, STAGES = 3, 4, 20_000, 4

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.objectives.layouts import Whole
-from pipeline.objectives.objective import ChainState, Scores, take_highest
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
+from pipeline.objectives.seam import ChainState, Scores, take_highest
 from pipeline.objectives.stages import StageSchedule
 from support import oracles
 

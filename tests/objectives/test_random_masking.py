@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.examples import ANSWER, PROMPT, Examples
 from pipeline.objectives.layouts import Blocks, Whole
-from pipeline.objectives.objective import ChainState, Scores
 from pipeline.objectives.random_masking import RandomMasking
+from pipeline.objectives.seam import ChainState, Scores
 from support import oracles
 
 LAYOUT = Whole(mask_id=3, has_padding=False)

@@ -17,7 +17,7 @@ from pipeline.data.examples import ANSWER, PROMPT, Examples
 from pipeline.model.batch import MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask
-from pipeline.objectives.objective import model_input
+from pipeline.objectives.seam import model_input
 from pipeline.planning.flops import Flops, step_flops, visible_pairs
 from pipeline.planning.gpus import GPUS, find_gpu, gpu_of_device
 

@@ -26,7 +26,7 @@ from pipeline.engine.build import build_engine, read_weights
 from pipeline.engine.plain import PlainEngine
 from pipeline.evaluation.likelihood import estimate
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
-from pipeline.objectives.objective import Scores
+from pipeline.objectives.seam import Scores
 from pipeline.ranks import join_ranks
 from pipeline.train import train_step
 from pipeline.training.learning_rate import learning_rate

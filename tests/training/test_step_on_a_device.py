@@ -18,7 +18,7 @@ from pipeline.config import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from pipeline.data.examples import Examples, stack_examples
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.objectives.objective import ObjectiveSchedule, Scores, model_input
+from pipeline.objectives.seam import ObjectiveSchedule, Scores, model_input
 from support.synthetic import MASK, Pairs
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from pipeline.engine.deepspeed.profiling import Profiler
 from pipeline.engine.deepspeed.settings import complete_settings, read_settings
 from pipeline.engine.deepspeed.ulysses import UlyssesSequence
 from pipeline.engine.ema import WeightAverage, file_name
-from pipeline.engine.network import compile_blocks, make_model
+from pipeline.engine.module import compile_blocks, make_model
 from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.engine.weights import StoredWeights, copy_pieces, squared_norm
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary

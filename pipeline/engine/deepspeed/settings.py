@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.base.errors import UserError, nearest
 from pipeline.config import Config
 from pipeline.config.checks import require
-from pipeline.engine.network import precision_of
+from pipeline.engine.module import precision_of
 from pipeline.ranks import Ranks
 
 # DeepSpeed silently ignores unknown top-level keys; these are the known ones.
