@@ -78,7 +78,7 @@ PARTS = [
 ]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=1500)
 @given(texts=st.lists(st.lists(st.sampled_from(PARTS), max_size=30).map("".join), max_size=3), text=st.text())
 @example(texts=["x" * 129 + " " + "-" * 200, "日" * 200], text="")
 def test_the_tokens_are_those_of_the_whole_text(tokenizer: Tokenizer, texts: list[str], text: str) -> None:
@@ -89,7 +89,7 @@ def test_the_tokens_are_those_of_the_whole_text(tokenizer: Tokenizer, texts: lis
             assert found.tolist() == tokenizer.encode_batch([one])[0].tolist()
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=500)
 @given(text=st.lists(st.sampled_from(PARTS), max_size=30).map("".join))
 def test_units_end_where_cuts_are_right(tokenizer: Tokenizer, text: str) -> None:
     cuts = WordEncoder(tokenizer).cuts

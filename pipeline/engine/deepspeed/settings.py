@@ -76,15 +76,7 @@ STAGE_3_KEYS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quant
 
 
 def read_settings(config: Config, world_size: int | None = None) -> dict[str, Any]:
-    """Return the settings of the run's DeepSpeed JSON, checked with those of the run.
-
-    Args:
-        config: the run.
-        world_size: number of ranks, if known.
-
-    Raises:
-        UserError: for a missing file, or settings that cannot work.
-    """
+    """Return the checked settings of the DeepSpeed JSON; see `pipeline.engine.build.engine_settings`."""
     settings = read_deepspeed_json(Path(config.engine.deepspeed_config))
     check_settings(settings, config, world_size)
     return settings
