@@ -18,6 +18,7 @@ import torch
 
 from pipeline import config as configuration
 from pipeline import objectives
+from pipeline.base import cli
 from pipeline.base.files import write_hashed
 from pipeline.chains.slots import SlotGroup, make_groups
 from pipeline.chains.stream import SlotStream
@@ -133,4 +134,5 @@ def main(output: str, steps: int, leader: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    output, steps, leader, *settings = sys.argv[1:]
+    cli.run(lambda _: main(output, int(steps), leader, settings), of_ranks=True)
