@@ -53,14 +53,17 @@ ZERO = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run: what it changes in SETTINGS and ZERO, and the tokens of its vocabulary."""
+    """A run: what it changes in SETTINGS, ZERO and the JSON around it, and the tokens of its vocabulary."""
 
     settings: Sequence[str] = ()
     zero: dict[str, Any] | None = None
     tokens: int = 1000
+    top: dict[str, Any] | None = None
 
 
 SCARCE = {"stage3_max_live_parameters": 300_000, "stage3_max_reuse_distance": 100_000}
+BF16 = ("--engine.precision", "bf16")
+BF16_GRADIENTS = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
 CASES = {
     "all weights stay gathered": Case(),
     "300,000 weights stay gathered": Case(zero=SCARCE),
@@ -70,7 +73,14 @@ CASES = {
     "hpz": Case(zero=SCARCE | {"zero_hpz_partition_size": 2}),
     "ZeRO-1, two micro-batches": Case(["--train.global_batch_size", "16"], {"stage": 1}),
     "ZeRO-2": Case(zero={"stage": 2}),
-    "bf16": Case(["--engine.precision", "bf16"]),
+    "bf16": Case(BF16),
+    "bf16, two micro-batches": Case([*BF16, "--train.global_batch_size", "16"], SCARCE),
+    "bf16, gradients in bf16": Case(BF16, top=BF16_GRADIENTS),
+    "bf16, ZeRO-2": Case(BF16, {"stage": 2}),
+    "bf16, ZeRO-2, two micro-batches": Case([*BF16, "--train.global_batch_size", "16"], {"stage": 2}),
+    "bf16, ZeRO-2, gradients in bf16": Case(BF16, {"stage": 2}, top=BF16_GRADIENTS),
+    "bf16, 21 M parameters": Case([*BF16, *LARGE]),
+    "bf16, 21 M, gradients in bf16": Case([*BF16, *LARGE], top=BF16_GRADIENTS),
     "blocks recomputed, two micro-batches": Case(
         ["--engine.activation_checkpointing", "blocks", "--train.global_batch_size", "32",
          "--train.micro_batch_size", "8", "--data.sequence_length", "128"], SCARCE
@@ -117,7 +127,7 @@ def load(case: Case, folder: Path, ranks: int) -> Config:
     zero = ZERO | (case.zero or {})
     if zero["stage"] < 3:
         zero = {key: value for key, value in zero.items() if not key.startswith("stage3_")}
-    path.write_text(json.dumps({"zero_optimization": zero}))
+    path.write_text(json.dumps({"zero_optimization": zero} | (case.top or {})))
     more = ["--engine.deepspeed_config", str(path), "--engine.device", "cpu", *case.settings]
     config = configuration.load([*SETTINGS, *more])
     batch = config.train.global_batch_size * ranks // 2

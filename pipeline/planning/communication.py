@@ -37,16 +37,16 @@ def step_communication(zero: Zero, parameters: Parameters, accumulation: int, wi
         zero: DeepSpeed's ZeRO settings.
         parameters: parameters of the model.
         accumulation: micro-batches per step and rank.
-        width: bytes per element.
+        width: bytes per element of the weights.
     """
-    count = parameters.count
+    count, reduced = parameters.count, zero.reduction
     if zero.stage < 3:  # ZeRO-1 accumulates full gradients and reduces them once
         reductions = accumulation if zero.stage == 2 else 1
-        return Communication(count * width if zero.stage else 0, 0, 2 * reductions * count * width)
+        return Communication(count * width if zero.stage else 0, 0, 2 * reductions * count * reduced)
     kept = sum(size for size in parameters.sizes.values() if size <= zero.persistence)
     live = zero.gathered(parameters)
     again = 0 if live >= count else count - live + (2 * parameters.embedding if parameters.tied else 0)
-    weight, gradient = 1 if zero.quantized_weights else width, 0.5 if zero.quantized_gradients else width
+    weight, gradient = 1 if zero.quantized_weights else width, 0.5 if zero.quantized_gradients else reduced
     first, again = accumulation * (count - kept) * weight, accumulation * again * weight
     scattered = int(accumulation * count * gradient)
     if zero.hpz > 1:

@@ -20,6 +20,11 @@ from pipeline.planning.flops import copies
 FULL, HALF = 4, 2  # bytes of fp32 and bf16
 
 
+def width_of(dtype: str | None) -> int:
+    """Return the bytes per element of gradients from a key of DeepSpeed's JSON; without the key, of fp32."""
+    return FULL if dtype in (None, "fp32") else HALF
+
+
 @dataclass(frozen=True)
 class Parameters:
     """The parameters of a model.
@@ -69,6 +74,8 @@ class Zero:
         weights: location of the weight shards.
         quantized_weights: whether weights are communicated as int8 (ZeRO++).
         quantized_gradients: whether gradients are communicated as int4 (ZeRO++).
+        accumulation: bytes per element of accumulated gradients.
+        reduction: bytes per element of gradients in collectives.
     """
 
     stage: int
@@ -84,6 +91,8 @@ class Zero:
     weights: str = "gpu"
     quantized_weights: bool = False
     quantized_gradients: bool = False
+    accumulation: int = FULL
+    reduction: int = FULL
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Zero:
@@ -111,6 +120,8 @@ class Zero:
             place("offload_param"),
             bool(zero.get("zero_quantized_weights", False)),
             bool(zero.get("zero_quantized_gradients", False)),
+            width_of(settings.get("data_types", {}).get("grad_accum_dtype")),
+            width_of(settings.get("communication_data_type")),
         )
 
     def gathered(self, parameters: Parameters) -> int:
@@ -190,14 +201,15 @@ def plan_memory(
     live = {"gathered weights": zero.gathered(parameters) * width}
     if zero.hpz > 1:
         live["second copy (hpz)"] = -(-parameters.count // zero.hpz) * width
-    reduction = min(zero.bucket, parameters.count) * width if zero.stage else 0
+    # ZeRO-3 fills its buffer in the width of the collective, ZeRO-1 and 2 in that of the weights.
+    reduction = min(zero.bucket, parameters.count) * zero.reduction if zero.stage else 0
     later: dict[str, int] = {}
     if zero.stage in (1, 2) and config.train.accumulation(ranks // share) == 1 and "gradients" in states:
         later["gradients"] = states.pop("gradients")  # they appear as the activations are released
     phases = {
         "forward": live | {"activations": body.kept, "head": head.peak},
         "backward": live | {"activations": body.peak, "head": head.kept, "reduction of gradients": reduction},
-        "update": later | {"update": _update(zero, parameters.count, ranks, width)},
+        "update": later | {"update": _update(zero, parameters.count, ranks)},
     }
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     return Memory(states | phases[phase], phase, host, nvme)
@@ -208,9 +220,10 @@ def _states(
 ) -> tuple[dict[str, int], int, int]:
     """Return the memory held all the time: on the device by part, on the host, on NVMe."""
     part = -(-count // ranks) if zero.stage else count
+    accumulation = FULL if width == FULL else zero.accumulation
     sizes = {
         "weights": (part if zero.stage == 3 else count) * width,
-        "gradients": (part if zero.stage in (2, 3) else count) * width,
+        "gradients": (part if zero.stage in (2, 3) else count) * accumulation,
         "optimizer states": part
         * FULL
         * (2 if zero.stage == 0 else 3),  # AdamW's two states and the fp32 weights
@@ -230,15 +243,16 @@ def _states(
     nvme = sum(size for name, size in sizes.items() if places[name] == "nvme")
     if zero.stage:
         buffers = 2 if zero.stage < 3 and zero.overlap else 1
+        width = zero.reduction if zero.stage == 3 else width
         on_gpu["communication buffers"] = buffers * zero.bucket * width
     return on_gpu, host, nvme
 
 
-def _update(zero: Zero, count: int, ranks: int, width: int) -> int:
+def _update(zero: Zero, count: int, ranks: int) -> int:
     """Return the temporary memory of AdamW: the fp32 gradient and two terms, for one tile of elements."""
     if zero.optimizer != "gpu":
         return 0
     if zero.stage == 0:
         return 2 * count * FULL
     tile = min(-(-count // ranks), zero.tile if zero.stage == 3 else count)
-    return tile * (3 * FULL + (HALF if width == HALF else 0))
+    return tile * 3 * FULL

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import gradient_precision
 import sampling
 import step_options
 import train_step
@@ -62,6 +63,18 @@ def test_counted_memory_is_the_allocators(full: bool) -> None:
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     assert counted == pytest.approx(np.cumsum([event.nbytes() for event in events]).max(), rel=0.05)
+
+
+@pytest.mark.distributed
+def test_the_error_of_a_gradient_is_that_of_its_sum(tmp_path: Path) -> None:
+    """Sums in fp32 are exact to fp32's rounding, those in bf16 are not: the check can fail."""
+    path = tmp_path / "errors.json"
+    arguments = ["--micro-batches", "4", "--stages", "3", "--output", str(path)]
+    gradient_precision.main(arguments)
+    errors = {each["sum"]: each["gradient"] for each in json.loads(path.read_text())["errors"]}
+    assert len(errors) == len(gradient_precision.CHOICES)
+    for name, error in errors.items():
+        assert error < 1e-7 if name.startswith("fp32") else 1e-4 < error < 1e-2, name
 
 
 def test_train_step_writes_its_figures(

@@ -126,6 +126,17 @@ WRONG = [
     Wrong("zero_optimization.stage", "5", "1, 2 or 3", zero={"stage": 5}),
     Wrong("communication_data_type", "'fp8'", "'bf16'", top={"communication_data_type": "fp8"}),
     Wrong(
+        "data_types.grad_accum_dtype", "'fp16'", "'bf16'", top={"data_types": {"grad_accum_dtype": "fp16"}}
+    ),
+    Wrong(
+        "data_types.grad_accum_dtype",
+        "'bf16'",
+        "engine.precision",
+        {"engine": {"precision": "fp32"}},
+        top={"data_types": {"grad_accum_dtype": "bf16"}},
+    ),
+    Wrong("zero_optimization.stage", "1", "stage to 2", {"engine": {"precision": "bf16"}}, zero={"stage": 1}),
+    Wrong(
         "zero_optimization.zero_hpz_partition_size",
         "4",
         "divide the 6 ranks",

@@ -63,6 +63,8 @@ YAML_KEYS = {
 
 # Sections that DeepSpeed reads key by key, without a pydantic model.
 DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+# Of gradients: bf16 keeps 8 bits, so that a sum over many micro-batches or ranks loses the small ones.
+GRADIENT_DTYPE = "fp32"
 CHECKPOINT = (*CHECKPOINT_DEFAULT_DICT, "load_universal", "use_node_local_storage", "parallel_write")
 SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -247,6 +249,25 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
         dtype in (None, "fp32", "fp16", "bf16"),
         f"{path}: communication_data_type is {dtype!r}: it must be 'fp32', 'bf16' or 'fp16', or left out.",
     )
+    dtype = settings.get("data_types", {}).get("grad_accum_dtype")
+    require(
+        dtype in (None, "fp32", "bf16"),
+        f"{path}: data_types.grad_accum_dtype is {dtype!r}: it must be 'fp32' or 'bf16', or left out.",
+    )
+    may_be_bf16 = config.engine.precision == "bf16" or (
+        config.engine.precision == "auto" and config.engine.device != "cpu"
+    )
+    require(
+        zero["stage"] > 1 or dtype == "bf16" or not may_be_bf16,
+        f"{path}: zero_optimization.stage is 1 in bf16 with gradients accumulated in fp32, for which "
+        "DeepSpeed has an optimizer without the checks of a run. Set the stage to 2, engine.precision to "
+        "'fp32', or data_types.grad_accum_dtype to 'bf16', which is less exact.",
+    )
+    require(
+        dtype != "bf16" or config.engine.precision != "fp32",
+        f"{path}: data_types.grad_accum_dtype is 'bf16', but engine.precision is 'fp32': remove the key, or "
+        "set the precision to 'bf16'.",
+    )
 
 
 def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
@@ -256,8 +277,14 @@ def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
 
 
 def complete_settings(settings: dict[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Return DeepSpeed's settings: those of the JSON, and those that follow from the run's YAML."""
-    return settings | {
+    """Return DeepSpeed's settings: those of the JSON, and those that follow from the run's YAML.
+
+    Gradients are summed and accumulated in fp32 unless the JSON says otherwise. DeepSpeed's own default is
+    the precision of the weights.
+    """
+    defaults = {"communication_data_type": GRADIENT_DTYPE}
+    own = {
+        "data_types": {"grad_accum_dtype": GRADIENT_DTYPE} | settings.get("data_types", {}),
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.accumulation(ranks.data_size),
         "gradient_clipping": config.optimizer.gradient_clip,
@@ -266,3 +293,4 @@ def complete_settings(settings: dict[str, Any], config: Config, ranks: Ranks) ->
         # DeepSpeed's throughput timer would wait for the device at every step.
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
     }
+    return defaults | settings | own
