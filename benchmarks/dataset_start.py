@@ -23,6 +23,7 @@ from pipeline.data.facts import FORMAT, Counts, DatasetFacts, check_data, write_
 from pipeline.data.indexed import Chunk, token_dtype, write_dataset
 from pipeline.data.paths import bin_path
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.ranks import Ranks
 
 CHUNK = 2**20  # documents
 
@@ -62,7 +63,7 @@ def start(prefix: Path, tokenizer: Path, sequence_length: int) -> None:
     imported, cpu = time.monotonic(), time.process_time()
     config = DataConfig(str(tokenizer), [str(prefix)], sequence_length=sequence_length)
     loaded = Tokenizer.load(tokenizer)
-    data = build_datasets(config, check_data(config, loaded), loaded, 1, prefix.parent / "cache")
+    data = build_datasets(config, check_data(config, loaded), loaded, 1, prefix.parent / "cache", Ranks())
     assert len(data.train[len(data.train) - 1]["tokens"]) == sequence_length
     rss = psutil.Process().memory_info().rss / 1e9
     print(

@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     facts_of_data = check_data(config.data, tokenizer)
     cache = options.folder / "cache"
-    data = build_datasets(config.data, facts_of_data, tokenizer, config.train.seed, cache)
+    data = build_datasets(config.data, facts_of_data, tokenizer, config.train.seed, cache, Ranks())
     batch = config.train.global_batch_size
     one, led, free = (
         Training(config, tokenizer, data, part)

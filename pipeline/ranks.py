@@ -89,6 +89,10 @@ class Ranks:
         """Return the element-wise maximum of `values` over all ranks; NaN need not survive it."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any rank."""
+        return bool(self.max(torch.tensor(int(flag), device=self.device)))
+
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size == 1:
             return values
@@ -118,7 +122,8 @@ def join_ranks(device: Literal["auto", "cuda", "cpu"] = "auto", sequence_size: i
         sequence_size: ``engine.sequence_parallel_size``.
 
     Raises:
-        UserError: when the GPU is missing, or ``sequence_size`` does not divide the number of ranks.
+        UserError: when the GPU is missing, a process has none, or ``sequence_size`` does not divide the
+            number of ranks.
     """
     rank, world_size, local_rank = join_launch()
     if device == "cuda" and not torch.cuda.is_available():
@@ -132,10 +137,23 @@ def join_ranks(device: Literal["auto", "cuda", "cpu"] = "auto", sequence_size: i
         )
     place = torch.device("cpu")
     if device != "cpu" and torch.cuda.is_available():
-        # Under srun, a task may see only its own GPU.
-        place = torch.device("cuda", local_rank % torch.cuda.device_count())
+        place = torch.device("cuda", _choose_gpu(local_rank))
         torch.cuda.set_device(place)
     return Ranks(rank, world_size, local_rank, place, sequence_size)
+
+
+def _choose_gpu(local_rank: int) -> int:
+    """Return the index of this process's GPU among those it sees."""
+    seen = torch.cuda.device_count()
+    if seen == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0  # the launcher shows each process its own
+    if local_rank >= seen:
+        raise UserError(
+            f"process {local_rank + 1} of this node has no GPU: torch sees {seen}. Start as many processes a "
+            "node as it has GPUs (--nproc_per_node, or --ntasks-per-node with --gpus-per-node), or set "
+            "engine.device to 'cpu'."
+        )
+    return local_rank
 
 
 def join_launch() -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from pipeline.config.checks import require, require_positive
 
@@ -48,6 +49,11 @@ class WatchdogConfig:
     factor: float = 20.0
     minimum: float = 300.0
     first: float = 1800.0
+
+    @property
+    def collective_limit(self) -> timedelta:
+        """Longest wait of a rank in a collective: the watchdog ends first, and its report says more."""
+        return max(timedelta(minutes=10), timedelta(seconds=self.first + 60))
 
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder, remove_left_overs, replacing
+from pipeline.ranks import Ranks
 
 ORDER_FILE = "data_order.json"
+POLL = 5.0  # seconds between two words of a rank that builds
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,35 @@ def blend_sizes(examples: Sequence[int], weights: Sequence[float], caps: Sequenc
         given |= {i: limits[i] for i in over}
 
 
-def build_once(folder: Path, build: Callable[[Path], object]) -> None:
+def build_once(folder: Path, build: Callable[[Path], object], ranks: Ranks) -> None:
     """Build `folder` by `build` if it is missing; every rank calls this.
 
     The first rank builds. On nodes that cannot see its folder (a local disk), one rank each builds then. The
     folder appears by one rename: a killed build leaves nothing, and nodes may build the same folder at the
-    same time on a shared file system.
+    same time on a shared file system. The others wait as long as it takes, beyond the time limit of
+    collectives.
+
+    Raises:
+        UserError: on every rank, when a build raises one.
     """
-    distributed = torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    for is_builder in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
-        if is_builder and not folder.exists():
-            if rank == 0:
-                remove_left_overs(folder)
-            with creating_folder(folder) as writing, as_if_alone():
-                build(writing)
-        if distributed:
-            torch.distributed.barrier()
+
+    def make() -> None:
+        if ranks.is_first:
+            remove_left_overs(folder)
+        with creating_folder(folder) as writing, as_if_alone():
+            build(writing)
+
+    for is_builder in (ranks.is_first, ranks.local_rank == 0):
+        problem = None
+        with ThreadPoolExecutor(1, "build") as pool:
+            building = pool.submit(make if is_builder and not folder.exists() else lambda: None)
+            while ranks.any(not wait([building], POLL).done):
+                pass  # a rank that builds nothing waits for the builder's next word in `any`
+        try:
+            building.result()
+        except UserError as error:
+            problem = str(error)
+        ranks.agree(problem)
 
 
 @contextlib.contextmanager

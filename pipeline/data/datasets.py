@@ -27,6 +27,7 @@ from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, ExampleDataset
 from pipeline.data.facts import DatasetFacts
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.ranks import Ranks
 
 
 @dataclass
@@ -184,18 +185,23 @@ def data_fingerprint(
 
 
 def build_datasets(
-    config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int, cache: Path
+    config: DataConfig,
+    facts: Sequence[DatasetFacts],
+    tokenizer: Tokenizer,
+    seed: int,
+    cache: Path,
+    ranks: Ranks,
 ) -> Datasets:
     """Build the examples of a run, or load their indices from `cache`; every rank calls this.
 
-    The arguments are those of `data_fingerprint`.
+    The other arguments are those of `data_fingerprint`.
 
     Raises:
-        UserError: for too little data, or data that does not fit the run.
+        UserError: on every rank, for too little data, or data that does not fit the run.
     """
     fingerprint = data_fingerprint(config, facts, tokenizer, seed)
     folder = cache / fingerprint[:16]
-    build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing))
+    build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing), ranks)
     with as_if_alone():
         train, valid, shares = _build(config, facts, tokenizer, seed, folder)
     has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.engine.ema import open_average
+from pipeline.engine.module import choose_deterministic_kernels
 from pipeline.engine.plain import PlainEngine, open_plain_weights
 from pipeline.engine.protocol import Engine
 from pipeline.engine.weights import StoredWeights
@@ -26,9 +27,11 @@ def build_engine(config: Config, ranks: Ranks, vocabulary: Vocabulary) -> Engine
     Raises:
         UserError: for a plain engine on several ranks, or DeepSpeed settings that cannot work.
     """
+    if config.engine.deterministic:
+        choose_deterministic_kernels()
     if config.engine.kind == "plain":
         return PlainEngine(config, ranks, vocabulary)
-    engine: Engine = _deepspeed().DeepSpeedEngine(config, ranks, vocabulary)
+    engine: Engine = _deepspeed(config.engine.device).DeepSpeedEngine(config, ranks, vocabulary)
     return engine
 
 
@@ -44,7 +47,7 @@ def engine_settings(config: Config, world_size: int | None = None) -> dict[str, 
     """
     if config.engine.kind == "plain":
         return {}
-    settings: dict[str, Any] = _deepspeed().read_settings(config, world_size)
+    settings: dict[str, Any] = _deepspeed(config.engine.device).read_settings(config, world_size)
     return settings
 
 
@@ -54,9 +57,14 @@ def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
     return compatible
 
 
-def _deepspeed() -> ModuleType:
-    """Import DeepSpeed only when it is needed: plain runs start faster without it."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def _deepspeed(device: str = "auto") -> ModuleType:
+    """Import DeepSpeed only when it is needed: plain runs start faster without it.
+
+    Args:
+        device: ``engine.device`` of the run; DeepSpeed learns of it when it is imported.
+    """
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     from pipeline.engine import deepspeed
 
     return deepspeed

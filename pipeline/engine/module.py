@@ -15,6 +15,19 @@ from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.transformer import MaskedDiffusionModel
 
 
+def choose_deterministic_kernels() -> None:
+    """Let torch use only kernels that repeat their results bit for bit, in this process.
+
+    Attention's backward and sums by index otherwise add in any order on a GPU. cuBLAS needs a workspace of
+    its own for each stream (https://docs.nvidia.com/cuda/cublas/#results-reproducibility), and reads the
+    setting when it is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling every new tensor would cost time, and no result may depend on uninitialised memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def make_model(
     config: Config, vocabulary: Vocabulary, sequence: WholeSequence = WHOLE
 ) -> MaskedDiffusionModel:

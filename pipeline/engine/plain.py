@@ -116,7 +116,8 @@ class PlainEngine:
 
     def load(self, folder: Path, world_size: int) -> None:
         """See `Engine`."""
-        state = torch.load(folder / PLAIN_FILE, map_location=self.ranks.device, weights_only=True)
+        # To the CPU: AdamW keeps its step counters there, and would read them from a GPU one by one.
+        state = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         settings = hyper_parameters(self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -12,6 +12,16 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config import Recompute
 
 
+@torch.no_grad()
+def draw_normal(weight: Tensor, std: float) -> None:
+    """Draw `weight`, of any shape, from N(0, std^2), in fp32 on the CPU.
+
+    The same seed gives the same weights on every device; in bf16, the same rounded to bf16.
+    """
+    if not weight.is_meta:
+        weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu", dtype=torch.float32))
+
+
 class Linear(nn.Linear):
     """nn.Linear with N(0, std^2) weights and zero biases."""
 
@@ -22,9 +32,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
-        with torch.no_grad():
-            self.weight.normal_(0.0, self.std)
-            if self.bias is not None:
+        draw_normal(self.weight, self.std)
+        if self.bias is not None:
+            with torch.no_grad():
                 self.bias.zero_()
 
 
@@ -41,8 +51,7 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
-        with torch.no_grad():
-            self.weight.normal_(0.0, self.std)
+        draw_normal(self.weight, self.std)
 
 
 class SwiGLU(nn.Module):

@@ -8,7 +8,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# The flash kernel supports no mask. With one, cuDNN's gives NaN gradients on Hopper, at lengths that are an
+# odd multiple of 64 (https://github.com/pytorch/pytorch/issues/196678).
+MASKED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @functools.cache
@@ -48,13 +53,16 @@ class WholeSequence:
                 mask.
         """
         grouped = k.shape[1] != q.shape[1]
+        if attention_mask is None:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
         if isinstance(attention_mask, BlockMask):
             return _compiled_flex_attention()(q, k, v, block_mask=attention_mask, enable_gqa=grouped)
-        if grouped and attention_mask is not None:
-            # The flash kernel supports no mask and the memory-efficient kernel no groups; with both, torch
-            # falls back to a kernel that stores [B, heads, L, L] in fp32.
-            k, v, grouped = repeated(k, q.shape[1]), repeated(v, q.shape[1]), False
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, enable_gqa=grouped)
+        if grouped:
+            # The memory-efficient kernel supports no groups: torch would fall back to one that stores
+            # [B, heads, L, L] in fp32.
+            k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+        with sdpa_kernel(MASKED_KERNELS):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """Return all `length` positions along `dim` from the shares x of all processes; inverts `own`."""

@@ -223,7 +223,7 @@ def _open_data(config: Config, facts: Sequence[DatasetFacts], tokenizer: Tokeniz
     """Build or load the example indices; print and write each dataset's share of an epoch."""
     run_dir = Path(config.run_dir)
     cache = Path(config.data.cache) if config.data.cache else run_dir / "dataset_cache"
-    data = build_datasets(config.data, facts, tokenizer, config.train.seed, cache)
+    data = build_datasets(config.data, facts, tokenizer, config.train.seed, cache, ranks)
     check_validation(config, data.valid is not None)
     if ranks.is_first:
         write_order(run_dir, data.shares, data.fingerprint)

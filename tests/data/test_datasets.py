@@ -23,6 +23,7 @@ from pipeline.data.blend import blend_sizes, build_once, describe_order, write_o
 from pipeline.data.datasets import Datasets, build_datasets
 from pipeline.data.examples import ANSWER, PADDING, PROMPT
 from pipeline.data.facts import check_data
+from pipeline.ranks import Ranks
 from support.corpora import make_dataset
 from support.programs import run_program
 
@@ -63,7 +64,7 @@ class Corpus:
             **settings,
         )  # type: ignore[arg-type]
         facts = check_data(config, self.tokenizer)
-        return build_datasets(config, facts, self.tokenizer, 1, self.folder / "cache")
+        return build_datasets(config, facts, self.tokenizer, 1, self.folder / "cache", Ranks())
 
     def decoded(self, example: dict[str, np.ndarray]) -> tuple[str, str, int]:
         """Return prompt, answer and padding count of an example."""
@@ -277,6 +278,19 @@ def test_the_order_is_written_into_the_run_folder(corpus: Corpus, tmp_path: Path
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_long_build_outlasts_the_time_limit_of_collectives(tmp_path: Path) -> None:
+    """The other rank waits for 6 seconds where a collective fails after 3; it hears of an error, too."""
+    result = run_program("tests/support/slow_build.py", str(tmp_path), ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.split("\n")) == [
+        "",
+        "rank 0: built, then: too little",
+        "rank 1: built, then: too little",
+    ]
+
+
 def test_a_killed_build_leaves_no_cache_and_a_whole_one_is_only_loaded(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,10 +301,10 @@ def test_a_killed_build_leaves_no_cache_and_a_whole_one_is_only_loaded(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_once(folder, fail)
+        build_once(folder, fail, Ranks())
     assert list(tmp_path.iterdir()) == []
-    build_once(folder, lambda writing: (writing / "whole").write_text("x"))
-    build_once(folder, fail)
+    build_once(folder, lambda writing: (writing / "whole").write_text("x"), Ranks())
+    build_once(folder, fail, Ranks())
     assert [path.name for path in folder.iterdir()] == ["whole"]
 
     first = corpus.build("pq", kind="pairs", sequence_length=16, split="75,25,0", weights=[1.0, 3.0])

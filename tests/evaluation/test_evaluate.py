@@ -22,6 +22,7 @@ from pipeline.evaluation import measures
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import estimate
 from pipeline.evaluation.results import Results
+from pipeline.ranks import Ranks
 from support.programs import ROOT, Outcome, run_here, run_program
 from tools import evaluate
 
@@ -280,7 +281,7 @@ def test_ends_are_scored_where_they_are_trained(
     loaded = load_model(tmp_path / "run", torch.device("cpu"))
     settings = replace(loaded.config.data, split="100,0,0")
     facts = check_data(settings, loaded.tokenizer)
-    dataset = build_datasets(settings, facts, loaded.tokenizer, 0, tmp_path / "cache").train
+    dataset = build_datasets(settings, facts, loaded.tokenizer, 0, tmp_path / "cache", Ranks()).train
     examples = stack_examples([dataset[i] for i in range(60)], range(60))
     expected = estimate(loaded.model, loaded.layout, examples, loaded.step, draws=64)
     for source in ("corpus.jsonl", "pairs"):
