@@ -19,7 +19,7 @@ from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import WEIGHTS_HELP, load_model
 from pipeline.decoding.animation import check_animation, write_animation
-from pipeline.decoding.frames import Recorder, Show, watcher
+from pipeline.decoding.frames import Recorder, Show
 from pipeline.decoding.prompts import SPAN_HELP, Sample, generate, read_prompts
 from pipeline.decoding.sampling import add_options, read_options
 from pipeline.decoding.terminal import LiveView
@@ -84,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shows: list[Show] = [each.show for each in (view, recorder) if each is not None]
     progress = Progress(len(prompts) * options.num_samples, 0, "sample", enabled=view is None)
     shape = (options.num_samples, options.length, options.batch_size)
-    watch = watcher(loaded.tokenizer, shows)
-    for done, sample in enumerate(generate(loaded, prompts, settings, *shape, watch), 1):
+    for done, sample in enumerate(generate(loaded, prompts, settings, *shape, shows), 1):
         if view is not None:
             view.clear()
         print(as_json(sample) if options.json else sample.text, flush=True)

@@ -68,16 +68,10 @@ def stack_sequences(
     return Examples(tokens, roles, torch.tensor(numbers)), masked
 
 
-def that_fit(prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config) -> list[bool]:
-    """Return which prompts leave room for an answer; see `behind_prompts` for the arguments."""
-    limit = config.data.sequence_length
-    return [len(ids) + (length or 1) <= limit for ids in tokenizer.encode_batch(prompts)]
-
-
-def behind_prompts(
+def that_fit(
     prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config
-) -> list[MaskedSequence]:
-    """Append a masked answer to each prompt.
+) -> dict[int, MaskedSequence]:
+    """Append a masked answer to each prompt that leaves room for one; return them by index.
 
     Args:
         prompts: texts of any lengths.
@@ -86,22 +80,31 @@ def behind_prompts(
         config: configuration of its run.
 
     Raises:
-        UserError: for a prompt that is too long, or an empty one if the model needs a first token.
+        UserError: for an empty prompt if the model needs a first token.
     """
-    limit = config.data.sequence_length
-    sequences = []
-    for number, array in enumerate(tokenizer.encode_batch(prompts)):
-        ids = array.tolist()
-        end = len(ids) + length if length else limit
-        if end > limit or end <= len(ids):
-            which = f"prompt {number + 1} of {len(prompts)}, {prompts[number][:_SHOWN]!r},"
+    limit, found = config.data.sequence_length, {}
+    for number, ids in enumerate(tokenizer.encode_batch(prompts)):
+        size = length or limit - len(ids)
+        if 0 < size <= limit - len(ids):
+            found[number] = MaskedSequence.behind(ids.tolist(), [tokenizer.mask] * size)
+    check_beginnings(list(found.values()), config)
+    return found
+
+
+def behind_prompts(
+    prompts: Sequence[str], length: int | None, tokenizer: Tokenizer, config: Config
+) -> list[MaskedSequence]:
+    """Append a masked answer to each prompt, as `that_fit`; raise a `UserError` for one that is too long."""
+    found, limit = that_fit(prompts, length, tokenizer, config), config.data.sequence_length
+    for number, prompt in enumerate(prompts):
+        if number not in found:
+            which, size = f"prompt {number + 1} of {len(prompts)}", len(tokenizer.encode(prompt))
             raise UserError(
-                f"{which} has {len(ids)} tokens; with an answer of {length or 'at least 1'} it exceeds the "
-                f"trained sequence length {limit}: shorten the prompt or the answer."
+                f"{which}, {prompt[:_SHOWN]!r}, has {size} tokens; with an answer of "
+                f"{length or 'at least 1'} it exceeds the trained sequence length {limit}: shorten the "
+                "prompt or the answer."
             )
-        sequences.append(MaskedSequence.behind(ids, [tokenizer.mask] * (end - len(ids))))
-    check_beginnings(sequences, config)
-    return sequences
+    return list(found.values())
 
 
 def check_beginnings(sequences: Sequence[MaskedSequence], config: Config) -> None:

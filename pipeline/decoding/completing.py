@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import MaskedSequence, behind_prompts, check_beginnings, stack, up_to_end
-from pipeline.decoding.decoding import Decoded, decode
+from pipeline.decoding.decoding import decode
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
 
@@ -41,32 +37,22 @@ def complete(
     settings: SamplingSettings | None = None,
     length: int | None = None,
     batch_size: int = 64,
-    on_progress: Callable[[int], None] = lambda done: None,
-    on_step: Callable[[Sequences], None] | None = None,
-    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Return the model's continuation of each prompt.
 
     Args:
         loaded: the model.
-        prompts: texts of any lengths.
+        prompts: texts of any lengths; their indices seed the noise.
         settings: settings of the sampler; by default greedy decoding in order of confidence.
         length: tokens per continuation; None = up to the trained sequence length.
         batch_size: prompts per batch; it affects only speed and memory.
-        on_progress: called with the number of finished prompts.
-        on_step: called after each step with the sequences in the batch.
-        numbers: ids of the prompts, which seed the noise; by default their indices.
 
     Raises:
         UserError: for a bad setting, a prompt that is too long, or an empty one if the model needs a first
             token.
     """
-    tokenizer = loaded.tokenizer
-    sequences = behind_prompts(prompts, length, tokenizer, loaded.config)
-    found = fill_sequences(
-        loaded, sequences, settings, batch_size, tokenizer.eos, on_progress, on_step, numbers
-    )
-    return [_completion(tokenizer, tokens, order, steps) for _, tokens, order, steps in found]
+    sequences = behind_prompts(prompts, length, loaded.tokenizer, loaded.config)
+    return fill_sequences(loaded, sequences, settings, batch_size, loaded.tokenizer.eos)
 
 
 def infill(
@@ -74,9 +60,6 @@ def infill(
     texts: Sequence[Sequence[str | int]],
     settings: SamplingSettings | None = None,
     batch_size: int = 64,
-    on_progress: Callable[[int], None] = lambda done: None,
-    on_step: Callable[[Sequences], None] | None = None,
-    numbers: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Fill masked spans, given the text before and after them.
 
@@ -86,19 +69,12 @@ def infill(
             ``["The sky is ", 2, " today."]``.
         settings: see `complete`.
         batch_size: see `complete`.
-        on_progress: see `complete`.
-        on_step: see `complete`.
-        numbers: see `complete`.
 
     Raises:
         UserError: for a bad setting, a text that is too long or has no masked span, a text that begins with a
             span if the model needs a first token, or a model that is not bidirectional.
     """
-    sequences, tokenizer = with_gaps(loaded, texts), loaded.tokenizer
-    found = fill_sequences(loaded, sequences, settings, batch_size, None, on_progress, on_step, numbers)
-    return [
-        Completion(tokenizer.decode(whole), tokens, order, steps) for whole, tokens, order, steps in found
-    ]
+    return fill_sequences(loaded, with_gaps(loaded, texts), settings, batch_size)
 
 
 def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[MaskedSequence]:
@@ -128,57 +104,44 @@ def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[Mask
     return sequences
 
 
-class Filled(NamedTuple):
-    """A filled sequence.
-
-    Attributes:
-        whole: all ids.
-        tokens: ids of the filled positions, from left to right.
-        order: the step at which each of them was filled.
-        steps: forward passes.
-    """
-
-    whole: list[int]
-    tokens: list[int]
-    order: list[int]
-    steps: int
-
-
 def fill_sequences(
     loaded: Loaded,
     sequences: Sequence[MaskedSequence],
     settings: SamplingSettings | None,
     batch_size: int,
-    stop: int | None,
-    on_progress: Callable[[int], None] = lambda done: None,
+    stop: int | None = None,
     on_step: Callable[[Sequences], None] | None = None,
     numbers: Sequence[int] | None = None,
-) -> list[Filled]:
-    """Fill the masked positions of sequences, in batches; see `complete` and `decode`."""
+) -> list[Completion]:
+    """Fill the masked positions of sequences, in batches.
+
+    Args:
+        loaded: the model.
+        sequences: sequences of any lengths.
+        settings: see `complete`.
+        batch_size: see `complete`.
+        stop: the end-of-sequence token; each sequence is then a prompt with an answer behind it, which ends
+            there. None = texts with masked spans.
+        on_step: called after each step with the sequences in the batch.
+        numbers: ids of the sequences, which seed the noise; by default their indices.
+
+    Raises:
+        UserError: for a bad setting.
+    """
     settings = settings or SamplingSettings()
     settings.check()
     numbers = range(len(sequences)) if numbers is None else numbers
-    found: list[Filled] = []
+    found: list[Completion] = []
     for start in range(0, len(sequences), batch_size):
         part = sequences[start : start + batch_size]
         examples, masked = stack(loaded, part, numbers[start : start + batch_size])
         visibility = loaded.layout.decoding(examples)
         decoded = decode(loaded.model, examples, masked, settings, visibility, stop, on_step)
-        found += _rows(decoded, masked)
-        on_progress(len(found))
+        columns = (decoded.tokens.cpu(), decoded.order.cpu(), masked.cpu(), decoded.steps.tolist())
+        for whole, order, filled, steps in zip(*columns, strict=True):
+            tokens = whole[filled].tolist()
+            if stop is not None:
+                tokens = up_to_end(loaded.tokenizer, tokens)
+            text = loaded.tokenizer.decode(whole.tolist() if stop is None else tokens)
+            found.append(Completion(text, tokens, order[filled].tolist()[: len(tokens)], steps))
     return found
-
-
-def _rows(decoded: Decoded, masked: Tensor) -> list[Filled]:
-    return [
-        Filled(tokens.tolist(), tokens[filled].tolist(), order[filled].tolist(), int(steps))
-        for tokens, order, steps, filled in zip(
-            decoded.tokens.cpu(), decoded.order.cpu(), decoded.steps.cpu(), masked.cpu(), strict=True
-        )
-    ]
-
-
-def _completion(tokenizer: Tokenizer, tokens: list[int], order: list[int], steps: int) -> Completion:
-    """Cut an answer at its end-of-sequence token."""
-    answer = up_to_end(tokenizer, tokens)
-    return Completion(tokenizer.decode(answer), answer, order[: len(answer)], steps)

@@ -127,5 +127,5 @@ def _step(network: Network, now: Sequences, candidates: Tensor, settings: Sampli
     now.order = now.order.masked_fill(filled, now.step).masked_fill(again, UNFILLED)
     now.masked = (now.masked & ~filled) | again
     now.step += 1
-    goes_on = (now.masked & now.answer & (now.blocks == current)).any(dim=1)
-    now.began = torch.where(goes_on, now.began, now.step)
+    unfinished = (now.masked & now.answer & (now.blocks == current)).any(dim=1)
+    now.began = torch.where(unfinished, now.began, now.step)

@@ -76,8 +76,8 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
             first = done = i + 1
             continue
         text = tokenizer.decode(tokens[first : i + 1])
-        goes_on = i + 1 < len(tokens) and tokens[i + 1] != tokenizer.mask
-        if text.endswith("\ufffd") and goes_on:  # part of a character
+        continues = i + 1 < len(tokens) and tokens[i + 1] != tokenizer.mask
+        if text.endswith("\ufffd") and continues:  # part of a character
             found.append("")
         else:
             found.append(text[len(tokenizer.decode(tokens[first:done])) :])
@@ -86,21 +86,13 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 Show = Callable[[dict[int, Frame]], None]
-Watch = Callable[[int | None], Callable[[Sequences], None] | None]
 
 
-def watcher(tokenizer: Tokenizer, shows: Sequence[Show]) -> Watch:
-    """Return a `watch` argument for `generate` that passes the frames of each step, by id, to `shows`."""
-
-    def watch(stop: int | None) -> Callable[[Sequences], None] | None:
-        def on_step(now: Sequences) -> None:
-            frames = dict(zip(now.examples.ids.tolist(), frames_of(now, tokenizer, stop), strict=True))
-            for show in shows:
-                show(frames)
-
-        return on_step if shows else None
-
-    return watch
+def show_step(tokenizer: Tokenizer, stop: int | None, shows: Sequence[Show], now: Sequences) -> None:
+    """Pass the frames of a step, by id, to `shows`; see `frames_of`."""
+    frames = dict(zip(now.examples.ids.tolist(), frames_of(now, tokenizer, stop), strict=True))
+    for show in shows:
+        show(frames)
 
 
 class Recorder:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.records import Keys, read_all
 from pipeline.decoding.batching import behind_prompts
-from pipeline.decoding.completing import Completion, complete, infill, with_gaps
-from pipeline.decoding.frames import Watch
+from pipeline.decoding.completing import Completion, fill_sequences, with_gaps
+from pipeline.decoding.frames import Show, show_step
 from pipeline.decoding.sampling import SamplingSettings
 
 _SPAN = re.compile(r"\[MASK\*(.*?)\]")
@@ -74,7 +75,7 @@ def generate(
     samples: int = 1,
     length: int | None = None,
     batch_size: int = 16,
-    watch: Watch = lambda stop: None,
+    shows: Sequence[Show] = (),
 ) -> Iterator[Sample]:
     """Yield `samples` continuations of each prompt, or fillings of its masked spans, in order.
 
@@ -87,34 +88,29 @@ def generate(
         samples: samples per prompt, with different noise.
         length: see `complete`.
         batch_size: sequences per batch.
-        watch: maps the end-of-sequence token, or None, to the `on_step` argument of `complete` and `infill`.
+        shows: receive the frames of each step.
 
     Raises:
         UserError: see `complete`, `infill` and `spans`.
     """
-    texts = [spans(prompt) for prompt in prompts]
-    marked = [any(isinstance(piece, int) for piece in pieces) for pieces in texts]
-    plain_prompts = [prompt for prompt, has_mark in zip(prompts, marked, strict=True) if not has_mark]
-    behind_prompts(plain_prompts, length, loaded.tokenizer, loaded.config)
-    if any(marked):
-        with_gaps(loaded, [pieces for pieces, has_mark in zip(texts, marked, strict=True) if has_mark])
-    total, stop = len(prompts) * samples, loaded.tokenizer.eos
+    tokenizer = loaded.tokenizer
+    texts = dict(enumerate(map(spans, prompts)))
+    marked = {i: pieces for i, pieces in texts.items() if any(isinstance(piece, int) for piece in pieces)}
+    plain = {i: prompt for i, prompt in enumerate(prompts) if i not in marked}
+    answers = behind_prompts(list(plain.values()), length, tokenizer, loaded.config)
+    gaps = with_gaps(loaded, list(marked.values())) if marked else []
+    sequences = dict(zip([*plain, *marked], answers + gaps, strict=True))
+    total = len(prompts) * samples
     for start in range(0, total, batch_size):
         numbers = range(start, min(start + batch_size, total))
-        plain = [i for i in numbers if not marked[i // samples]]
-        holes = [i for i in numbers if marked[i // samples]]
         found: dict[int, Completion] = {}
-        if plain:
-            given = [prompts[i // samples] for i in plain]
-            done = complete(loaded, given, settings, length, batch_size, on_step=watch(stop), numbers=plain)
-            found |= zip(plain, done, strict=True)
-        if holes:
-            pieces = [texts[i // samples] for i in holes]
-            found |= zip(
-                holes,
-                infill(loaded, pieces, settings, batch_size, on_step=watch(None), numbers=holes),
-                strict=True,
-            )
+        for which, stop in ((plain, tokenizer.eos), (marked, None)):
+            chosen = [i for i in numbers if i // samples in which]
+            given = [sequences[i // samples] for i in chosen]
+            on_step = partial(show_step, tokenizer, stop, shows) if shows else None
+            done = fill_sequences(loaded, given, settings, batch_size, stop, on_step, chosen)
+            found |= zip(chosen, done, strict=True)
         for i in numbers:
             prompt, one = prompts[i // samples], found[i]
-            yield Sample(prompt, i % samples, one.text if i in holes else f"{prompt}{one.text}", one)
+            text = one.text if i // samples in marked else f"{prompt}{one.text}"
+            yield Sample(prompt, i % samples, text, one)

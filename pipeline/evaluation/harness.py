@@ -20,8 +20,8 @@ from pipeline.base.cli import fail, run
 from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
 from pipeline.checkpoint.load_model import load_model
-from pipeline.decoding import SamplingSettings
-from pipeline.decoding.batching import MaskedSequence, up_to_end
+from pipeline.decoding import Completion, SamplingSettings
+from pipeline.decoding.batching import MaskedSequence
 from pipeline.decoding.completing import fill_sequences
 from pipeline.evaluation.likelihood import DRAWS, score_answers
 
@@ -129,7 +129,7 @@ class PumaLM(TemplateLM):
         greedy = [False] * len(pairs)
         if self.check_greedy:
             found = self._decode([(context, len(answer)) for context, answer in pairs], self.settings)
-            greedy = [tokens == answer for tokens, (_, answer) in zip(found, pairs, strict=True)]
+            greedy = [one.tokens == answer for one, (_, answer) in zip(found, pairs, strict=True)]
         return [(-score.nll, same) for score, same in zip(scores, greedy, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -165,10 +165,9 @@ class PumaLM(TemplateLM):
         texts: dict[int, str] = {}
         for settings, numbers in alike.items():
             found = self._decode([prompts[i] for i in numbers], settings)
-            for number, tokens in zip(numbers, found, strict=True):
+            for number, completion in zip(numbers, found, strict=True):
                 stops = requests[number].args[1].get("until") or []
-                text = self.loaded.tokenizer.decode(up_to_end(self.loaded.tokenizer, tokens))
-                texts[number] = before_first(text, [stops] if isinstance(stops, str) else stops)
+                texts[number] = before_first(completion.text, [stops] if isinstance(stops, str) else stops)
         return [texts[number] for number in range(len(requests))]
 
     def _settings_of(self, task: dict[str, Any]) -> SamplingSettings:
@@ -180,13 +179,11 @@ class PumaLM(TemplateLM):
         settings.check()
         return settings
 
-    def _decode(self, prompts: Sequence[tuple[Tokens, int]], settings: SamplingSettings) -> list[Tokens]:
+    def _decode(self, prompts: Sequence[tuple[Tokens, int]], settings: SamplingSettings) -> list[Completion]:
         """Return the continuation of each (prompt, length)."""
         mask = self.loaded.tokenizer.mask
         sequences = [MaskedSequence.behind(ids, [mask] * length) for ids, length in prompts]
-        stop = self.eot_token_id
-        found = fill_sequences(self.loaded, sequences, settings, self.batch_size, stop)
-        return [filled.tokens for filled in found]
+        return fill_sequences(self.loaded, sequences, settings, self.batch_size, self.eot_token_id)
 
 
 def before_first(text: str, stops: Sequence[str]) -> str:

@@ -13,8 +13,9 @@ import torch
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import Loaded
-from pipeline.decoding import Completion, SamplingSettings, complete
-from pipeline.decoding.batching import behind_prompts, that_fit
+from pipeline.decoding import Completion, SamplingSettings
+from pipeline.decoding.batching import MaskedSequence, behind_prompts, that_fit
+from pipeline.decoding.completing import fill_sequences
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers
 from pipeline.evaluation.results import Results, Row
@@ -69,27 +70,27 @@ class Answers(Measure):
     def check(self, loaded: Loaded) -> None:
         """Raise a `UserError` for prompts that the model cannot answer, before the evaluation starts."""
         prompts = self.prompts(self.items)
-        fit = self._that_fit(prompts, loaded)
-        fitting = [prompt for prompt, fits in zip(prompts, fit, strict=True) if fits]
-        behind_prompts(fitting or prompts, self._length, loaded.tokenizer, loaded.config)
+        if not self._that_fit(prompts, loaded):
+            behind_prompts(
+                prompts, self._length, loaded.tokenizer, loaded.config
+            )  # names one that is too long
 
     @property
     def _length(self) -> int | None:
         return self.length or self.task.answer_length(self.items)
 
-    def _that_fit(self, prompts: Sequence[str], loaded: Loaded) -> list[bool]:
+    def _that_fit(self, prompts: Sequence[str], loaded: Loaded) -> dict[int, MaskedSequence]:
         return that_fit(prompts, self._length, loaded.tokenizer, loaded.config)
 
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
         """See `Measure`."""
         items = [self.items[number] for number in numbers]
         prompts = self.prompts(items)
-        fit = self._that_fit(prompts, loaded)
-        fitting = [i for i, fits in enumerate(fit) if fits]
-        asked, chosen = [prompts[i] for i in fitting], [numbers[i] for i in fitting]
-        found = complete(loaded, asked, self.settings, self._length, batch_size, numbers=chosen)
+        fitting = self._that_fit(prompts, loaded)
+        asked, ids, stop = list(fitting.values()), [numbers[i] for i in fitting], loaded.tokenizer.eos
+        found = fill_sequences(loaded, asked, self.settings, batch_size, stop, numbers=ids)
         verdicts = self.task.score_all([items[i] for i in fitting], [one.text for one in found])
-        answered = zip(found, verdicts, strict=True)
+        answered = dict(zip(fitting, zip(found, verdicts, strict=True), strict=True))
         nothing = Completion("", [], [], 0), Verdict(False, "not answered: the prompt leaves no room")
         return [
             {
@@ -103,8 +104,8 @@ class Answers(Measure):
                 "order": completion.order,
                 "steps": completion.steps,
             }
-            for number, prompt, item, fits in zip(numbers, prompts, items, fit, strict=True)
-            for completion, verdict in [next(answered) if fits else nothing]
+            for i, (number, prompt, item) in enumerate(zip(numbers, prompts, items, strict=True))
+            for completion, verdict in [answered.get(i, nothing)]
         ]
 
     def figures(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -42,14 +42,15 @@ class ScheduledTask:
         with closing(TASKS[settings.task]()) as task:
             items = task.read(Path(settings.data))[: settings.samples]
             length = settings.length or task.answer_length(items)
-        fit = that_fit([item.prompt for item in items], length, tokenizer, config)
         self.total = len(items)
-        self.items = [item for item, fits in zip(items, fit, strict=True) if fits]
+        prompts = [item.prompt for item in items]
         try:
-            prompts = [item.prompt for item in self.items or items]
-            self.sequences = behind_prompts(prompts, length, tokenizer, config)
+            fitting = that_fit(prompts, length, tokenizer, config)
+            if not fitting:
+                behind_prompts(prompts, length, tokenizer, config)  # names one that is too long
         except UserError as error:
             raise UserError(f"evaluation.tasks, {settings.data}: {error}") from None
+        self.items, self.sequences = [items[i] for i in fitting], list(fitting.values())
 
     def measure(self, engine: Engine, step: int, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Return the accuracy and its 95% interval by the names of their curves; every rank calls this.

@@ -17,7 +17,7 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import load_model
 from pipeline.decoding import SamplingSettings, terminal
 from pipeline.decoding.animation import page, write_animation
-from pipeline.decoding.frames import Cell, Frame, Recorder, pieces, watcher
+from pipeline.decoding.frames import Cell, Frame, Recorder, pieces
 from pipeline.decoding.prompts import generate, spans
 from support.programs import Outcome, run_here
 from tools import generate as program
@@ -159,8 +159,7 @@ def test_a_terminal_keeps_the_result_alone(call: Generate, monkeypatch: pytest.M
 def recorded(run_folder: Path, settings: SamplingSettings) -> tuple[list[list[Frame]], list[str]]:
     """Return the frames and texts of two samples."""
     loaded, recorder = load_model(run_folder, torch.device("cpu")), Recorder()
-    watch = watcher(loaded.tokenizer, [recorder.show])
-    samples = list(generate(loaded, ["ab[MASK*6]c", "fd"], settings, length=5, watch=watch))
+    samples = list(generate(loaded, ["ab[MASK*6]c", "fd"], settings, length=5, shows=[recorder.show]))
     return recorder.sequences(), [sample.text for sample in samples]
 
 

@@ -81,14 +81,14 @@ def test_figures_are_those_of_the_answers(run: Evaluate, data: Path, run_dir: Pa
     assert [path.name for path in output.parent.iterdir()] == ["results.json"]
 
 
-def test_an_interrupted_evaluation_goes_on(
+def test_an_interrupted_evaluation_resumes(
     run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same command keeps finished items; the results equal those of an uninterrupted evaluation."""
     whole, output = tmp_path / "whole.json", tmp_path / "results.json"
     assert run("--output", str(whole)).code == 0
     decoded: list[int] = []
-    decode = measures.complete
+    decode = measures.fill_sequences
 
     def counting(*arguments: Any, numbers: Sequence[int], **more: Any) -> Any:
         if len(decoded) == 21:
@@ -97,7 +97,7 @@ def test_an_interrupted_evaluation_goes_on(
         return decode(*arguments, numbers=numbers, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measures, "complete", counting)
+        patch.setattr(measures, "fill_sequences", counting)
         assert run("--output", str(output)).code == 130
         part = tmp_path / "results.items.0.jsonl"
         assert not output.exists()
@@ -114,7 +114,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert output.read_bytes() == whole.read_bytes()
     assert not part.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(measures, "complete", None)
+        patch.setattr(measures, "fill_sequences", None)
         assert run("--output", str(output), "--batch-size", "2").code == 0  # all items are finished
         assert "now it is 1" in run("--output", str(output), "--seed", "1").complaint()
     assert run("--output", str(output), "--seed", "1", "--restart").code == 0
