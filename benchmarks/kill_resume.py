@@ -3,7 +3,7 @@
 usage: python benchmarks/kill_resume.py --kills 100
 
 Every process of the training is killed (SIGKILL) at random moments: some steps after it has come up, while
-it comes up, while a checkpoint is being written, during an evaluation. The same command goes on each time. At
+it comes up, while a checkpoint is being written, during an evaluation. The same command resumes it. At
 the end every loss, gradient norm and held-out loss must equal the undisturbed run's bit for bit; the exit
 code says whether they do. What is done is remembered in the folder: this program can itself be interrupted.
 """

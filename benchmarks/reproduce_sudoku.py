@@ -2,8 +2,8 @@
 
 usage: python benchmarks/reproduce_sudoku.py --seeds 1 2 3 --jobs 2
 
-See benchmarks/comparison.py for what is equal in all of them; an interrupted comparison goes on by the same
-command. The result is a CSV; benchmarks/plot_reproduction.py draws it.
+See benchmarks/comparison.py for what is equal in all of them; the same command resumes an interrupted
+comparison. The result is a CSV; benchmarks/plot_reproduction.py draws it.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Those that fit in data.sequence_length are used; those among the last --held-out
 from training and scored: how many answers have the format of the file (lines, then ``#### NUMBER``, then the
 end), how many the right number, and the bound on the negative log-likelihood of the true ones, with the
 end-of-sequence tokens behind them.
-See benchmarks/comparison.py for what is equal in all trainings; an interrupted comparison goes on by the same
-command. The result is a CSV; benchmarks/plot_reproduction.py draws it.
+See benchmarks/comparison.py for what is equal in all trainings; the same command resumes an
+interrupted comparison. The result is a CSV; benchmarks/plot_reproduction.py draws it.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def side_by_side(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> I
 def end_with_parent(by: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
     """Return what a child process calls to be sent a signal when the thread that made it is gone.
 
-    SIGTERM lets a training save; the same command goes on.
+    After SIGTERM a training saves; the same command resumes it.
     """
     return partial(_die_with_parent, os.getpid(), by)
 

@@ -132,7 +132,7 @@ def test_random_masking_uses_every_sample_once_an_epoch() -> None:
 @pytest.mark.parametrize("config", [PUMA, RANDOM], ids=["puma", "random"])
 @pytest.mark.parametrize("steps", [0, 1, 7])
 @pytest.mark.parametrize("interval", [1, 3])
-def test_a_saved_group_goes_on_exactly(config: ObjectiveConfig, steps: int, interval: int) -> None:
+def test_a_saved_group_resumes_exactly(config: ObjectiveConfig, steps: int, interval: int) -> None:
     place = {"first_step": min(2, interval), "interval": interval}
     first = group_of([2, 3, 4, 5], 8, config, **place)
     for number in range(place["first_step"], steps + 1, interval):

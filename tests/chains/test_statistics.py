@@ -140,7 +140,7 @@ def test_reveals_equal_those_of_the_oracle(threshold: float | None) -> None:
     group = group_of(list(range(SLOTS)), SLOTS, ObjectiveConfig(stages=STAGES, threshold=threshold))
     data, stream = Pairs(SIZE), SlotStream(Pairs(SIZE), SLOTS, SEED, workers=0)
     cursors, chains = [0] * SLOTS, dict[int, oracles.Chain]()
-    going_on, ranked, by_threshold = 0, 0, 0
+    continuing, ranked, by_threshold = 0, 0, 0
     for number in range(1, STEPS + 1):
         for slot in set(range(SLOTS)) - set(chains):
             position = slot + cursors[slot] * SLOTS
@@ -158,12 +158,12 @@ def test_reveals_equal_those_of_the_oracle(threshold: float | None) -> None:
                 del chains[slot]
                 cursors[slot] += 1
                 continue
-            going_on += 1
+            continuing += 1
             ranked += chain.revealed[0]
             by_threshold += chain.revealed[1]
     scalars = figures_of(group).scalars
     assert (by_threshold > 0) == (threshold is not None)
-    assert scalars["chains/reveals_per_step"] == pytest.approx((ranked + by_threshold) / going_on)
+    assert scalars["chains/reveals_per_step"] == pytest.approx((ranked + by_threshold) / continuing)
     assert scalars["chains/threshold_share"] == pytest.approx(by_threshold / (ranked + by_threshold))
 
 
@@ -180,16 +180,16 @@ def test_a_mixture_counts_the_reveals_of_its_chains_alone() -> None:
     group = group_of(list(range(SLOTS)), SLOTS, MIXTURE)
     mixture = group.objectives.at(1)
     assert isinstance(mixture, Mixture)
-    random, going_on = 0, 0
+    random, continuing = 0, 0
     for number in range(1, STEPS + 1):
         is_random, before = mixture.is_random(group.examples), group.examples.ids
         Observed().walk(group, number, WIDTH)
-        goes_on = group.examples.ids == before
-        random += int((is_random & goes_on).sum())
-        going_on += int((~is_random & goes_on).sum())
+        same = group.examples.ids == before
+        random += int((is_random & same).sum())
+        continuing += int((~is_random & same).sum())
     sums = group.statistics.take()
     assert random > 0
-    assert sums[group.statistics.places["reveals_chains"]].tolist() == [going_on]
+    assert sums[group.statistics.places["reveals_chains"]].tolist() == [continuing]
 
 
 def test_grouping_changes_no_figure() -> None:

@@ -44,7 +44,7 @@ def test_blocking_and_asynchronous_saves_are_the_same(train: Train, tmp_path: Pa
         assert (tmp_path / "behind" / name).read_bytes() == (tmp_path / "blocking" / name).read_bytes()
 
 
-def test_training_goes_on_while_a_save_is_written(
+def test_training_continues_while_a_save_is_written(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk blocks until the next save begins; that save waits for the first one."""
@@ -87,7 +87,7 @@ def test_copies_stay_as_they_were_and_share_what_was_shared() -> None:
     assert again["a"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_failed_save_is_reported_and_the_run_goes_on(
+def test_a_failed_save_is_reported_and_training_continues(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Failures that are not consecutive do not stop a run, leave no files and change no loss."""

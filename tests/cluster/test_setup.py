@@ -175,10 +175,10 @@ def test_states_are_coloured_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    finding = Finding("x", "failed", "is broken", "mend it")
-    assert check_setup.line(finding) == "failed   x: is broken -> mend it"
+    finding = Finding("x", "failed", "is broken", "fix it")
+    assert check_setup.line(finding) == "failed   x: is broken -> fix it"
     monkeypatch.setattr(check_setup.sys, "stdout", Terminal())
-    assert check_setup.line(finding) == "\033[1;31mfailed  \033[0m x: is broken -> mend it"
+    assert check_setup.line(finding) == "\033[1;31mfailed  \033[0m x: is broken -> fix it"
 
 
 def test_the_configuration_is_checked_only_where_there_is_one() -> None:

@@ -113,11 +113,11 @@ def test_what_all_nodes_have_is_no_nodes_fault(tmp_path: Path) -> None:
     assert "pipeline.train" not in calls
 
 
-@pytest.mark.parametrize(("reason", "goes_on"), [("TimeLimit", True), ("None", False)])
-def test_a_time_limit_that_comes_before_the_save_is_no_cancelling(
-    tmp_path: Path, reason: str, goes_on: bool
+@pytest.mark.parametrize(("reason", "requeued"), [("TimeLimit", True), ("None", False)])
+def test_a_time_limit_before_the_save_is_not_a_cancellation(
+    tmp_path: Path, reason: str, requeued: bool
 ) -> None:
     """The batch shell gets SIGTERM for both; SLURM requeues neither, and only one of them is wanted."""
     result, calls = pretrain(tmp_path, "", REASON=reason)
     assert result.returncode == 130
-    assert ("requeue" in calls.splitlines()) is goes_on
+    assert ("requeue" in calls.splitlines()) is requeued

@@ -245,7 +245,7 @@ def test_bad_lines_are_put_aside_with_their_place(
 def test_a_run_stops_at_the_first_bad_line_or_at_too_many(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And keeps the older dataset; when the limits are raised it goes on."""
+    """And keeps the older dataset; with higher limits it resumes."""
     prefix = tmp_path / "d"
     assert run_here(preprocess_data.main, command(corpus, prefix, *AS_PAIRS), capsys).code == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

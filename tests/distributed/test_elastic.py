@@ -1,4 +1,4 @@
-"""A run goes on at any world size: the plain engine in one process, uninterrupted, is the oracle."""
+"""A run resumes at any world size: the plain engine in one process, uninterrupted, is the oracle."""
 
 from __future__ import annotations
 

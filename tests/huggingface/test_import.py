@@ -210,7 +210,7 @@ def test_runs_start_from_imported_and_exported_weights(
     assert outcome.code == 0, outcome.error
     assert_equal(tmp_path / "two", tmp_path / "exported")
     assert_equal(tmp_path / "two", imported / "ours")
-    # A run that goes on has weights of its own, and needs the folder no longer.
+    # A resumed run has its own weights and no longer needs the folder.
     shutil.rmtree(exported)
     outcome = run_here(train.main, [*again, "--train.steps", "2"], capsys)
     assert outcome.code == 0, outcome.error

@@ -171,7 +171,7 @@ class StandIn(ModuleType):
 
 
 def test_wandb_gets_the_same_curves(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the run that goes on here goes on there."""
+    """A resumed run resumes there, too."""
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     more = ["--monitor.wandb", "true", "--monitor.wandb_project", "mine"]

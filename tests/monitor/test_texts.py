@@ -73,7 +73,7 @@ def test_a_stop_gives_up(engine: PlainEngine, data: Path) -> None:
 
 
 def test_a_run_writes_its_texts(run_dir: Path) -> None:
-    """Two at each evaluation; a run that goes on writes none twice."""
+    """Two at each evaluation; a resumed run writes none twice."""
     texts = read_texts(run_dir)
     assert [text.step for text in texts] == [8, 8, 16, 16]
     for text in texts:

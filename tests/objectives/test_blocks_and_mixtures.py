@@ -168,7 +168,7 @@ def test_a_switch_begins_every_chain_anew(first: str, second: str, kinds: tuple[
     ids=["blocks", "growing-k", "mixture", "pairs", "bernoulli-blocks", "switch"],
 )
 @pytest.mark.parametrize("steps", [0, 9, 11, 12])
-def test_every_objective_goes_on_exactly_from_its_arrays(config: ObjectiveConfig, steps: int) -> None:
+def test_every_objective_resumes_exactly_from_its_arrays(config: ObjectiveConfig, steps: int) -> None:
     """Cursors and arrays with one row a slot are the whole state: no generator, no counter of steps."""
     first, second = run(config), run(config)
     for number in range(1, steps + 1):

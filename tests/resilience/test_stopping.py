@@ -174,7 +174,7 @@ def test_no_checkpoint_to_go_back_to(train: Train, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("turns", ["1", "3"])
-def test_a_row_of_refused_steps_goes_on_after_a_restart(
+def test_a_row_of_refused_steps_survives_a_restart(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: str
 ) -> None:
     """Two refused steps before a stop and one after it count as three in a row; their examples are excluded.

@@ -119,7 +119,7 @@ def test_chain_with_every_kind_of_interruption(cluster: Cluster, run: Path) -> N
 
 
 def test_a_successor_takes_over(cluster: Cluster, run: Path) -> None:
-    """Without the right to requeue: another job goes on, and the dependents wait for that one."""
+    """Without the right to requeue: another job resumes the run, and the dependents wait for it."""
     cluster.site("successor")
     submit(cluster, run)
     first = job_id(run, "pretrain")

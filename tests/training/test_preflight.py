@@ -214,7 +214,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 9, 9))
 
 
-def test_a_run_that_has_begun_goes_on_with_a_full_disk(
+def test_a_run_with_checkpoints_resumes_on_a_full_disk(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be full for a while only, and exit code 2 would keep the job from being requeued."""
@@ -271,7 +271,7 @@ def test_the_shipped_settings_are_accepted(path: Path) -> None:
 def test_what_is_refused_is_refused_before_samples_are_built(
     data: Path, train: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """Building the indices of a large corpus takes long; those of a run that goes on may be new ones."""
+    """Building the indices of a large corpus takes long; a resumed run may need new ones."""
     items = tmp_path / "items.jsonl"
     items.write_text('{"prompt": "abc"}\n')
     tasks = json.dumps([{"task": "exact", "data": str(items)}])

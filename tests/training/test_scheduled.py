@@ -134,7 +134,7 @@ def test_prompts_without_room_count_as_wrong(
 def test_what_a_stop_cut_short_is_made_up_for(
     train: Callable[..., Outcome], items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that stops before a task is measured measures it when it goes on, and no task twice."""
+    """A run that stops before a task is measured measures it after the resume, and no task twice."""
 
     def stop_at_8(tasks: Tasks) -> None:
         tasks.stop.agreed = tasks.state.step == 8
