@@ -24,7 +24,8 @@ import torch
 from pipeline import config as configuration
 from pipeline.base.cli import run
 from pipeline.chains.slots import SlotGroup
-from pipeline.checkpoint import FORMAT, Manifest, Saver
+from pipeline.checkpoint.manifest import FORMAT, Manifest
+from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config
 from pipeline.engine.protocol import Engine
 from pipeline.train import train_step

@@ -20,11 +20,11 @@ import orjson
 import torch
 
 import trainings
-from pipeline import checkpoint
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, add_overrides, overrides
 from pipeline.base.files import replacing
 from pipeline.checkpoint.load_model import Loaded, load_model
+from pipeline.checkpoint.manifest import checkpoints, find
 from pipeline.corpus.records import Keys, read_all
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
 from pipeline.monitor.writers import METRICS_FILE
@@ -173,13 +173,13 @@ def score_checkpoints(job: Job) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     path = job.run_dir / "scores.jsonl"
     rows = [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-    folders = checkpoint.checkpoints(job.run_dir)
+    folders = checkpoints(job.run_dir)
     records = read_all([job.held_out], Keys(job.comparison.keys))
     pairs = [(record.texts[0], record.texts[1]) for record in records][: job.items]
     for folder in folders:
         last = folder == folders[-1]
         count = len(pairs) if last else job.curve_items
-        step = checkpoint.find(folder)[1].step
+        step = find(folder)[1].step
         if any(row["step"] == step and row["items"] >= count for row in rows):
             continue
         loaded = load_model(folder, torch.device("cpu"))

@@ -31,7 +31,7 @@ import torch
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.base.files import replacing
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint.manifest import checkpoints
 from pipeline.monitor.writers import METRICS_FILE, is_measured
 from trainings import ROOT, end_with_parent, sudoku_settings
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -104,11 +106,14 @@ class Ranks:
         """Return the problem of the lowest rank that has one, on every rank."""
         return next((each for each in self.all_gather(problem) if each is not None), None)
 
-    def agree(self, problem: str | None) -> None:
-        """Raise a `UserError` on every rank when `problem` is not None on one.
-
-        An error on one rank must stop all: the others would wait for it forever.
-        """
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Raise a `UserError` of the block on all ranks: they would wait for the failed one forever."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
         found = self.first_problem(problem)
         if found is not None:
             raise UserError(found)

@@ -14,7 +14,7 @@ import psutil
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import EXIT_DONE, UserError
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint.manifest import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,12 +14,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
 from pipeline.base.cli import ToolParser, option, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import WEIGHTS_HELP, Loaded, load_model
+from pipeline.checkpoint.manifest import find
 from pipeline.data.paths import bin_path
 from pipeline.decoding import SamplingSettings
 from pipeline.decoding.sampling import add_options, read_options
@@ -96,7 +96,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     data = options.data if options.data.is_file() else bin_path(options.data)
     chosen = {option(name): value for name, value in vars(options).items() if name not in without}
     return chosen | {
-        "--checkpoint": str(checkpoint.find(options.checkpoint)[0].resolve()),
+        "--checkpoint": str(find(options.checkpoint)[0].resolve()),
         "--data": str(options.data),
         "sha256 of the data": sha256_of(data),
     }
@@ -124,13 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ranks = join_ranks()
         ranks.connect("gloo", timedelta(days=7))  # items may take very different times
         stack.callback(ranks.disconnect)
-        problem = None
-        try:
+        with ranks.agreeing():
             loaded = load_model(options.checkpoint, ranks.device, options.untrained, weights=options.weights)
             measured = measure_of(options, loaded, stack)
-        except UserError as error:
-            problem = str(error)
-        ranks.agree(problem)
         results = None
         if options.output is not None:
             results = Results(options.output, settings_of(options), options.restart)

@@ -112,12 +112,13 @@ def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[Slot
     Raises:
         UserError: when a file cannot be read.
     """
-    states, problem = [], None
-    try:
-        states = _states_of_slots(folder, manifest, engine.ranks.rank, [group.slots for group in groups])
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
-        problem = f"the slots in {folder} cannot be read ({error}): remove it to resume from an older one."
-    engine.ranks.agree(problem)
+    with engine.ranks.agreeing():
+        try:
+            states = _states_of_slots(folder, manifest, engine.ranks.rank, [group.slots for group in groups])
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise UserError(
+                f"the slots in {folder} cannot be read ({error}): remove it to resume from an older one."
+            ) from None
     engine.load(folder / "model", manifest.world_size)
     for group, state in zip(groups, states, strict=True):
         group.load_state_dict(state, manifest.step + 1)

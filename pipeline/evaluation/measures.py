@@ -6,11 +6,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any, Protocol
 
 import torch
 
-from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.decoding import Completion, SamplingSettings
@@ -210,20 +210,14 @@ def measure_items(
     Raises:
         UserError: on every rank, for an error on any rank; finished rows are kept in `results`.
     """
-    problem: str | None = None
-    done: dict[int, Row] = {}
-    if results is not None and ranks.is_first:
-        try:
-            done = results.read()
-        except UserError as error:
-            problem = str(error)
-    ranks.agree(problem)
+    with ranks.agreeing():
+        done = results.read() if results is not None and ranks.is_first else {}
     done = ranks.all_gather(done)[0]
     left = [number for number in range(len(measure)) if number not in done]
     mine = left[ranks.rank :: ranks.world_size]
     rows: list[Row] = []
     progress, reported = on_start(len(measure), len(done)), time.monotonic()
-    try:
+    with ranks.agreeing(), closing(progress):
         for start in range(0, len(mine), batch_size):
             found = measure.rows(loaded, mine[start : start + batch_size], batch_size)
             rows += found
@@ -233,9 +227,5 @@ def measure_items(
             if time.monotonic() - reported > _REPORT_EVERY:
                 progress.report(f"ranks: {ranks.world_size}")
                 reported = time.monotonic()
-    except UserError as error:
-        problem = str(error)
-    progress.close()
-    ranks.agree(problem)
     every = [row for part in ranks.all_gather(rows) for row in part] + list(done.values())
     return sorted(every, key=lambda row: int(row["item"]))

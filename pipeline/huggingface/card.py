@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import Manifest
+from pipeline.checkpoint.manifest import Manifest
 from pipeline.config import Config
 
 _CARD = """\

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline import checkpoint
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder
 from pipeline.checkpoint.load_model import Weights, takes_average
+from pipeline.checkpoint.manifest import find
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import open_weights
@@ -56,7 +56,7 @@ def export(
     """
     if output.exists():
         raise UserError(f"--output {output} exists: remove it, or choose another folder.")
-    folder, manifest = checkpoint.find(source)
+    folder, manifest = find(source)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     averaged = takes_average(folder, weights)
     stored = dict(open_weights(folder / "model", averaged))

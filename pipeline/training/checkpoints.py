@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import checkpoint
 from pipeline.base.errors import Failure
 from pipeline.chains.slots import SlotGroup
-from pipeline.checkpoint import FORMAT, Identity, Manifest, Saver
+from pipeline.checkpoint.loading import load
+from pipeline.checkpoint.manifest import FORMAT, Identity, Manifest
+from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config
 from pipeline.engine.protocol import Engine
 from pipeline.resilience.stop import Stop
@@ -22,7 +23,7 @@ def resume(
     folder: Path, saved: Manifest, engine: Engine, groups: Sequence[SlotGroup], state: TrainState
 ) -> None:
     """Restore weights, chains and state from a checkpoint; every rank calls this."""
-    checkpoint.load(folder, saved, engine, groups)
+    load(folder, saved, engine, groups)
     state.step, state.tokens, state.held_out_loss = saved.step, saved.tokens, saved.held_out_loss
     state.window.restore(saved.guard)
     if engine.ranks.is_first:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline import checkpoint
 from pipeline.base.errors import Failure
 from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
+from pipeline.checkpoint.loading import newest
 from pipeline.config import Config
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.skipped import SkipLog
@@ -77,7 +77,7 @@ class Recovery:
         self.checkpoints.watchdog.enter("rollback")
         self.checkpoints.saver.wait()
         verify = self.config.checkpoint.verify_hashes
-        found = checkpoint.newest(Path(self.config.run_dir), engine.ranks, verify)
+        found = newest(Path(self.config.run_dir), engine.ranks, verify)
         limit = self.config.guard.max_rollbacks
         if found is None or self.skipped.rollbacks_to(found[1].step) >= limit:
             before = "no checkpoint exists" if found is None else f"{limit} rollbacks to {found[0]} failed"

@@ -93,13 +93,8 @@ class ScheduledTask:
 
 def read_tasks(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[ScheduledTask]:
     """Return the tasks of a run; raise a `UserError` on every rank for one that cannot be measured."""
-    tasks, problem = [], None
-    try:
-        tasks = [ScheduledTask(settings, config, tokenizer) for settings in config.evaluation.tasks]
-    except UserError as error:
-        problem = str(error)
-    ranks.agree(problem)
-    return tasks
+    with ranks.agreeing():
+        return [ScheduledTask(settings, config, tokenizer) for settings in config.evaluation.tasks]
 
 
 @dataclass(eq=False)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pipeline import checkpoint, objectives
-from pipeline.base.errors import UserError
+from pipeline import objectives
 from pipeline.base.progress import Progress
 from pipeline.chains.slots import SlotGroup, make_groups
 from pipeline.chains.stream import SlotStream
-from pipeline.checkpoint import Identity, Manifest, Saver
+from pipeline.checkpoint.loading import check_continues, newest
+from pipeline.checkpoint.lock import RunLock
+from pipeline.checkpoint.manifest import Identity, Manifest
+from pipeline.checkpoint.retention import clear
+from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config
 from pipeline.data.blend import describe_order, write_order
 from pipeline.data.datasets import Datasets, build_datasets, data_fingerprint
@@ -193,21 +196,17 @@ def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
 def _take_folder(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
     """Lock the run folder, and remove what a killed run left half-written."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    problem = None
-    if ranks.is_first:
-        try:
-            stack.callback(checkpoint.RunLock(run_dir).release)
-            checkpoint.clear(run_dir)
-        except UserError as error:
-            problem = str(error)
-    ranks.agree(problem)
+    with ranks.agreeing():
+        if ranks.is_first:
+            stack.callback(RunLock(run_dir).release)
+            clear(run_dir)
 
 
 def _find_start(config: Config, identity: Identity, ranks: Ranks) -> tuple[Path, Manifest] | None:
     """Return the newest whole checkpoint of the run, or None; check that the run may resume from it."""
-    found = checkpoint.newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
+    found = newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
     if found is not None:
-        checkpoint.check_continues(*found, identity, config)
+        check_continues(*found, identity, config)
     return found
 
 

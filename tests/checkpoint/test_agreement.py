@@ -16,7 +16,9 @@ import torch
 
 from pipeline import config as configuration
 from pipeline.base.errors import Failure
-from pipeline.checkpoint import FORMAT, Manifest, Saver, checkpoints, saving
+from pipeline.checkpoint import saving
+from pipeline.checkpoint.manifest import FORMAT, Manifest, checkpoints
+from pipeline.checkpoint.saving import Saver
 from pipeline.ranks import Ranks
 
 pytestmark = pytest.mark.slow

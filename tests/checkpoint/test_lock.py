@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.errors import UserError
-from pipeline.checkpoint import RunLock, lock
+from pipeline.checkpoint import lock
+from pipeline.checkpoint.lock import RunLock
 from support.programs import Outcome
 
 pytestmark = pytest.mark.slow

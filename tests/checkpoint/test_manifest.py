@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.errors import UserError
-from pipeline.checkpoint import find
+from pipeline.checkpoint.manifest import find
 from support.programs import Outcome
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.base import errors
-from pipeline.checkpoint import Manifest, saving
+from pipeline.checkpoint import saving
+from pipeline.checkpoint.manifest import Manifest
 from pipeline.checkpoint.retention import kept
 from pipeline.config import CheckpointConfig
 from pipeline.engine.snapshot import HostCopy

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import find
+from pipeline.checkpoint.manifest import find
 from support.programs import Outcome, run_here
 from support.runs import curve
 from tools import generate

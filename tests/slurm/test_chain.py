@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from pipeline.checkpoint import checkpoints
+from pipeline.checkpoint.manifest import checkpoints
 from pipeline.cluster.submission import read_submission
 from pipeline.engine.build import read_weights
 from support.cluster import Cluster, wait_for
