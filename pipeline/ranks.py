@@ -54,16 +54,20 @@ class Ranks:
         """Number of such groups; the global batch is divided among them."""
         return self.world_size // self.sequence_size
 
+    @property
+    def backend(self) -> str:
+        """The backend of torch.distributed for collectives on `device`."""
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
     def connect(self, backend: str | None = None, time_limit: timedelta = TIME_LIMIT) -> None:
         """Join the process group; a single process needs none.
 
         Args:
-            backend: of torch.distributed; by default NCCL on GPUs, gloo otherwise.
+            backend: of torch.distributed, instead of that of the device.
             time_limit: longest wait for the other ranks in a collective.
         """
         if self.world_size > 1 and not dist.is_initialized():
-            backend = backend or ("nccl" if self.device.type == "cuda" else "gloo")
-            dist.init_process_group(backend, timeout=time_limit)
+            dist.init_process_group(backend or self.backend, timeout=time_limit)
 
     def disconnect(self) -> None:
         """Leave the process group."""

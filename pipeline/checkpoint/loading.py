@@ -48,7 +48,7 @@ def newest(run_dir: Path, ranks: Ranks, hashes: bool) -> tuple[Path, Manifest] |
         manifest, problem = None, None
         try:
             manifest = read_manifest(folder)
-            check_files(folder, manifest, hashes, ranks.rank, ranks.world_size)
+            check_files(folder, manifest, hashes, ranks)
         except Damaged as error:
             problem = str(error)
         problem = ranks.first_problem(problem)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import FileFacts, sha256_of
+from pipeline.ranks import Ranks
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -125,15 +126,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"its {MANIFEST} cannot be read ({error})") from None
 
 
-def check_files(folder: Path, manifest: Manifest, hashes: bool, rank: int = 0, ranks: int = 1) -> None:
+def check_files(folder: Path, manifest: Manifest, hashes: bool, ranks: Ranks) -> None:
     """Raise `Damaged` for the first file that differs from the manifest.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
         hashes: compare the hashes of the files, not only their sizes.
-        rank: the share of the hashes to compare.
-        ranks: number of shares.
+        ranks: the processes that share the work; this one compares its part of the hashes.
     """
     for i, (name, facts) in enumerate(sorted(manifest.files.items())):
         path = folder / name
@@ -141,7 +141,7 @@ def check_files(folder: Path, manifest: Manifest, hashes: bool, rank: int = 0, r
             size = path.stat().st_size
             if size != facts.size:
                 raise Damaged(f"{name} has {size:,} bytes, but was written with {facts.size:,}")
-            if hashes and i % ranks == rank and sha256_of(path) != facts.sha256:
+            if hashes and i % ranks.world_size == ranks.rank and sha256_of(path) != facts.sha256:
                 raise Damaged(f"the content of {name} has changed since it was written (sha256)")
         except FileNotFoundError:
             raise Damaged(f"{name} is missing") from None
@@ -170,7 +170,7 @@ def find(path: Path) -> tuple[Path, Manifest]:
     for folder in found:
         try:
             manifest = read_manifest(folder)
-            check_files(folder, manifest, hashes=False)
+            check_files(folder, manifest, False, Ranks())
             return folder, manifest
         except Damaged as error:
             problems.append(f"{folder}: {error}")

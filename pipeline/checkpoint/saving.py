@@ -99,7 +99,7 @@ class Saver:
             Failure: when ``checkpoint.max_failed_saves`` saves in a row have failed.
         """
         self.wait()
-        work = _Work(self.folder / f".writing_{manifest.step:08d}", replace(manifest), dict(self.common))
+        work = _Work(self.folder / f".writing_{manifest.step:08d}", manifest, dict(self.common))
         problem = self.engine.ranks.first_problem(self._make_folder(work.folder) if self.first else None)
         if problem is None:
             states = self.engine.snapshot(work.folder / "model")

@@ -44,9 +44,8 @@ class DeepSpeedEngine:
         path = Path(config.engine.deepspeed_config)
         settings = complete_settings(read_settings(config, ranks.world_size), config, ranks)
         self.zero = zero = settings["zero_optimization"]
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         limit = config.watchdog.collective_limit
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
+        deepspeed.init_distributed(ranks.backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
         sequence = UlyssesSequence(ranks.sequence_size) if ranks.sequence_size > 1 else WHOLE
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
