@@ -6,6 +6,7 @@ has a data-dependent size, so nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,15 +18,6 @@ from pipeline.objectives.seam import Chains, ChainState, Reveals
 
 TENTHS = 10  # bins of mask ratio and confidence
 MOST_BINS = 64  # of stage and age; longer chains have several stages in a bin
-TOTALS = (
-    "steps",
-    "masked_fraction",
-    "mean_stage",
-    "prompt",
-    "chains_ended",
-    "length_sum",
-    *(f"reveals_{name}" for name in Reveals._fields),
-)
 _TIE = 1e-5  # nats: largest rounding difference between two sums of the same logits
 
 
@@ -45,6 +37,24 @@ class Walk(NamedTuple):
     age: Tensor
     ended: Tensor
     reveals: Reveals | None
+
+
+# Metrics that are means over the steps and groups of an interval: their value [] in one step of a group, from
+# the walk and the number of masked positions of each chain, [B, N].
+MEANS: dict[str, Callable[[Walk, Tensor], Tensor]] = {
+    "masked_fraction": lambda walk, count: (
+        (count.sum(dim=1) / walk.chains.examples.answer_length).double().mean()
+    ),
+    "mean_stage": lambda walk, count: (walk.state.stage * (count > 0)).sum() / (count > 0).sum().clamp(min=1),
+}
+TOTALS = (
+    "steps",
+    *MEANS,
+    "prompt",
+    "chains_ended",
+    "length_sum",
+    *(f"reveals_{name}" for name in Reveals._fields),
+)
 
 
 class Histogram(NamedTuple):
@@ -114,12 +124,10 @@ class ChainStatistics:
 
         chains, state = walk.chains, walk.state
         count, length = chains.sums(state.masked), chains.length  # [B, N]
-        live = count > 0
         one, only_bin = torch.ones_like(walk.age[:1]), torch.zeros_like(walk.age[:1])  # [1]
         totals = {
             "steps": one,
-            "masked_fraction": (count.sum(dim=1) / chains.examples.answer_length).double().mean(),
-            "mean_stage": (state.stage * live).sum() / live.sum().clamp(min=1),
+            **{name: value(walk, count) for name, value in MEANS.items()},
             "prompt": (chains.examples.roles == PROMPT).sum(dim=1).double().mean(),
             "chains_ended": walk.ended.sum(),
             "length_sum": ((walk.age + 1) * walk.ended).sum(),
@@ -171,8 +179,7 @@ class ChainStatistics:
         total = {name: part[name][0] for name in TOTALS}
         positions, right = max(1, sum(part["confidence_count"])), part["confidence_correct"]
         scalars = {
-            "masked_fraction": total["masked_fraction"] / total["steps"],
-            "mean_stage": total["mean_stage"] / total["steps"],
+            **{name: total[name] / total["steps"] for name in MEANS},
             "chains_ended_per_step": total["chains_ended"] / steps / sequence_size,
             "calibration/confidence": sum(part["confidence_sum"]) / positions,
             "calibration/accuracy": sum(right) / positions,
