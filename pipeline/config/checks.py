@@ -13,6 +13,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_not_negative(section: str, config: Any, *keys: str) -> None:
+    """Raise a `UserError` for the first of `keys` that is below zero."""
+    for key in keys:
+        value = getattr(config, key)
+        require(value >= 0, f"{section}.{key} is {value}: it must be 0 or more.")
+
+
 def require_positive(section: str, config: Any, *keys: str) -> None:
     """Raise a `UserError` for the first of `keys` that is set but not above zero."""
     for key in keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.checks import require, require_positive
+from pipeline.config.checks import require, require_not_negative, require_positive
 
 
 @dataclass
@@ -48,7 +48,7 @@ class DataConfig:
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
         require_positive("data", self, "sequence_length")
-        require(self.workers >= 0, f"data.workers is {self.workers}: it must be 0 or more.")
+        require_not_negative("data", self, "workers")
         require(
             bool(self.prefixes),
             "data.prefixes is empty: name at least one dataset written by tools/preprocess_data.py.",

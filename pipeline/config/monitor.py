@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config.checks import require
+from pipeline.config.checks import require, require_not_negative
 
 
 @dataclass
@@ -24,5 +24,5 @@ class MonitorConfig:
 
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
-        require(self.texts >= 0, f"monitor.texts is {self.texts}: it must be 0 or more.")
+        require_not_negative("monitor", self, "texts")
         require(bool(self.wandb_project), "monitor.wandb_project is empty: give it a name.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config.checks import require, require_positive
+from pipeline.config.checks import require, require_not_negative, require_positive
 
 Kind = Literal["puma", "random_masking", "autoregressive"]
 
@@ -167,7 +167,7 @@ class ObjectiveConfig:
             f"{sequence_length}; leave it out for a single block.",
         )
         anneal = self.attention_annealing_steps
-        require(anneal >= 0, f"objective.attention_annealing_steps is {anneal}: it must be 0 or more.")
+        require_not_negative("objective", self, "attention_annealing_steps")
         self._require_kind("attention_annealing_steps", anneal > 0, masked, "puma or random_masking")
         require(
             anneal == 0 or self.block_size is None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from pipeline.config.checks import require, require_positive
+from pipeline.config.checks import require, require_not_negative, require_positive
 
 
 @dataclass
@@ -27,11 +27,8 @@ class GuardConfig:
 
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
-        require(self.spike_limit >= 0, f"guard.spike_limit is {self.spike_limit}: it must be 0 or more.")
+        require_not_negative("guard", self, "spike_limit", "max_rollbacks")
         require_positive("guard", self, "skips_before_rollback")
-        require(
-            self.max_rollbacks >= 0, f"guard.max_rollbacks is {self.max_rollbacks}: it must be 0 or more."
-        )
 
 
 @dataclass
@@ -57,7 +54,7 @@ class WatchdogConfig:
 
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
-        require(self.factor >= 0, f"watchdog.factor is {self.factor}: it must be 0 or more.")
+        require_not_negative("watchdog", self, "factor")
         require(
             self.factor == 0 or self.factor > 1,
             f"watchdog.factor is {self.factor}: half of all healthy steps take longer than the median; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.checks import require, require_positive
+from pipeline.config.checks import require, require_not_negative, require_positive
 from pipeline.config.training import EngineConfig
 
 
@@ -37,9 +37,7 @@ class CheckpointConfig:
     def check(self, evaluation_interval: int) -> None:
         """Raise a `UserError` for the first setting that is invalid or conflicts with evaluation.interval."""
         require_positive("checkpoint", self, "interval", "keep", "max_failed_saves")
-        for key in ("keep_every", "keep_best"):
-            value = getattr(self, key)
-            require(value >= 0, f"checkpoint.{key} is {value}: it must be 0 or more.")
+        require_not_negative("checkpoint", self, "keep_every", "keep_best")
         require(
             self.keep_every % self.interval == 0,
             f"checkpoint.keep_every is {self.keep_every}: it must be a multiple of checkpoint.interval = "
@@ -101,7 +99,7 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
-        require(self.interval >= 0, f"evaluation.interval is {self.interval}: it must be 0 or more.")
+        require_not_negative("evaluation", self, "interval")
         require_positive("evaluation", self, "samples")
         require(
             self.bound_draws >= 0 and self.bound_draws % 2 == 0,
@@ -136,9 +134,8 @@ class ProfilingConfig:
 
     def check(self, engine: EngineConfig) -> None:
         """Raise a `UserError` for the first setting that is invalid or conflicts with the engine's."""
-        for key in ("flops_step", "communication_steps"):
-            value = getattr(self, key)
-            require(value >= 0, f"profiling.{key} is {value}: it must be 0 or more.")
+        require_not_negative("profiling", self, "flops_step", "communication_steps")
+        for key, value in vars(self).items():
             require(
                 value == 0 or engine.kind == "deepspeed",
                 f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: only DeepSpeed measures "

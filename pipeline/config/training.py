@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.config.checks import require, require_positive
+from pipeline.config.checks import require, require_not_negative, require_positive
 from pipeline.config.model import ModelConfig
 
 HIGHEST_LEARNING_RATE = 0.1
@@ -53,9 +53,7 @@ class OptimizerConfig:
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
             require(0 <= value < 1, f"optimizer.{key} is {value}: it must be at least 0 and below 1.")
-        for key in ("weight_decay", "gradient_clip"):
-            value = getattr(self, key)
-            require(value >= 0, f"optimizer.{key} is {value}: it must be 0 or more.")
+        require_not_negative("optimizer", self, "weight_decay", "gradient_clip")
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             f"optimizer.ema_decay is {self.ema_decay}: give a value between 0 and 1, such as 0.9999, or null "
@@ -81,9 +79,7 @@ class ScheduleConfig:
 
     def check(self, steps: int) -> None:
         """Raise a `UserError` for the first setting that is invalid in a run of `steps` steps."""
-        for key in ("warmup_steps", "decay_steps"):
-            value = getattr(self, key)
-            require(value >= 0, f"schedule.{key} is {value}: it must be 0 or more.")
+        require_not_negative("schedule", self, "warmup_steps", "decay_steps")
         require(
             self.warmup_steps + self.decay_steps <= steps,
             f"schedule.warmup_steps + schedule.decay_steps is {self.warmup_steps} + {self.decay_steps}, more "
