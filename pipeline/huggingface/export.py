@@ -87,6 +87,6 @@ def export(
 
 def attention(config: Config, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
     """Return the attention pattern for config.json, the one used for decoding after `step` steps."""
-    layout = decoding_layout(config, tokenizer.mask, step)
-    blocks = {} if layout.block_size is None else {"block_size": layout.block_size}
-    return {"attention": layout.attention, **blocks}
+    pattern = decoding_layout(config, tokenizer.mask, step).attention
+    blocks = {"block_size": config.objective.block_size} if pattern == "blocks" else {}
+    return {"attention": pattern, **blocks}

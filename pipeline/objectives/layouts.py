@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,19 +33,9 @@ class Whole:
     annealing_steps: int = 0
     annealing_start: int = 1
     seed: int = 0
-
-    @property
-    def attention(self) -> Attention:
-        """See `Layout`."""
-        return "bidirectional"
-
-    @property
-    def block_size(self) -> int | None:
-        """See `Layout`."""
-        return None
+    attention: ClassVar[Attention] = "bidirectional"
 
     def chains(self, examples: Examples) -> Chains:
-        """See `Layout`."""
         return Chains(examples, torch.where(self.answer(examples), 0, 1), 1)
 
     def answer(self, examples: Examples) -> Tensor:
@@ -52,7 +43,6 @@ class Whole:
         return examples.answer & (positions_like(examples.tokens) >= int(self.first_given))
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
-        """See `Layout`."""
         padding = examples.roles == PADDING if self.has_padding else None
         batch = masked_batch(examples.tokens, masked, rows, self.mask_id, padding, weights)
         return batch._replace(visibility=self.annealed(examples, step))
@@ -72,7 +62,6 @@ class Whole:
         return Visibility(positions, also_visible=drawn < done / self.annealing_steps)
 
     def decoding(self, examples: Examples) -> Visibility:
-        """See `Layout`."""
         return Visibility()
 
 
@@ -87,24 +76,13 @@ class Blocks(Whole):
     """
 
     size: int = 1
-
-    @property
-    def attention(self) -> Attention:
-        """See `Layout`."""
-        return "blocks"
-
-    @property
-    def block_size(self) -> int | None:
-        """See `Layout`."""
-        return self.size
+    attention: ClassVar[Attention] = "blocks"
 
     def chains(self, examples: Examples) -> Chains:
-        """See `Layout`."""
         answer, count = self.answer(examples), -(-examples.tokens.shape[1] // self.size)
         return Chains(examples, torch.where(answer, (answer.cumsum(dim=1) - 1) // self.size, count), count)
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
-        """See `Layout`."""
         batch = super().batch(examples, masked, weights, rows, step)
         return batch._replace(visibility=self.decoding(examples)._replace(clean_ids=examples.tokens))
 
@@ -119,10 +97,7 @@ class Blocks(Whole):
 class LeftToRight(Whole):
     """Causal attention over the true tokens: each position is predicted from those before it."""
 
-    @property
-    def attention(self) -> Attention:
-        """See `Layout`."""
-        return "causal"
+    attention: ClassVar[Attention] = "causal"
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         """See `Layout`; the input has no masks, since no position sees the token that it predicts."""
@@ -130,5 +105,4 @@ class LeftToRight(Whole):
         return batch._replace(input_ids=examples.tokens, visibility=self.decoding(examples))
 
     def decoding(self, examples: Examples) -> Visibility:
-        """See `Layout`."""
         return Visibility(positions_like(examples.tokens))

@@ -152,10 +152,6 @@ class Layout(Protocol):
     def attention(self) -> Attention:
         """Which positions each position sees: all, its own block and earlier ones, or earlier positions."""
 
-    @property
-    def block_size(self) -> int | None:
-        """Tokens of a block; None unless the attention is by blocks."""
-
     def chains(self, examples: Examples) -> Chains:
         """Return the chains of the answers."""
 
