@@ -63,25 +63,20 @@ class ModelNetwork:
         self.run: Forward = CachedForward(model, now) if cached else WholeForward(model, visibility)
 
     def keep(self, rows: Tensor) -> None:
-        """See `Network`."""
         self.run.keep(rows)
 
     def is_done(self, alive: Tensor) -> bool:
-        """See `Network`."""
         return not alive.any()
 
     def forward(self, now: Sequences, rows: Tensor) -> None:
-        """See `Network`."""
         self.hidden = self.run.hidden(now, rows)  # [R, H]
 
     def output(self, needs: tuple[str, ...]) -> HeadOutput:
-        """See `Network`."""
         unknown = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)  # no target
         output: HeadOutput = self.head(self.hidden, unknown, unknown.float(), needs)
         return output
 
     def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
-        """See `Network`."""
         return draw_tokens(self.head, self.hidden[chosen], settings, counters)
 
 
@@ -121,7 +116,6 @@ class CachedForward:
         self.outputs: Tensor | None = None
 
     def keep(self, rows: Tensor) -> None:
-        """See `Network`."""
         self.cache.keep(rows)
         self.final = self.final[rows]
         if self.outputs is not None:

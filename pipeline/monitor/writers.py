@@ -112,7 +112,6 @@ class JsonLines:
         append(self.path, orjson.dumps(line) + b"\n")
 
     def write_texts(self, texts: Sequence[ShownText]) -> None:
-        """See `Writer`."""
         append(self.texts, b"".join(text.to_json() for text in texts))
 
     def sync(self) -> None:
@@ -137,7 +136,6 @@ class TensorBoard:
             self.writer.file_writer.add_summary(summary)
 
     def write(self, point: Point) -> None:
-        """See `Writer`."""
         for tag, value in point.tagged().items():
             self.writer.add_scalar(tag, value, point.step)
         for name, histogram in point.histograms.items():
@@ -176,7 +174,6 @@ class TensorBoard:
             self.writer = SummaryWriter(self.folder)
 
     def close(self) -> None:
-        """See `Writer`."""
         self.writer.close()
 
 
@@ -210,11 +207,9 @@ class WeightsAndBiases:
         self.run.define_metric("*", step_metric="step")
 
     def write(self, point: Point) -> None:
-        """See `Writer`."""
         self.run.log({"step": point.step, **point.tagged()})
 
     def write_texts(self, texts: Sequence[ShownText]) -> None:
-        """See `Writer`."""
         shown = {f"texts/{number}": require_wandb().Html(as_html(text)) for number, text in enumerate(texts)}
         self.run.log({"step": texts[0].step, **shown})
 
@@ -222,7 +217,6 @@ class WeightsAndBiases:
         """See `Writer`; wandb uploads from its own process."""
 
     def close(self) -> None:
-        """See `Writer`."""
         self.run.finish()
 
 

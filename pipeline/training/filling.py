@@ -45,7 +45,6 @@ class EngineNetwork:
         return not int(self.engine.ranks.max(alive.any().long()))
 
     def forward(self, now: Sequences, rows: Tensor) -> None:
-        """See `Network`."""
         if self.stopped():
             raise _Stopped
         weights = torch.zeros(now.masked.shape, device=now.masked.device)

@@ -72,20 +72,9 @@ def held_out_bound(
 ) -> float | None:
     """Return the bound on the negative log-likelihood, nats a token of the answers (`likelihood.estimate`).
 
-    It is more precise than the held-out loss, and a mean over tokens instead of sequences.
-
-    Args:
-        engine: see `held_out_loss`, as `dataset`, `examples`, `batch_size` and `step`.
-        dataset: see there.
-        examples: see there.
-        batch_size: see there.
-        layout: shows sequences to the model.
-        step: see there.
-        draws: masks per example, an even number.
-        stopped: see there; up to `draws` more forwards follow.
-
-    Returns:
-        The bound; None after a stop.
+    It is more precise than the held-out loss, and a mean over tokens instead of sequences. The arguments are
+    those of `held_out_loss`, with the `layout` that shows sequences to the model, and `draws`, an even number
+    of masks per example. None after a stop, which up to `draws` more forwards precede.
     """
     ranks = engine.ranks
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
