@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.data.examples import Examples
-from pipeline.decoding.network import ModelNetwork, Network
+from pipeline.decoding.network import CachedNetwork, ModelNetwork, Network
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.schedule import fill_counts
 from pipeline.decoding.sequences import UNFILLED, Sequences
@@ -77,7 +77,9 @@ def decode(
             "right and must be decoded so: leave it out."
         )
     now = Sequences.start(examples, masked, visibility, settings.block_size)
-    return decode_by(ModelNetwork(model, now, visibility, settings.cache), now, settings, stop, on_step)
+    cached = settings.cache and in_blocks
+    network = CachedNetwork(model, visibility, now) if cached else ModelNetwork(model, visibility)
+    return decode_by(network, now, settings, stop, on_step)
 
 
 @torch.no_grad()

@@ -49,27 +49,25 @@ class Network(Protocol):
 
 
 class ModelNetwork:
-    """A `Network` for a whole model in this process."""
+    """A `Network` of a whole model in this process; it computes every position at every step."""
 
     drops_rows = True
 
-    def __init__(
-        self, model: MaskedDiffusionModel, now: Sequences, visibility: Visibility, cache: bool
-    ) -> None:
-        """Prepare decoding of the sequences `now` with `visibility`; `cache` enables the key-value cache."""
+    def __init__(self, model: MaskedDiffusionModel, visibility: Visibility) -> None:
+        """Prepare for sequences with `visibility`."""
+        self.model = model
         self.head = model.lm_head
         self.mask_id = model.lm_head.vocabulary.mask_id
-        cached = cache and visibility.blocks is not None
-        self.run: Forward = CachedForward(model, now) if cached else WholeForward(model, visibility)
+        self.in_blocks = visibility.blocks is not None
 
     def keep(self, rows: Tensor) -> None:
-        self.run.keep(rows)
+        """See `Network`: nothing is remembered between two forwards."""
 
     def is_done(self, alive: Tensor) -> bool:
         return not alive.any()
 
     def forward(self, now: Sequences, rows: Tensor) -> None:
-        self.hidden = self.run.hidden(now, rows)  # [R, H]
+        self.hidden = self.predict(now, rows)  # [R, H]
 
     def output(self, needs: tuple[str, ...]) -> HeadOutput:
         unknown = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)  # no target
@@ -79,37 +77,25 @@ class ModelNetwork:
     def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
         return draw_tokens(self.head, self.hidden[chosen], settings, counters)
 
-
-class WholeForward:
-    """A forward that computes every position at every step."""
-
-    def __init__(self, model: MaskedDiffusionModel, visibility: Visibility) -> None:
-        """Prepare for sequences with `visibility`."""
-        self.model = model
-        self.in_blocks = visibility.blocks is not None
-
-    def keep(self, rows: Tensor) -> None:
-        """See `Network`."""
-
-    def hidden(self, now: Sequences, rows: Tensor) -> Tensor:
+    def predict(self, now: Sequences, rows: Tensor) -> Tensor:
         """Return the hidden states [R, H] that predict `rows` [R] of the flattened [B, L]."""
-        inputs = now.inputs(self.model.lm_head.vocabulary.mask_id)
+        inputs = now.inputs(self.mask_id)
         present = None if now.present.all() else now.present
         visibility = Visibility(now.blocks) if self.in_blocks else Visibility()
         hidden: Tensor = self.model.model(inputs, present, visibility).flatten(0, 1)
         return hidden[self.model.outputs_of(rows, inputs.shape[1], visibility)]
 
 
-class CachedForward:
-    """A forward that computes the current block, and each finished block once more.
+class CachedNetwork(ModelNetwork):
+    """A network that computes the current block, and each finished block once more.
 
     This is exact for block-causal attention: after a block is filled, nothing that it sees changes, so its
     keys, values and hidden states are final. They are computed in the first step of the next block.
     """
 
-    def __init__(self, model: MaskedDiffusionModel, now: Sequences) -> None:
+    def __init__(self, model: MaskedDiffusionModel, visibility: Visibility, now: Sequences) -> None:
         """Prepare for the sequences `now`, with an empty cache."""
-        self.model = model
+        super().__init__(model, visibility)
         self.length = now.masked.shape[1]
         self.cache = KeyValueCache(self.length + 1)  # the last place holds the padding of shorter rows
         self.final = torch.zeros_like(now.masked)
@@ -121,7 +107,7 @@ class CachedForward:
         if self.outputs is not None:
             self.outputs = self.outputs[rows]
 
-    def hidden(self, now: Sequences, rows: Tensor) -> Tensor:
+    def predict(self, now: Sequences, rows: Tensor) -> Tensor:
         """Return the hidden states [R, H] that predict `rows` [R] of the flattened [B, L]."""
         row, position = rows // self.length, rows % self.length
         current = now.blocks.new_zeros(len(now.rows), 1)
@@ -131,8 +117,7 @@ class CachedForward:
         first = torch.argsort(~needed, dim=1, stable=True)[:, :width]  # [B, W]
         where = torch.where(needed.gather(1, first), first, self.length)
         last = int(now.blocks.max()) + 1
-        mask_id = self.model.lm_head.vocabulary.mask_id
-        inputs = torch.nn.functional.pad(now.inputs(mask_id), (0, 1), value=mask_id)
+        inputs = torch.nn.functional.pad(now.inputs(self.mask_id), (0, 1), value=self.mask_id)
         keys = torch.nn.functional.pad(now.blocks.masked_fill(~now.present, last), (0, 1), value=last)
         queries = keys.gather(1, where).clamp(max=last - 1)  # padding must see a key, or softmax gives NaN
         end = int((needed | self.final).any(dim=0).nonzero().max()) + 1
@@ -144,6 +129,3 @@ class CachedForward:
         self.outputs.scatter_(1, where[:, :, None].expand_as(hidden), hidden)
         known = self.outputs[:, :-1].flatten(0, 1)
         return known[self.model.outputs_of(rows, self.length, Visibility())]
-
-
-Forward = WholeForward | CachedForward

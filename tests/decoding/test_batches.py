@@ -13,9 +13,9 @@ from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.decoding import SamplingSettings
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.decoding.decoding import decode
-from pipeline.decoding.network import CachedForward, WholeForward
+from pipeline.decoding.network import CachedNetwork, ModelNetwork
 from pipeline.decoding.sequences import Sequences
-from pipeline.model.batch import Vocabulary
+from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 
@@ -96,30 +96,21 @@ def test_the_batch_changes_nothing(layout: Whole, settings: SamplingSettings) ->
         assert filled(layout, other, list(range(10))) != together
 
 
-class Both:
+class Both(CachedNetwork):
     """Run the forward with and without the cache, and compare the hidden states."""
 
     seen = 0
 
-    def __init__(self, model: MaskedDiffusionModel, now: Sequences) -> None:
-        self.cached = CachedForward(model, now)
-        self.whole = WholeForward(model, layout_of(now))
+    def __init__(self, model: MaskedDiffusionModel, visibility: Visibility, now: Sequences) -> None:
+        super().__init__(model, visibility, now)
+        self.whole = ModelNetwork(model, visibility)
 
-    def keep(self, rows: Tensor) -> None:
-        """See `CachedForward`."""
-        self.cached.keep(rows)
-
-    def hidden(self, now: Sequences, rows: Tensor) -> Tensor:
-        """See `CachedForward`."""
-        found, expected = self.cached.hidden(now, rows), self.whole.hidden(now, rows)
+    def predict(self, now: Sequences, rows: Tensor) -> Tensor:
+        """Return the hidden states without the cache."""
+        found, expected = super().predict(now, rows), self.whole.predict(now, rows)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         Both.seen += len(rows)
         return expected
-
-
-def layout_of(now: Sequences):  # type: ignore[no-untyped-def]
-    """Return a visibility with the blocks of the sequences."""
-    return SimpleNamespace(blocks=now.blocks)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -131,7 +122,7 @@ def test_the_cache_changes_nothing(
     numbers = list(range(10))
     cached = filled(layout, settings, numbers)
     assert cached == filled(layout, SamplingSettings(**(vars(settings) | {"cache": False})), numbers)
-    monkeypatch.setattr("pipeline.decoding.network.CachedForward", Both)
+    monkeypatch.setattr("pipeline.decoding.decoding.CachedNetwork", Both)
     Both.seen = 0
     assert filled(layout, settings, numbers) == cached
     assert Both.seen > 50
