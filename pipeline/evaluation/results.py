@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import keep_lines, replacing
+from pipeline.base.files import keep_lines, read_lines, replacing
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "sentencepiece", "tokenizers", "numpy")
@@ -43,8 +43,8 @@ class Results:
             self.path.unlink(missing_ok=True)
         done: dict[int, Row] = {}
         for part in self.item_files():
-            keep_lines(part, lambda line: bool(orjson.loads(line)))
-            first, *rows = (orjson.loads(line) for line in part.read_bytes().splitlines() or [b"{}"])
+            keep_lines(part, orjson.loads)  # drops a damaged line
+            first, *rows = read_lines(part) or [{}]
             try:
                 done |= self.checked(first, rows, part)
             except (KeyError, TypeError, AttributeError):
