@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,16 +146,12 @@ class Guard:
         """Return the largest accepted value; `least_deviation` is a share of the median."""
         if len(history) < FEWEST:
             return math.inf
-        middle = _median(history)
+        middle = median(history)
         deviation = max(_deviation(history), least_deviation * middle)
         return middle + max(self.config.spike_limit * deviation, least_jump)
 
 
-def _median(values: Sequence[float] | deque[float]) -> float:
-    return float(np.median(values))
-
-
 def _deviation(values: deque[float]) -> float:
     """Estimate the standard deviation by the median absolute deviation, which is robust to outliers."""
-    middle = _median(values)
-    return _MAD_TO_DEVIATION * _median([abs(value - middle) for value in values])
+    middle = median(values)
+    return _MAD_TO_DEVIATION * median([abs(value - middle) for value in values])
