@@ -69,11 +69,6 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
     files: dict[str, FileFacts] = field(default_factory=dict)
 
-    @property
-    def identity(self) -> Identity:
-        """Metadata that must match the run that resumes."""
-        return Identity(self.sharding, self.global_batch_size, self.vocabulary, self.data_fingerprint)
-
     def to_json(self) -> bytes:
         """Return the manifest as JSON for `read_manifest`, with a hash of its content."""
         values = dataclasses.asdict(self)

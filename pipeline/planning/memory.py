@@ -159,12 +159,7 @@ class Memory:
 
 
 def plan_memory(
-    config: Config,
-    zero: Zero,
-    parameters: Parameters,
-    ranks: int,
-    masked_rows: int,
-    on_gpu: bool = True,
+    config: Config, zero: Zero, parameters: Parameters, ranks: int, masked_rows: int, on_gpu: bool = True
 ) -> Memory:
     """Return the peak memory of a rank for the configured micro-batch.
 

@@ -10,9 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.base.errors import UserError
-from pipeline.config import Config
 from pipeline.planning.gpus import GIB
-from pipeline.planning.memory import Zero
 from pipeline.planning.run_plan import SECONDS_A_DAY, Planner, RunPlan
 
 GIGA = 1e9
@@ -41,28 +39,22 @@ def remedies(planner: Planner, gpus: int) -> list[Remedy]:
     config, zero = planner.config, planner.zero
     plan = planner.plan(gpus)
     smaller = max(1, plan.largest_micro_batch)
-    tried: list[tuple[str, Config, Zero]] = [
-        (
-            f"train.micro_batch_size: {smaller}",
-            replace(config, train=replace(config.train, micro_batch_size=smaller)),
-            zero,
-        )
-    ]
+    train = replace(config.train, micro_batch_size=smaller)
+    tried = [(f"train.micro_batch_size: {smaller}", replace(config, train=train), zero)]
     for recompute in ("swiglu", "blocks"):
         engine = replace(config.engine, activation_checkpointing=recompute)
         tried.append((f"engine.activation_checkpointing: {recompute}", replace(config, engine=engine), zero))
-    if zero.stage < 3:
-        tried.append(("zero_optimization.stage: 3", config, replace(zero, stage=3)))
-    if zero.bucket > 5 * 10**7:
-        tried.append(
-            ("zero_optimization.reduce_bucket_size: 50000000", config, replace(zero, bucket=5 * 10**7))
-        )
-    if zero.stage == 3 and zero.live > 10**8:
-        tried.append(
-            ("zero_optimization.stage3_max_live_parameters: 100000000", config, replace(zero, live=10**8))
-        )
-    if zero.stage and zero.optimizer == "gpu":
-        tried.append(("zero_optimization.offload_optimizer", config, replace(zero, optimizer="cpu")))
+    changes: list[tuple[bool, str, dict[str, Any]]] = [
+        (zero.stage < 3, "stage: 3", {"stage": 3}),
+        (zero.bucket > 5 * 10**7, "reduce_bucket_size: 50000000", {"bucket": 5 * 10**7}),
+        (zero.stage == 3 and zero.live > 10**8, "stage3_max_live_parameters: 100000000", {"live": 10**8}),
+        (zero.stage > 0 and zero.optimizer == "gpu", "offload_optimizer", {"optimizer": "cpu"}),
+    ]
+    tried += [
+        (f"zero_optimization.{change}", config, replace(zero, **values))
+        for helps, change, values in changes
+        if helps
+    ]
     found = []
     for change, changed, settings in tried:
         other = Planner(changed, settings, planner.vocabulary_rows, planner.gpu, planner.assumed).plan(gpus)

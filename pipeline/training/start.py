@@ -107,15 +107,20 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
     """
     config = fit_micro_batch(config, ranks)
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
-    vocabulary, facts = _check(config, tokenizer, ranks)
+    if config.monitor.wandb:
+        require_wandb()
+    facts = check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
+    vocabulary = read_vocabulary(config, tokenizer)
     engine = build_engine(config, ranks, vocabulary)
     stack.callback(engine.close)
     _take_folder(Path(config.run_dir), ranks, stack)
     fingerprint = data_fingerprint(config.data, facts, tokenizer, config.train.seed)
     batch_size = config.train.global_batch_size
     identity = Identity(engine.sharding, batch_size, vocabulary._asdict(), fingerprint)
-    found = _find_start(config, identity, ranks)
-    if found is None and config.train.initial_weights is not None:
+    found = newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
+    if found is not None:
+        check_continues(*found, identity, config)
+    elif config.train.initial_weights is not None:
         _start_from(Path(config.train.initial_weights), config, vocabulary, engine)
     tasks = read_tasks(config, tokenizer, ranks)
     data = _open_data(config, facts, tokenizer, ranks)
@@ -173,14 +178,6 @@ def _assemble(
     return training
 
 
-def _check(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[Vocabulary, list[DatasetFacts]]:
-    """Return the model's vocabulary and the data's facts; raise a `UserError` for what would end the run."""
-    if config.monitor.wandb:
-        require_wandb()
-    facts = check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
-    return read_vocabulary(config, tokenizer), facts
-
-
 def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
     """Return the configuration with a micro-batch that fits the world size; print it if it is smaller."""
     wanted, train = config.train, config.train.fitted(ranks.data_size, ranks.sequence_size)
@@ -200,14 +197,6 @@ def _take_folder(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
         if ranks.is_first:
             stack.callback(RunLock(run_dir).release)
             clear(run_dir)
-
-
-def _find_start(config: Config, identity: Identity, ranks: Ranks) -> tuple[Path, Manifest] | None:
-    """Return the newest whole checkpoint of the run, or None; check that the run may resume from it."""
-    found = newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
-    if found is not None:
-        check_continues(*found, identity, config)
-    return found
 
 
 def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: Engine) -> None:
