@@ -41,11 +41,7 @@ class ToolParser(argparse.ArgumentParser):
     """An ArgumentParser that reports an error on one line and suggests the nearest known option."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Parse arguments; report the first unknown option and suggest the nearest known one."""

@@ -13,14 +13,7 @@ import numpy as np
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.chains.slots import SlotGroup
-from pipeline.checkpoint.manifest import (
-    Damaged,
-    Identity,
-    Manifest,
-    check_files,
-    read_manifest,
-    step_folders,
-)
+from pipeline.checkpoint.manifest import Damaged, Identity, Manifest, check_files, read_manifest, step_folders
 from pipeline.checkpoint.saving import merge_states
 from pipeline.config import Config
 from pipeline.engine.protocol import Engine

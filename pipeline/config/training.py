@@ -198,6 +198,5 @@ class EngineConfig:
             ("data.sequence_length", sequence_length),
         ):
             require(
-                value % size == 0,
-                f"engine.sequence_parallel_size is {size}: it must divide {key} = {value}.",
+                value % size == 0, f"engine.sequence_parallel_size is {size}: it must divide {key} = {value}."
             )

@@ -29,13 +29,7 @@ DType = Literal["float32", "bfloat16"]
 CODE = Path(__file__).with_name("remote_code")
 
 
-def export(
-    source: Path,
-    output: Path,
-    weights: Weights | None,
-    dtype: DType,
-    max_shard_size: int,
-) -> int:
+def export(source: Path, output: Path, weights: Weights | None, dtype: DType, max_shard_size: int) -> int:
     """Export a checkpoint to `output`, completely or not at all, in one process on the CPU.
 
     Peak memory is one shard and one fp32 weight, whatever the model size and the number of training ranks.

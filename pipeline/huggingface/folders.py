@@ -81,10 +81,7 @@ def divide(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_weights(
-    weights: StoredWeights,
-    folder: Path,
-    max_shard_size: int,
-    dtype: torch.dtype | None = None,
+    weights: StoredWeights, folder: Path, max_shard_size: int, dtype: torch.dtype | None = None
 ) -> None:
     """Write weights as model.safetensors, or as shards with an index if that file would be too large.
 

@@ -47,10 +47,7 @@ class Imported:
 
 
 def import_model(
-    source: Path,
-    output: Path,
-    special_tokens: dict[str, str | None],
-    max_shard_size: int,
+    source: Path, output: Path, special_tokens: dict[str, str | None], max_shard_size: int
 ) -> Imported:
     """Import a model to `output`, completely or not at all: an export without code and model card.
 

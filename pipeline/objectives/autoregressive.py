@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.objectives.seam import (
-    Chains,
-    ChainState,
-    Layout,
-    Objective,
-    Reveals,
-    Scores,
-    mean_over_chains,
-)
+from pipeline.objectives.seam import Chains, ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
 
 
 class Autoregressive:

@@ -8,15 +8,7 @@ from torch import Tensor
 from pipeline.objectives import noise
 from pipeline.objectives.policies import Policy
 from pipeline.objectives.random_masking import chain_numbers, held_out_masking
-from pipeline.objectives.seam import (
-    Chains,
-    ChainState,
-    Layout,
-    Objective,
-    Reveals,
-    Scores,
-    mean_over_chains,
-)
+from pipeline.objectives.seam import Chains, ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
 from pipeline.objectives.stages import StageSchedule
 
 
