@@ -60,7 +60,6 @@ class Answers(Measure):
     prompt_format: str = "{prompt}"
 
     def __len__(self) -> int:
-        """See `Measure`."""
         return len(self.items)
 
     def prompts(self, items: Sequence[Item]) -> list[str]:
@@ -83,7 +82,6 @@ class Answers(Measure):
         return that_fit(prompts, self._length, loaded.tokenizer, loaded.config)
 
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
-        """See `Measure`."""
         items = [self.items[number] for number in numbers]
         prompts = self.prompts(items)
         fitting = self._that_fit(prompts, loaded)
@@ -109,7 +107,6 @@ class Answers(Measure):
         ]
 
     def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """See `Measure`."""
         right = sum(row["right"] for row in rows)
         return {
             "right": right,
@@ -121,7 +118,6 @@ class Answers(Measure):
         }
 
     def summary(self, figures: dict[str, Any]) -> str:
-        """See `Measure`."""
         low, high = figures["interval"]
         missing = (
             f"{figures['not_answered']} of {figures['total']} items have a prompt that leaves no room for an "
@@ -152,11 +148,9 @@ class Likelihoods(Measure):
     seed: int = 0
 
     def __len__(self) -> int:
-        """See `Measure`."""
         return len(self.pairs)
 
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
-        """See `Measure`."""
         pairs = [self.pairs[number] for number in numbers]
         scores = score_answers(loaded, pairs, self.draws, batch_size, self.seed, numbers=numbers)
         return [
@@ -165,7 +159,6 @@ class Likelihoods(Measure):
         ]
 
     def figures(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """See `Measure`."""
         columns = [
             torch.tensor([row[name] for row in rows], dtype=torch.float64)
             for name in ("nll", "tokens", "bytes")
@@ -176,7 +169,6 @@ class Likelihoods(Measure):
         return {name: None if figure != figure else figure for name, figure in figures.items()}  # no NaN
 
     def summary(self, figures: dict[str, Any]) -> str:
-        """See `Measure`."""
         numbers = {name: "?" if f is None else f"{f:.4f}" for name, f in figures.items()}
         missing = (
             f"{self.too_long} pairs exceed the trained sequence length: excluded\n" if self.too_long else ""

@@ -9,6 +9,5 @@ class Exact(Task):
     """The answer must equal the reference, up to the amount of white space between words."""
 
     def score(self, item: Item, answer: str) -> Verdict:
-        """See `Task`."""
         found = " ".join(answer.split())
         return Verdict(found == " ".join(item.reference.split()), found)

@@ -47,7 +47,6 @@ class _Gsm8k(Task):
     keys = ("question", "answer")
 
     def check(self, item: Item, record: Document, before: Sequence[Item]) -> None:
-        """See `Task`."""
         if MARK not in item.reference or final_number(item.reference) is None:
             raise UserError(
                 f"{record.place}: the answer does not end in '{MARK} NUMBER' as in GSM8K: fix or remove the "
@@ -59,7 +58,6 @@ class FinalNumber(_Gsm8k):
     """The final number of the answer must equal that of the reference."""
 
     def score(self, item: Item, answer: str) -> Verdict:
-        """See `Task`."""
         found = final_number(answer)
         return Verdict(found == final_number(item.reference), "no number" if found is None else str(found))
 
@@ -77,7 +75,6 @@ class Program(_Gsm8k):
         self.sandbox = Sandbox(servers=self.parallel)
 
     def score(self, item: Item, answer: str) -> Verdict:
-        """See `Task`."""
         fenced = _FENCE.search(answer)
         outcome = self.sandbox.run(fenced[1] if fenced else answer)
         if outcome.value is None:
@@ -87,7 +84,6 @@ class Program(_Gsm8k):
         return Verdict(is_close(outcome.value, reference), outcome.value[:200])
 
     def close(self) -> None:
-        """See `Task`."""
         self.sandbox.close()
 
 

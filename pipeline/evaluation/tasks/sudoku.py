@@ -15,7 +15,6 @@ class Sudoku(Task):
     """Grids of 4, 6 or 9 cells per side, one token per cell; any valid grid that keeps the clues is right."""
 
     def check(self, item: Item, record: Document, before: Sequence[Item]) -> None:
-        """See `Task`."""
         puzzle = item.prompt
         size = math.isqrt(len(puzzle))
         digits = "0123456789"[: size + 1]
@@ -25,13 +24,10 @@ class Sudoku(Task):
             raise UserError(f"{record.place}: a puzzle of {size}x{size} among others of another size.")
 
     def answer_length(self, items: Sequence[Item]) -> int | None:
-        """See `Task`."""
         return len(items[0].prompt)
 
     def score(self, item: Item, answer: str) -> Verdict:
-        """See `Task`."""
         return Verdict(is_solved(item.prompt, answer, math.isqrt(len(item.prompt))), answer)
 
     def summary(self, right: int, total: int) -> str:
-        """See `Task`."""
         return f"solved {right / total:.2f} of {total} held-out puzzles"
