@@ -56,7 +56,6 @@ class PlainEngine:
         return [Piece(name, tuple(p.shape), 0, number, 0, p.numel()) for number, (name, p) in named]
 
     def start_from(self, weights: StoredWeights) -> None:
-        """See `Engine`."""
         copy_pieces(weights, list(self.model.parameters()), self.pieces())
         if self.average is not None:
             self.average.restart()
@@ -69,11 +68,9 @@ class PlainEngine:
         return output
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine`."""
         (loss / self.accumulation).backward()
 
     def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """See `Engine`."""
         limit = self.clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         for group in self.optimizer.param_groups:
@@ -87,12 +84,10 @@ class PlainEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: MaskedBatch) -> HeadOutput:
-        """See `Engine`."""
         return self.forward(batch)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """See `Engine`."""
         assert self.average is not None, "optimizer.ema_decay is not set"
         self.average.exchange()
         yield
@@ -107,7 +102,6 @@ class PlainEngine:
         return None
 
     def snapshot(self, folder: Path) -> dict[str, Any]:
-        """See `Engine`."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         states: dict[str, Any] = {PLAIN_FILE: state}
         if self.average is not None:
@@ -115,7 +109,6 @@ class PlainEngine:
         return {name: self.host_copy(name, state) for name, state in states.items()}
 
     def load(self, folder: Path, world_size: int) -> None:
-        """See `Engine`."""
         # To the CPU: AdamW keeps its step counters there, and would read them from a GPU one by one.
         state = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])

@@ -82,7 +82,6 @@ class DeepSpeedEngine:
             self.average.restart()
 
     def forward(self, batch: MaskedBatch) -> HeadOutput:
-        """See `Engine`."""
         with self.profiler.forward():
             output: HeadOutput = self.engine(batch)
         return output
@@ -95,7 +94,6 @@ class DeepSpeedEngine:
             self.engine.step()
 
     def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """See `Engine`."""
         self.accept = accept
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -112,7 +110,6 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: MaskedBatch) -> HeadOutput:
-        """See `Engine`."""
         self.engine.eval()
         output: HeadOutput = self.engine(batch)
         self.engine.train()
@@ -120,7 +117,6 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """See `Engine`."""
         assert self.average is not None, "optimizer.ema_decay is not set"
         self.average.exchange()
         self.shards.publish()
@@ -129,25 +125,21 @@ class DeepSpeedEngine:
         self.shards.publish()
 
     def squared_norm(self) -> Tensor:
-        """See `Engine`."""
         if self._on_nvme():
             return torch.full((), torch.nan, dtype=torch.float64, device=self.ranks.device)
         return squared_norm(self.shards.weights(), self.shards.pieces(self.names), self.ranks.device)
 
     def take_communication_share(self) -> float | None:
-        """See `Engine`."""
         share, self.profiler.communication_share = self.profiler.communication_share, None
         return share
 
     def snapshot(self, folder: Path) -> dict[str, Any]:
-        """See `Engine`."""
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         if self.average is not None:
             self.snapshots.keep(file_name(self.ranks.rank), self.average.state_dict())
         return self.snapshots.take()
 
     def load(self, folder: Path, world_size: int) -> None:
-        """See `Engine`."""
         settings = hyper_parameters(self.engine.optimizer)
         if world_size == self.ranks.world_size:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
@@ -162,5 +154,4 @@ class DeepSpeedEngine:
             self.average.load(folder, self.ranks.rank)
 
     def close(self) -> None:
-        """See `Engine`."""
         self.engine.destroy()

@@ -64,7 +64,6 @@ class UlyssesSequence(WholeSequence):
         return x.narrow(dim, first, min(each, x.shape[dim] - first))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | BlockMask | None) -> Tensor:
-        """See `WholeSequence`."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, L / N, heads, D]
         out: Tensor = self.exchange(q, k, v, 0, None, attention_mask)
         return out.transpose(1, 2)
@@ -75,7 +74,6 @@ class UlyssesSequence(WholeSequence):
         return super().attend(q, k, v, attention_mask).transpose(1, 2)
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
-        """See `WholeSequence`."""
         each = -(-length // self.size)
         own = x.transpose(0, dim)
         if own.shape[0] < each:
