@@ -81,10 +81,10 @@ def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dictionaries into one with dotted keys."""
+    """Flatten nested dictionaries into one with dotted keys; an empty one stays, so that its key is seen."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             leaves.update(flatten(value, f"{prefix}{key}."))
         else:
             leaves[f"{prefix}{key}"] = value
@@ -124,6 +124,26 @@ def check_keys(keys: Sequence[str], where: str) -> None:
         require(key in known, f"{where}: unknown key {key!r}.{nearest(key, known)}")
 
 
+def check_yaml(tree: dict[str, Any], where: str) -> None:
+    """Raise a `UserError` for the first unknown key of a YAML file, at any depth.
+
+    jsonargparse passes some of them over, and imports the module that a ``class_path`` in a list names: a
+    checkpoint's YAML could run code.
+    """
+    leaves = flatten(tree)
+    check_keys(list(leaves), where)
+    hints = known_keys()
+    for key, value in leaves.items():
+        known = _keys_of(hints[key])
+        for number, entry in enumerate(value if known and isinstance(value, list) else []):
+            for name in flatten(entry) if isinstance(entry, dict) else []:
+                require(
+                    name in known,
+                    f"{where}: {key}[{number}]: unknown key {name!r}.{nearest(name, known)} Known: "
+                    f"{', '.join(known)}.",
+                )
+
+
 _QUESTIONS = ("--help", "--evaluation.tasks.help", "--print_config")  # options that print something and exit
 
 
@@ -155,7 +175,7 @@ def load(arguments: Sequence[str]) -> Config:
         if option == "--config":
             value = value or "".join(arguments[position + 1 : position + 2])
             require(bool(value), "--config needs the path of a YAML file.")
-            check_keys(list(flatten(read_yaml(Path(value)))), value)
+            check_yaml(read_yaml(Path(value)), value)
             files.append(value)
         elif option.startswith("--") and option not in _QUESTIONS:
             check_keys([option[2:].rstrip("+")], "command line")

@@ -75,6 +75,42 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ("modle: {}", ["'modle'", "'model'"]),
+        ("modle:", ["'modle'", "'model'"]),
+        ("modle: {layers: {}}", ["'modle.layers'", "'model.layers'"]),
+        ("model: {layerz: {}}", ["'model.layerz'", "'model.layers'"]),
+        ("model: {layers: {many: {}}}", ["'model.layers.many'"]),
+        ("1: {}", ["'1'"]),
+        (
+            "evaluation: {tasks: [{tusk: {}}]}",
+            ["evaluation.tasks[0]", "'tusk'", "'task'", "Known: task, data"],
+        ),
+        (
+            "evaluation: {tasks: [{task: exact, data: x}, {data: {x: 1}}]}",
+            ["evaluation.tasks[1]", "'data.x'"],
+        ),
+        ("evaluation: {tasks: [{class_path: foreign.Task}]}", ["evaluation.tasks[0]", "'class_path'"]),
+        ("evaluation: {class_path: foreign.Task}", ["'evaluation.class_path'"]),
+    ],
+)
+def test_no_unknown_key_of_a_file_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, parts: list[str]
+) -> None:
+    """At any depth, also above an empty mapping; no module is imported because a file names it."""
+    (tmp_path / "foreign.py").write_text("raise SystemExit('foreign code ran')")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: x\ndata: {{prefixes: [a]}}\n{more}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as refused:
+        configuration.load(["--config", str(path)])
+    assert str(refused.value).startswith(f"{path}: ")
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["--train.stepz", "3"], ["'train.stepz'", "'train.steps'"]),
