@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 with warnings.catch_warnings():  # megatron-core warns about optional packages that are not used here
     warnings.simplefilter("ignore")
@@ -202,10 +203,19 @@ def build_datasets(
     fingerprint = data_fingerprint(config, facts, tokenizer, seed)
     folder = cache / fingerprint[:16]
     build_once(folder, lambda writing: _build(config, facts, tokenizer, seed, writing), ranks)
+    _check_indices(folder)
     with as_if_alone():
         train, valid, shares = _build(config, facts, tokenizer, seed, folder)
     has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)
     return Datasets(train, valid, has_padding, fingerprint, shares)
+
+
+def _check_indices(folder: Path) -> None:
+    """Raise a `UserError` for an index that is no array: megatron-core would unpickle it and run its code."""
+    for path in sorted(folder.glob("*.npy")):
+        with path.open("rb") as file:
+            if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:
+                raise UserError(f"{path} is not an array of NumPy: remove {folder}, it will be built again.")
 
 
 def _build(

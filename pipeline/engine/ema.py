@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.base.errors import UserError
+from pipeline.engine.tensor_files import read_tensors
 from pipeline.engine.weights import Piece, StoredWeight, StoredWeights
 
 FILES = "ema_*.pt"
@@ -129,10 +129,7 @@ class _Files:
         self.shapes: dict[str, list[int]] = {}
         self.found: dict[str, list[tuple[int, Tensor]]] = {}  # (offset, elements) by parameter
         for path in paths:
-            try:
-                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-                raise UserError(f"{path} is damaged ({error}): resume from an older checkpoint.") from None
+            state = read_tensors(path, ("updates", "pieces"))
             self.updates = state["updates"]
             for name, piece in state["pieces"].items():
                 self.shapes[name] = piece["shape"]

@@ -16,11 +16,13 @@ from pipeline.engine.ema import WeightAverage, file_name
 from pipeline.engine.module import compile_blocks, make_model, precision_of
 from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.engine.snapshot import HostCopy
+from pipeline.engine.tensor_files import read_tensors
 from pipeline.engine.weights import Piece, StoredWeight, StoredWeights, copy_pieces, squared_norm
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.ranks import Ranks
 
 PLAIN_FILE = "plain.pt"
+KEYS = ("model", "optimizer")  # of that file
 
 
 class PlainEngine:
@@ -110,7 +112,7 @@ class PlainEngine:
 
     def load(self, folder: Path, world_size: int) -> None:
         # To the CPU: AdamW keeps its step counters there, and would read them from a GPU one by one.
-        state = torch.load(folder / PLAIN_FILE, map_location="cpu", weights_only=True)
+        state = read_tensors(folder / PLAIN_FILE, KEYS, torch.device("cpu"), mmap=False)
         self.model.load_state_dict(state["model"])
         settings = hyper_parameters(self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -127,5 +129,4 @@ def open_plain_weights(folder: Path) -> StoredWeights | None:
     path = folder / PLAIN_FILE
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return {name: StoredWeight.of(tensor) for name, tensor in state["model"].items()}
+    return {name: StoredWeight.of(tensor) for name, tensor in read_tensors(path, KEYS)["model"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections import Counter
@@ -25,6 +26,7 @@ from pipeline.data.examples import ANSWER, PADDING, PROMPT
 from pipeline.data.facts import check_data
 from pipeline.ranks import Ranks
 from support.corpora import make_dataset
+from support.pickles import Command
 from support.programs import run_program
 
 pytestmark = pytest.mark.slow
@@ -326,3 +328,18 @@ def test_one_rank_a_node_builds_the_cache(corpus: Corpus, disk: str, builds: lis
     found = re.findall(r"rank (\d): (\d) builds, examples (\w+)", result.stdout)
     assert [int(count) for _, count, _ in sorted(found)] == builds
     assert len({examples for _, _, examples in found}) == 1
+
+
+def test_an_index_that_is_a_pickle_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    """megatron-core would run the command in it."""
+    made = tmp_path / "made"
+    for prefix, kind in (("t", "packed"), ("p", "pairs")):
+        shutil.rmtree(corpus.folder / "cache", ignore_errors=True)
+        corpus.build(prefix, kind=kind, sequence_length=16)
+        for index in sorted((corpus.folder / "cache").rglob("*.npy")):
+            before = index.read_bytes()
+            index.write_bytes(pickle.dumps(Command(made)))
+            with pytest.raises(UserError, match=rf"{index.name} is not an array"):
+                corpus.build(prefix, kind=kind, sequence_length=16)
+            assert not made.exists()
+            index.write_bytes(before)

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import sync_tree
-from pipeline.engine.deepspeed.private import save_through
+from pipeline.engine.deepspeed.private import save_through, without_foreign_code
 from pipeline.engine.snapshot import HostCopy
+from pipeline.engine.tensor_files import read_tensors
 from pipeline.engine.weights import StoredWeight, StoredWeights
 from pipeline.ranks import Ranks
 
@@ -53,6 +54,22 @@ class SnapshotWriter(TorchCheckpointEngine):
         """Return the states saved since the last call, by file name."""
         states, self.states = self.states, {}
         return states
+
+
+def check_files(folder: Path, ranks: Ranks) -> None:
+    """Raise a `UserError` for a file of a snapshot that is damaged or names code; every rank calls this.
+
+    `without_foreign_code` protects DeepSpeed's own reading. This names the file, on all ranks alike. The
+    ranks share the files, and map them instead of reading their tensors.
+    """
+    problem = None
+    try:
+        with without_foreign_code():
+            for path in sorted(folder.rglob("*.pt"))[ranks.rank :: ranks.world_size]:
+                read_tensors(path)
+    except UserError as error:
+        problem = str(error)
+    ranks.agree(problem)
 
 
 def universal_folder(folder: Path) -> Path:
@@ -106,7 +123,7 @@ def _convert(folder: Path, final: Path) -> str | None:
     print(f"converting {folder.parent} for another number of ranks", flush=True)
     writing = final.with_name(f".writing_{final.name}")
     shutil.rmtree(writing, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "pipeline.engine.deepspeed.conversion", "--inject_missing_state"]
     command += ["--input_folder", str(folder / TAG), "--output_folder", str(writing / TAG)]
     command += ["--num_extract_workers", str(_WORKERS), "--num_merge_workers", str(_WORKERS)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -129,7 +146,9 @@ def open_sharded_weights(folder: Path) -> StoredWeights:
 
     Under ZeRO-3 only that weight comes into memory. ZeRO-1 and 2 cut through parameters: DeepSpeed joins all.
     """
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    check_files(folder / TAG, Ranks())
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), without_foreign_code():
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG, lazy_mode=True)
     return {
         name.removeprefix("module."): StoredWeight(tuple(value.shape), value.dtype, value.contiguous)

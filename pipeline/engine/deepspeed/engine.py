@@ -15,8 +15,14 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.config import Config
-from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, make_universal
-from pipeline.engine.deepspeed.private import check_names, find_shards, leave_out_op, loading_universal
+from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, check_files, make_universal
+from pipeline.engine.deepspeed.private import (
+    check_names,
+    find_shards,
+    leave_out_op,
+    loading_universal,
+    without_foreign_code,
+)
 from pipeline.engine.deepspeed.profiling import Profiler
 from pipeline.engine.deepspeed.settings import complete_settings, read_settings
 from pipeline.engine.deepspeed.ulysses import UlyssesSequence
@@ -141,11 +147,14 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path, world_size: int) -> None:
         settings = hyper_parameters(self.engine.optimizer)
+        check_files(folder, self.ranks)
         if world_size == self.ranks.world_size:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+            with without_foreign_code():
+                path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         else:
             universal = make_universal(folder, self.ranks)
-            with loading_universal(self.engine):
+            check_files(universal, self.ranks)
+            with without_foreign_code(), loading_universal(self.engine):
                 path, _ = self.engine.load_checkpoint(str(universal), tag=TAG)
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to resume from an older one.")

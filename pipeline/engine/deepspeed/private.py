@@ -7,6 +7,7 @@ the start, by that name, and not in the middle of a run.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, Protocol
@@ -14,12 +15,20 @@ from typing import Any, Protocol
 import deepspeed
 import deepspeed.comm
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
 from pipeline.base.errors import UserError
 from pipeline.engine.weights import Piece
 
+# Beside tensors and plain values, the files of ZeRO-1, 2 and 3 hold objects of these classes.
+CLASSES_IN_FILES = (LossScaler, ZeroStageEnum, fragment_address)
+# torch's own switch: every torch.load is a restricted one, also where DeepSpeed asks for weights_only=False.
+RESTRICTED = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it skips the step
 
 MODULE_NAMES = (
@@ -85,6 +94,24 @@ def save_through(engine: Any, writer: TorchCheckpointEngine) -> None:
     engine.checkpoint_engine = writer
     # DeepSpeed copies a recovery script beside its files: one more write that can fail on one rank.
     engine._copy_recovery_script = lambda folder: None
+
+
+@contextlib.contextmanager
+def without_foreign_code() -> Iterator[None]:
+    """Let DeepSpeed read files without running the code that they name; it unpickles them unrestricted.
+
+    A file that names more than `CLASSES_IN_FILES` raises an UnpicklingError.
+    """
+    before = {name: os.environ.get(name) for name in RESTRICTED}
+    os.environ.update(RESTRICTED)
+    try:
+        with safe_globals(list(CLASSES_IN_FILES)):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
