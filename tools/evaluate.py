@@ -18,8 +18,8 @@ from pipeline.base.cli import ToolParser, option, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
-from pipeline.checkpoint.load_model import WEIGHTS_HELP, Loaded, load_model
-from pipeline.checkpoint.manifest import find
+from pipeline.checkpoint.load_model import VERIFY_HELP, WEIGHTS_HELP, Loaded, load_model
+from pipeline.checkpoint.manifest import MANIFEST, find
 from pipeline.data.paths import bin_path
 from pipeline.decoding import SamplingSettings
 from pipeline.decoding.sampling import add_options, read_options
@@ -28,7 +28,7 @@ from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_
 from pipeline.evaluation.pairs import read_pairs
 from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
-from pipeline.ranks import join_ranks
+from pipeline.ranks import Ranks, join_ranks
 
 LIKELIHOOD = "likelihood"
 
@@ -38,6 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
+    parser.add_argument("--no-verify", action="store_true", help=VERIFY_HELP)
     parser.add_argument(
         "--untrained", action="store_true", help="evaluate the initial weights, as a baseline"
     )
@@ -92,11 +93,13 @@ def without_effect(task: str) -> list[str]:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return every setting that affects the results, by option."""
-    without = {"batch_size", "output", "restart", *without_effect(options.task)}
+    without = {"batch_size", "output", "restart", "no_verify", *without_effect(options.task)}
     data = options.data if options.data.is_file() else bin_path(options.data)
     chosen = {option(name): value for name, value in vars(options).items() if name not in without}
     return chosen | {
-        "--checkpoint": str(find(options.checkpoint)[0].resolve()),
+        "--checkpoint": str(options.checkpoint.resolve()),
+        # Another run may have written its checkpoint to the same folder.
+        "sha256 of the checkpoint's manifest": sha256_of(options.checkpoint / MANIFEST),
         "--data": str(options.data),
         "sha256 of the data": sha256_of(data),
     }
@@ -117,6 +120,15 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) ->
     return answers
 
 
+def find_checkpoint(path: Path, ranks: Ranks) -> Path:
+    """Return the folder of the checkpoint on every rank; a run may write a newer one at any moment."""
+    folder = path
+    with ranks.agreeing():
+        if ranks.is_first:
+            folder = find(path)[0]
+    return ranks.all_gather(folder)[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print the results; for puzzles the last line is ``solved X.XX of N held-out puzzles``."""
     options = parse(arguments)
@@ -124,8 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ranks = join_ranks()
         ranks.connect("gloo", timedelta(days=7))  # items may take very different times
         stack.callback(ranks.disconnect)
+        options.checkpoint = find_checkpoint(options.checkpoint, ranks)
         with ranks.agreeing():
-            loaded = load_model(options.checkpoint, ranks.device, options.untrained, weights=options.weights)
+            loaded = load_model(
+                options.checkpoint, ranks.device, options.untrained, options.weights,
+                verify=not options.no_verify, ranks=ranks,
+            )  # fmt: skip
             measured = measure_of(options, loaded, stack)
         results = None
         if options.output is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
-from pipeline.checkpoint.load_model import WEIGHTS_HELP
+from pipeline.checkpoint.load_model import VERIFY_HELP, WEIGHTS_HELP
 from pipeline.huggingface.export import export
 from pipeline.huggingface.folders import add_shard_argument
 
@@ -21,13 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
+    parser.add_argument("--no-verify", action="store_true", help=VERIFY_HELP)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="data type of the weights"
     )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
     limit = options.max_shard_size
-    step = export(options.checkpoint, options.output, options.weights, options.dtype, limit)
+    verify = not options.no_verify
+    step = export(options.checkpoint, options.output, options.weights, options.dtype, limit, verify)
     print(f"wrote {options.output}: step {step}, {options.dtype}")
 
 

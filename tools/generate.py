@@ -17,7 +17,7 @@ import torch
 from pipeline.base.cli import ToolParser, option, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
-from pipeline.checkpoint.load_model import WEIGHTS_HELP, load_model
+from pipeline.checkpoint.load_model import VERIFY_HELP, WEIGHTS_HELP, load_model
 from pipeline.decoding.animation import check_animation, write_animation
 from pipeline.decoding.frames import Recorder, Show
 from pipeline.decoding.prompts import SPAN_HELP, Sample, generate, read_prompts
@@ -32,6 +32,7 @@ def build_parser() -> ToolParser:
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
     parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
+    parser.add_argument("--no-verify", action="store_true", help=VERIFY_HELP)
     types = ["float32", "bfloat16"]
     parser.add_argument(
         "--dtype", choices=types, default=types[0], help="data type of the weights; logits are fp32"
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
-    loaded = load_model(options.checkpoint, device, weights=options.weights, dtype=dtype)
+    verify = not options.no_verify
+    loaded = load_model(options.checkpoint, device, weights=options.weights, dtype=dtype, verify=verify)
 
     on_terminal = sys.stdout.isatty() and not options.json and os.environ.get("TERM") != "dumb"
     view = LiveView(sys.stdout, colours="NO_COLOR" not in os.environ) if on_terminal else None

@@ -196,12 +196,14 @@ def write_hashed(path: Path, write: Callable[[BinaryIO], object]) -> FileFacts:
     return FileFacts(hashing.size, hashing.digest.hexdigest())
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+def sha256_of(path: Path, count: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; `count` hears of the bytes as they are read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            if count is not None:
+                count(len(chunk))
     return digest.hexdigest()
 
 

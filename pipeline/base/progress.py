@@ -52,3 +52,36 @@ class Progress:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+class ReadingProgress:
+    """Progress of reading large files, on stderr: a bar on a terminal, plain lines in a log.
+
+    Nothing is shown of what takes a moment. Standard output stays free for results.
+    """
+
+    def __init__(self, what: str, total: int, enabled: bool = True) -> None:
+        """Start at 0 of `total` bytes; show nothing unless `enabled`."""
+        self.what, self.total, self.done = what, total, 0
+        self.shown = time.monotonic()
+        self.enabled, on_tty = enabled, enabled and sys.stderr.isatty()
+        self.bar = (
+            tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, leave=False, delay=1)
+            if on_tty
+            else None
+        )
+
+    def advance(self, count: int) -> None:
+        """Add `count` bytes."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif self.enabled and time.monotonic() - self.shown >= REPORT_SECONDS:
+            self.shown = time.monotonic()
+            done, total = (tqdm.format_sizeof(size, "B") for size in (self.done, self.total))
+            print(f"{self.what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()

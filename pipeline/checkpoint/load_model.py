@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -10,21 +12,23 @@ import torch
 
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.checkpoint.manifest import find
+from pipeline.checkpoint.manifest import check_hashes, find
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import read_weights
-from pipeline.engine.ema import has_average
+from pipeline.engine.ema import FILES, has_average
 from pipeline.engine.module import make_model
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives import decoding_layout
 from pipeline.objectives.seam import Layout
+from pipeline.ranks import Ranks
 
 Weights = Literal["ema", "raw"]
 WEIGHTS_HELP = (
     "ema = the moving average, raw = the weights of the last step; default: ema if the checkpoint has it"
 )
+VERIFY_HELP = "do not compare the hashes of the checkpoint's files: faster, but damage goes unnoticed"
 
 
 @dataclass
@@ -55,8 +59,10 @@ def load_model(
     untrained: bool = False,
     weights: Weights | None = None,
     dtype: torch.dtype = torch.float32,
+    verify: bool = True,
+    ranks: Ranks | None = None,
 ) -> Loaded:
-    """Load a checkpoint, written at any world size, into one process.
+    """Load a checkpoint, written at any world size, into each process.
 
     Args:
         path: a run folder (its newest complete checkpoint), RUN:STEP, or a checkpoint folder.
@@ -65,20 +71,40 @@ def load_model(
         weights: ema = the moving average, raw = the weights of the last step; None = ema if the checkpoint
             has it.
         dtype: of weights and activations; logits are always fp32.
+        verify: compare the hashes of the files that are read.
+        ranks: the processes that all load it, and share the hashing; they call this inside `ranks.agreeing`.
 
     Raises:
         UserError: when the checkpoint is missing or damaged, or lacks the requested weights.
     """
     folder, manifest = find(path)
+    averaged = None if untrained else takes_average(folder, weights)
+    if verify:
+        check_hashes(folder, manifest, needed_for(averaged), ranks or Ranks())
     config = configuration.load(["--config", str(folder / "config.yaml")])
     model = make_model(config, Vocabulary(**manifest.vocabulary))
-    if not untrained:
-        state = read_weights(folder / "model", takes_average(folder, weights))
+    if averaged is not None:
+        state = read_weights(folder / "model", averaged)
         if config.model.tie_embeddings:  # one tensor with two names; the checkpoint may have only one
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         model.load_state_dict(state)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     return Loaded(model.to(device, dtype).eval(), tokenizer, config, 0 if untrained else manifest.step)
+
+
+def needed_for(averaged: bool | None) -> Callable[[str], bool]:
+    """Return which files of a checkpoint are read for its weights.
+
+    Args:
+        averaged: the moving average or the weights themselves; None = only settings and tokenizer.
+    """
+
+    def needed(name: str) -> bool:
+        if name.startswith("model/"):
+            return averaged is not None and fnmatch(name, f"model/{FILES}") == averaged
+        return name == "config.yaml" or name.startswith("tokenizer/")
+
+    return needed
 
 
 def takes_average(folder: Path, weights: Weights | None) -> bool:

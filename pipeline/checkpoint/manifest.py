@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import FileFacts, sha256_of
+from pipeline.base.progress import ReadingProgress
 from pipeline.ranks import Ranks
 
 FORMAT = 2
@@ -75,6 +78,13 @@ class Manifest:
         return (json.dumps(values | {"sha256": _sha256(values)}, indent=2) + "\n").encode()
 
 
+def _inside(name: str) -> str:
+    """Return the name of a file in a checkpoint; raise a ValueError for one that leads out of the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name} is outside of the folder")
+    return name
+
+
 def _sha256(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
@@ -113,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest:
         written = values.pop("sha256", None)  # missing in older checkpoints
         if written is not None and written != _sha256(values):
             raise Damaged(f"the content of its {MANIFEST} has changed since it was written (sha256)")
-        files = {name: FileFacts(**facts) for name, facts in values.pop("files").items()}
+        files = {_inside(name): FileFacts(**facts) for name, facts in values.pop("files").items()}
         return Manifest(**values, files=files)
     except FileNotFoundError:
         raise Damaged(f"it has no {MANIFEST}: it was never finished, or was copied in part") from None
@@ -121,27 +131,54 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"its {MANIFEST} cannot be read ({error})") from None
 
 
-def check_files(folder: Path, manifest: Manifest, hashes: bool, ranks: Ranks) -> None:
+def check_files(
+    folder: Path,
+    manifest: Manifest,
+    hashes: bool,
+    ranks: Ranks,
+    needed: Callable[[str], bool] = lambda name: True,
+) -> None:
     """Raise `Damaged` for the first file that differs from the manifest.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
-        hashes: compare the hashes of the files, not only their sizes.
+        hashes: compare the hashes of the files, not only their sizes; the first rank shows its progress.
         ranks: the processes that share the work; this one compares its part of the hashes.
+        needed: whether to compare the hash of a file, by its name.
     """
-    for i, (name, facts) in enumerate(sorted(manifest.files.items())):
-        path = folder / name
+    for name, facts in sorted(manifest.files.items()):
         try:
-            size = path.stat().st_size
-            if size != facts.size:
-                raise Damaged(f"{name} has {size:,} bytes, but was written with {facts.size:,}")
-            if hashes and i % ranks.world_size == ranks.rank and sha256_of(path) != facts.sha256:
-                raise Damaged(f"the content of {name} has changed since it was written (sha256)")
+            size = (folder / name).stat().st_size
         except FileNotFoundError:
             raise Damaged(f"{name} is missing") from None
         except OSError as error:
             raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+        if size != facts.size:
+            raise Damaged(f"{name} has {size:,} bytes, but was written with {facts.size:,}")
+    share = sorted(filter(needed, manifest.files))[ranks.rank :: ranks.world_size] if hashes else []
+    total = sum(manifest.files[name].size for name in share)
+    with closing(ReadingProgress(f"checking {folder}", total, enabled=ranks.is_first)) as progress:
+        for name in share:
+            try:
+                found = sha256_of(folder / name, progress.advance)
+            except OSError as error:
+                raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+            if found != manifest.files[name].sha256:
+                raise Damaged(f"the content of {name} has changed since it was written (sha256)")
+
+
+def check_hashes(folder: Path, manifest: Manifest, needed: Callable[[str], bool], ranks: Ranks) -> None:
+    """Raise a `UserError` unless the files of a checkpoint that are to be read are as they were written.
+
+    The arguments are those of `check_files`.
+    """
+    try:
+        check_files(folder, manifest, True, ranks, needed)
+    except Damaged as error:
+        raise UserError(
+            f"{folder}: {error}: restore it, take another checkpoint, or read it as it is with --no-verify."
+        ) from None
 
 
 def find(path: Path) -> tuple[Path, Manifest]:

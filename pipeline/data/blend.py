@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder, remove_left_overs, replacing
 from pipeline.ranks import Ranks
 
@@ -91,16 +90,12 @@ def build_once(folder: Path, build: Callable[[Path], object], ranks: Ranks) -> N
             build(writing)
 
     for is_builder in (ranks.is_first, ranks.local_rank == 0):
-        problem = None
         with ThreadPoolExecutor(1, "build") as pool:
             building = pool.submit(make if is_builder and not folder.exists() else lambda: None)
             while ranks.any(not wait([building], POLL).done):
                 pass  # a rank that builds nothing waits for the builder's next word in `any`
-        try:
+        with ranks.agreeing():
             building.result()
-        except UserError as error:
-            problem = str(error)
-        ranks.agree(problem)
 
 
 @contextlib.contextmanager

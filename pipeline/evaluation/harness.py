@@ -54,6 +54,7 @@ class PumaLM(TemplateLM):
         draws: int = DRAWS,
         check_greedy: bool = True,
         max_batch_size: int | None = None,
+        verify: bool = True,
         **sampler: Any,
     ) -> None:
         """Load the model.
@@ -67,6 +68,7 @@ class PumaLM(TemplateLM):
             check_greedy: also decode each scored continuation, because some metrics (accuracy of
                 lambada_openai) need to know whether decoding finds it; False saves one forward per token.
             max_batch_size: unused; the harness passes it for its own batch size search.
+            verify: compare the hashes of the checkpoint's files.
             sampler: fields of `SamplingSettings`, such as tokens_per_step=4 or seed=1.
 
         Raises:
@@ -84,7 +86,7 @@ class PumaLM(TemplateLM):
         wanted = device or "cuda"  # the harness's default, with or without a GPU
         usable = torch.cuda.is_available() or not wanted.startswith("cuda")
         self._device = torch.device(wanted if usable else "cpu")
-        self.loaded = load_model(Path(checkpoint), self._device, weights=weights)  # type: ignore[arg-type]
+        self.loaded = load_model(Path(checkpoint), self._device, weights=weights, verify=verify)  # type: ignore[arg-type]
         self.batch_size, self.draws, self.check_greedy = int(batch_size), draws, check_greedy
         # Prompts and answers of pairs were tokenized separately, packed text as a whole.
         self.backend = "causal" if self.loaded.config.data.kind == "packed" else "seq2seq"

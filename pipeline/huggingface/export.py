@@ -13,8 +13,8 @@ import torch
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder
-from pipeline.checkpoint.load_model import Weights, takes_average
-from pipeline.checkpoint.manifest import find
+from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
+from pipeline.checkpoint.manifest import check_hashes, find
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import open_weights
@@ -24,12 +24,20 @@ from pipeline.huggingface.folders import write_weights
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
 from pipeline.objectives import decoding_layout
+from pipeline.ranks import Ranks
 
 DType = Literal["float32", "bfloat16"]
 CODE = Path(__file__).with_name("remote_code")
 
 
-def export(source: Path, output: Path, weights: Weights | None, dtype: DType, max_shard_size: int) -> int:
+def export(
+    source: Path,
+    output: Path,
+    weights: Weights | None,
+    dtype: DType,
+    max_shard_size: int,
+    verify: bool = True,
+) -> int:
     """Export a checkpoint to `output`, completely or not at all, in one process on the CPU.
 
     Peak memory is one shard and one fp32 weight, whatever the model size and the number of training ranks.
@@ -41,6 +49,7 @@ def export(source: Path, output: Path, weights: Weights | None, dtype: DType, ma
         weights: ema = the moving average, raw = the weights of the last step; None = ema if available.
         dtype: data type of the exported weights.
         max_shard_size: maximum bytes per file, unless a single weight is larger.
+        verify: compare the hashes of the files that are read.
 
     Returns:
         The step of the exported checkpoint.
@@ -53,6 +62,8 @@ def export(source: Path, output: Path, weights: Weights | None, dtype: DType, ma
     folder, manifest = find(source)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     averaged = takes_average(folder, weights)
+    if verify:
+        check_hashes(folder, manifest, needed_for(averaged), Ranks())
     stored = dict(open_weights(folder / "model", averaged))
     if config.model.tie_embeddings:  # one tensor with two names; a checkpoint may hold either or both
         stored.pop("lm_head.weight", None)

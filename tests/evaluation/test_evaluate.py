@@ -48,6 +48,23 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def test_results_belong_to_one_checkpoint(run: Evaluate, run_dir: Path, tmp_path: Path) -> None:
+    """A run that is trained anew has the same folder and the same step, and other figures."""
+    output, manifest = tmp_path / "results.json", run_dir / "checkpoints/step_00000008/manifest.json"
+    before = manifest.read_text()
+    assert run("--output", str(output)).code == 0
+    assert run("--output", str(output), "--no-verify").code == 0, "how it is read is no setting"
+    values = json.loads(before)
+    del values["sha256"]
+    manifest.write_text(json.dumps(values | {"tokens": 1}))
+    try:
+        line = run("--output", str(output)).complaint()
+    finally:
+        manifest.write_text(before)
+    assert f"{output} was made with sha256 of the checkpoint's manifest = " in line
+    assert "--restart" in line
+
+
 def test_figures_are_those_of_the_answers(run: Evaluate, data: Path, run_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "results.json"
     outcome = run("--output", str(output))

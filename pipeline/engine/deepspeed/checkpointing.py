@@ -62,14 +62,9 @@ def check_files(folder: Path, ranks: Ranks) -> None:
     `without_foreign_code` protects DeepSpeed's own reading. This names the file, on all ranks alike. The
     ranks share the files, and map them instead of reading their tensors.
     """
-    problem = None
-    try:
-        with without_foreign_code():
-            for path in sorted(folder.rglob("*.pt"))[ranks.rank :: ranks.world_size]:
-                read_tensors(path)
-    except UserError as error:
-        problem = str(error)
-    ranks.agree(problem)
+    with ranks.agreeing(), without_foreign_code():
+        for path in sorted(folder.rglob("*.pt"))[ranks.rank :: ranks.world_size]:
+            read_tensors(path)
 
 
 def universal_folder(folder: Path) -> Path:
