@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
+from deepspeed.profiling.flops_profiler import FlopsProfiler
 
 from pipeline.base.errors import UserError
 from pipeline.engine.deepspeed import private
+from pipeline.model import masked_head
+from pipeline.model.batch import Vocabulary
+from pipeline.model.masked_head import MaskedHead
 from support.programs import ROOT, run_program
 
 pytestmark = pytest.mark.slow
@@ -21,6 +28,7 @@ BUILD = """
 import sys
 from pipeline import config as configuration
 from pipeline.engine.deepspeed import DeepSpeedEngine
+from pipeline.model import masked_head
 from pipeline.model.batch import Vocabulary
 from pipeline.ranks import join_ranks
 
@@ -55,6 +63,31 @@ def test_a_name_that_is_missing_is_named() -> None:
     del optimizer._get_norm_groups
     with pytest.raises(UserError, match=r"at ZeRO stage 3, has no engine\.optimizer\._get_norm_groups"):
         private.check_names(engine, 3)
+
+
+def test_the_profile_counts_products_with_a_dtype_of_their_result() -> None:
+    """The head of a bf16 model multiplies with an fp32 result on a GPU; the meta device does so, too."""
+    rows, width, size = 6, 16, 40
+    with torch.device("meta"):
+        weight = torch.nn.Parameter(torch.empty(size, width, dtype=torch.bfloat16))
+        hidden = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
+        targets, weights = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    head = MaskedHead(weight, Vocabulary(size, size, 3))
+    assert masked_head._adds_to_fp32(weight.device, weight.dtype), "found out before"
+    profiler = FlopsProfiler(head)
+    with private.counting_any_product():
+        profiler.start_profile()
+    with (
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),
+        mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()),
+    ):
+        head(hidden, targets, weights)
+    flops = profiler.get_total_flops()
+    profiler.end_profile()
+    assert torch.mm(hidden, weight.T, out_dtype=torch.float32).dtype == torch.float32, "torch is as before"
+    product = 2 * rows * width * size
+    # Logits and both gradients; the meta device adds the last one by an mm of its own.
+    assert flops == 4 * product + size * width
 
 
 def attributes(module: Path) -> set[str]:

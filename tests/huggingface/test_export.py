@@ -24,6 +24,7 @@ from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import attention as attention_of
 from pipeline.huggingface.folders import divide, write_weights
 from pipeline.huggingface.mapping import to_json
+from pipeline.huggingface.remote_code import modeling_masked_diffusion
 from pipeline.huggingface.remote_code.configuration_masked_diffusion import MaskedDiffusionConfig
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
 from pipeline.model.batch import Vocabulary
@@ -125,6 +126,31 @@ def test_transformers_gives_our_logits(
             torch.testing.assert_close(found, value, atol=tolerance, rtol=tolerance)
         assert (logits[:, [3, *range(12, 16)]] == -torch.inf).all(), "mask and padding rows"
         assert logits[:, 4:12].std() > 0.01, "logits near 0 would compare nothing"
+
+
+def test_a_bf16_product_in_fp32_has_a_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where torch has none: on the meta device its types, on a CPU its values."""
+    hidden = torch.empty(2, 3, 4, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(5, 4, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    logits = modeling_masked_diffusion.fp32_product(hidden, weight)
+    assert (logits.shape, logits.dtype) == ((2, 3, 5), torch.float32)
+    logits.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert (hidden.grad.shape, weight.grad.dtype) == ((2, 3, 4), torch.bfloat16)
+
+    mm = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out_dtype=None: mm(a.float(), b.float()).to(out_dtype or a.dtype)
+    )
+    a, b = (torch.randn(n, 4).bfloat16().requires_grad_() for n in (3, 5))
+    c, d = (x.detach().float().requires_grad_() for x in (a, b))
+    factor = torch.randint(-3, 4, (3, 5)).float()
+    (modeling_masked_diffusion.Fp32Product.apply(a, b) * factor).sum().backward()
+    (c @ d.T * factor).sum().backward()
+    for ours, exact in ((a, c), (b, d)):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad.float(), exact.grad, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["same", "shifted"])

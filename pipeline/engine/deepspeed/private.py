@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import deepspeed
 import deepspeed.comm
+import deepspeed.profiling.flops_profiler.profiler
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -36,6 +37,8 @@ MODULE_NAMES = (
     "comm.comm.timers",
     "comm.comm.comms_logger.comms_dict",
     "comm.comm.comms_logger.log_all",
+    "profiling.flops_profiler.profiler._matmul_flops_compute",
+    "profiling.flops_profiler.profiler._addmm_flops_compute",
 )
 ENGINE_NAMES = (
     "checkpoint_engine",
@@ -143,6 +146,28 @@ def seconds_in_collectives() -> float:
     of_operations = deepspeed.comm.comm.comms_logger.comms_dict.values()
     # For each operation and size: [calls, latencies in ms, bandwidths, bandwidths]
     return sum(sum(record[1]) for sizes in of_operations for record in sizes.values()) / 1e3
+
+
+@contextlib.contextmanager
+def counting_any_product() -> Iterator[None]:
+    """Let DeepSpeed's FLOPs profiler count products that are asked for a dtype of their result.
+
+    Its functions for mm and addmm know no ``out_dtype``, by which the head multiplies on a GPU, and would end
+    the run with a TypeError.
+    """
+
+    def without_dtype(count: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *tensors, out_dtype=None, **options: count(*tensors, **options)
+
+    product = deepspeed.profiling.flops_profiler.profiler._matmul_flops_compute
+    added = deepspeed.profiling.flops_profiler.profiler._addmm_flops_compute
+    deepspeed.profiling.flops_profiler.profiler._matmul_flops_compute = without_dtype(product)
+    deepspeed.profiling.flops_profiler.profiler._addmm_flops_compute = without_dtype(added)
+    try:
+        yield
+    finally:
+        deepspeed.profiling.flops_profiler.profiler._matmul_flops_compute = product
+        deepspeed.profiling.flops_profiler.profiler._addmm_flops_compute = added
 
 
 class Shards(Protocol):

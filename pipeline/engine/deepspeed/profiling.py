@@ -14,6 +14,7 @@ from deepspeed.utils.timer import SynchronizedWallClockTimer
 
 from pipeline.config import Config
 from pipeline.engine.deepspeed.private import (
+    counting_any_product,
     log_collectives,
     seconds_in_collectives,
     time_collectives_with,
@@ -71,7 +72,8 @@ class Profiler:
             return
         profiler = FlopsProfiler(self.engine.module, self.engine)
         linear = F.linear
-        profiler.start_profile()
+        with counting_any_product():
+            profiler.start_profile()  # wraps torch's functions, and what counts them
         if linear.__module__.startswith("deepspeed"):  # patched by zero.Init; its matmul is counted already
             F.linear = linear
         yield

@@ -35,11 +35,26 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+class Fp32Product(torch.autograd.Function):
+    """hidden [R, H] @ weight [V, H]^T in float32 from bf16 operands; torch has no derivative for that."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        gradient = gradient.to(hidden.dtype)
+        return torch.mm(gradient, weight), torch.mm(gradient.T, hidden)
+
+
 def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
     """Return hidden @ weight^T [B, L, V] in float32; bf16 would round different confidences to ties."""
-    if hidden.dtype == torch.float32 or not hidden.is_cuda:
+    if hidden.dtype == torch.float32 or hidden.device.type not in ("cuda", "meta"):
         return F.linear(hidden.float(), weight.float())
-    return torch.mm(hidden.flatten(0, 1), weight.T, out_dtype=torch.float32).view(*hidden.shape[:2], -1)
+    return Fp32Product.apply(hidden.flatten(0, 1), weight).view(*hidden.shape[:2], -1)
 
 
 class MaskedDiffusionAttention(nn.Module):
