@@ -165,7 +165,7 @@ def plan(case: Case, folder: Path, ranks: int, rows: int) -> dict[str, Any]:
     zero = Zero.of(engine_settings(config))
     width = HALF if config.engine.precision == "bf16" else FULL
     parameters = count_parameters(config, case.tokens)
-    memory = plan_memory(config, zero, parameters, ranks, rows, on_gpu=False)
+    memory = plan_memory(config, zero, parameters, ranks, rows, gpu_memory=None)
     traffic = step_communication(zero, parameters, config.train.accumulation(ranks), width)
     return {
         "parameters": parameters.count,

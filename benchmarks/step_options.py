@@ -85,7 +85,7 @@ class Work:
         batch = self.batch if order is None else self.batch._replace(targets=self.batch.targets[order])
 
         def loss() -> Tensor:
-            with chunks_of(chunk, self.shape.vocabulary):
+            with chunks_of(chunk):
                 return self.model.lm_head(hidden, batch.targets, batch.weights).loss
 
         return Option(lambda: loss().backward(), lambda: peak_of(loss, self.model.lm_head, batch))
@@ -108,18 +108,19 @@ def with_gradients(model: MaskedDiffusionModel) -> MaskedDiffusionModel:
 
 
 @contextlib.contextmanager
-def chunks_of(rows: int | None, vocabulary: int) -> Iterator[None]:
+def chunks_of(rows: int | None) -> Iterator[None]:
     """Let the head compute so many rows at a time; None: as many as it does by default."""
-    default = masked_head.CHUNK_LOGITS
+    default = masked_head.chunk_rows
     if rows is not None:
-        masked_head.CHUNK_LOGITS = rows * vocabulary
+        masked_head.chunk_rows = lambda *_: rows
     yield
-    masked_head.CHUNK_LOGITS = default
+    masked_head.chunk_rows = default
 
 
 def head_options(work: Work) -> dict[str, Option]:
     """Return the sizes of a chunk, and rows in the order of their targets."""
-    rows, default = len(work.batch.rows), masked_head.CHUNK_LOGITS // work.shape.vocabulary
+    rows, memory = len(work.batch.rows), masked_head.memory_of(work.device)
+    default = masked_head.chunk_rows(work.shape.vocabulary, memory)
     options = {f"chunks of {min(default, rows):,} rows (default)": work.head()}
     options |= {f"chunks of {chunk:,} rows": work.head(chunk) for chunk in CHUNKS if chunk <= rows}
     return options | {"rows sorted by target": work.head(order=work.batch.targets.argsort())}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.sampling import SamplingSettings
-from pipeline.model.masked_head import CHUNK_LOGITS, MaskedHead
+from pipeline.model.masked_head import MaskedHead, chunk_rows, memory_of
 from pipeline.objectives import noise
 
 
@@ -21,7 +21,7 @@ def draw_tokens(
         settings: temperature, top_k, top_p and seed.
         counters: [R] int64 each, the counters of the noise.
     """
-    chunk = max(1, CHUNK_LOGITS // len(head.weight))
+    chunk = chunk_rows(len(head.weight), memory_of(hidden.device))
     tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)

@@ -7,14 +7,63 @@ probabilities and sums are fp32 for any dtype of the weights.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.model.batch import HeadOutput, Vocabulary
 
-CHUNK_LOGITS = 2**26  # fp32 logits held at once: 256 MiB
+CHUNK_LOGITS = 2**26  # fp32 logits held at once on a CPU: 256 MiB
+GPU_SHARE = 32  # on a GPU the logits of a chunk and their gradients take 1/32 of its memory
+ROW_MULTIPLE = 128  # rows of a tile of a GPU's matrix products
+
+
+def chunk_rows(vocabulary_rows: int, memory: int | None) -> int:
+    """Return the rows of a chunk, a multiple of 128.
+
+    Each chunk reads and writes the gradient of the weight, [V, H] float32, once, so few large ones are fast.
+    The size depends on what the GPU has, not on what is free: other chunks round differently.
+
+    Args:
+        vocabulary_rows: V.
+        memory: bytes of the GPU; None = a CPU.
+    """
+    logits = CHUNK_LOGITS if memory is None else memory // GPU_SHARE // 6  # fp32, and bf16 gradients
+    return max(1, logits // vocabulary_rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+@functools.cache
+def memory_of(device: torch.device) -> int | None:
+    """Return the bytes of memory of a GPU; None for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+class Values(NamedTuple):
+    """Scores of rows without gradients; see `HeadOutput`."""
+
+    nll: Tensor
+    confidence: Tensor
+    margin: Tensor | None
+    entropy: Tensor | None
+    likeliest: Tensor | None
+
+    @classmethod
+    def empty(cls, targets: Tensor, scores: tuple[str, ...]) -> Values:
+        """Return room for the scores of targets [R]."""
+        new = functools.partial(torch.empty_like, targets, dtype=torch.float32)
+        return cls(
+            new(),
+            new(),
+            new() if "margin" in scores else None,
+            new() if "entropy" in scores else None,
+            torch.empty_like(targets) if "likeliest" in scores else None,
+        )
+
+    def at(self, rows: slice) -> Values:
+        """Return the same tensors at `rows`."""
+        return Values(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
 class _MaskedLoss(torch.autograd.Function):
@@ -29,48 +78,13 @@ class _MaskedLoss(torch.autograd.Function):
         weights: Tensor,
         vocabulary: Vocabulary,
         scores: tuple[str, ...] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        rows = hidden.shape[0]
-        h, w = _operands(hidden, weight)
+    ) -> tuple[Tensor | None, ...]:
         need_gradients = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if need_gradients else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_gradients else None
-        chunk = max(1, CHUNK_LOGITS // weight.shape[0])
-        buffer = h.new_empty(min(chunk, rows), len(weight)) if h.dtype == torch.float32 else None
-        nll = hidden.new_empty(rows, dtype=torch.float32)
-        confidence = torch.empty_like(nll)
-        margin = torch.empty_like(nll) if "margin" in scores else None
-        entropy = torch.empty_like(nll) if "entropy" in scores else None
-        likeliest = torch.empty_like(targets) if "likeliest" in scores else None
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            target = targets[part, None]
-            out = None if buffer is None else buffer[: len(target)]
-            logits = _logits(h[part], w, vocabulary, out)  # [C, V] float32
-            if margin is not None:
-                top = logits.topk(2, dim=-1).values  # [C, 2]
-            if likeliest is not None:
-                likeliest[part] = logits.argmax(dim=-1)
-            highest = logits.amax(dim=-1, keepdim=True)  # [C, 1]
-            nll[part] = (highest - logits.gather(1, target)).squeeze(1)
-            exponentials = logits.sub_(highest).exp_()  # in place
-            total = exponentials.sum(dim=-1, keepdim=True)  # [C, 1], at least 1
-            nll[part] += total.log().squeeze(1)
-            confidence[part] = 1.0 / total.squeeze(1)
-            if margin is not None:
-                margin[part] = -torch.expm1(top[:, 1] - top[:, 0]) / total.squeeze(1)
-            if entropy is not None:
-                entropy[part] = torch.special.entr(exponentials / total).sum(dim=-1)
-            if grad_hidden is not None and grad_weight is not None:
-                scale = weights[part, None] / total
-                grad_logits = exponentials.mul_(scale).scatter_add_(1, target, -weights[part, None])
-                grad_logits = grad_logits.to(w.dtype)
-                grad_hidden[part] = _product(grad_logits, w)
-                _add_product(grad_weight, grad_logits.T, h[part])
-        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-        values = (nll, confidence, margin, entropy, likeliest)
+        loss, values, ctx.gradients = _computed(
+            hidden, weight, targets, weights, vocabulary, scores, need_gradients
+        )
         ctx.mark_non_differentiable(*(x for x in values if x is not None))
-        return (nll * weights).sum(), *values
+        return loss, *values
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,6 +92,63 @@ class _MaskedLoss(torch.autograd.Function):
             raise RuntimeError("the masked head was run backward twice: it scales its gradients in place")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
+
+
+def _computed(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    vocabulary: Vocabulary,
+    scores: tuple[str, ...],
+    need_gradients: bool,
+) -> tuple[Tensor, Values, tuple[Tensor, Tensor] | None]:
+    """Return loss, scores and, on demand, the gradients of hidden states and weight."""
+    rows = len(hidden)
+    h, w = _operands(hidden, weight)
+    values = Values.empty(targets, scores)
+    chunk = chunk_rows(len(weight), memory_of(hidden.device))
+    buffer = h.new_empty(min(chunk, rows), len(weight), dtype=torch.float32)
+    if need_gradients:
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        target, factor = targets[part, None], weights[part, None]
+        logits = _logits(h[part], w, vocabulary, buffer[: len(target)])  # [C, V] float32
+        total = _score(logits, target, values.at(part))
+        if need_gradients:  # logits has become exp(logits - highest)
+            grad_logits = logits.mul_(factor / total).scatter_add_(1, target, -factor).to(w.dtype)
+            grad_hidden[part] = _product(grad_logits, w)
+            _add_product(grad_weight, grad_logits.T, h[part])
+    loss = (values.nll * weights).sum()
+    return loss, values, (grad_hidden, grad_weight.to(weight.dtype)) if need_gradients else None
+
+
+def _score(logits: Tensor, target: Tensor, values: Values) -> Tensor:
+    """Write the scores of a chunk; turn its logits [C, V] into exp(logits - highest); return its sums [C, 1].
+
+    Args:
+        logits: [C, V] float32.
+        target: [C, 1] int64.
+        values: room for the scores of these rows.
+    """
+    nll, confidence, margin, entropy, likeliest = values
+    if margin is not None:
+        top = logits.topk(2, dim=-1).values  # [C, 2]
+    if likeliest is not None:
+        likeliest.copy_(logits.argmax(dim=-1))
+    highest = logits.amax(dim=-1, keepdim=True)  # [C, 1]
+    nll.copy_((highest - logits.gather(1, target)).squeeze(1))
+    exponentials = logits.sub_(highest).exp_()  # in place
+    total = exponentials.sum(dim=-1, keepdim=True)  # [C, 1], at least 1
+    nll += total.log().squeeze(1)
+    confidence.copy_(1.0 / total.squeeze(1))
+    if margin is not None:
+        margin.copy_(-torch.expm1(top[:, 1] - top[:, 0]) / total.squeeze(1))
+    if entropy is not None:
+        entropy.copy_(torch.special.entr(exponentials / total).sum(dim=-1))
+    return total
 
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,16 +167,32 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
             return torch.mm(a, b, out=out)
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to the fp32 `total`; fp32 operands need no temporary matrix."""
+    """Add a @ b to the fp32 `total` inside the product, where the device can."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32:
             total.addmm_(a, b)
+        elif _adds_to_fp32(a.device, a.dtype):
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         else:
             total += torch.mm(a, b, out_dtype=torch.float32)
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether this torch adds a product of `dtype` to an fp32 matrix; some versions refuse, by device.
+
+    A matrix of that size would otherwise be written and read once more for each chunk.
+    """
+    total, a = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary, out: Tensor | None = None) -> Tensor:
@@ -136,7 +223,12 @@ class MaskedHead(nn.Module):
             weights: [R] float32, the loss weight of each row.
             scores: which of "margin", "entropy" and "likeliest" to compute besides the confidence.
         """
-        return HeadOutput(*_MaskedLoss.apply(hidden, self.weight, targets, weights, self.vocabulary, scores))
+        inputs = (hidden, self.weight, targets, weights, self.vocabulary, scores)
+        if torch.is_grad_enabled():
+            return HeadOutput(*_MaskedLoss.apply(*inputs))
+        # Inside of `apply` the inputs seem to need gradients even under no_grad.
+        loss, values, _ = _computed(*inputs, need_gradients=False)
+        return HeadOutput(loss, *values)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [R, V] float32 for hidden [R, H]; -inf at tokens never predicted."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.config import ModelConfig, Recompute
-from pipeline.model.masked_head import CHUNK_LOGITS
+from pipeline.model.masked_head import chunk_rows
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import Body
 from pipeline.planning.live_memory import LiveStorages
@@ -134,7 +134,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def head_memory(
-    rows: int, hidden_size: int, vocabulary_rows: int, width: int, on_gpu: bool
+    rows: int, hidden_size: int, vocabulary_rows: int, width: int, gpu_memory: int | None
 ) -> ActivationMemory:
     """Return the memory of the masked head, which computes its gradients in the forward, chunk by chunk.
 
@@ -143,12 +143,15 @@ def head_memory(
         hidden_size: H.
         vocabulary_rows: V.
         width: bytes per element of the weights.
-        on_gpu: GPUs multiply bf16 matrices with an fp32 result; CPUs need fp32 copies.
+        gpu_memory: bytes of the GPU, which multiplies bf16 matrices with an fp32 result; None = a CPU, which
+            needs fp32 copies.
     """
     matrix, states = vocabulary_rows * hidden_size, rows * hidden_size
-    chunk = min(rows, max(1, CHUNK_LOGITS // vocabulary_rows)) * vocabulary_rows
+    chunk = min(rows, chunk_rows(vocabulary_rows, gpu_memory)) * vocabulary_rows
     kept = (matrix + states) * width  # the gradients of weight and hidden states
     peak = 4 * matrix + 2 * states * width + 4 * chunk  # the gradient of the weight accumulates in fp32
-    if width == 2:  # a product of that size, and on GPUs the chunk in bf16, on CPUs the operands in fp32
-        peak += 4 * matrix + (2 * chunk if on_gpu else 4 * states)
+    if width == 2 and gpu_memory is None:
+        peak += 4 * matrix + 4 * states  # the operands in fp32
+    elif width == 2:
+        peak += 2 * max(chunk, matrix)  # first the chunk's gradients in bf16, in the end the weight's
     return ActivationMemory(kept, peak)

@@ -159,7 +159,12 @@ class Memory:
 
 
 def plan_memory(
-    config: Config, zero: Zero, parameters: Parameters, ranks: int, masked_rows: int, on_gpu: bool = True
+    config: Config,
+    zero: Zero,
+    parameters: Parameters,
+    ranks: int,
+    masked_rows: int,
+    gpu_memory: int | None,
 ) -> Memory:
     """Return the peak memory of a rank for the configured micro-batch.
 
@@ -169,8 +174,9 @@ def plan_memory(
         parameters: parameters of the model.
         ranks: world size.
         masked_rows: masked positions per micro-batch of a sequence-parallel group.
-        on_gpu: whether the device is a GPU; precision auto is bf16 on a GPU, fp32 on a CPU.
+        gpu_memory: bytes of a GPU; None = a CPU. Precision auto is bf16 on a GPU, fp32 on a CPU.
     """
+    on_gpu = gpu_memory is not None
     width = {"auto": HALF if on_gpu else FULL, "bf16": HALF, "fp32": FULL}[config.engine.precision]
     if zero.stage == 0:
         width = FULL  # autocast keeps the weights in fp32
@@ -192,7 +198,7 @@ def plan_memory(
         masked=not on_gpu if in_blocks else padded,
     )
     rows = -(-masked_rows // share)
-    head = head_memory(rows, config.model.hidden_size, parameters.rows, width, on_gpu)
+    head = head_memory(rows, config.model.hidden_size, parameters.rows, width, gpu_memory)
     live = {"gathered weights": zero.gathered(parameters) * width}
     if zero.hpz > 1:
         live["second copy (hpz)"] = -(-parameters.count // zero.hpz) * width

@@ -180,7 +180,7 @@ class Planner:
 
     def _memory(self, config: Config, gpus: int) -> Memory:
         rows = config.train.micro_batch_size * config.data.sequence_length  # all may be masked
-        return plan_memory(config, self.zero, self.parameters, gpus, rows)
+        return plan_memory(config, self.zero, self.parameters, gpus, rows, self.gpu.memory)
 
     def _seconds(
         self, gpus: int, accumulation: int, flops: Flops, communication: Communication

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.model import masked_head
 from pipeline.model.batch import HeadOutput, Vocabulary
@@ -71,8 +73,60 @@ def check(case: Case, rtol: float = 1e-5, gradient_tolerance: float = 1e-6) -> N
 @pytest.mark.parametrize("chunk_rows", [1, 5, 23, 100])
 def test_equals_full_logits(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
     """Loss, NLL, every score and both gradients, in one chunk or many."""
-    monkeypatch.setattr(masked_head, "CHUNK_LOGITS", SIZE * chunk_rows)
+    monkeypatch.setattr(masked_head, "chunk_rows", lambda *_: chunk_rows)
     check(run())
+
+
+def test_chunks_are_sized_for_the_card() -> None:
+    """Logits and their bf16 gradients of a chunk take up to 1/32 of a GPU, in multiples of 128 rows."""
+    for memory, vocabulary in ((79 * 2**30, 151_648), (79 * 2**30, 32_000), (16 * 2**30, 128_256)):
+        rows = masked_head.chunk_rows(vocabulary, memory)
+        assert rows % 128 == 0
+        assert 6 * rows * vocabulary <= memory / 32 < 6 * (rows + 128) * vocabulary
+    assert masked_head.chunk_rows(151_648, None) == 384, "on a CPU 2^26 logits"
+    assert masked_head.chunk_rows(10**9, 2**30) == 128
+
+
+@pytest.mark.parametrize("chunk_rows", [5, 100])
+def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+    """An evaluation has one product a chunk, and the results of training."""
+    monkeypatch.setattr(masked_head, "chunk_rows", lambda *_: chunk_rows)
+    hidden, weight, targets, weights = inputs()
+    head = MaskedHead(torch.nn.Parameter(weight.detach()), VOCABULARY)
+    trained = head(hidden, targets, weights, SCORES)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        evaluated = head(hidden, targets, weights, SCORES)
+    assert counter.get_total_flops() == 2 * ROWS * SIZE * WIDTH
+    assert trained.loss.requires_grad
+    assert not evaluated.loss.requires_grad
+    for name in ("loss", "nll", "confidence", *SCORES):
+        assert getattr(evaluated, name).equal(getattr(trained, name)), name
+
+
+@pytest.mark.parametrize("adds", [True, False], ids=["addmm", "mm-and-add"])
+def test_products_of_bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, adds: bool) -> None:
+    """The operands stay bf16 and the results are fp32, with products that stand in for a GPU's."""
+    mm, addmm, seen = torch.mm, torch.addmm, []
+
+    def in_fp32(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, out: Any = None) -> torch.Tensor:
+        assert (a.dtype, b.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        return mm(a.float(), b.float(), out=out)
+
+    def added(total: torch.Tensor, *factors: torch.Tensor, out_dtype: torch.dtype, out: Any) -> torch.Tensor:
+        seen.append(total.shape)
+        if not adds:
+            raise RuntimeError("self and mat2 must have the same dtype")
+        assert total is out
+        return addmm(total, *(x.float() for x in factors), out=out)
+
+    monkeypatch.setattr(torch, "mm", in_fp32)
+    monkeypatch.setattr(torch, "addmm", added)
+    monkeypatch.setattr(masked_head, "_operands", lambda hidden, weight: (hidden, weight))
+    monkeypatch.setattr(masked_head, "chunk_rows", lambda *_: 10)
+    masked_head._adds_to_fp32.cache_clear()
+    check(run(dtype=torch.bfloat16), rtol=1e-5, gradient_tolerance=0.1)
+    masked_head._adds_to_fp32.cache_clear()
+    assert seen == [(16, 16), *[(SIZE, WIDTH)] * 3] if adds else seen == [(16, 16)], "a try, then each chunk"
 
 
 def test_scores_are_there_only_when_asked_for() -> None:
