@@ -3,9 +3,10 @@
 usage: python benchmarks/kill_resume.py --kills 100
 
 Every process of the training is killed (SIGKILL) at random moments: some steps after it has come up, while
-it comes up, while a checkpoint is being written, during an evaluation. The same command resumes it. At
-the end every loss, gradient norm and held-out loss must equal the undisturbed run's bit for bit; the exit
-code says whether they do. What is done is remembered in the folder: this program can itself be interrupted.
+it comes up, while a checkpoint is being written, during an evaluation. The first kill waits for a checkpoint.
+The same command resumes each time. At the end every loss, gradient norm and held-out loss must equal the
+undisturbed run's bit for bit; the exit code says whether they do. What is done is remembered in the folder:
+this program can itself be interrupted.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import psutil
 import torch
 
-from pipeline.base.cli import ToolParser, run
+from pipeline.base.cli import ToolParser, add_overrides, overrides, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.base.files import replacing
 from pipeline.checkpoint.manifest import checkpoints
@@ -45,7 +47,6 @@ SETTINGS = """
 """.split()
 AIMS = ("training", "save", "evaluation", "start")
 STEP = re.compile(r"step (\d+)/")
-EVALUATION = 5  # steps between two, as above
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Life:
     def __init__(self, command: Sequence[str], run_dir: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.run_dir = run_dir
+        intervals = [b for a, b in pairwise(command) if a == "--evaluation.interval"]
+        self.evaluation_interval = int(intervals[-1])
         self.started = time.monotonic()
         self.lines: list[str] = []
         self.process = subprocess.Popen(
@@ -108,7 +111,7 @@ class Life:
         """Say whether the last line is that of a step with an evaluation, whose result is still to come."""
         steps = [line for line in list(self.lines) if line.startswith("step ")]
         found = STEP.match(steps[-1]) if steps else None
-        return found is not None and int(found[1]) % EVALUATION == 0
+        return found is not None and int(found[1]) % self.evaluation_interval == 0
 
     def wait_for(self, aim: str, chance: random.Random, start_up: float) -> None:
         """Return at a moment to kill, or when the training has ended; it begins after `start_up` seconds."""
@@ -118,6 +121,8 @@ class Life:
         wanted = chance.randrange(1, 9)
         while len(self.steps()) < wanted and not self.ended():
             time.sleep(0.01)
+        while aim == "training" and not checkpoints(self.run_dir) and not self.ended():
+            time.sleep(0.01)  # nothing is resumed before the first one
         if aim == "training":
             self._sleep(chance.uniform(0, 0.5))
         doing = {"save": self.saving, "evaluation": self.evaluating}.get(aim, lambda: True)
@@ -153,10 +158,14 @@ class Life:
         return Death(aim, round(seconds, 2), steps[-1] if steps else 0, newest, hit)
 
 
-def training(folder: Path) -> list[str]:
-    """Return the command of a training on two ranks, less its run_dir."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pipeline.train"]
-    return [sys.executable, *ranks, *sudoku_settings(folder, 4, 8, 500), *SETTINGS]
+def training(folder: Path, ranks: int, more: Sequence[str]) -> list[str]:
+    """Return the command of a training on so many ranks, less its run_dir; `more` are further settings."""
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    )
+    settings = [*sudoku_settings(folder, 4, 8, 500), *SETTINGS]
+    settings += [part for each in more for part in each.split("=", 1)]
+    return [sys.executable, *start, "-m", "pipeline.train", *settings]
 
 
 def finish(command: Sequence[str], run_dir: Path) -> list[dict[str, float]]:
@@ -200,13 +209,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, default=None, help="steps of the run (default: 20, and 4 a kill)"
     )
+    parser.add_argument("--ranks", type=int, default=2, help="processes of the training")
+    add_overrides(parser)
     parser.add_argument("--folder", type=Path, default=Path("runs/kill_resume"), help="where the runs are")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kill_resume.json"))
     options = parser.parse_args(arguments)
     steps = options.steps or 20 + 4 * options.kills
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    command = [*training(folder), "--train.steps", str(steps)]
+    command = [*training(folder, options.ranks, overrides(options)), "--train.steps", str(steps)]
     journal = folder / "deaths.json"
     deaths = [Death(**death) for death in json.loads(journal.read_text())] if journal.exists() else []
     alone = finish(command, folder / "alone")
@@ -224,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = compare(alone, killed)
     hits = dict(Counter(death.hit for death in deaths))
     print(f"{len(deaths)} kills ({hits}), {steps} steps: {result}", flush=True)
-    facts = {"kills": len(deaths), "hits": hits, "ranks": 2, "steps": steps, **result}
+    facts = {"kills": len(deaths), "hits": hits, "ranks": options.ranks, "steps": steps, **result}
     where = {"machine": platform.platform(), "torch": torch.__version__, "seed": options.seed}
     with replacing(options.output) as file:
         table = [asdict(death) for death in deaths]

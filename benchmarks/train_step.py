@@ -82,6 +82,7 @@ class Shape:
 SHAPES = {
     "paper": Shape(14, 512, 8, 1536, 151_645, 512),  # arXiv 2602.10314, the 125M run
     "small": Shape(4, 192, 6, 512, 4_000, 128),  # configs/tiny_text.yaml
+    "miniature": Shape(2, 64, 4, 96, 500, 32),  # shows that the program runs, and nothing else
 }
 
 

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread a process, because several tests run side by side; no GPU."""
+"""Settings of every test: one thread a process, because several run side by side; no GPU without -m gpu."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from unittest import mock
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 if TYPE_CHECKING:
     from support.programs import Outcome
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, before torch is imported, from all tests but those that are run by ``-m gpu``."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -221,6 +221,7 @@ def test_the_counter_lets_what_does_not_wait_pass() -> None:
     assert reads == []
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not Path("/proc/driver/nvidia").exists(), reason="no GPU")
 def test_a_step_on_a_gpu_waits_for_nothing() -> None:
     """By torch's own check, in a process of its own: the tests hide the GPU from this one."""
