@@ -27,6 +27,7 @@ from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import MANIFEST, Manifest
 from pipeline.checkpoint.retention import discard, prune
 from pipeline.config import Config
+from pipeline.data.tokenizer import FACTS_FILE, read_facts
 from pipeline.engine.protocol import Engine
 from pipeline.engine.snapshot import state_bytes
 
@@ -255,9 +256,9 @@ def _common_files(config: Config) -> dict[str, Callable[[BinaryIO], object]]:
     """Return the writers of the files that only the first rank writes: configuration and tokenizer."""
     contents = {"config.yaml": configuration.to_yaml(config).encode()}
     tokenizer = Path(config.data.tokenizer)
-    for path in tokenizer.rglob("*"):
-        if path.is_file():
-            contents[f"tokenizer/{path.relative_to(tokenizer)}"] = path.read_bytes()
+    # Nothing else of the folder: it may hold links to files that are not to be passed on.
+    for name in (FACTS_FILE, read_facts(tokenizer).model_file):
+        contents[f"tokenizer/{name}"] = (tokenizer / name).read_bytes()
     return {name: _bytes_writer(content) for name, content in contents.items()}
 
 

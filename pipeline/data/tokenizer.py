@@ -47,10 +47,40 @@ class TokenizerFacts:
     mask_id: int
     sha256: str
 
+    def check(self) -> None:
+        """Raise a ValueError for values that no tokenizer has; the file may have been written by hand."""
+        special = {"pad_id": self.pad_id, "eos_id": self.eos_id, "mask_id": self.mask_id}
+        numbers = special | {"format": self.format, "vocab_size": self.vocab_size, "unk_id": self.unk_id}
+        for name, number in numbers.items():
+            if type(number) is not int:
+                raise ValueError(f"{name} is {number!r}, not a whole number")
+        if self.format != FORMAT:
+            raise ValueError(f"format is {self.format}, this program reads {FORMAT}")
+        for name, token in special.items():
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} is {token}, not one of {self.vocab_size} tokens")
+        if not -1 <= self.unk_id < self.vocab_size or len(set(special.values())) < len(special):
+            raise ValueError("unk_id is no token, or two of pad_id, eos_id and mask_id are the same")
+
     @property
     def model_file(self) -> str:
         """Name of the model file in the folder."""
         return HUGGING_FACE_FILE if self.model_type == HUGGING_FACE else MODEL_FILE
+
+
+def read_facts(folder: Path) -> TokenizerFacts:
+    """Return the facts of the tokenizer in a folder; raise a `UserError` if they are missing or damaged."""
+    path = folder / FACTS_FILE
+    _require(folder, path)
+    try:
+        facts = TokenizerFacts(**json.loads(path.read_text(encoding="utf-8")))
+        facts.check()
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).split(':')[0]}): train the tokenizer again, or "
+            "import a Hugging Face file with tools/train_tokenizer.py --import-json."
+        ) from None
+    return facts
 
 
 class Model(Protocol):
@@ -152,15 +182,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Return the tokenizer in a folder; raise a `UserError` if it is missing or damaged."""
-        facts_path = folder / FACTS_FILE
-        _require(folder, facts_path)
-        try:
-            facts = TokenizerFacts(**json.loads(facts_path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{facts_path} is damaged ({str(error).split(':')[0]}): train the tokenizer again, or "
-                "import a Hugging Face file with tools/train_tokenizer.py --import-json."
-            ) from None
+        facts, facts_path = read_facts(folder), folder / FACTS_FILE
         model = folder / facts.model_file
         _require(folder, model)
         content = model.read_bytes()

@@ -47,8 +47,7 @@ def open_weights(folder: Path) -> StoredWeights:
     """
     index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
     if index.is_file():
-        places: dict[str, str] = mapping.read_json(index)["weight_map"]
-        names = sorted(set(places.values()))
+        names = _files_in(index)
     elif single.is_file():
         names = [WEIGHTS_FILE]
     else:
@@ -65,6 +64,20 @@ def open_weights(folder: Path) -> StoredWeights:
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             weights[key] = StoredWeight.of(file.get_tensor(key))  # memory-mapped, not read yet
     return weights
+
+
+def _files_in(index: Path) -> list[str]:
+    """Return the names of the files that an index lists; raise a `UserError` if it is not an index."""
+    places = mapping.read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index} lists no weights in its weight_map: download the folder again.")
+    for key, name in places.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
+            raise UserError(
+                f"{index}: the weight {key} is in {name!r}, which is no file of the folder: download the "
+                "folder again, from a source that you trust."
+            )
+    return sorted(set(places.values()))
 
 
 def divide(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.tokenizer import HUGGING_FACE_FILE, MODEL_FILE, Tokenizer
+from pipeline.data.tokenizer import FACTS_FILE, MODEL_FILE, Tokenizer, read_facts
 
 
 def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokenizer:
@@ -17,20 +17,23 @@ def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokeniz
     Hugging Face tokenizer, so the ids are the same. One difference is intended: transformers recognises
     special tokens in a text, such as "<mask>".
     """
-    tokenizer = Tokenizer.load(source)
-    shutil.copytree(source, folder / "tokenizer")
+    tokenizer, model_file = Tokenizer.load(source), read_facts(source).model_file
+    (folder / "tokenizer").mkdir()
+    # Only what was just read and checked: a folder from someone else may hold links to files of this machine.
+    for name in (FACTS_FILE, model_file):
+        shutil.copyfile(source / name, folder / "tokenizer" / name)
     settings: dict[str, Any] = {"model_max_length": sequence_length, "clean_up_tokenization_spaces": False}
     for use, token in tokenizer.special_ids.items():
         if token >= 0:
             settings[f"{use}_token"] = tokenizer.model.token(token)
-    if (source / MODEL_FILE).is_file():
+    if model_file == MODEL_FILE:
         shutil.copyfile(source / MODEL_FILE, folder / MODEL_FILE)
         settings["tokenizer_class"] = "MaskedDiffusionTokenizer"
         settings["auto_map"] = {
             "AutoTokenizer": ["tokenization_masked_diffusion.MaskedDiffusionTokenizer", None]
         }
     else:
-        model = json.loads((source / HUGGING_FACE_FILE).read_text(encoding="utf-8"))
+        model = json.loads((source / model_file).read_text(encoding="utf-8"))
         model["post_processor"] = None  # it would add tokens that training never saw
         (folder / "tokenizer.json").write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"

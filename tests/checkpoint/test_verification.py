@@ -140,3 +140,14 @@ def test_a_manifest_names_files_of_its_folder_only(run_dir: Path, name: str) -> 
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="is outside of the folder"):
         find(run_dir)
+
+
+def test_a_checkpoint_takes_the_tokenizer_alone(data: Path, train: Train, tmp_path: Path) -> None:
+    """Not what else is in its folder: links may lead to files that are not to be passed on."""
+    folder = Path(shutil.copytree(data / "tokenizer", tmp_path / "tokenizer"))
+    (tmp_path / "secret").write_text("of this machine")
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "notes.txt").write_text("forgotten")
+    assert train(tmp_path / "run", *SETTINGS, "--data.tokenizer", str(folder)).code == 0
+    saved = sorted(path.name for path in (tmp_path / "run" / FOLDER / "tokenizer").iterdir())
+    assert saved == ["tokenizer.json", "tokenizer.model"]

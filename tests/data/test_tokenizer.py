@@ -222,3 +222,30 @@ def test_special_tokens_are_named_or_asked_for(tmp_path: Path, capsys: pytest.Ca
     path.write_text("{}")
     complaint = run_here(tool.main, [*arguments[:3], str(tmp_path / "u")], capsys).complaint()
     assert "is not a tokenizer.json" in complaint
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mask_id", -1),
+        ("mask_id", "../etc"),
+        ("mask_id", 3.0),
+        ("mask_id", None),
+        ("mask_id", True),
+        ("mask_id", 10**9),
+        ("mask_id", 2),  # that of eos
+        ("pad_id", -1),
+        ("eos_id", 10**30),
+        ("unk_id", -2),
+        ("unk_id", []),
+        ("vocab_size", "300"),
+        ("vocab_size", 0),
+        ("format", 2),
+    ],
+)
+def test_special_ids_that_no_tokenizer_has(tmp_path: Path, name: str, value: object) -> None:
+    train_tokenizer(CORPUS, 300, "bpe", tmp_path / "t")
+    path = tmp_path / "t/tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=r"t/tokenizer\.json is damaged \(.*(_id|vocab_size|format)"):
+        Tokenizer.load(tmp_path / "t")

@@ -336,3 +336,34 @@ def test_settings_of_transformers_4(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (model["rope_theta"], model["rope_factor"], model["rope_original_length"]) == (5000.0, 8.0, 64)
     assert not model["tie_embeddings"]
     assert "head_size" not in model
+
+
+@pytest.mark.parametrize(
+    "place", ["../secret.safetensors", "/etc/passwd", "a/../../x", "sub/x.safetensors", "..", "", None, 3]
+)
+def test_an_index_names_files_of_its_folder_only(
+    place: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both at an import and for the weights that a run starts from."""
+    save(tmp_path / "theirs", "Llama")
+    index = tmp_path / "theirs/model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    for name in ("secret", "theirs/secret"):
+        save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / f"{name}.safetensors")
+    values["weight_map"]["model.norm.weight"] = place
+    index.write_text(json.dumps(values))
+    arguments = ["--input", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")]
+    line = run_here(import_hf.main, arguments, capsys).complaint()
+    assert f"{index}: the weight model.norm.weight is in {place!r}" in line
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("values", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": None}])
+def test_an_index_without_weights(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "theirs", "Llama")
+    index = tmp_path / "theirs/model.safetensors.index.json"
+    index.write_text(json.dumps(values))
+    arguments = ["--input", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")]
+    assert f"{index} lists no weights" in run_here(import_hf.main, arguments, capsys).complaint()

@@ -75,3 +75,22 @@ def test_transformers_reads_our_tokenizers(
         assert batch["attention_mask"][0] == [1] * len(ours.encode(" fox")) + [0] * (
             len(ours.encode(" quick brown fox")) - len(ours.encode(" fox"))
         )
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "huggingface"])
+def test_nothing_else_of_the_folder_is_exported(model_type: str, tmp_path: Path) -> None:
+    """A checkpoint from someone else may hold links to files of this machine."""
+    make(model_type, tmp_path / "t")
+    (tmp_path / "secret").write_text("of this machine")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/one").write_text("of this machine")
+    (tmp_path / "t/link").symlink_to(tmp_path / "secret")
+    (tmp_path / "t/links").symlink_to(tmp_path / "secrets")
+    (tmp_path / "t/notes.txt").write_text("forgotten")
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    ours = write_tokenizer(tmp_path / "t", folder, 77)
+    model_file = "model.json" if model_type == "huggingface" else "tokenizer.model"
+    assert {path.name for path in (folder / "tokenizer").iterdir()} == {"tokenizer.json", model_file}
+    assert not any("of this machine" in path.read_text("latin-1") for path in folder.rglob("*.*"))
+    assert Tokenizer.load(folder / "tokenizer").sha256 == ours.sha256
