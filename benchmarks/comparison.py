@@ -26,7 +26,7 @@ from pipeline.base.files import replacing
 from pipeline.checkpoint.load_model import Loaded, load_model
 from pipeline.checkpoint.manifest import checkpoints, find
 from pipeline.corpus.records import Keys, read_all
-from pipeline.evaluation.likelihood import likelihood_of, score_answers
+from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
 from pipeline.monitor.writers import METRICS_FILE
 
 EFFORT = ("tokens", "unique_samples", "flops", "seconds")
@@ -200,7 +200,7 @@ def bound(loaded: Loaded, pairs: Sequence[tuple[list[int], list[int]]]) -> Score
     """
     scores = score_answers(loaded, pairs, BOUND_DRAWS, BATCH_SIZE)
     columns = ([getattr(s, key) for s in scores] for key in ("nll", "tokens", "bytes"))
-    found = likelihood_of(*(torch.tensor(column) for column in columns))
+    found = likelihood_of(likelihood_totals(*(torch.tensor(column) for column in columns)))
     return dict(zip(BOUND, (found.nll, found.standard_error), strict=True))
 
 

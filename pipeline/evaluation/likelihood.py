@@ -262,20 +262,28 @@ class Likelihood:
     sequences: int
 
 
-def likelihood_of(nll: Tensor, tokens: Tensor, text_bytes: Tensor) -> Likelihood:
-    """Return the likelihood of a set of sequences.
+def likelihood_totals(nll: Tensor, tokens: Tensor, text_bytes: Tensor) -> Tensor:
+    """Return the sums for `likelihood_of`, [5] float64; sums of several ranks may be added.
 
     Args:
-        nll: [B], nats.
+        nll: [B] float64, nats.
         tokens: [B], scored tokens.
         text_bytes: [B], bytes of their text.
     """
-    nll, count, size = nll.double(), len(nll), int(text_bytes.sum())
-    total = float(nll.sum())
+    nll = nll.double()
+    return torch.stack(
+        [torch.ones_like(nll).sum(), nll.sum(), nll.square().sum(), tokens.sum(), text_bytes.sum()]
+    )
+
+
+def likelihood_of(totals: Tensor) -> Likelihood:
+    """Return the likelihood of a set of sequences from its `likelihood_totals`."""
+    count, nll, squares, tokens, text_bytes = totals.tolist()
+    spread = max(0.0, squares / count - (nll / count) ** 2)
     return Likelihood(
-        nll=total / count,
-        standard_error=float(nll.std()) / math.sqrt(count) if count > 1 else math.nan,
-        perplexity=math.exp(total / int(tokens.sum())),
-        bits_per_byte=total / math.log(2) / size if size else math.nan,
-        sequences=count,
+        nll=nll / count,
+        standard_error=math.sqrt(spread / (count - 1)) if count > 1 else math.nan,
+        perplexity=math.exp(nll / tokens),
+        bits_per_byte=nll / math.log(2) / text_bytes if text_bytes else math.nan,
+        sequences=int(count),
     )

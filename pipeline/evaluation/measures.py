@@ -17,7 +17,7 @@ from pipeline.decoding import Completion, SamplingSettings
 from pipeline.decoding.batching import MaskedSequence, behind_prompts, that_fit
 from pipeline.decoding.completing import fill_sequences
 from pipeline.evaluation.intervals import wilson_interval
-from pipeline.evaluation.likelihood import DRAWS, likelihood_of, score_answers
+from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers
 from pipeline.evaluation.results import Results, Row
 from pipeline.evaluation.tasks import Item, Task, Verdict
 from pipeline.ranks import Ranks
@@ -163,7 +163,7 @@ class Likelihoods(Measure):
             torch.tensor([row[name] for row in rows], dtype=torch.float64)
             for name in ("nll", "tokens", "bytes")
         ]
-        found = dataclasses.asdict(likelihood_of(*columns))
+        found = dataclasses.asdict(likelihood_of(likelihood_totals(*columns)))
         noise = math.sqrt(sum(row["standard_error"] ** 2 for row in rows)) / len(rows)
         figures = found | {"standard_error_of_masks": noise, "too_long": self.too_long}
         return {name: None if figure != figure else figure for name, figure in figures.items()}  # no NaN

@@ -15,7 +15,7 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import load_model
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
-from pipeline.evaluation.likelihood import estimate, likelihood_of, score_answers
+from pipeline.evaluation.likelihood import estimate, likelihood_of, likelihood_totals, score_answers
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
@@ -187,10 +187,15 @@ def test_answers_of_a_trained_model(
         score_answers(loaded, [([5] * 7, [5] * 6)])
 
 
-def test_likelihood_of_a_set() -> None:
-    """Perplexity, bits per byte and the standard error of three sequences."""
-    columns = [3.0, 5.0, 10.0], [2, 2, 5], [8, 4, 20]
-    found = likelihood_of(*(torch.tensor(column) for column in columns))
+def test_totals_of_several_ranks() -> None:
+    """Perplexity, bits per byte and the standard error from sums added over ranks."""
+    nll, tokens, text_bytes = (
+        torch.tensor([3.0, 5.0, 10.0]),
+        torch.tensor([2, 2, 5]),
+        torch.tensor([8, 4, 20]),
+    )
+    parts = [likelihood_totals(*(x[i] for x in (nll, tokens, text_bytes))) for i in (slice(1), slice(1, 3))]
+    found = likelihood_of(parts[0] + parts[1])
     assert found.nll == pytest.approx(6.0)
     assert found.standard_error == pytest.approx(np.std([3, 5, 10], ddof=1) / math.sqrt(3))
     assert found.perplexity == pytest.approx(math.exp(18 / 9))
