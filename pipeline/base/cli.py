@@ -22,6 +22,7 @@ from pipeline.base.errors import (
     nearest,
 )
 
+_BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk accepts no more data
 
 
@@ -158,13 +159,7 @@ def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fa
         fail(str(error))
     except Failure as error:
         fail(str(error), EXIT_FAILED)
-    except (
-        FileNotFoundError,
-        FileExistsError,
-        PermissionError,
-        IsADirectoryError,
-        NotADirectoryError,
-    ) as error:
+    except _BAD_PATH as error:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.", alone=True)

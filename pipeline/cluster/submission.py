@@ -7,6 +7,7 @@ do not affect a submitted run.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -83,21 +84,16 @@ def absolute_paths(config: Config, base: Path) -> Config:
     def absolute(path: str) -> str:
         return str((base / path).absolute())
 
-    data = dataclasses.replace(
-        config.data,
-        tokenizer=absolute(config.data.tokenizer),
-        prefixes=[absolute(prefix) for prefix in config.data.prefixes],
-        cache=config.data.cache and absolute(config.data.cache),
-    )
-    engine = dataclasses.replace(config.engine, deepspeed_config=absolute(config.engine.deepspeed_config))
-    start = config.train.initial_weights
-    train = dataclasses.replace(config.train, initial_weights=start and absolute(start))
-    tasks = [dataclasses.replace(task, data=absolute(task.data)) for task in config.evaluation.tasks]
-    evaluation = dataclasses.replace(config.evaluation, tasks=tasks)
-    run_dir = absolute(config.run_dir)
-    return dataclasses.replace(
-        config, run_dir=run_dir, data=data, engine=engine, train=train, evaluation=evaluation
-    )
+    config = copy.deepcopy(config)
+    data, train = config.data, config.train
+    config.run_dir = absolute(config.run_dir)
+    config.engine.deepspeed_config = absolute(config.engine.deepspeed_config)
+    data.tokenizer, data.prefixes = absolute(data.tokenizer), [absolute(prefix) for prefix in data.prefixes]
+    data.cache = data.cache and absolute(data.cache)
+    train.initial_weights = train.initial_weights and absolute(train.initial_weights)
+    for task in config.evaluation.tasks:
+        task.data = absolute(task.data)
+    return config
 
 
 def prepare(root: Path, config: Config) -> tuple[Path, Path]:
