@@ -106,7 +106,6 @@ class SentencePieceModel:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
 
     def encode(self, text: str) -> Array:
-        """See `Model`."""
         ids: Array = self.processor.encode(text, out_type="numpy")
         return ids
 
@@ -116,12 +115,10 @@ class SentencePieceModel:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """See `Model`."""
         text: str = self.processor.decode(ids)
         return text
 
     def token(self, token_id: int) -> str:
-        """See `Model`."""
         name: str = self.processor.id_to_piece(token_id)
         return name
 
@@ -138,7 +135,6 @@ class HuggingFaceModel:
             self.tokenizer.model.dropout = None  # BPE dropout: the same text must have the same tokens
 
     def encode(self, text: str) -> Array:
-        """See `Model`."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
@@ -147,12 +143,10 @@ class HuggingFaceModel:
         return [np.array(one.ids, np.int32) for one in found]
 
     def decode(self, ids: list[int]) -> str:
-        """See `Model`."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
     def token(self, token_id: int) -> str:
-        """See `Model`."""
         return str(self.tokenizer.id_to_token(token_id))
 
 

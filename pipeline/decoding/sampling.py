@@ -15,27 +15,12 @@ REMASKING = ("cap", "rescale")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How masked positions are filled.
+    """How masked positions are filled; `HELP` says what each setting does.
 
-    Attributes:
-        policy: which positions are filled first, as `ObjectiveConfig.policy`. Scores are those of the model's
-            distribution p(v | xt), before temperature, top_k and top_p.
-        tokens_per_step: positions filled per step and sequence.
-        steps: decoding steps per sequence, or per block, instead of tokens_per_step.
-        threshold: also fill every position with a confidence above this; None = tokens_per_step alone.
-        block_size: fill blocks of this many masked tokens one after another (LLaDA, arXiv 2502.09992); the
-            model still sees all of them. None = the blocks that the model was trained in, if any.
-        temperature: tokens are drawn from softmax(logits / temperature); 0 = the likeliest token.
-        top_k: draw among the k likeliest tokens only.
-        top_p: draw among the smallest set of likeliest tokens whose probabilities sum to p or more.
-        remasking: at each step, mask some filled positions again with a probability by the schedule `cap` or
-            `rescale` (ReMDM, arXiv 2503.00307; `schedule.fill_counts`); None = no remasking.
-        eta: with remasking, the highest probability (cap), or the share of the highest possible one
-            (rescale).
-        cache: use a key-value cache for finished blocks if the model was trained in blocks or from left to
-            right; it does not change the result.
-        seed: seed of the noise, a hash of seed, prompt id, position and step; a sample does not depend on its
-            batch.
+    Confidence, margin and entropy are those of the model's distribution p(v | xt), before temperature, top_k
+    and top_p. While a block is filled (LLaDA, arXiv 2502.09992), the model still sees the others; without
+    block_size, a model that was trained in blocks fills those. remasking is the schedule of ReMDM (arXiv
+    2503.00307, see `schedule.fill_counts`). The noise is a hash of seed, prompt id, position and step.
     """
 
     policy: Literal["confidence", "margin", "entropy", "random", "left_to_right"] = "confidence"

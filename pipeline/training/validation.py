@@ -18,18 +18,7 @@ from pipeline.training.step_log import StepLog
 
 @dataclass(eq=False)
 class Validation:
-    """Measures loss and bound, and lets the model write texts, every ``evaluation.interval`` steps.
-
-    Attributes:
-        config: the run.
-        engine: runs the model.
-        valid: validation examples, or None.
-        objectives: objective of each step.
-        tokenizer: tokenizer of the model.
-        state: progress of the run.
-        log: receives the figures.
-        stopped: whether to stop, asked before every forward; all ranks must agree.
-    """
+    """Measures loss and bound, and lets the model write texts, every ``evaluation.interval`` steps."""
 
     config: Config
     engine: Engine
@@ -38,7 +27,7 @@ class Validation:
     tokenizer: Tokenizer
     state: TrainState
     log: StepLog
-    stopped: Callable[[], bool]
+    stopped: Callable[[], bool]  # asked before every forward; all ranks must agree
 
     def after_step(self) -> None:
         """Evaluate if it is due, also with the averaged weights if the run keeps them.

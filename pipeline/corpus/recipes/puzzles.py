@@ -1,6 +1,7 @@
 """Sudoku: the rules, puzzles with one solution, and a split that never lets a held-out grid into training.
 
 A puzzle is a string of size x size digits, row by row, '0' for an empty cell; a solution has no '0'.
+Functions raise a `UserError` for a size other than 4, 6 and 9.
 """
 
 from __future__ import annotations
@@ -26,11 +27,7 @@ Split = Literal["train", "held-out"]
 
 
 def boxes(size: int) -> tuple[int, int]:
-    """Return the rows and columns of a box of a size x size grid.
-
-    Raises:
-        UserError: for a size other than 4, 6 and 9.
-    """
+    """Return the rows and columns of a box of a size x size grid."""
     if size not in BOXES:
         raise UserError(f"Sudoku size {size} is not known: choose one of {sorted(BOXES)}.")
     return BOXES[size]
@@ -38,11 +35,7 @@ def boxes(size: int) -> tuple[int, int]:
 
 @lru_cache
 def units(size: int) -> tuple[tuple[int, ...], ...]:
-    """Return the cells of every row, then of every column, then of every box.
-
-    Raises:
-        UserError: for a size other than 4, 6 and 9.
-    """
+    """Return the cells of every row, then of every column, then of every box."""
     height, width = boxes(size)
     rows = [tuple(range(r * size, (r + 1) * size)) for r in range(size)]
     columns = [tuple(range(c, size * size, size)) for c in range(size)]
@@ -58,9 +51,6 @@ def is_solved(puzzle: str, answer: str, size: int) -> bool:
     """Say whether every row, column and box of `answer` holds each digit once and every clue is kept.
 
     Any string may be given as an answer; one that is no grid is not solved.
-
-    Raises:
-        UserError: for a size other than 4, 6 and 9.
     """
     all_units = units(size)
     digits = "123456789"[:size]
@@ -148,11 +138,7 @@ def _digits(bits: int) -> list[int]:
 
 
 def count_solutions(puzzle: str, size: int, limit: int = 2) -> int:
-    """Return the number of solutions of a puzzle, counting no further than `limit`.
-
-    Raises:
-        UserError: for a size other than 4, 6 and 9.
-    """
+    """Return the number of solutions of a puzzle, counting no further than `limit`."""
     filling = _Filling(size)
     for cell, digit in enumerate(map(int, puzzle)):
         if digit:
@@ -163,11 +149,7 @@ def count_solutions(puzzle: str, size: int, limit: int = 2) -> int:
 
 
 def random_solution(rng: random.Random, size: int) -> str:
-    """Return a random full grid; all grids are nearly equally likely.
-
-    Raises:
-        UserError: for a size other than 4, 6 and 9.
-    """
+    """Return a random full grid; all grids are nearly equally likely."""
     filling = _Filling(size)
     filling.search(list(range(size * size)), 1, rng)
     return "".join(map(str, filling.digits))
@@ -186,9 +168,6 @@ def make_puzzle(
         size: digits and side length.
         clues: cells that are given.
         accept: whether to use a solution; called before the slow part.
-
-    Raises:
-        UserError: for a size other than 4, 6 and 9.
     """
     solution = random_solution(rng, size)
     if not accept(solution):
