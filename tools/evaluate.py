@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.cli import ToolParser, option, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
@@ -67,10 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_options(parser)
     options = parser.parse_args(arguments)
-    for name in ("length", "batch_size", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
+    require_at_least_one(options, "length", "batch_size", "limit")
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws is {options.draws}: give an even number, 2 or more.")
     for name in without_effect(options.task):

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import torch
 
-from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.cli import ToolParser, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import VERIFY_HELP, WEIGHTS_HELP, load_model
@@ -61,10 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print each prompt with its completion."""
     options = build_parser().parse_args(arguments)
     settings = read_options(options)
-    for name in ("length", "num_samples", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
+    require_at_least_one(options, "length", "num_samples", "batch_size")
     prompts = options.prompt or (
         read_prompts(options.prompt_file, options.prompt_key) if options.prompt_file else read_stdin()
     )

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from pipeline import config as configuration
-from pipeline.base.cli import ToolParser, add_overrides, option, overrides, run
+from pipeline.base.cli import ToolParser, add_overrides, option, overrides, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.config.checks import require
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for item in fields(Assumptions):
         group.add_argument(option(item.name), type=float, default=item.default, help=HELP[item.name])
     options = parser.parse_args(arguments)
-    require(options.gpus > 0, f"--gpus is {options.gpus}: it must be 1 or more.")
+    require_at_least_one(options, "gpus")
     assumed = Assumptions(**{item.name: getattr(options, item.name) for item in fields(Assumptions)})
     for name in ("efficiency", "link_share"):
         value = getattr(assumed, name)

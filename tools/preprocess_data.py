@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.cli import ToolParser, option, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
 from pipeline.corpus.partition import Options, make_partition
@@ -95,10 +95,7 @@ def build_parser() -> ToolParser:
 
 def check(options: argparse.Namespace) -> None:
     """Raise a `UserError` for invalid options."""
-    for name in ("workers", "unit_bytes", "max_document_bytes", "num_shards"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
+    require_at_least_one(options, "workers", "unit_bytes", "max_document_bytes", "num_shards")
     for name, least in (("min_tokens", 0), ("max_tokens", max(1, options.min_tokens)), ("shuffle_seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:

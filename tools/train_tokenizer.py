@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from pipeline.base.cli import ToolParser, option, run
+from pipeline.base.cli import ToolParser, option, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import MEGABYTE, REPORT_SECONDS, Progress
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError("no corpus: give --input to train on, or --import-json.")
         if options.vocab_size is None:
             raise UserError("--vocab-size is missing: give the number of tokens, such as 32000.")
-        if options.vocab_size < 1:
-            raise UserError(f"--vocab-size is {options.vocab_size}: it must be 1 or more.")
+        require_at_least_one(options, "vocab_size")
         if not options.sample_megabytes > 0:
             raise UserError(f"--sample-megabytes is {options.sample_megabytes}: it must be above 0.")
         keys = corpus_keys(options)

@@ -63,6 +63,14 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def require_at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """Raise a `UserError` for the first of these options that is given and below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"{option(name)} is {value}: it must be 1 or more.")
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add --set, which overrides settings of the run's YAML."""
     parser.add_argument(
