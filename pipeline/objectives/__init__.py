@@ -12,6 +12,8 @@ from pipeline.objectives.random_masking import RandomMasking
 from pipeline.objectives.seam import Layout, Objective, ObjectiveSchedule
 from pipeline.objectives.stages import StageSchedule
 
+HELD_OUT_SEED = 0
+
 
 def build(config: Config, mask_id: int, has_padding: bool) -> ObjectiveSchedule:
     """Return the configured objective of each step.
@@ -36,6 +38,14 @@ def decoding_layout(config: Config, mask_id: int, step: int) -> Layout:
     It always has a padding mask: prompts of a batch differ in length, whatever the training data were.
     """
     return build(config, mask_id, has_padding=True).at(max(1, step)).layout
+
+
+def held_out_objective(layout: Layout) -> Objective:
+    """Return the objective of the held-out loss: its masks depend on the example alone, in any run and step.
+
+    With causal attention its loss is the exact negative log-likelihood divided by L_eff.
+    """
+    return Autoregressive(layout) if layout.attention == "causal" else RandomMasking(HELD_OUT_SEED, layout)
 
 
 def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Objective:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.objectives.seam import Chains, ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
+from pipeline.objectives.seam import Chains, ChainState, Layout, Reveals, Scores, mean_over_chains
 
 
 class Autoregressive:
@@ -33,7 +33,3 @@ class Autoregressive:
     ) -> tuple[ChainState, Tensor, Reveals | None]:
         """End every sequence."""
         return state, torch.ones_like(chains.examples.ids, dtype=torch.bool), None
-
-    def held_out(self) -> Objective:
-        """Return this objective: its loss is the exact negative log-likelihood divided by L_eff."""
-        return self

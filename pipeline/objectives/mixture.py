@@ -9,7 +9,7 @@ from pipeline.data.examples import Examples
 from pipeline.objectives import noise
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.random_masking import RandomMasking
-from pipeline.objectives.seam import Chains, ChainState, Objective, Reveals, Scores
+from pipeline.objectives.seam import Chains, ChainState, Reveals, Scores
 
 
 class Mixture:
@@ -58,7 +58,3 @@ class Mixture:
         assert reveals is not None
         of_progressive = Reveals(*(count.masked_fill(where, 0) for count in reveals))
         return progressive.replaced(where, random), ended, of_progressive
-
-    def held_out(self) -> Objective:
-        """Return the random masking of the held-out loss."""
-        return self.progressive.held_out()

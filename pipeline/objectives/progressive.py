@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pipeline.objectives import noise
 from pipeline.objectives.policies import Policy
-from pipeline.objectives.random_masking import chain_numbers, held_out_masking
-from pipeline.objectives.seam import Chains, ChainState, Layout, Objective, Reveals, Scores, mean_over_chains
+from pipeline.objectives.random_masking import chain_numbers
+from pipeline.objectives.seam import Chains, ChainState, Layout, Reveals, Scores, mean_over_chains
 from pipeline.objectives.stages import StageSchedule
 
 
@@ -86,7 +86,3 @@ class ProgressiveUnmasking:
             (ranked & ~masked & going_on).sum(dim=1),
         )
         return ChainState(masked & going_on, stage), ended.all(dim=1), reveals
-
-    def held_out(self) -> Objective:
-        """Return the random masking of the held-out loss."""
-        return held_out_masking(self.layout)

@@ -12,14 +12,11 @@ from pipeline.objectives.seam import (
     Chains,
     ChainState,
     Layout,
-    Objective,
     Reveals,
     Scores,
     mean_over_chains,
     positions_like,
 )
-
-HELD_OUT_SEED = 0
 
 
 class RandomMasking:
@@ -126,16 +123,7 @@ class RandomMasking:
             return state, ended, None
         return self.begin(chains, state.stage + 1, next_step), ended & (state.stage[:, 0] % 2 == 1), None
 
-    def held_out(self) -> Objective:
-        """Return the random masking of the held-out loss."""
-        return held_out_masking(self.layout)
-
 
 def chain_numbers(chains: Chains) -> Tensor:
     """Return [N] int64, the counter of the noise that differs between the chains of a sequence."""
     return torch.arange(chains.count, device=chains.index.device)
-
-
-def held_out_masking(layout: Layout) -> Objective:
-    """Return random masking whose masks depend on the example alone, in every run and at every step."""
-    return RandomMasking(HELD_OUT_SEED, layout)

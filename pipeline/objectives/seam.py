@@ -203,9 +203,6 @@ class Objective(Protocol):
             revealed, None for objectives that do not reveal.
         """
 
-    def held_out(self) -> Objective:
-        """Return the objective of the held-out loss: its masks depend on the examples alone."""
-
 
 def model_input(objective: Objective, chains: Chains, state: ChainState, rows: int, step: int) -> MaskedBatch:
     """Return the batch of an objective at `step`; `rows` is the number of masked positions."""

@@ -11,7 +11,8 @@ from pipeline.data.examples import ExampleDataset, Examples, stack_examples
 from pipeline.engine.protocol import Engine
 from pipeline.evaluation.likelihood import estimate
 from pipeline.model.batch import HeadOutput, MaskedBatch
-from pipeline.objectives.seam import Layout, Objective, model_input
+from pipeline.objectives import held_out_objective
+from pipeline.objectives.seam import Layout, model_input
 from pipeline.ranks import Ranks
 
 
@@ -20,11 +21,11 @@ def held_out_loss(
     dataset: ExampleDataset,
     examples: int,
     batch_size: int,
-    objective: Objective,
+    layout: Layout,
     step: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Return the mean over sequences of the mean NLL (nats) at the positions that `objective` masks.
+    """Return the mean over sequences of the mean NLL (nats) at the positions that `held_out_objective` masks.
 
     With n ~ U{1..L_eff} random positions its expectation over masks is the bound on the negative
     log-likelihood of an answer, divided by L_eff. Every rank calls this and runs as many forwards as the
@@ -35,22 +36,22 @@ def held_out_loss(
         dataset: validation examples.
         examples: number of examples to use, at most.
         batch_size: sequences per forward.
-        objective: masks them, one input per example (`Objective.held_out`).
+        layout: shows sequences to the model.
         step: current optimizer step.
         stopped: whether to stop, asked before every forward; all ranks must agree.
 
     Returns:
         The loss; None after a stop.
     """
-    ranks = engine.ranks
+    ranks, objective = engine.ranks, held_out_objective(layout)
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batch, counted in _batches(ranks, dataset, examples, batch_size):
         if stopped():
             return None
-        chains = objective.layout.chains(batch)  # on the CPU still
+        chains = layout.chains(batch)  # on the CPU still
         state = objective.begin(chains, torch.zeros(batch_size, 1, dtype=torch.int64), step)
         rows = int(state.masked.sum())
-        chains, state = objective.layout.chains(batch.to(ranks.device)), state.to(ranks.device)
+        chains, state = layout.chains(batch.to(ranks.device)), state.to(ranks.device)
         inputs = model_input(objective, chains, state, rows, step)
         nll = engine.evaluate(inputs).nll.double()
         weights = inputs.weights.double() * counted.double()[inputs.rows // state.masked.shape[1]]
@@ -73,8 +74,8 @@ def held_out_bound(
     """Return the bound on the negative log-likelihood, nats a token of the answers (`likelihood.estimate`).
 
     It is more precise than the held-out loss, and a mean over tokens instead of sequences. The arguments are
-    those of `held_out_loss`, with the `layout` that shows sequences to the model, and `draws`, an even number
-    of masks per example. None after a stop, which up to `draws` more forwards precede.
+    those of `held_out_loss`, and `draws`, an even number of masks per example. None after a stop, which up to
+    `draws` more forwards precede.
     """
     ranks = engine.ranks
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)

@@ -53,17 +53,12 @@ class Validation:
 
     def _measure(self, valid: ExampleDataset, prefix: str = "") -> dict[str, float | None]:
         """Return loss and bound with the current weights; None after a stop."""
-        settings, batch_size, step = (
-            self.config.evaluation,
-            self.config.train.micro_batch_size,
-            self.state.step,
-        )
-        common = self.engine, valid, settings.samples, batch_size
-        objective = self.objectives.at(step)
-        found = {"loss": held_out_loss(*common, objective.held_out(), step, self.stopped)}
+        settings, step = self.config.evaluation, self.state.step
+        batch_size, layout = self.config.train.micro_batch_size, self.objectives.at(step).layout
+        common = self.engine, valid, settings.samples, batch_size, layout, step
+        found = {"loss": held_out_loss(*common, self.stopped)}
         if settings.bound_draws:
-            draws = settings.bound_draws
-            found["bound"] = held_out_bound(*common, objective.layout, step, draws, self.stopped)
+            found["bound"] = held_out_bound(*common, settings.bound_draws, self.stopped)
         return {f"held_out/{prefix}{name}": value for name, value in found.items()}
 
     def _write_texts(self, valid: ExampleDataset) -> None:

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config import Config, ObjectiveConfig, TrainConfig
 from pipeline.data.examples import ANSWER, PROMPT, Examples
+from pipeline.objectives import build, held_out_objective
 from pipeline.objectives.layouts import Blocks, Whole
 from pipeline.objectives.random_masking import RandomMasking
 from pipeline.objectives.seam import ChainState, Scores
@@ -194,10 +196,16 @@ def test_every_sequence_lasts_one_step() -> None:
 
 
 def test_held_out_masks_are_the_same_in_every_run() -> None:
-    """Whatever the seed, the form and the step: held-out losses can be compared."""
-    examples = answers_only(50, 9)
-    one = RandomMasking(1, LAYOUT, "bernoulli", 8).held_out().begin(LAYOUT.chains(examples), zeros(50), 1)
-    two = (
-        RandomMasking(2, LAYOUT, complementary=True).held_out().begin(LAYOUT.chains(examples), zeros(50), 900)
-    )
-    assert one.masked.equal(two.masked)
+    """Whatever the seed, the objective and the step: held-out losses can be compared."""
+    examples, found = answers_only(50, 9), []
+    for seed, step, objective in (
+        (1, 1, ObjectiveConfig("random_masking", mask_count="bernoulli", stratified=True)),
+        (2, 900, ObjectiveConfig("random_masking", complementary=True)),
+        (3, 7, ObjectiveConfig("puma")),
+    ):
+        config = Config("run", objective=objective, train=TrainConfig(seed=seed))
+        layout = build(config, 3, has_padding=False).at(step).layout
+        state = held_out_objective(layout).begin(layout.chains(examples), zeros(50), step)
+        found.append(state.masked)
+    assert found[0].equal(found[1])
+    assert found[0].equal(found[2])
