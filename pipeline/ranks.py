@@ -106,6 +106,12 @@ class Ranks:
         dist.all_reduce(reduced, operation)
         return reduced
 
+    def batches(self, count: int, batch_size: int) -> Iterator[range]:
+        """Yield this rank's indices of `count` items, as many batches on each rank; some are past the end."""
+        for start in range(0, count, batch_size * self.data_size):
+            first = start + self.data_rank * batch_size
+            yield range(first, first + batch_size)
+
     def first_problem(self, problem: str | None) -> str | None:
         """Return the problem of the lowest rank that has one, on every rank."""
         return next((each for each in self.all_gather(problem) if each is not None), None)

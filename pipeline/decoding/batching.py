@@ -39,21 +39,21 @@ def stack(
     loaded: Loaded, sequences: Sequence[MaskedSequence], numbers: Sequence[int]
 ) -> tuple[Examples, Tensor]:
     """Return `stack_sequences` for a loaded model, on its device."""
-    examples, masked = stack_sequences(sequences, numbers, loaded.config.data.kind, loaded.tokenizer.pad)
-    device = loaded.model.lm_head.weight.device
-    return examples.to(device), masked.to(device)
+    kind, device = loaded.config.data.kind, loaded.model.lm_head.weight.device
+    return stack_sequences(sequences, numbers, kind, loaded.tokenizer.pad, device)
 
 
 def stack_sequences(
-    sequences: Sequence[MaskedSequence], numbers: Sequence[int], kind: str, pad: int
+    sequences: Sequence[MaskedSequence], numbers: Sequence[int], kind: str, pad: int, device: torch.device
 ) -> tuple[Examples, Tensor]:
-    """Return a batch on the CPU, padded at the end, and its masked positions [B, L] bool.
+    """Return a batch, padded at the end, and its masked positions [B, L] bool.
 
     Args:
         sequences: sequences of any lengths.
         numbers: the id of each sequence; it seeds the noise.
         kind: kind of the training data, packed or pairs.
         pad: the padding token.
+        device: device of the batch.
     """
     # In packed text every token is answer and blocks start at the first one, so given tokens are answer, too.
     given = ANSWER if kind == "packed" else PROMPT
@@ -65,7 +65,7 @@ def stack_sequences(
         place = row, slice(len(sequence.tokens))
         tokens[place], masked[place] = torch.tensor(sequence.tokens), torch.tensor(sequence.masked)
         roles[place] = torch.where(masked[place], ANSWER, given).to(torch.int8)
-    return Examples(tokens, roles, torch.tensor(numbers)), masked
+    return Examples(tokens, roles, torch.tensor(numbers)).to(device), masked.to(device)
 
 
 def that_fit(

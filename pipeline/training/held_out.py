@@ -101,9 +101,7 @@ def _batches(
 ) -> Iterator[tuple[Examples, Tensor]]:
     """Yield this rank's examples, on the CPU, as many batches on each rank; and which count, [B] bool."""
     count = min(examples, len(dataset))
-    for start in range(0, count, batch_size * ranks.data_size):
-        first = start + ranks.data_rank * batch_size
-        indices = range(first, first + batch_size)
+    for indices in ranks.batches(count, batch_size):
         ids = [i % count for i in indices]  # past the end: read again, not counted
         counted = torch.tensor([i < count for i in indices], device=ranks.device)
         yield stack_examples([dataset[i] for i in ids], ids), counted

@@ -68,13 +68,10 @@ class ScheduledTask:
         layout = decoding_layout(self.config, self.tokenizer.mask, step)
         right = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         with closing(TASKS[self.settings.task]()) as task:
-            for start in range(0, count, batch_size * ranks.data_size):
-                first = start + ranks.data_rank * batch_size
-                numbers = [i % count for i in range(first, first + batch_size)]  # past the end: not counted
-                examples, masked = stack_sequences(
-                    [self.sequences[i] for i in numbers], numbers, self.config.data.kind, self.tokenizer.pad
-                )
-                examples, masked = examples.to(ranks.device), masked.to(ranks.device)
+            for indices in ranks.batches(count, batch_size):
+                numbers = [i % count for i in indices]  # past the end: not counted
+                sequences, kind = [self.sequences[i] for i in numbers], self.config.data.kind
+                examples, masked = stack_sequences(sequences, numbers, kind, self.tokenizer.pad, ranks.device)
                 at_once, stop = self.settings.tokens_per_step, self.tokenizer.eos
                 found = fill(engine, examples, masked, layout, step, at_once, stopped, stop)
                 if found is None:
@@ -83,7 +80,7 @@ class ScheduledTask:
                     self.tokenizer.decode(up_to_end(self.tokenizer, row[where].tolist()))
                     for row, where in zip(found[0], masked, strict=True)
                 ]
-                items = self.items[first : first + batch_size]
+                items = self.items[indices.start : indices.stop]
                 right += sum(verdict.right for verdict in task.score_all(items, answers[: len(items)]))
         count = round(float(ranks.sum(right)) / ranks.sequence_size)
         low, high = wilson_interval(count, self.total)

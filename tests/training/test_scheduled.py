@@ -17,7 +17,7 @@ import torch
 from pipeline.checkpoint.load_model import load_model
 from pipeline.config import TaskConfig
 from pipeline.decoding import SamplingSettings, complete
-from pipeline.decoding.batching import behind_prompts, stack_sequences, up_to_end
+from pipeline.decoding.batching import behind_prompts, stack, up_to_end
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
 from pipeline.ranks import Ranks
@@ -103,7 +103,7 @@ def test_the_answers_are_those_of_the_sampler(
     loaded = load_model(tmp_path, torch.device("cpu"))
     prompts = [json.loads(line)["prompt"] for line in (data / "corpus.jsonl").read_text().splitlines()]
     sequences = behind_prompts(prompts, None, loaded.tokenizer, loaded.config)
-    examples, masked = stack_sequences(sequences, range(len(prompts)), "pairs", loaded.tokenizer.pad)
+    examples, masked = stack(loaded, sequences, range(len(prompts)))
     engine: Any = SimpleNamespace(evaluate=torch.no_grad()(loaded.model), ranks=Ranks())
     end = loaded.tokenizer.eos
     found = fill(engine, examples, masked, loaded.layout, loaded.step, at_once, stop=end)
