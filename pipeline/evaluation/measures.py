@@ -69,10 +69,8 @@ class Answers(Measure):
     def check(self, loaded: Loaded) -> None:
         """Raise a `UserError` for prompts that the model cannot answer, before the evaluation starts."""
         prompts = self.prompts(self.items)
-        if not self._that_fit(prompts, loaded):
-            behind_prompts(
-                prompts, self._length, loaded.tokenizer, loaded.config
-            )  # names one that is too long
+        if not self._that_fit(prompts, loaded):  # raise the error of the first
+            behind_prompts(prompts, self._length, loaded.tokenizer, loaded.config)
 
     @property
     def _length(self) -> int | None:

@@ -182,9 +182,8 @@ def plan_memory(
         width = FULL  # autocast keeps the weights in fp32
     states, host, nvme = _states(config, zero, parameters.count, ranks, width)
     share = config.engine.sequence_parallel_size
-    inputs = max(
-        copies(config.objective, step) for step in (1, config.train.steps)
-    )  # the objective may switch
+    # The objective may switch.
+    inputs = max(copies(config.objective, step) for step in (1, config.train.steps))
     positions = -(-config.data.sequence_length * inputs // share)
     padded = config.data.kind == "pairs" and config.data.padding == "ignored"
     in_blocks = config.objective.block_size is not None  # needs a mask, except for flex_attention on GPUs
@@ -225,9 +224,8 @@ def _states(
     sizes = {
         "weights": (part if zero.stage == 3 else count) * width,
         "gradients": (part if zero.stage in (2, 3) else count) * accumulation,
-        "optimizer states": part
-        * FULL
-        * (2 if zero.stage == 0 else 3),  # AdamW's two states and the fp32 weights
+        # AdamW's two states and the fp32 weights
+        "optimizer states": part * FULL * (2 if zero.stage == 0 else 3),
         "fp32 gradients": 0 if zero.optimizer == "gpu" else part * FULL,  # for the offloaded optimizer
     }
     if config.optimizer.ema_decay is not None:

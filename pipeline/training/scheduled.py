@@ -47,7 +47,7 @@ class ScheduledTask:
         try:
             fitting = that_fit(prompts, length, tokenizer, config)
             if not fitting:
-                behind_prompts(prompts, length, tokenizer, config)  # names one that is too long
+                behind_prompts(prompts, length, tokenizer, config)  # raises the error of the first
         except UserError as error:
             raise UserError(f"evaluation.tasks, {settings.data}: {error}") from None
         self.items, self.sequences = [items[i] for i in fitting], list(fitting.values())
