@@ -57,6 +57,11 @@ class Finding:
     fact: str
     remedy: str = ""
 
+    @classmethod
+    def of(cls, what: str, good: bool, fact: str, remedy: str, otherwise: State = "warning") -> Finding:
+        """Return a finding that is ok if `good`, or else in the state `otherwise` and with the remedy."""
+        return cls(what, "ok", fact) if good else cls(what, otherwise, fact, remedy)
+
 
 def check_packages(root: Path) -> Iterator[Finding]:
     """Compare Python and the packages with the ranges in pyproject.toml and with the tested versions.
@@ -146,8 +151,7 @@ def check_devices() -> Iterator[Finding]:
         check_gpus(problems, len(names))
     if len(set(names)) > 1:
         problems.append(f"mixed GPU types: {', '.join(sorted(set(names)))}")
-    state: State = "warning" if problems else "ok"
-    yield Finding("GPUs", state, "; ".join([fact, *problems]), "stop other work on them" if problems else "")
+    yield Finding.of("GPUs", not problems, "; ".join([fact, *problems]), "stop other work on them")
     if gpu_of_device(names[0]) is None:
         yield Finding(
             "peak rate",
@@ -157,7 +161,7 @@ def check_devices() -> Iterator[Finding]:
         )
     nccl = torch.distributed.is_nccl_available()
     fact = ".".join(map(str, torch.cuda.nccl.version())) if nccl else "torch was built without it"
-    yield Finding("NCCL", "ok" if nccl else "failed", fact, "" if nccl else "install the CUDA build of torch")
+    yield Finding.of("NCCL", nccl, fact, "install the CUDA build of torch", "failed")
 
 
 def check_compilers() -> Iterator[Finding]:
@@ -168,8 +172,8 @@ def check_compilers() -> Iterator[Finding]:
         ("nvcc", "DeepSpeed's CUDA kernels (quantised collectives)"),
     ):
         path = shutil.which(program)
-        remedy = "" if path else f"install it or load its module; only needed for {needed}"
-        yield Finding(program, "ok" if path else "warning", path or "not on the PATH", remedy)
+        remedy = f"install it or load its module; only needed for {needed}"
+        yield Finding.of(program, path is not None, path or "not on the PATH", remedy)
 
 
 def check_ops(config: Config | None) -> Iterator[Finding]:
@@ -184,12 +188,9 @@ def check_ops(config: Config | None) -> Iterator[Finding]:
         quantised = zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")
         needed |= {"quantizer"} if quantised else set()
     for name, good in compatible_ops(list(wanted)).items():
-        if good:
-            yield Finding(f"DeepSpeed {name}", "ok", "can be compiled")
-        else:
-            state: State = "failed" if name in needed else "warning"
-            remedy = "run `ds_report`: a compiler, libaio-dev or the CUDA toolkit is missing"
-            yield Finding(f"DeepSpeed {name}", state, f"cannot be compiled; used for {wanted[name]}", remedy)
+        fact = "can be compiled" if good else f"cannot be compiled; used for {wanted[name]}"
+        remedy = "run `ds_report`: a compiler, libaio-dev or the CUDA toolkit is missing"
+        yield Finding.of(f"DeepSpeed {name}", good, fact, remedy, "failed" if name in needed else "warning")
 
 
 def check_file_system(folder: Path) -> Iterator[Finding]:
@@ -203,20 +204,16 @@ def check_file_system(folder: Path) -> Iterator[Finding]:
     )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".setup_") as temporary:
         locked = _locks(Path(temporary) / "lock")
-        yield Finding(
+        yield Finding.of(
             f"{folder}: locks",
-            "ok" if locked else "warning",
+            locked,
             "work" if locked else "have no effect on this file system",
-            "" if locked else "a second run in the same folder is then detected only by heartbeats (35 s)",
+            "a second run in the same folder is then detected only by heartbeats (35 s)",
         )
         speed = _write_megabytes_per_second(Path(temporary) / "data")
-    slow = speed < SLOW_MEGABYTES
-    yield Finding(
-        f"{folder}: speed",
-        "warning" if slow else "ok",
-        f"{speed:,.0f} MB/s written and synced by one process",
-        "checkpoints will be slow: use a faster file system" if slow else "",
-    )
+    fact = f"{speed:,.0f} MB/s written and synced by one process"
+    remedy = "checkpoints will be slow: use a faster file system"
+    yield Finding.of(f"{folder}: speed", speed >= SLOW_MEGABYTES, fact, remedy)
 
 
 def _locks(path: Path) -> bool:
@@ -251,10 +248,8 @@ def check_slurm(root: Path) -> Iterator[Finding]:
     answer = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
     answer = answer or "sbatch does not report its version"
     there = (root / SITE_FILE).is_file()
-    remedy = "" if there else f"copy {SITE_FILE}.example to {SITE_FILE} and fill it in"
-    yield Finding(
-        "SLURM", "ok" if there else "warning", answer + ("" if there else f", no {SITE_FILE}"), remedy
-    )
+    remedy = f"copy {SITE_FILE}.example to {SITE_FILE} and fill it in"
+    yield Finding.of("SLURM", there, answer + ("" if there else f", no {SITE_FILE}"), remedy)
 
 
 def check_configuration(config: Config) -> Iterator[Finding]:
