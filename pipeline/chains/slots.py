@@ -9,7 +9,9 @@ There are as many slots as sequences in a global batch or, with ``objective.turn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,78 @@ from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
 from pipeline.data.examples import Examples
 from pipeline.model.batch import HeadOutput, MaskedBatch
-from pipeline.objectives.seam import ChainState, ObjectiveSchedule, Scores, model_input
+from pipeline.objectives.seam import (
+    Chains,
+    ChainState,
+    Objective,
+    ObjectiveSchedule,
+    Scores,
+    model_input,
+)
 from pipeline.ranks import Ranks
+
+
+class Slots(NamedTuple):
+    """What moves of B slots in a step, all on the device.
+
+    Attributes:
+        chains: the clean sequences of the current chains.
+        state: their masks and stages.
+        age: [B] int64, steps that the current examples have been trained on.
+        following: the next example of each slot.
+        numbers: [B] int64, the numbers of the slots.
+    """
+
+    chains: Chains
+    state: ChainState
+    age: Tensor
+    following: Examples
+    numbers: Tensor
+
+
+def moved(
+    now: Objective,
+    then: Objective,
+    statistics: ChainStatistics,
+    slots: Slots,
+    rows: Tensor,
+    output: HeadOutput,
+    step: int,
+    next_step: int,
+) -> tuple[Chains, ChainState, Tensor, Tensor, Tensor]:
+    """Advance the chains of all slots; a slot whose chain has ended begins its next example.
+
+    Args:
+        now: objective of the step.
+        then: objective of the next step of these slots.
+        statistics: of the group; nothing is added here.
+        slots: before the step.
+        rows: [R] int64, the masked positions as indices into the flattened [B * L].
+        output: scores of `rows`.
+        step: the optimizer step, 1 is the first.
+        next_step: the one that trains these slots next.
+
+    Returns:
+        Chains, state and age after the step; [B] bool, slots with a new example; and the sums of the step.
+    """
+    scores = Scores.of(output, rows, slots.state.masked)
+    state, ended, reveals = now.advance(slots.chains, slots.state, scores, step, next_step)
+    begin_at = torch.zeros_like(slots.numbers)
+    if then is not now:  # a change of objective ends every chain
+        ended, begin_at = torch.ones_like(ended), then.first_stage(slots.numbers, next_step)
+    fresh = then.begin(then.layout.chains(slots.following), begin_at[:, None], next_step)
+    walk = Walk(slots.chains, slots.state, slots.age, ended, reveals)
+    sums = statistics.of_step(walk, rows, output)
+    age = torch.where(ended, 0, slots.age + 1)
+    state = fresh if then is not now else state.replaced(ended, fresh)
+    chains = then.layout.chains(slots.chains.examples.replaced(ended, slots.following))
+    return chains, state, age, ended, sums
+
+
+@functools.cache
+def _compiled_move() -> Callable[..., tuple[Chains, ChainState, Tensor, Tensor, Tensor]]:
+    """Compile `moved` on first use, once for all groups: a few kernels instead of about 200 launches."""
+    return torch.compile(moved)
 
 
 class SlotGroup:
@@ -35,6 +107,7 @@ class SlotGroup:
         device: torch.device,
         first_step: int = 1,
         interval: int = 1,
+        compiled: bool = False,
     ) -> None:
         """Begin the first chains of each slot, at staggered stages.
 
@@ -45,13 +118,14 @@ class SlotGroup:
             device: device of the chains.
             first_step: first optimizer step that trains these slots.
             interval: steps between two trainings of these slots, ``objective.turns``.
+            compiled: advance the chains by a compiled program (``engine.compile_functions``).
         """
         self.slots = np.asarray(slots, dtype=np.int64)
         self.stream = stream
         self.numbers = torch.from_numpy(self.slots).to(device)
         self.objectives = objectives
         self.device = device
-        self.first_step, self.interval = first_step, interval
+        self.first_step, self.interval, self.compiled = first_step, interval, compiled
         self.statistics = ChainStatistics(objectives.longest, device)
         self.trained = np.zeros_like(self.slots)  # examples that each slot has been trained on
         self.age = torch.zeros_like(self.numbers)  # steps that the current examples have been trained on
@@ -119,18 +193,15 @@ class SlotGroup:
         """Advance the chains by the scores of the forward that gave the loss: no second forward."""
         next_step = step + self.interval
         now, then = self.objectives.at(step), self.objectives.at(next_step)
-        scores = Scores.of(output, batch.rows, self.state.masked)
-        state, ended, reveals = now.advance(self.chains, self.state, scores, step, next_step)
-        begin_at = torch.zeros_like(self.numbers)
-        if then is not now:  # a change of objective ends every chain
-            ended, begin_at = torch.ones_like(ended), then.first_stage(self.numbers, next_step)
-        fresh = then.begin(then.layout.chains(self.following), begin_at[:, None], next_step)
-        walk = Walk(self.chains, self.state, self.age, ended, reveals)
-        self.statistics.add(walk, batch, output)
-        self.age = torch.where(ended, 0, self.age + 1)
-        state = fresh if then is not now else state.replaced(ended, fresh)
+        move = _compiled_move() if self.compiled else moved
+        slots = Slots(self.chains, self.state, self.age, self.following, self.numbers)
+        scored = output._replace(loss=output.loss.detach())
+        chains, state, self.age, ended, sums = move(
+            now, then, self.statistics, slots, batch.rows, scored, step, next_step
+        )
+        self.statistics.add(sums)
         self.trained_ids = self.examples.ids
-        self.chains = then.layout.chains(self.examples.replaced(ended, self.following))
+        self.chains = chains
         self._enter(state, ended)
 
     def begun(self) -> tuple[int, int]:
@@ -184,6 +255,7 @@ def make_groups(
             SlotGroup(
                 [turn * train.global_batch_size + slot for slot in part],
                 stream, objectives, ranks.device, first_step=turn + 1, interval=turns,
+                compiled=config.engine.compile_functions,
             )
             for part in parts
         ]

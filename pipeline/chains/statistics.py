@@ -1,7 +1,8 @@
 """Statistics of chains and scores: sums in bins, added up on the device and read once an interval.
 
-Every sum has a fixed place in one tensor, and a step adds to all of them by a single scatter. No operation
-has a data-dependent size, so nothing waits for the device.
+Every sum has a fixed place in one tensor, to which a step adds. No operation has a data-dependent size, so
+nothing waits for the device. Each bin is a sum over all rows in a fixed order, where a scatter would add in
+the order in which a GPU's threads arrive, and round differently each time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.examples import PROMPT
-from pipeline.model.batch import HeadOutput, MaskedBatch
+from pipeline.model.batch import HeadOutput
 from pipeline.objectives.seam import Chains, ChainState, Reveals
 
 TENTHS = 10  # bins of mask ratio and confidence
@@ -94,7 +95,7 @@ class ChainStatistics:
         """
         self.longest = longest
         self.bins = min(longest, MOST_BINS)
-        sizes = {
+        sizes = {  # in the order of `of_step`
             **dict.fromkeys(TOTALS, 1),
             "ratio_count": TENTHS,
             "ratio_nll": TENTHS,
@@ -113,20 +114,18 @@ class ChainStatistics:
             total += size
         self.sums = torch.zeros(total, dtype=torch.float64, device=device)
 
-    def add(self, walk: Walk, batch: MaskedBatch, output: HeadOutput) -> None:
-        """Add one step of the group, without waiting for the device."""
-        places: list[Tensor] = []
-        values: list[Tensor] = []
+    def of_step(self, walk: Walk, rows: Tensor, output: HeadOutput) -> Tensor:
+        """Return the sums of one step of the group, for `add`, without waiting for the device.
 
-        def put(name: str, bins: Tensor, value: Tensor) -> None:
-            places.append(bins + self.places[name].start)
-            values.append(value.double().expand(bins.shape))
-
+        Args:
+            walk: the step of the chains.
+            rows: [R] int64, the masked positions as indices into the flattened [B * L].
+            output: loss and scores of `rows`.
+        """
         chains, state = walk.chains, walk.state
         count, length = chains.sums(state.masked), chains.length  # [B, N]
-        one, only_bin = torch.ones_like(walk.age[:1]), torch.zeros_like(walk.age[:1])  # [1]
         totals = {
-            "steps": one,
+            "steps": torch.ones_like(walk.age[0]),
             **{name: value(walk, count) for name, value in MEANS.items()},
             "prompt": (chains.examples.roles == PROMPT).sum(dim=1).double().mean(),
             "chains_ended": walk.ended.sum(),
@@ -134,29 +133,25 @@ class ChainStatistics:
         }
         if walk.reveals is not None:
             totals |= {f"reveals_{name}": each.sum() for name, each in walk.reveals._asdict().items()}
-        for name, value in totals.items():
-            put(name, only_bin, value)
+        zero = torch.zeros_like(walk.age[:1], dtype=torch.float64)  # [1]
+        parts = [totals[name].double()[None] if name in totals else zero for name in TOTALS]
 
         tenth = (TENTHS * count - 1).div(length.clamp(min=1), rounding_mode="floor")  # (0, 0.1] is the first
-        rows = batch.rows
         width = chains.index.shape[1]
         chain = rows // width * chains.count + chains.index.flatten()[rows]  # [R], in the flattened [B, N]
         nll, confidence = output.nll, output.confidence  # [R]
-        for name, bins in (
-            ("ratio", tenth.clamp(0, TENTHS - 1).flatten()[chain]),
-            ("stage", self._bin(state.stage).flatten()[chain]),
-        ):
-            put(f"{name}_count", bins, one)
-            put(f"{name}_nll", bins, nll)
+        one = torch.ones_like(nll)
+        parts += _sums(tenth.clamp(0, TENTHS - 1).flatten()[chain], TENTHS, one, nll)
+        parts += _sums(self._bin(state.stage).flatten()[chain], self.bins, one, nll)
+        right = nll + confidence.log() < _TIE  # x0 is the likeliest token
         bins = (confidence * TENTHS).long().clamp(0, TENTHS - 1)
-        put("confidence_count", bins, one)
-        put("confidence_sum", bins, confidence)
-        put("confidence_correct", bins, nll + confidence.log() < _TIE)  # x0 is the likeliest token
+        parts += _sums(bins, TENTHS, one, confidence, right)
+        parts += _sums(self._bin(walk.age), self.bins, torch.ones_like(walk.age), walk.ended)
+        return torch.cat(parts)
 
-        age = self._bin(walk.age)
-        put("age", age, one)
-        put("length", age, walk.ended)
-        self.sums.scatter_add_(0, torch.cat(places), torch.cat(values))
+    def add(self, sums: Tensor) -> None:
+        """Add the sums of one step."""
+        self.sums += sums
 
     def _bin(self, values: Tensor) -> Tensor:
         """Return the bins of stages or ages, which are below `longest`."""
@@ -207,6 +202,12 @@ class ChainStatistics:
         }
         prompt_length = total["prompt"] / total["steps"]
         return ChainFigures(scalars, bins, histograms, positions / steps / sequence_size, prompt_length)
+
+
+def _sums(bins: Tensor, count: int, *values: Tensor) -> list[Tensor]:
+    """Return for each of the `values` [R] its sums in the `bins` [R] int64, [count] float64."""
+    inside = bins == torch.arange(count, device=bins.device)[:, None]  # [count, R]
+    return [torch.where(inside, value.double(), 0.0).sum(dim=1) for value in values]
 
 
 def _means(names: list[str], totals: list[float], counts: list[float]) -> dict[str, float]:

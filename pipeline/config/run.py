@@ -141,8 +141,9 @@ class ProfilingConfig:
                 f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: only DeepSpeed measures "
                 "it; set engine.kind to 'deepspeed'.",
             )
-        require(
-            self.flops_step == 0 or not engine.compile,
-            f"profiling.flops_step is {self.flops_step}, but engine.compile is true: modules inside a "
-            "compiled block cannot be profiled. Set profiling.flops_step to 0 or engine.compile to false.",
-        )
+        for key in ("compile", "compile_functions"):
+            require(
+                self.flops_step == 0 or not getattr(engine, key),
+                f"profiling.flops_step is {self.flops_step}, but engine.{key} is true: what is compiled "
+                f"cannot be profiled. Set profiling.flops_step to 0 or engine.{key} to false.",
+            )

@@ -168,6 +168,8 @@ class EngineConfig:
             block, the least memory, a third more time in the blocks.
         compile: Compile each transformer block with torch.compile, which fuses its element-wise operations.
             Takes up to a minute at the start and when shapes change. Needs a compiler; not with ZeRO-3.
+        compile_functions: Compile what holds no weights: rotary embedding, product inside SwiGLU, chains and
+            their statistics. With every ZeRO stage. Needs a compiler.
         deterministic: Use deterministic kernels alone: on GPUs, the same run then repeats bit for bit, and so
             does a resumed one on the same number and kind of GPUs. Slower. CPU runs repeat without it.
         sequence_parallel_size: Consecutive ranks that split the same sequences, each with an equal part of
@@ -180,6 +182,7 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: Recompute = "swiglu"
     compile: bool = False
+    compile_functions: bool = False
     deterministic: bool = False
     sequence_parallel_size: int = 1
 

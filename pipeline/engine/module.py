@@ -1,4 +1,4 @@
-"""The module that an engine trains: initial weights, compiled blocks, precision."""
+"""The module that an engine trains: initial weights, compiled parts, precision."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 
 from pipeline.base.errors import UserError
 from pipeline.config import Config
+from pipeline.model.attention import rotate
 from pipeline.model.batch import Vocabulary
+from pipeline.model.layers import gated
 from pipeline.model.sequence import WHOLE, WholeSequence
-from pipeline.model.transformer import MaskedDiffusionModel
+from pipeline.model.transformer import Block, MaskedDiffusionModel
 
 
 def choose_deterministic_kernels() -> None:
@@ -43,27 +45,38 @@ def make_model(
     return MaskedDiffusionModel(config.model, vocabulary, recompute, sequence)
 
 
-def compile_blocks(config: Config, model: MaskedDiffusionModel, device: torch.device) -> None:
-    """Compile each transformer block at its first use, if ``engine.compile`` is set.
+def compile_parts(config: Config, model: MaskedDiffusionModel, device: torch.device) -> None:
+    """Let torch.compile compile blocks (``engine.compile``) or functions (``engine.compile_functions``).
 
-    All blocks share one program, and the names of the weights do not change. Each kind of mask, training and
-    evaluation, the first shape and any other take a program of their own; beyond torch's limit of 8, blocks
-    run without compilation.
+    Both are compiled at their first use, and the names of the weights do not change. All blocks share their
+    programs. Each kind of mask, training and evaluation, the first shape and any other take a program of
+    their own; beyond torch's limit of 8, they run without compilation.
 
     Raises:
         UserError: when there is no compiler.
     """
-    if not config.engine.compile:
-        return
+    engine = config.engine
+    for setting in ("compile", "compile_functions"):
+        if getattr(engine, setting):
+            _check_compiler(f"engine.{setting}", device)
+    blocks = [block for block in model.model.layers if isinstance(block, Block)]
+    if engine.compile_functions:
+        rotate_fused, gated_fused = torch.compile(rotate), torch.compile(gated)
+        for block in blocks:
+            block.self_attn.rotate, block.mlp.gated = rotate_fused, gated_fused
+    if engine.compile:
+        for block in blocks:
+            block.compile()
+
+
+def _check_compiler(setting: str, device: torch.device) -> None:
     variable, compiler = ("CXX", "g++") if device.type == "cpu" else ("CC", "gcc")
     name = os.environ.get(variable, compiler)
     if shutil.which(name) is None:
         raise UserError(
-            f"engine.compile is true, but there is no {name} on the PATH, which torch.compile needs: install "
-            f"it, name another in {variable}, or set engine.compile to false."
+            f"{setting} is true, but there is no {name} on the PATH, which torch.compile needs: install "
+            f"it, name another in {variable}, or set {setting} to false."
         )
-    for block in model.model.layers:
-        block.compile()
 
 
 def precision_of(config: Config, device: torch.device) -> Literal["fp32", "bf16"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.engine.ema import WeightAverage, file_name
-from pipeline.engine.module import compile_blocks, make_model, precision_of
+from pipeline.engine.module import compile_parts, make_model, precision_of
 from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.engine.snapshot import HostCopy
 from pipeline.engine.tensor_files import read_tensors
@@ -41,7 +41,7 @@ class PlainEngine:
         self.accumulation = config.train.accumulation(1)
         self.clip = config.optimizer.gradient_clip
         model = make_model(config, vocabulary).to(ranks.device)
-        compile_blocks(config, model, ranks.device)
+        compile_parts(config, model, ranks.device)
         self.model: nn.Module = model
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.optimizer), **adamw_settings(config.optimizer)

@@ -70,6 +70,7 @@ class Attention(nn.Module):
         """
         super().__init__()
         self.sequence = sequence
+        self.rotate = rotate  # or its compiled form
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
         self.head_size = config.head_width
@@ -102,7 +103,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_size))
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, D]
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = self.rotate(q, table), self.rotate(k, table)
         if remember is not None:
             k, v = remember(k, v)
         out = self.sequence.attend(q, k, v, attention_mask)

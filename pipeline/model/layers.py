@@ -54,6 +54,11 @@ class Embedding(nn.Embedding):
         draw_normal(self.weight, self.std)
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, element by element."""
+    return nn.functional.silu(gate) * up
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, GLU variants improve transformer)."""
 
@@ -63,6 +68,7 @@ class SwiGLU(nn.Module):
         """Create the projections; `residual_std` is the initial standard deviation of `down_proj`."""
         super().__init__()
         self.recompute = recompute == "swiglu"
+        self.gated = gated  # or its compiled form
         self.gate_proj = Linear(width, inner, std)
         self.up_proj = Linear(width, inner, std)
         self.down_proj = Linear(inner, width, residual_std)
@@ -73,7 +79,7 @@ class SwiGLU(nn.Module):
         return recomputed(self._down, gate, up) if self.recompute else self._down(gate, up)
 
     def _down(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(gate) * up)
+        return self.down_proj(self.gated(gate, up))
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:

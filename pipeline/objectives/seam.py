@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -21,23 +20,22 @@ class Chains:
         examples: the clean sequences.
         index: [B, L] int64, chain of each position; `count` for positions of no chain, such as a prompt.
         count: N, chains of a row; some may have no positions.
+        answer: [B, L] bool, the positions that may be masked.
+        length: [B, N] int64, L_eff of each chain.
     """
 
     examples: Examples
     index: Tensor
     count: int
+    answer: Tensor = field(init=False)
+    length: Tensor = field(init=False)
 
-    @cached_property
-    def answer(self) -> Tensor:
-        """[B, L] bool: the positions that may be masked."""
-        return self.index < self.count
+    def __post_init__(self) -> None:
+        """Count the positions; not when asked, because torch.compile cannot follow a cached property."""
+        self.answer = self.index < self.count
+        self.length = self.sums(self.answer)
 
-    @cached_property
-    def length(self) -> Tensor:
-        """[B, N] int64: L_eff of each chain."""
-        return self.sums(self.answer)
-
-    @cached_property
+    @property
     def rank(self) -> Tensor:
         """[B, L] int64: positions of the same chain before each position."""
         return self.answer.cumsum(dim=1) - 1 - self.spread(self.length.cumsum(dim=1) - self.length)

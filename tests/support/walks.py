@@ -24,6 +24,7 @@ def group_of(
     workers: int = 0,
     first_step: int = 1,
     interval: int = 1,
+    compiled: bool = False,
 ) -> SlotGroup:
     """Return a group of `slots` of `total` over 29 synthetic pairs, trained every `interval` steps."""
     config = Config(
@@ -33,7 +34,8 @@ def group_of(
         train=TrainConfig(seed=SEED, global_batch_size=total),
     )
     stream = SlotStream(Pairs(SIZE), total, SEED, workers)
-    return SlotGroup(slots, stream, build(config, MASK, True), torch.device("cpu"), first_step, interval)
+    objectives = build(config, MASK, True)
+    return SlotGroup(slots, stream, objectives, torch.device("cpu"), first_step, interval, compiled)
 
 
 def output(group: SlotGroup, batch: MaskedBatch) -> HeadOutput:

@@ -91,7 +91,8 @@ def walk(model: MaskedDiffusionModel, examples: Examples, schedule: ObjectiveSch
         following, ended, reveals = now.advance(now.layout.chains(examples), state, scores, step, step + 1)
         stage = then.first_stage(numbers, step + 1) if then is not now else torch.zeros_like(numbers)
         fresh = then.begin(then.layout.chains(examples), stage[:, None], step + 1)
-        statistics.add(Walk(now.layout.chains(examples), state, age, ended, reveals), batch, output)
+        walked = Walk(now.layout.chains(examples), state, age, ended, reveals)
+        statistics.add(statistics.of_step(walked, batch.rows, output))
         state = fresh if then is not now else following.replaced(ended, fresh)
     assert output.confidence.dtype == output.nll.dtype == torch.float32
     return [state.masked, state.stage, statistics.sums, output.nll, output.confidence]

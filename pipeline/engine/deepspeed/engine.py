@@ -27,7 +27,7 @@ from pipeline.engine.deepspeed.profiling import Profiler
 from pipeline.engine.deepspeed.settings import complete_settings, read_settings
 from pipeline.engine.deepspeed.ulysses import UlyssesSequence
 from pipeline.engine.ema import WeightAverage, file_name
-from pipeline.engine.module import compile_blocks, make_model
+from pipeline.engine.module import compile_parts, make_model
 from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
 from pipeline.engine.weights import StoredWeights, copy_pieces, squared_norm
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
                 model = make_model(config, vocabulary, sequence)
-            compile_blocks(config, model, ranks.device)
+            compile_parts(config, model, ranks.device)
             self.names = {parameter: name for name, parameter in model.named_parameters()}
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
