@@ -71,7 +71,7 @@ class Body(nn.Module):
             attention_mask: [B, L] bool, False at padding.
             visibility: which positions each position sees.
         """
-        keys = mask_of(attention_mask, visibility)
+        keys = mask_of(attention_mask, visibility, self.config.head_width)
         table_length, copies = input_ids.shape[1], 1
         if visibility.clean_ids is not None:
             input_ids, copies = torch.cat([input_ids, visibility.clean_ids], dim=1), 2

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.model.batch import Visibility
+
+TILE = 128  # positions of a tile of flex_attention's block mask
+SMALLEST_HEAD = 16  # compiled flex_attention refuses smaller ones
 
 
 def sees(query_block: Tensor, key_block: Tensor, query_noisy: Tensor, key_noisy: Tensor) -> Tensor:
@@ -21,12 +24,20 @@ def sees(query_block: Tensor, key_block: Tensor, query_noisy: Tensor, key_noisy:
     return within | (~key_noisy & (key_block < query_block))
 
 
-def attention_mask(present: Tensor | None, visibility: Visibility) -> Tensor | BlockMask | None:
+def takes_flex(device: torch.device, head_width: int) -> bool:
+    """Return whether attention by blocks is computed by flex_attention instead of under a dense mask."""
+    return device.type == "cuda" and head_width >= SMALLEST_HEAD
+
+
+def attention_mask(
+    present: Tensor | None, visibility: Visibility, head_width: int = SMALLEST_HEAD
+) -> Tensor | BlockMask | None:
     """Return the attention mask of the N model inputs, N = L or, with `clean_ids`, 2 L.
 
     Args:
         present: [B, L] bool, False at padding.
         visibility: which positions each position sees.
+        head_width: elements of a head.
 
     Returns:
         A block mask, a bool tensor that broadcasts to [B, heads, N, N], or None if every position sees all.
@@ -39,7 +50,7 @@ def attention_mask(present: Tensor | None, visibility: Visibility) -> Tensor | B
         blocks = torch.cat([blocks, blocks], dim=1)  # [B, N]
         present = None if present is None else torch.cat([present, present], dim=1)
     noisy = torch.arange(blocks.shape[1], device=blocks.device) < (length if clean_ids is not None else 0)
-    if blocks.is_cuda and also_visible is None:
+    if also_visible is None and takes_flex(blocks.device, head_width):
         return block_mask(blocks, noisy, present)
     dense = sees(blocks[:, :, None], blocks[:, None, :], noisy[:, None], noisy)  # [B, N, N]
     if also_visible is not None:
@@ -50,12 +61,52 @@ def attention_mask(present: Tensor | None, visibility: Visibility) -> Tensor | B
 
 
 def block_mask(blocks: Tensor, noisy: Tensor, present: Tensor | None) -> BlockMask:
-    """Return flex_attention's block mask for blocks [B or 1, N], noisy [N] and present [B, N] or None."""
+    """Return flex_attention's block mask for blocks [B or 1, N], noisy [N] and present [B, N] or None.
+
+    Which tiles hold visible pairs follows from the lowest and highest block of each: some 40 operations,
+    where torch's create_block_mask looks at all N^2 pairs, and takes 20 ms of the host's time.
+    """
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = batch if len(blocks) > 1 else batch * 0
         seen = sees(blocks[row, query], blocks[row, key], noisy[query], noisy[key])
         return seen if present is None else seen & present[batch, key]
 
-    rows, length = max(len(blocks), 0 if present is None else len(present)), blocks.shape[1]
-    return create_block_mask(rule, rows, None, length, length, device=str(blocks.device))
+    some, every = visible_tiles(blocks, noisy, present)
+    length = blocks.shape[1]
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~every), *_listed(every), TILE, mask_mod=rule, seq_lengths=(length, length)
+    )
+
+
+def visible_tiles(blocks: Tensor, noisy: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the tiles with any visible pair, and those with visible pairs alone, [B, N / 128, N / 128] bool.
+
+    The first may hold a tile without a visible pair, the second may miss a tile, if the blocks do not grow
+    with the position or a tile holds both copies. The mask's rule then decides pair by pair.
+    """
+    length = blocks.shape[1]
+    tiles = -(-length // TILE)
+    place = torch.arange(tiles * TILE, device=blocks.device).clamp(max=length - 1).view(tiles, TILE)
+    low, high = blocks[:, place].aminmax(dim=2)  # [B, T]
+    any_noisy, all_noisy = noisy[place].any(dim=1), noisy[place].all(dim=1)  # [T]
+    whole = torch.arange(1, tiles + 1, device=blocks.device) * TILE <= length  # [T]
+    low_q, high_q, low_k, high_k = low[:, :, None], high[:, :, None], low[:, None], high[:, None]
+
+    both_noisy, both_clean = any_noisy[:, None] & any_noisy, ~(all_noisy[:, None] | all_noisy)
+    some = (low_k <= high_q) & (low_q <= high_k) & (both_noisy | both_clean)
+    some = some | (~all_noisy & (low_k < high_q))
+    one_block = (low_q == high_k) & (high_q == low_k)
+    every = one_block & all_noisy[:, None] & all_noisy
+    every = every | (~any_noisy & (high_k < low_q + (~any_noisy[:, None]).long()))
+    every = every & whole & whole[:, None]
+    if present is not None:
+        some = some & present[:, place].any(dim=2)[:, None]
+        every = every & present[:, place].all(dim=2)[:, None]
+    return some, every
+
+
+def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number and the order of the key tiles of each query tile, as flex_attention wants them."""
+    order = tiles.byte().argsort(dim=2, descending=True, stable=True)
+    return tiles.sum(dim=2, dtype=torch.int32)[:, None], order.int()[:, None]

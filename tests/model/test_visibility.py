@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.model.batch import MaskedBatch, Visibility, Vocabulary, masked_batch
+from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.model.visibility import attention_mask, block_mask
+from pipeline.model.visibility import attention_mask, block_mask, sees, takes_flex, visible_tiles
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
 from pipeline.objectives.seam import mean_over_chains
 
@@ -100,6 +104,81 @@ def test_flex_attention_sees_what_the_dense_mask_shows(padded: bool, copies: int
     out = flex_attention(q, k, v, block_mask=flex)
     assert isinstance(out, torch.Tensor)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+def long_mask(length: int, copies: int, growing: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return blocks [3, N] of 48 tokens, noisy [N] and present [3, N], as a layout gives them."""
+    random = torch.Generator().manual_seed(length)
+    roles = torch.full((3, length), ANSWER, dtype=torch.int8)
+    roles[0, : length // 3], roles[1, length // 2 :] = PROMPT, PADDING
+    if not growing:  # answers and prompts in turns
+        roles[torch.rand(3, length, generator=random) < 0.4] = PROMPT
+    data = Examples(torch.zeros(3, length, dtype=torch.int64), roles, torch.arange(3))
+    blocks = Blocks(MASK, True, size=48).decoding(data).blocks
+    assert blocks is not None
+    noisy = torch.arange(copies * length) < (length if copies == 2 else 0)
+    return blocks.repeat(1, copies), noisy, (roles != PADDING).repeat(1, copies)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(("length", "copies", "growing"), [
+    (512, 2, True), (640, 1, True), (300, 2, True), (130, 1, True), (512, 2, False), (300, 1, False),
+])  # fmt: skip
+def test_tiles_hold_the_visible_pairs(length: int, copies: int, growing: bool, padded: bool) -> None:
+    """Every pair that is seen lies in a tile that is computed, and a full tile holds no hidden pair.
+
+    Where copies fill whole tiles and blocks grow with the position, the tiles are those of create_block_mask.
+    """
+    blocks, noisy, present = long_mask(length, copies, growing)
+    dense = sees(blocks[:, :, None], blocks[:, None], noisy[:, None], noisy)
+    if padded:
+        dense &= present[:, None]
+    some, every = visible_tiles(blocks, noisy, present if padded else None)
+    spread = [x.repeat_interleave(128, 1).repeat_interleave(128, 2) for x in (some, every)]
+    computed, full = (x[:, : copies * length, : copies * length] for x in spread)
+    assert not (dense & ~computed).any()
+    assert not (full & ~dense).any()
+    if growing and length % 128 == 0:
+        assert 0.1 < every.float().mean() < some.float().mean() < 0.9
+        theirs = create_block_mask(lambda b, h, q, k: dense[b, q, k], 3, 1, *dense.shape[1:], device="cpu")
+        ours = block_mask(blocks, noisy, present if padded else None)
+        assert theirs.full_kv_num_blocks is not None
+        assert ours.full_kv_num_blocks is not None
+        assert ours.kv_num_blocks.equal(theirs.kv_num_blocks)
+        assert ours.full_kv_num_blocks.equal(theirs.full_kv_num_blocks)
+        assert ours.to_dense().equal(theirs.to_dense())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_compiled_flex_attention_takes_new_masks() -> None:
+    """Its program is compiled once for the masks of all batches, and computes what the dense mask shows."""
+    torch._dynamo.reset()
+    counters.clear()
+    q, k, v = torch.randn(3, 3, 2, 600, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for growing in (True, False):
+        blocks, noisy, present = long_mask(300, 2, growing)
+        dense = sees(blocks[:, :, None], blocks[:, None], noisy[:, None], noisy) & present[:, None]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense[:, None])
+        with torch.no_grad():
+            out = WHOLE.attend(q, k, v, block_mask(blocks, noisy, present))
+        rows = dense.any(dim=2)  # padding of xt sees its own block, which is hidden
+        torch.testing.assert_close(
+            out.transpose(1, 2)[rows], expected.transpose(1, 2)[rows], atol=1e-5, rtol=1e-5
+        )
+    assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_small_heads_take_a_dense_mask() -> None:
+    """Compiled flex_attention on a GPU refuses them."""
+    assert [takes_flex(torch.device("cuda"), width) for width in (8, 15, 16, 128)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not takes_flex(torch.device("cpu"), 128)
 
 
 @pytest.mark.parametrize("prediction", ["same", "shifted"])

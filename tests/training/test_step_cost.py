@@ -69,7 +69,9 @@ class Training:
     def __init__(self, objective: ObjectiveConfig) -> None:
         self.config = config = Config(
             "unused",
-            model=ModelConfig(layers=2, hidden_size=32, intermediate_size=48),
+            model=ModelConfig(
+                layers=2, hidden_size=64, heads=4, intermediate_size=48
+            ),  # heads for flex_attention
             objective=objective,
             optimizer=OptimizerConfig(gradient_clip=0.5),
             train=TrainConfig(global_batch_size=8, micro_batch_size=4),
