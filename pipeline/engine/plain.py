@@ -14,7 +14,13 @@ from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.engine.ema import WeightAverage, file_name
 from pipeline.engine.module import compile_parts, make_model, precision_of
-from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
+from pipeline.engine.optimizer import (
+    adamw_kernel,
+    adamw_settings,
+    hyper_parameters,
+    parameter_groups,
+    set_hyper_parameters,
+)
 from pipeline.engine.snapshot import HostCopy
 from pipeline.engine.tensor_files import read_tensors
 from pipeline.engine.weights import Piece, StoredWeight, StoredWeights, copy_pieces, squared_norm
@@ -44,7 +50,9 @@ class PlainEngine:
         compile_parts(config, model, ranks.device)
         self.model: nn.Module = model
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.optimizer), **adamw_settings(config.optimizer)
+            parameter_groups(self.model, config.optimizer),
+            **adamw_settings(config.optimizer),
+            **adamw_kernel(ranks.device),
         )
         self.host_copy = HostCopy()
         self.average: WeightAverage | None = None

@@ -209,7 +209,7 @@ def plan_memory(
     phases = {
         "forward": live | {"activations": body.kept, "head": head.peak},
         "backward": live | {"activations": body.peak, "head": head.kept, "reduction of gradients": reduction},
-        "update": later | {"update": _update(zero, parameters.count, ranks)},
+        "update": later | {"update": _update(zero, parameters.count, ranks, on_gpu)},
     }
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     return Memory(states | phases[phase], phase, host, nvme)
@@ -247,11 +247,15 @@ def _states(
     return on_gpu, host, nvme
 
 
-def _update(zero: Zero, count: int, ranks: int) -> int:
-    """Return the temporary memory of AdamW: the fp32 gradient and two terms, for one tile of elements."""
+def _update(zero: Zero, count: int, ranks: int, fused: bool) -> int:
+    """Return the temporary memory of AdamW for one tile of elements: the fp32 gradient, and two terms.
+
+    The fused kernel of GPUs has no terms in memory.
+    """
+    terms = 0 if fused else 2
     if zero.optimizer != "gpu":
         return 0
     if zero.stage == 0:
-        return 2 * count * FULL
+        return terms * count * FULL
     tile = min(-(-count // ranks), zero.tile if zero.stage == 3 else count)
-    return tile * 3 * FULL
+    return tile * (1 + terms) * FULL

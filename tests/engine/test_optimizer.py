@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from pipeline.config import ModelConfig, OptimizerConfig, ScheduleConfig
-from pipeline.engine.optimizer import parameter_groups
+from pipeline.engine.optimizer import (
+    adamw_kernel,
+    adamw_settings,
+    hyper_parameters,
+    parameter_groups,
+    set_hyper_parameters,
+)
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.training.learning_rate import learning_rate
@@ -32,6 +39,36 @@ def test_everything_decays_when_asked() -> None:
     model = MaskedDiffusionModel(ModelConfig(), Vocabulary(16, 16, 3))
     (group,) = parameter_groups(model, OptimizerConfig(decay_norms_and_embeddings=True))
     assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_the_fused_kernel_makes_the_same_updates() -> None:
+    """20 steps of both kernels on a CPU, which has the fused one, too."""
+    assert adamw_kernel(torch.device("cpu")) == {}
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+    trained = []
+    for kernel in ({}, adamw_kernel(torch.device("cuda"))):
+        torch.manual_seed(0)
+        model = MaskedDiffusionModel(ModelConfig(layers=1, hidden_size=32), Vocabulary(16, 16, 3))
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), **adamw_settings(config), **kernel)
+        for _ in range(20):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        trained.append(model)
+    for one, other in zip(*(model.parameters() for model in trained), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fused_kernel_finds_its_counter_on_the_device() -> None:
+    """A state that another kernel saved has it on the host; the meta device stands for the GPU."""
+    weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([weight], fused=None)
+    optimizer.state[weight] = {"step": torch.tensor(5.0), "exp_avg": torch.empty(3, device="meta")}
+    settings = hyper_parameters(optimizer)
+    set_hyper_parameters(optimizer, settings)
+    assert optimizer.state[weight]["step"].device.type == "cpu"
+    set_hyper_parameters(optimizer, [group | {"fused": True} for group in settings])
+    assert optimizer.state[weight]["step"].device.type == "meta"
 
 
 def test_cosine() -> None:

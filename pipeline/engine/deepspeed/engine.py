@@ -28,7 +28,13 @@ from pipeline.engine.deepspeed.settings import complete_settings, read_settings
 from pipeline.engine.deepspeed.ulysses import UlyssesSequence
 from pipeline.engine.ema import WeightAverage, file_name
 from pipeline.engine.module import compile_parts, make_model
-from pipeline.engine.optimizer import adamw_settings, hyper_parameters, parameter_groups, set_hyper_parameters
+from pipeline.engine.optimizer import (
+    adamw_kernel,
+    adamw_settings,
+    hyper_parameters,
+    parameter_groups,
+    set_hyper_parameters,
+)
 from pipeline.engine.weights import StoredWeights, copy_pieces, squared_norm
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
@@ -60,7 +66,8 @@ class DeepSpeedEngine:
             self.names = {parameter: name for name, parameter in model.named_parameters()}
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
-            optimizer = adamw(parameter_groups(model, config.optimizer), **adamw_settings(config.optimizer))
+            arguments = adamw_settings(config.optimizer) | ({} if offload else adamw_kernel(ranks.device))
+            optimizer = adamw(parameter_groups(model, config.optimizer), **arguments)
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
