@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from pipeline.base import cli
 from pipeline.config import EngineConfig, Recompute
 from pipeline.model import masked_head
-from pipeline.model.batch import Vocabulary, masked_batch
+from pipeline.model.batch import masked_batch
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import block_mask, sees
@@ -65,9 +65,8 @@ class Work:
 
     def new_model(self, recompute: Recompute) -> MaskedDiffusionModel:
         """Return the network with gradients, which are there before a step."""
-        vocabulary = Vocabulary(self.shape.vocabulary, self.shape.vocabulary, MASK)
         with self.device:
-            model = MaskedDiffusionModel(self.shape.model(), vocabulary, recompute).to(self.dtype)
+            model = MaskedDiffusionModel(self.shape.model(), self.shape.tokens(), recompute).to(self.dtype)
         return with_gradients(model)
 
     def step(self, model: MaskedDiffusionModel) -> Option:
@@ -120,7 +119,7 @@ def chunks_of(rows: int | None) -> Iterator[None]:
 def head_options(work: Work) -> dict[str, Option]:
     """Return the sizes of a chunk, and rows in the order of their targets."""
     rows, memory = len(work.batch.rows), masked_head.memory_of(work.device)
-    default = masked_head.chunk_rows(work.shape.vocabulary, memory)
+    default = masked_head.chunk_rows(work.shape.tokens().rows, memory)
     options = {f"chunks of {min(default, rows):,} rows (default)": work.head()}
     options |= {f"chunks of {chunk:,} rows": work.head(chunk) for chunk in CHUNKS if chunk <= rows}
     return options | {"rows sorted by target": work.head(order=work.batch.targets.argsort())}

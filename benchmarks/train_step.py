@@ -78,6 +78,10 @@ class Shape:
             intermediate_size=self.intermediate_size,
         )
 
+    def tokens(self) -> Vocabulary:
+        """Return the vocabulary; its rows are aligned, as those of a run are, for the products of a GPU."""
+        return Vocabulary(self.model().rows_for(self.vocabulary), self.vocabulary, MASK)
+
 
 SHAPES = {
     "paper": Shape(14, 512, 8, 1536, 151_645, 512),  # arXiv 2602.10314, the 125M run
@@ -106,6 +110,7 @@ def full_logit_loss(model: MaskedDiffusionModel, batch: MaskedBatch) -> tuple[Te
     hidden = model.model(batch.input_ids, batch.attention_mask)  # [B, L, H]
     logits = F.linear(hidden, model.lm_head.weight).float().flatten(0, 1)  # [B * L, V]
     logits[:, MASK] = -torch.inf
+    logits[:, model.lm_head.vocabulary.tokens :] = -torch.inf
     log_probabilities = F.log_softmax(logits, dim=-1)
     nll = -log_probabilities[batch.rows, batch.targets]
     with torch.no_grad():
@@ -130,7 +135,7 @@ class Contest:
         config.check()
         ranks = join_ranks(config.engine.device)
         self.device = ranks.device
-        self.engine = PlainEngine(config, ranks, Vocabulary(shape.vocabulary, shape.vocabulary, MASK))
+        self.engine = PlainEngine(config, ranks, shape.tokens())
         stream = SlotStream(RandomTokens(shape), batch_size, config.train.seed, workers=1)
         objective = objectives.build(config, MASK, False)
         self.group = SlotGroup(range(batch_size), stream, objective, self.device)
@@ -200,9 +205,8 @@ def peak_bytes(shape: Shape, batch_size: int, recompute: Recompute, device: str)
     """
     with FakeTensorMode() if device == "meta" else contextlib.nullcontext():
         real = "cpu" if device == "meta" else device
-        vocabulary = Vocabulary(shape.vocabulary, shape.vocabulary, MASK)
         with torch.device(real):
-            model = MaskedDiffusionModel(shape.model(), vocabulary, recompute)
+            model = MaskedDiffusionModel(shape.model(), shape.tokens(), recompute)
             tokens = torch.zeros(batch_size, shape.length, dtype=torch.int64)
             masked = torch.arange(shape.length).expand_as(tokens) % 2 == 0
             for parameter in model.parameters():
@@ -271,7 +275,7 @@ def measure(
     turns = turns[on_gpu:]
     median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
     achieved = [
-        step_flops(contest.config, shape.vocabulary, turn["rows"]).model / turn["puma"] for turn in turns
+        step_flops(contest.config, shape.tokens().rows, turn["rows"]).model / turn["puma"] for turn in turns
     ]
     memory_batch = batch_size if on_gpu else max(batch_size, 32)
     memory = peak_bytes(shape, memory_batch, recompute, "cuda" if on_gpu else "meta")

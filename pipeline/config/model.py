@@ -20,7 +20,7 @@ class ModelConfig:
         head_size: Width of a head; null = hidden_size / heads.
         intermediate_size: Width of the SwiGLU.
         vocab_size: Rows of the embedding; null = the tokenizer's vocabulary size, rounded up to a multiple
-            of 8.
+            of 8. With another number the rows of the logits are not aligned, and products slow on a GPU.
         tie_embeddings: Use the embedding as the output matrix.
         attention_bias: Add biases to the query, key and value projections (as in Qwen2).
         qk_norm: Apply RMSNorm to the queries and keys of each head (as in Qwen3).

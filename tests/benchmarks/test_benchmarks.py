@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile
 
 import gradient_precision
@@ -16,11 +17,19 @@ import step_options
 import train_step
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
+from support.programs import ROOT
 from train_step import MASK, Shape
 
 pytestmark = pytest.mark.slow
 
 SHAPE = Shape(2, 64, 4, 192, 3000, 48)
+
+
+def test_rows_of_logits_are_aligned() -> None:
+    """The paper's 151,645 tokens have 151,648 rows: a multiple of 8 bf16 numbers, 16 bytes."""
+    assert train_step.SHAPES["paper"].tokens() == Vocabulary(151_648, 151_645, MASK)
+    for config in (ROOT / "configs").glob("*.yaml"):
+        assert (yaml.safe_load(config.read_text())["model"].get("vocab_size") or 0) % 8 == 0, config
 
 
 def example() -> tuple[MaskedDiffusionModel, MaskedBatch]:
