@@ -6,7 +6,8 @@ Nothing is trained, and no GPU is needed. If the tokenizer does not exist yet, s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from argparse import SUPPRESS, Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,14 +18,16 @@ from pipeline.config import Config
 from pipeline.config.checks import require
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import engine_settings
+from pipeline.planning.calibration import Measured, Proof, calibrated
 from pipeline.planning.gpus import GPUS, find_gpu
-from pipeline.planning.memory import Zero
-from pipeline.planning.plan_report import as_json, describe, describe_table, table
+from pipeline.planning.memory import Zero, count_parameters
+from pipeline.planning.plan_report import as_json, basis, describe, describe_table, table
 from pipeline.planning.run_plan import Assumptions, Planner
 
 HELP = {
     "efficiency": "fraction of peak FLOP/s that matrix products reach",
     "host_milliseconds": "time to launch the kernels of one block for one micro-batch, the least it takes",
+    "update_share": "fraction of the memory bandwidth that the update of the weights reaches",
     "link_share": "fraction of the link bandwidth that collectives reach",
     "overlap": "fraction of the shorter of computation and communication that the other hides",
     "masked_share": "mean mask ratio",
@@ -41,29 +44,64 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML of the run")
     add_overrides(parser)
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
-    parser.add_argument("--gpu", default="h100", help=f"GPU type: {', '.join(GPUS)}")
+    parser.add_argument("--gpu", help=f"GPU type: {', '.join(GPUS)} (default: h100, or that of --calibrate)")
+    parser.add_argument(
+        "--calibrate",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PROOF.json",
+        help="take what benchmarks/gpu_proof measured instead of assumptions",
+    )
     parser.add_argument("--cost-per-gpu-hour", type=float, help="price per GPU hour, in any currency")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     group = parser.add_argument_group("assumptions")
     for item in fields(Assumptions):
-        group.add_argument(option(item.name), type=float, default=item.default, help=HELP[item.name])
+        text = f"{HELP[item.name]} (default: {item.default:g})"
+        group.add_argument(option(item.name), type=float, default=SUPPRESS, help=text)
     options = parser.parse_args(arguments)
     require_at_least_one(options, "gpus")
-    assumed = Assumptions(**{item.name: getattr(options, item.name) for item in fields(Assumptions)})
-    for name in ("efficiency", "link_share"):
-        value = getattr(assumed, name)
-        require(0 < value <= 1, f"{option(name)} is {value}: give a share above 0, at most 1.")
     config = configuration.load(["--config", options.config, *overrides(options)])
     zero = Zero.of(engine_settings(config, options.gpus))
-    planner = Planner(config, zero, vocabulary_rows(config), find_gpu(options.gpu), assumed)
+    rows, proofs = vocabulary_rows(config), [Proof.read(path) for path in options.calibrate]
+    name = gpu_name(options.gpu, proofs)
+    measured = calibrated(proofs, count_parameters(config, rows).count, zero.stage)
+    assumed, sources = assumptions(options, measured)
+    planner = Planner(config, zero, rows, find_gpu(name), assumed)
     plan = planner.plan(options.gpus, options.cost_per_gpu_hour)
     plans = table(planner, price=options.cost_per_gpu_hour)
     if options.json:
-        print(json.dumps({"plan": as_json(plan), "table": [as_json(each) for each in plans]}, indent=2))
+        rests_on = {key: {"value": value, "source": of} for key, value, of in basis(planner, sources)}
+        content = {"plan": as_json(plan), "table": [as_json(each) for each in plans], "basis": rests_on}
+        print(json.dumps(content, indent=2))
         return
-    print(describe(planner, plan, options.gpu))
+    print(describe(planner, plan, name, sources))
     print("\nwith the largest micro-batch that fits:")
     print(describe_table(plans))
+
+
+def assumptions(options: Namespace, measured: Mapping[str, Measured]) -> tuple[Assumptions, dict[str, str]]:
+    """Return the assumptions, and the source of those that are no default: given comes before measured."""
+    given = {item.name: vars(options)[item.name] for item in fields(Assumptions) if item.name in options}
+    for name in ("efficiency", "update_share", "link_share"):
+        value = given.get(name, 1.0)
+        require(0 < value <= 1, f"{option(name)} is {value}: give a share above 0, at most 1.")
+    values = {name: each.value for name, each in measured.items()} | given
+    sources = {name: f"measured on {each.source}" for name, each in measured.items()}
+    return Assumptions(**values), sources | dict.fromkeys(given, "given")
+
+
+def gpu_name(asked: str | None, proofs: Sequence[Proof]) -> str:
+    """Return the GPU to plan for: the one that is asked for, or measured, or an h100."""
+    names = [next(name for name, gpu in GPUS.items() if gpu is proof.gpu) for proof in proofs]
+    name = asked or (names[0] if names else "h100")
+    for proof, measured in zip(proofs, names, strict=True):
+        require(
+            measured == name,
+            f"--calibrate {proof.path} was measured on {proof.card}, which is no {name}: set --gpu to "
+            f"{measured}, or leave out what was measured on another card.",
+        )
+    return name
 
 
 def vocabulary_rows(config: Config) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,8 +86,15 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
     return values
 
 
-def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
-    """Format a plan as text."""
+def describe(planner: Planner, plan: RunPlan, gpu_name: str, sources: Mapping[str, str]) -> str:
+    """Format a plan as text.
+
+    Args:
+        planner: of the plan.
+        plan: the plan.
+        gpu_name: of the GPU, as in GPUS.
+        sources: of assumptions that were given or measured, by name.
+    """
     config = planner.config
     train, tokens = config.train, config.train.global_batch_size * config.data.sequence_length
     zero = f"ZeRO-{planner.zero.stage} ({config.engine.deepspeed_config})" if planner.zero.stage else "plain"
@@ -123,9 +130,28 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str) -> str:
         f"run: {duration(plan.days * SECONDS_A_DAY)}, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
         + ("" if plan.cost is None else f", cost {plan.cost:,.0f}"),
         "",
-        "assumed: " + ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(planner.assumed).items()),
+        "what the times and the usable memory rest on",
+        *(
+            f"  {name.replace('_', ' '):28}{value:>10.4g}  {of}"
+            for name, value, of in basis(planner, sources)
+        ),
     ]
     return "\n".join(lines)
+
+
+def basis(planner: Planner, sources: Mapping[str, str]) -> list[tuple[str, float, str]]:
+    """Return name, value and source of every figure that a plan does not compute."""
+    gpu = planner.gpu
+    sheet = {
+        "TFLOP/s of bf16 products": gpu.flops / 1e12,
+        "memory, GiB": gpu.memory / GIB,
+        "memory, GB/s": gpu.memory_bandwidth / GIGA,
+        "link in a node, GB/s": gpu.link / GIGA,
+        "network, GB/s": gpu.network / GIGA,
+    }
+    rows = [(name, value, "data sheet") for name, value in sheet.items()]
+    assumed = dataclasses.asdict(planner.assumed)
+    return rows + [(name, value, sources.get(name, "assumed")) for name, value in assumed.items()]
 
 
 def _rows(values: dict[str, float], form: str) -> list[str]:

@@ -12,6 +12,7 @@ from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import FULL, HALF, Memory, Zero, count_parameters, plan_memory
 
 SECONDS_A_DAY = 86_400
+UPDATE_BYTES = 40  # that AdamW on a GPU reads and writes per parameter
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Assumptions:
         efficiency: fraction of peak FLOP/s that matrix products reach when they wait for nothing.
         host_milliseconds: time for the host to launch the kernels of one block for one micro-batch, forward
             and backward; a lower bound on the time of a block.
+        update_share: fraction of the memory bandwidth that the update of the weights reaches.
         link_share: fraction of the link bandwidth that collectives reach.
         overlap: fraction of the shorter of computation and communication that the other hides.
         masked_share: mean mask ratio; always 1 for the autoregressive objective.
@@ -33,6 +35,7 @@ class Assumptions:
 
     efficiency: float = 0.5
     host_milliseconds: float = 1.0
+    update_share: float = 1.0
     link_share: float = 0.7
     overlap: float = 0.8
     masked_share: float = 0.5
@@ -209,7 +212,7 @@ class Planner:
         """Return the seconds of AdamW: bytes read and written per element over the memory bandwidth."""
         elements = self.parameters.count / (gpus if self.zero.stage else 1)
         if self.zero.optimizer == "gpu":
-            return elements * 40 / self.gpu.memory_bandwidth
+            return elements * UPDATE_BYTES / self.gpu.memory_bandwidth / self.assumed.update_share
         bandwidth = self.assumed.host_gigabytes_per_second * 1e9
         return elements * (28 + 2 * self.width) / bandwidth
 

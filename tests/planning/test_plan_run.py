@@ -109,7 +109,10 @@ def test_what_is_left_out_of_the_json_is_deepspeeds_default() -> None:
 def test_the_text_names_what_it_assumes(call: Any) -> None:
     outcome = call("--gpus", "8", "--efficiency", "0.4")
     assert outcome.code == 0, outcome.error
-    assert "assumed: efficiency 0.4" in outcome.output
+    sources = {line[2:30].strip(): line[40:].strip() for line in outcome.output.splitlines()}
+    assert sources["efficiency"] == "given"
+    assert sources["overlap"] == "assumed"
+    assert sources["memory, GB/s"] == "data sheet"
     assert "fits, up to a micro-batch of" in outcome.output
     last = outcome.output.strip().splitlines()[-1].split()
     assert last[0] == "256", "512 ranks cannot share 256 sequences"
