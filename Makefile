@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-slurm lint format reference clean
+.PHONY: help install demo test test-fast test-slurm gpu-proof lint format reference clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -42,12 +42,15 @@ test-slurm: $(VENV)/.installed-dev ## Run the job chain on a real two-node SLURM
 	    { echo "SLURM is missing: apt-get install slurm-wlm munge, or, as root, make test-slurm SLURM_INSTALL=1"; exit 2; }
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
+gpu-proof: $(VENV)/.installed-dev ## Measure this machine's GPU in eight minutes: rates, numerics, MFU, memory, resume; writes runs/gpu_proof.
+	$(BIN)/python -m benchmarks.gpu_proof
+
 lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy), imports (import-linter) and shell scripts (shellcheck).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example tools/completion.bash .ci/run
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example tools/completion.bash .ci/run benchmarks/gpu_proof/offline.sh
 
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in miniature, to try it")
     parser.add_argument("--limit", type=int, default=480, help="seconds in total; later parts are left out")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_proof"), help="folder of the report")
+    parser.add_argument("--logs", type=Path, help="folder of the logs (default: logs in that of the report)")
     options = parser.parse_args(arguments)
     parts = wanted(options)
     if options.list:
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part.name:20} {part.kind:10} {part.seconds:4} s  {part.title}")
         print(f"{'total':20} {'':10} {sum(part.seconds for part in parts):4} s")
         return EXIT_DONE
-    options.output.mkdir(parents=True, exist_ok=True)
+    options.logs = options.logs or options.output / "logs"
+    for folder in (options.output, options.logs):
+        folder.mkdir(parents=True, exist_ok=True)
     proof = prove(options, parts)
     print(report.summary(proof))
     print(f"wrote {options.output / 'report.md'} and {options.output / 'proof.json'}")
@@ -74,7 +77,7 @@ def prove(options: Namespace, parts: Sequence[Part]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as temporary:
         work = Path(temporary)
         write_settings(work, options.gpus)
-        machine = run_part(MACHINE, folder, work, MACHINE.limit, options.dry_run)
+        machine = run_part(MACHINE, options.logs, work, MACHINE.limit, options.dry_run)
         proof["machine"] = machine["figures"]
         if machine["figures"] is None:
             proof["parts"]["machine"] = machine
@@ -84,7 +87,7 @@ def prove(options: Namespace, parts: Sequence[Part]) -> dict[str, Any]:
                 proof["parts"][part.name] = left_out(part, remaining)
             else:
                 limit = min(part.limit, remaining)
-                proof["parts"][part.name] = run_part(part, folder, work, limit, options.dry_run)
+                proof["parts"][part.name] = run_part(part, options.logs, work, limit, options.dry_run)
             proof["seconds"] = round(time.monotonic() - began, 1)
             write_both(folder, proof, report.markdown(proof))
             print(report.line(part.name, proof["parts"][part.name]), flush=True)

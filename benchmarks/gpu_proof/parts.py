@@ -23,7 +23,7 @@ MINIATURE = """
 RESUMED = """
     model.layers=6 model.hidden_size=512 model.heads=8 model.intermediate_size=1536 model.vocab_size=32768
     data.sequence_length=512 data.padding=eos_targets train.global_batch_size=32 train.micro_batch_size=32
-    evaluation.interval=15 checkpoint.interval=10
+    evaluation.interval=30 checkpoint.interval=20
 """.split()
 LARGE_SAMPLING = """
     --layers 14 --hidden-size 512 --vocabulary 32000 --prompt 128 --answer 128 --block-size 32 --batch-size 32
@@ -132,7 +132,7 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
 def resume(gpus: int, dry: bool) -> Part:
     """Return the run that is killed, resumed and compared with one that was left alone."""
     size = MINIATURE_RESUMED if dry else RESUMED
-    arguments = ["benchmarks/kill_resume.py", "--kills", "1", "--steps", "12" if dry else "40"]
+    arguments = ["benchmarks/kill_resume.py", "--kills", "1", "--steps", "40" if dry else "120"]
     arguments += ["--ranks", str(gpus), "--folder", "{folder}/kill_resume", "--output", "{output}"]
     arguments += ["--set", "engine.deterministic=true", *size]
-    return Part("resume", "killed and resumed, bit for bit", tuple(arguments), 75, 150, 1, "resume")
+    return Part("resume", "killed and resumed, bit for bit", tuple(arguments), 90, 150, 1, "resume")

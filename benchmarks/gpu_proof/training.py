@@ -103,10 +103,10 @@ class Run:
 def memory_of(run: Run, live: LiveStorages | None) -> dict[str, float]:
     """Return the peak bytes of this rank since the last reset, beside the plan's; and what torch has not."""
     config, ranks = run.config, run.engine.ranks
-    on_gpu = live is None
+    card = None if live is not None else torch.cuda.mem_get_info(run.device)[1]
     zero = Zero.of(engine_settings(config))
     parameters = count_parameters(config, vocabulary_of(config))
-    plan = plan_memory(config, zero, parameters, ranks.world_size, int(max(run.rows)), on_gpu=on_gpu)
+    plan = plan_memory(config, zero, parameters, ranks.world_size, int(max(run.rows)), card)
     found: dict[str, float] = {"planned": plan.total, "host_planned": plan.host}
     if live is not None:  # parts that are offloaded are in the same memory here
         return found | {"allocated": live.peak, "planned / allocated": (plan.total + plan.host) / live.peak}

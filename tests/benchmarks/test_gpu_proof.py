@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,14 @@ import psutil
 import pytest
 
 from benchmarks.gpu_proof import __main__ as program
-from benchmarks.gpu_proof import report
+from benchmarks.gpu_proof import prepare, report
 from benchmarks.gpu_proof.aims import aims
 from benchmarks.gpu_proof.parts import Part, all_parts
 from benchmarks.gpu_proof.runner import run_part
 from pipeline import config as configuration
 from pipeline.base.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED
 from pipeline.engine.build import engine_settings
-from support.programs import ROOT, run_program
+from support.programs import ROOT, environment_of_ranks, run_here, run_program
 
 pytestmark = pytest.mark.slow
 
@@ -152,3 +156,47 @@ def test_aims_are_judged_by_their_bounds() -> None:
     assert [aim.reached for aim in aims(proof_of(math.nan, 0.26, 1.08, 0, 0))][5:7] == [False, None]
     assert aims(proof_of(math.nan, 0.26, 1.08, 0, 0))[0].reached is False
     assert {aim.reached for aim in aims({})} == {None}
+
+
+def test_what_a_machine_lacks_is_found_through_all_requirements() -> None:
+    """By name, version, extra and Python; what is there brings its own requirements."""
+    packages: dict[str, tuple[str, list[str]]] = {
+        "project": ("1", ["torch>=2.11", "Config_Reader[files]>=2", "old>=3", "other; extra == 'dev'"]),
+        "config-reader": (
+            "2.1",
+            ["yaml-files; extra == 'files'", "spare; extra == 'other'", "compat; python_version < '3.11'"],
+        ),
+        "yaml-files": ("0.5", ["old"]),
+        "old": ("3.5", ["project"]),
+    }
+    present = prepare.read_present("torch==2.11.0+cu130\nold==2.9\nWarning: not a package\n")
+    assert present == {"torch": "2.11.0", "old": "2.9"}
+    found = prepare.missing(["project"], present, "3.12", packages.__getitem__)
+    assert found == {"project": "1", "config-reader": "2.1", "yaml-files": "0.5", "old": "3.5"}
+    with pytest.raises(KeyError, match="compat"):
+        prepare.missing(["project"], present, "3.10", packages.__getitem__)
+
+
+def test_a_machine_without_torch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    present = tmp_path / "present.txt"
+    present.write_text("numpy==2.4.0\n")
+    arguments = ["--present", str(present), "--folder", str(tmp_path)]
+    assert "names no torch" in run_here(prepare.main, arguments, capsys).complaint()
+
+
+def test_carried_wheels_are_found_offline(tmp_path: Path) -> None:
+    """Whatever a wheel holds is imported; the report's folder gets the logs, packed."""
+    wheels, out = tmp_path / "prepared/wheels", tmp_path / "out"
+    wheels.mkdir(parents=True)
+    with zipfile.ZipFile(wheels / "carried-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("sitecustomize.py", "print('carried')")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = environment_of_ranks() | {"PREPARED": str(wheels.parent), "OUT": str(out), "PATH": path}
+    environment.pop("PYTHONPATH", None)
+    command = ["bash", "benchmarks/gpu_proof/offline.sh", "--list"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "carried"
+    assert [line.split()[0] for line in lines[1:-1]] == [each.name for each in all_parts()]
+    assert [file.name for file in out.iterdir()] == ["logs.tar.gz"]
