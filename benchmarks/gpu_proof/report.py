@@ -110,7 +110,7 @@ def numerics(found: Mapping[str, Entry]) -> list[str]:
 
 def trainings(found: Mapping[str, Entry]) -> list[str]:
     """Return times and memory of every training, and where its time went."""
-    heads = ("training", "step", "update", "tokens/s", "MFU", "masked", "device busy", "launches",
+    heads = ("training", "step", "planned", "update", "tokens/s", "MFU", "masked", "device busy", "launches",
              "allocated, GiB", "planned / allocated", "reserved, GiB")  # fmt: skip
     rows, kernels = [], []
     for name, run in found.items():
@@ -119,6 +119,7 @@ def trainings(found: Mapping[str, Entry]) -> list[str]:
             (
                 name,
                 f"{1e3 * run['step_seconds']:.1f} ms",
+                f"{1e3 * run['planned_step_seconds']:.1f} ms" if run["planned_step_seconds"] else "-",
                 f"{1e3 * run['update_seconds']:.1f} ms",
                 f"{run['tokens_per_second']:,.0f}",
                 "-" if run["mfu"] is None else f"{run['mfu']:.3f}",

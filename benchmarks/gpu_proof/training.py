@@ -27,9 +27,10 @@ from pipeline.config import Config
 from pipeline.engine.build import engine_settings
 from pipeline.engine.protocol import Engine
 from pipeline.planning.flops import step_flops
-from pipeline.planning.gpus import gpu_of_device
+from pipeline.planning.gpus import Gpu, gpu_of_device
 from pipeline.planning.live_memory import LiveStorages
 from pipeline.planning.memory import Zero, count_parameters, plan_memory
+from pipeline.planning.run_plan import Assumptions, Planner
 from pipeline.ranks import join_launch
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
@@ -89,7 +90,9 @@ class Run:
             seconds = self.steps(TRACED)
         events = record.key_averages()
         own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        kernels = [e for e in events if not on_gpu or e.device_type.name == "CUDA"]
+        # Annotations span the kernels inside them, and would count them twice.
+        kernels = [e for e in events if not e.is_user_annotation]
+        kernels = [e for e in kernels if not on_gpu or e.device_type.name == "CUDA"]
         kernels.sort(key=lambda event: -getattr(event, own))
         busy = sum(getattr(event, own) for event in kernels) / 1e6 / TRACED
         return {
@@ -143,7 +146,15 @@ def speed_of(run: Run, blocks: Sequence[float], updates: Sequence[float], world_
         "flops": flops.model,
         "executed_flops": flops.executed,
         "mfu": None if gpu is None else flops.model / step / world_size / gpu.flops,
+        "planned_step_seconds": None if gpu is None else planned_step(config, gpu, world_size, rows / tokens),
     }
+
+
+def planned_step(config: Config, gpu: Gpu, world_size: int, masked_share: float) -> float:
+    """Return the seconds of a step that a plan gives without any measurement but that of the mask ratio."""
+    assumed = Assumptions(masked_share=masked_share)
+    zero = Zero.of(engine_settings(config))
+    return Planner(config, zero, vocabulary_of(config), gpu, assumed).plan(world_size).seconds["step"]
 
 
 def measure(config: Config, warm_up: int, steps: int, path: Path) -> None:
