@@ -200,3 +200,33 @@ def test_carried_wheels_are_found_offline(tmp_path: Path) -> None:
     assert lines[0] == "carried"
     assert [line.split()[0] for line in lines[1:-1]] == [each.name for each in all_parts()]
     assert [file.name for file in out.iterdir()] == ["logs.tar.gz"]
+
+
+def test_the_report_of_a_gpu_names_time_memory_and_links() -> None:
+    """Figures that only a GPU has, by hand."""
+    gib = 2**30
+    memory = {"allocated": 10 * gib, "reserved": 12 * gib, "planned / allocated": 1.05}
+    run = {
+        "memory": memory,
+        "step_seconds": 0.04,
+        "planned_step_seconds": 0.03,
+        "update_seconds": 0.005,
+        "tokens_per_second": 409_600,
+        "mfu": 0.31,
+        "masked_share": 0.5,
+        "trace": {
+            "step_seconds": 0.05,
+            "device_seconds": 0.04,
+            "launches": 2300,
+            "longest": {"a|b`c": 0.002},
+        },
+    }
+    rates = {"all_gather": {str(2**20): 50e9, str(2**28): 300e9}}
+    found = {"training": {"125M_zero2": run}, "links": {"links": {"ranks": 8, "rates": rates}}}
+    sections = {kind: "\n".join(render(found[kind])) for kind, _, render in report.SECTIONS if kind in found}
+    cells = "125M_zero2|40.0 ms|30.0 ms|5.0 ms|409,600|0.310|0.50|0.80|2,300|10.00|1.050|12.00".split("|")
+    assert f"| {' | '.join(cells)} |" in sections["training"]
+    assert "2.00 ms `a\\|b'c`" in sections["training"], "a kernel's name breaks no table"
+    assert "| all-gather | 50.0 | 300.0 |" in sections["links"]
+    proof = {"parts": {"125M_zero2": {"figures": run}}, "dry_run": False}
+    assert ("MFU, 125M_zero2", "0.310", "at least 0.25", "yes") in report.aims_rows(proof)
