@@ -238,13 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
     shape = SHAPES[options.shape]
     work = Work(shape, options.batch_size, device)
-    results = {}
+    results = {"shape": asdict(shape), "batch_size": options.batch_size, "machine": machine(device)}
     for group in options.only:
         print(group)
         results[group] = measure(GROUPS[group](work), work, options.repetitions, options.wall_clock)
-    if "output" in options:
-        content = {"shape": asdict(shape), "batch_size": options.batch_size, "machine": machine(device)}
-        options.output.write_text(json.dumps(content | results, indent=2) + "\n", encoding="utf-8")
+        if "output" in options:  # after each group: whatever ends this program leaves the ones before
+            options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

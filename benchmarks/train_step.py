@@ -84,8 +84,7 @@ class Shape:
 
 
 SHAPES = {
-    # arXiv 2602.10314, the 125M run; its 151,645 tokens padded as in configs/tinygsm_125m.yaml
-    "paper": Shape(14, 512, 8, 1536, 151_648, 512),
+    "paper": Shape(14, 512, 8, 1536, 151_645, 512),  # arXiv 2602.10314, the 125M run
     "small": Shape(4, 192, 6, 512, 4_000, 128),  # configs/tiny_text.yaml
     "miniature": Shape(2, 64, 4, 96, 500, 32),  # shows that the program runs, and nothing else
 }
