@@ -8,6 +8,7 @@ import errno
 import faulthandler
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
@@ -23,6 +24,7 @@ from pipeline.base.errors import (
 )
 
 _BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_OPTION = re.compile(r"--[a-z][\w-]*(=|$)", re.IGNORECASE)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk accepts no more data
 
 
@@ -43,18 +45,30 @@ class ToolParser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+        self._given: list[str] = []
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Parse arguments; report the first unknown option and suggest the nearest known one."""
+        self._given = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            option = unknown[0].split("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            self.error(f"unknown option {option!r}.{nearest(option, known)} --help lists them all.")
+            self._refuse(unknown[0])
         return parsed
 
+    def _refuse(self, given: str) -> NoReturn:
+        option = given.split("=")[0]
+        known = [name for action in self._actions for name in action.option_strings]
+        fail(f"unknown option {option!r}.{nearest(option, known)} --help lists them all.")
+
     def error(self, message: str) -> NoReturn:
-        """Print one line, without argparse's usage, and exit with EXIT_BAD_INPUT."""
+        """Print one line, without argparse's usage, and exit with EXIT_BAD_INPUT.
+
+        A misspelt option, which argparse would call missing, is named as what it is.
+        """
+        if "required" in message:
+            for given in self._given:
+                if _OPTION.match(given) and given.split("=")[0] not in self._option_string_actions:
+                    self._refuse(given)
         fail(message)
 
 

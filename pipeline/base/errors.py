@@ -9,6 +9,7 @@ from collections.abc import Iterable
 EXIT_DONE = 0
 EXIT_FAILED = 1  # a bug, or training diverged: the same command would fail again
 EXIT_BAD_INPUT = 2  # a setting, file or argument that the user can fix
+EXIT_LOST_DATA = 3  # the dataset is written, without files that could not be read to their end
 EXIT_REQUEUE = 75  # stopped early (EX_TEMPFAIL in sysexits.h): the same command resumes
 EXIT_INTERRUPTED = 130  # ended at once by a second signal or Ctrl+C, without saving
 

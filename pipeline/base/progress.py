@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -85,3 +88,22 @@ class ReadingProgress:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+@contextmanager
+def still(what: str) -> Iterator[None]:
+    """Say every few seconds that `what` is still being done, for a library that reports nothing itself."""
+    done, started = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not done.wait(REPORT_SECONDS):
+            tqdm.write(f"{what}: {time.monotonic() - started:.0f} s so far", file=sys.stdout)
+            sys.stdout.flush()
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.base.errors import UserError
 from pipeline.data.arrays import Array
-from pipeline.data.tokenizer import HuggingFaceModel, SentencePieceModel, Tokenizer
+from pipeline.data.tokenizer import SPACE, HuggingFaceModel, SentencePieceModel, Tokenizer
 
 REMEMBERED = 2**17  # units in each of two generations, about 30 MB
 LONGEST_UNIT = 128  # characters of a cached unit
@@ -59,7 +59,13 @@ OF_PIECES = Cuts(
     re.compile(
         rf"[ \n]?[^{LETTER} \n]*[{LETTER}]+(?:['{OTHER}][^{LETTER} \n]*[{LETTER}]*)*"
         rf"|[ \n]?[^{LETTER} \n]+|[ \n]"
-    )
+    ),
+    never=(SPACE,),
+)
+# The same for a model with pieces of several spaces: cuts are before the first space of a run.
+OF_RUNS = Cuts(
+    re.compile(OF_PIECES.units.pattern.replace(r"[ \n]?", r"(?: +|\n)?").replace(r"[ \n]", r" +|\n")),
+    (SPACE,),
 )
 # Byte-level BPE first splits a text by one of the expressions above, or by GPT-2's. Cuts are
 # - after letters, before an ASCII character that is neither a letter nor "'", and likewise after digits: once
@@ -196,8 +202,11 @@ def _of_pieces(serialized: bytes) -> Cuts | None:
     if changes or trainer.model_type != TrainerSpec.BPE or not trainer.byte_fallback:
         return None
     kinds = (ModelProto.SentencePiece.NORMAL, ModelProto.SentencePiece.USER_DEFINED)
-    pieces = (piece.piece.replace("▁", " ") for piece in content.pieces if piece.type in kinds)
-    return None if any(len(OF_PIECES.units.findall(piece)) > 1 for piece in pieces) else OF_PIECES
+    pieces = [piece.piece.replace(SPACE, " ") for piece in content.pieces if piece.type in kinds]
+    for cuts in (OF_PIECES, OF_RUNS):
+        if all(len(cuts.units.findall(piece)) <= 1 for piece in pieces):
+            return cuts
+    return None
 
 
 def _of_expressions(content: dict[str, Any]) -> Cuts | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +23,7 @@ from pipeline.base.files import replacing
 from pipeline.corpus.reading import Span, cut
 from pipeline.corpus.records import LONGEST_RECORD, Keys, check_formats
 from pipeline.corpus.sources import Hub, Source, find, hub_source
+from pipeline.corpus.special_text import check_format
 from pipeline.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -73,7 +76,7 @@ class Partition:
     Attributes:
         sources: the inputs, in order.
         options: see `Options`.
-        tokenizer: folder of the tokenizer, as given.
+        tokenizer: folder of the tokenizer, absolute.
         tokenizer_sha256: of its model.
         units: spans of each unit; the dataset keeps this order.
     """
@@ -127,7 +130,7 @@ def make_partition(
     total = sum(source.size for source in sources)
     most = unit_bytes or min(max(total // MANY_UNITS, SMALLEST), LARGEST)
     least = most if unit_bytes or hub else SMALLEST_OF_TAIL
-    by_line = options.keys.reading().by_line
+    unit = options.keys.reading().unit
     units: list[tuple[Span, ...]] = []
     held: list[Span] = []
     size = 0  # of the spans in `held`, which may be very many
@@ -137,7 +140,7 @@ def make_partition(
         return max(least, min(most, left // TAIL))
 
     for number, source in enumerate(sources):
-        for span in cut(number, source, target, by_line):
+        for span in cut(number, source, target, unit):
             held.append(span)
             size += span.size
             if size >= target():
@@ -145,8 +148,17 @@ def make_partition(
                 left -= size
                 held, size = [], 0
     units += [tuple(held)] if held else []
-    sha256 = Tokenizer.load(tokenizer).sha256
-    return Partition(tuple(sources), options, str(tokenizer), sha256, tuple(units))
+    found = Tokenizer.load(tokenizer)
+    if missing := check_format(found, options.keys):
+        names = f"{', '.join(missing)} of --message-format"
+        print(f"{names}: not special tokens of {tokenizer}, encoded as ordinary text", file=sys.stderr)
+    folder = os.path.abspath(tokenizer)
+    return Partition(tuple(sources), options, folder, found.sha256, tuple(units))
+
+
+def _absolute(source: Source) -> str:
+    """Return the path of a source; plans of version 0.2.0 and earlier have paths as they were given."""
+    return source.path if source.hub else os.path.abspath(source.path)
 
 
 Difference = tuple[str, Any, Any]
@@ -164,9 +176,10 @@ def differences(old: Partition, new: Partition) -> list[Difference]:
     ]
     if old.tokenizer_sha256 != new.tokenizer_sha256:
         found.append(("the tokenizer's sha256", old.tokenizer_sha256[:12], new.tokenizer_sha256[:12]))
-    if [s.path for s in old.sources] != [s.path for s in new.sources]:
-        gone = [s.path for s in old.sources if s.path not in {n.path for n in new.sources}]
-        come = [s.path for s in new.sources if s.path not in {o.path for o in old.sources}]
+    before_paths, paths = ([_absolute(source) for source in of.sources] for of in (old, new))
+    if before_paths != paths:
+        gone = [path for path in before_paths if path not in set(paths)]
+        come = [path for path in paths if path not in set(before_paths)]
         found.append(
             ("the list of inputs", gone or f"{len(old.sources)} files", come or f"{len(new.sources)} files")
         )

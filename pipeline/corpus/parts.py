@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.base.errors import UserError
+from pipeline.base.files import sha256_of
+from pipeline.corpus.reading import DAMAGED
 from pipeline.corpus.records import too_many
 from pipeline.data.arrays import Array
 from pipeline.data.facts import Counts
@@ -92,10 +94,12 @@ def read_tokens(folder: Path, facts: PartFacts, step: int) -> Part:
     """Return the sequences of a part, `step` per document.
 
     Raises:
-        UserError: if a file does not have the size that part.json says.
+        UserError: if the lengths are not those that part.json says.
     """
     size = (folder / LENGTHS).stat().st_size
     if size != facts.counts.documents * step * 4:
+        raise damaged(folder / LENGTHS)
+    if sha256_of(folder / LENGTHS) != facts.sha256[LENGTHS]:
         raise damaged(folder / LENGTHS)
     lengths = np.memmap(folder / LENGTHS, np.int32, "r") if size else np.zeros(0, np.int32)
     return Part(folder / TOKENS, lengths)
@@ -104,7 +108,7 @@ def read_tokens(folder: Path, facts: PartFacts, step: int) -> Part:
 def read_hashes(folder: Path, facts: PartFacts) -> Array:
     """Return the hashes [documents, 2] uint64 of a part's documents."""
     found = np.fromfile(folder / HASHES, np.uint64).reshape(-1, HASH.itemsize // 8)
-    if len(found) != facts.counts.documents:
+    if len(found) != facts.counts.documents or sha256_of(folder / HASHES) != facts.sha256[HASHES]:
         raise damaged(folder / HASHES)
     return found
 
@@ -132,28 +136,46 @@ def count_tokens(histograms: Array, tokens: Array, lengths: Array, times: int = 
         histograms[row] += times * np.bincount(tokens[chosen], minlength=size)
 
 
-def check_bad(counts: Counts, folder: Path, units: Sequence[int], limit: float, final: bool) -> None:
-    """Raise a `UserError` if more than `limit` of the records are bad; few are judged only at the end.
+def check_bad(
+    counts: Counts, folder: Path, units: Sequence[int], limit: float, total_bytes: int, final: bool
+) -> None:
+    """Raise a `UserError` if more than `limit` is bad: of the records, or of the bytes on the disk.
 
     Args:
         counts: of the records read so far.
         folder: of the parts.
         units: of this run; the first bad record among their parts is named.
         limit: --max-bad-fraction.
-        final: all records have been read.
+        total_bytes: of the units.
+        final: all records have been read; few records are judged only then.
     """
-    records = counts.records - counts.blank
-    if not too_many(counts.bad, records, limit, final):
+    records = counts.records - counts.blank - counts.empty
+    if counts.lost_bytes > limit * total_bytes:
+        what = f"{counts.lost_bytes:,} of {total_bytes:,} bytes are in files that cannot be read to their end"
+    elif too_many(counts.bad, records, limit, final):
+        what = f"{counts.bad:,} of {records:,} records are bad"
+    else:
         return
     first = next(path for unit in units if (path := part_folder(folder, unit) / QUARANTINE).exists())
     with first.open(encoding="utf-8") as file:
-        entry = json.loads(file.readline())
+        entries = [json.loads(line) for line in file] if counts.lost_bytes else [json.loads(file.readline())]
+    entry = next((entry for entry in entries if entry["reason"] == DAMAGED), entries[0])
     kind = "byte" if "byte" in entry else "row"
     raise UserError(
-        f"{counts.bad:,} of {records:,} records are bad, more than --max-bad-fraction {limit}; the first: "
+        f"{what}, more than --max-bad-fraction {limit}; the first: "
         f"{entry['file']}, {kind} {entry[kind]}: {entry['detail']}. All are in {folder}/*/{QUARANTINE}. Fix "
         "the corpus or the options and start over with --restart, or raise --max-bad-fraction."
     )
+
+
+def check_lost(counts: Counts, limit: float) -> None:
+    """Raise a `UserError` if more than `limit`, --max-lost-fraction, of the characters are lost."""
+    if counts.lost_characters > limit * counts.characters:
+        raise UserError(
+            f"{counts.lost_characters:,} of {counts.characters:,} characters cannot be decoded again, more than "
+            f"--max-lost-fraction {limit}: the tokenizer does not know them. Use one that knows the script (bpe "
+            "and unigram know every character), or raise --max-lost-fraction."
+        )
 
 
 def remove_unfinished(folder: Path, units: Sequence[int]) -> None:

@@ -85,7 +85,7 @@ def making(
 
                 def poll(made: Counts) -> None:
                     watch.show()
-                    check_bad(made, job.folder, units, max_bad_fraction, final=False)
+                    check_bad(made, job.folder, units, max_bad_fraction, total, final=False)
 
                 yield Pool(futures, poll)
         except BrokenProcessPool:

@@ -25,6 +25,7 @@ from pipeline.corpus.partition import Partition, differences, read_partition, wr
 from pipeline.corpus.parts import (
     PartFacts,
     check_bad,
+    check_lost,
     clear,
     lock_path,
     missing_units,
@@ -48,7 +49,8 @@ class Work:
         shard_index: which share of the units this run makes.
         num_shards: number of shares; with more than one, tools/merge_datasets.py joins the parts.
         on_error: quarantine bad records, or fail at the first.
-        max_bad_fraction: share of bad records above which the run stops.
+        max_bad_fraction: share of bad records, or of bytes in damaged files, above which the run stops.
+        max_lost_fraction: share of characters that cannot be decoded again, above which it stops.
         overwrite: replace an existing dataset.
         restart: discard the parts of an earlier attempt.
         whole_texts: see `Job`.
@@ -59,6 +61,7 @@ class Work:
     num_shards: int = 1
     on_error: Literal["quarantine", "fail"] = "quarantine"
     max_bad_fraction: float = MAX_BAD_FRACTION
+    max_lost_fraction: float = MAX_BAD_FRACTION
     overwrite: bool = False
     restart: bool = False
     whole_texts: bool = False
@@ -79,6 +82,7 @@ class Summary:
 
     Attributes:
         complete: whether the dataset is complete.
+        nothing_to_do: whether everything existed when the run started.
         counts: of all units of this shard.
         units: of this shard.
         units_done_before: parts that existed when the run started.
@@ -89,6 +93,7 @@ class Summary:
     """
 
     complete: bool
+    nothing_to_do: bool
     counts: Counts
     units: int
     units_done_before: int
@@ -120,29 +125,31 @@ def preprocess(partition: Partition, prefix: Path, work: Work) -> Summary:
         # A kill between the dataset's last file and the end of a run leaves the folder of the parts.
         if not work.restart and is_made_from(partition.sha256, prefix):
             clear(folder, keep=[lock_path(folder, *work.shard)])
-            return _summarise(prefix, read_facts(prefix).counts, partition, work, started, [], 0)
+            counts = read_facts(prefix).counts
+            return _summarise(prefix, counts, partition, work, started, [], 0, nothing_to_do=True)
         partition = _resumed(partition, prefix, work)
         units = work.units_of(partition)
         remove_unfinished(folder, units)
         todo = sorted(set(missing_units(folder, len(partition.units))) & set(units))
         job = Job(partition, folder, work.on_error, work.whole_texts)
         with _disk_errors(prefix), making(job, units, todo, work.workers, work.max_bad_fraction) as pool:
-            parts = _finished(pool, job, units, work.max_bad_fraction)
+            parts = _finished(pool, job, units, work)
             if work.num_shards == 1:
                 counts = merge_parts(folder, prefix, parts=parts)[0][1].counts
             else:
                 counts = Counts.total(part.counts for part in parts)
-        summary = _summarise(prefix, counts, partition, work, started, todo, pool.made.tokens)
+        nothing = work.num_shards > 1 and not todo and len(units) > 0
+        summary = _summarise(prefix, counts, partition, work, started, todo, pool.made.tokens, nothing)
         if work.num_shards == 1:
             clear(folder, keep=[lock_path(folder, *work.shard)])
         return summary
 
 
-def _finished(pool: Pool, job: Job, units: Sequence[int], max_bad_fraction: float) -> Iterator[PartFacts]:
+def _finished(pool: Pool, job: Job, units: Sequence[int], work: Work) -> Iterator[PartFacts]:
     """Yield the facts of the parts of `units` as they are finished, in order.
 
     Raises:
-        UserError: before the last one, if too many records are bad: no dataset was replaced by then.
+        UserError: before the last one, if too much is bad or lost: no dataset was replaced by then.
     """
     sha256, total = job.partition.sha256, Counts()
     for unit in units:
@@ -150,7 +157,9 @@ def _finished(pool: Pool, job: Job, units: Sequence[int], max_bad_fraction: floa
         part = read_part(job.folder, unit, sha256)
         total = Counts.total([total, part.counts])
         if unit == units[-1]:
-            check_bad(total, job.folder, units, max_bad_fraction, final=True)
+            size = sum(job.partition.size_of(number) for number in units)
+            check_bad(total, job.folder, units, work.max_bad_fraction, size, final=True)
+            check_lost(total, work.max_lost_fraction)
         yield part
 
 
@@ -175,7 +184,7 @@ def _summary_path(prefix: Path, work: Work) -> Path:
 
 def _summarise(
     prefix: Path, counts: Counts, partition: Partition, work: Work, started: float, made: Sequence[int],
-    tokens: int,
+    tokens: int, nothing_to_do: bool,
 ) -> Summary:  # fmt: skip
     """Write the summary of a run that made some units with so many tokens."""
     seconds = time.monotonic() - started
@@ -183,6 +192,7 @@ def _summarise(
     size = sum(partition.size_of(unit) for unit in made)
     summary = Summary(
         complete=is_made_from(partition.sha256, prefix),
+        nothing_to_do=nothing_to_do,
         counts=counts,
         units=units,
         units_done_before=units - len(made),

@@ -1,28 +1,26 @@
 """Sources cut into spans, and the raw records of a span, each with its position.
 
 A span is what a worker reads by itself: a byte range of a plain file, row groups of a parquet file, a whole
-compressed or arrow file, or one shard of a streamed dataset. A record is a line of jsonl, a paragraph (or
-line) of text, or a row of a table.
+compressed or arrow file, or one shard of a streamed dataset. A record is a line of jsonl, a paragraph of text
+(or a line, or the whole file), or a row of a table.
 """
 
 from __future__ import annotations
 
-import lzma
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from backports import zstd
+from typing import Any, BinaryIO, Literal
 
 from pipeline.base.errors import UserError
-from pipeline.corpus.sources import Source, load_hub, open_file
+from pipeline.corpus.compression import COMPRESSIONS, DAMAGE
+from pipeline.corpus.sources import Source, load_hub, open_file, other_encoding
 
 ROWS = 256  # of a table, in memory at a time
 PIECE = 2**20  # bytes of a line that is too long, in memory at a time
 BOM = b"\xef\xbb\xbf"
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+DAMAGED = "damaged_file"  # the reason of a bad record that stands for the rest of its file
+Unit = Literal["line", "paragraph", "file"]  # of a text file that is one record
 
 
 class BadRecord(Exception):
@@ -64,26 +62,27 @@ class Reading:
     """How records are read.
 
     Attributes:
-        by_line: every line of a text file is a record, not every paragraph.
-        limit: bytes of the longest line or paragraph.
+        unit: what is a record of a text file.
+        limit: bytes of the longest record.
         columns: of a table, the columns to read.
     """
 
-    by_line: bool
+    unit: Unit
     limit: int
     columns: tuple[str, ...]
 
 
-def cut(number: int, source: Source, target: Callable[[], int], by_line: bool) -> Iterator[Span]:
-    """Yield the spans of a source in order, each of about `target()` bytes at that moment."""
+def cut(number: int, source: Source, target: Callable[[], int], unit: Unit) -> Iterator[Span]:
+    """Yield the spans of a source in order, each of about `target()` bytes at that moment; none if empty."""
     if source.format == "hub":
         yield from (Span(number, shard, shard + 1, target()) for shard in range(source.size))
     elif source.format == "parquet":
         yield from _cut_parquet(number, source, target)
-    elif not source.is_cut_in_bytes:
-        yield Span(number, 0, source.size, source.size)
+    elif not source.is_cut_in_bytes or (source.format == "text" and unit == "file"):
+        if source.size:
+            yield Span(number, 0, source.size, source.size)
     else:
-        start, paragraphs = 0, source.format == "text" and not by_line
+        start, paragraphs = 0, source.format == "text" and unit == "paragraph"
         with Path(source.path).open("rb") as file:
             while start < source.size:
                 end = _end_of_record(file, min(source.size, start + target()), source.size, paragraphs)
@@ -170,14 +169,24 @@ class SpanReader:
         except OSError as error:
             if error.errno is not None:  # the disk or the network, not the content
                 raise
-            yield position, _damaged(error)
+            yield position, self._damaged(error)
         except DAMAGE as error:
-            yield position, _damaged(error)
+            yield position, self._damaged(error)
         except Exception as error:
             if type(error).__module__ != "pyarrow.lib":
                 raise
-            yield position, _damaged(error)
+            yield position, self._damaged(error)
         self.source.check_unchanged()
+
+    def _damaged(self, error: BaseException) -> BadRecord:
+        suffix = self.source.compression
+        if suffix in (".gz", ".bz2", ".xz"):  # a .zst may begin with a skippable frame
+            magic = COMPRESSIONS[suffix][1]
+            with Path(self.source.path).open("rb") as file:
+                if file.read(len(magic)) != magic:
+                    return BadRecord(DAMAGED, f"the file is named {suffix} but does not begin like one")
+        what = str(error) or type(error).__name__
+        return BadRecord(DAMAGED, f"the file is damaged from here on ({what})")
 
     def _texts(self) -> Iterator[tuple[int, Content]]:
         file, self._raw = open_file(self.source)
@@ -185,13 +194,23 @@ class SpanReader:
         with self._raw, file:
             if self.span.start:
                 file.seek(self.span.start)
-            lines = _lines(file, self.span.start, end, self.reading.limit)
-            by_line = self.source.format == "lines" or self.reading.by_line
-            yield from lines if by_line else _paragraphs(lines, self.reading.limit)
+            if self.source.compression and (name := other_encoding(file.peek(2**16)[: 2**16])):  # type: ignore[attr-defined]
+                yield 0, BadRecord(DAMAGED, f"the file is {name}, not UTF-8: convert it by iconv")
+                return
+            yield from self._records(file, end)
             if end is not None and file.tell() != end:
                 raise UserError(
                     f"{self.source.path} ends before byte {end}: it shrank while it was read. Restore it."
                 )
+
+    def _records(self, file: BinaryIO, end: int | None) -> Iterator[tuple[int, Content]]:
+        limit = self.reading.limit
+        unit = "line" if self.source.format == "lines" else self.reading.unit
+        if unit == "file":
+            yield 0, _whole(file, limit)
+            return
+        lines = _lines(file, self.span.start, end, limit)
+        yield from lines if unit == "line" else _paragraphs(lines, limit)
 
     def _rows(self) -> Iterator[tuple[int, Content]]:
         position = 0
@@ -204,8 +223,13 @@ class SpanReader:
                 position += 1
 
 
-def _damaged(error: BaseException) -> BadRecord:
-    return BadRecord("damaged_file", f"the file is damaged from here on ({error or type(error).__name__})")
+def _whole(file: BinaryIO, limit: int) -> Content:
+    """Return the content of a file, or a BadRecord if it is over the limit."""
+    content = file.read(len(BOM) + limit + 1).removeprefix(BOM)
+    size = len(content)
+    while piece := file.read(PIECE):
+        size += len(piece)
+    return BadRecord("too_long", f"a file of {size} bytes, more than {limit}") if size > limit else content
 
 
 def _lines(file: BinaryIO, offset: int, end: int | None, limit: int) -> Iterator[tuple[int, Content]]:
@@ -290,8 +314,9 @@ def _arrow_batches(mapped: Any, size: int) -> Iterator[tuple[Any, float]]:
             yield file.get_batch(number), (number + 1) / file.num_record_batches
         return
     mapped.seek(0)
-    for batch in pa.ipc.open_stream(mapped):
-        yield batch, mapped.tell() / size
+    while mapped.tell() < size:  # several streams one behind the other, as cat makes them
+        for batch in pa.ipc.open_stream(mapped):
+            yield batch, mapped.tell() / size
 
 
 def _hub(source: Source, span: Span, columns: Sequence[str]) -> Batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from pipeline.base.errors import UserError, nearest
-from pipeline.corpus.reading import BadRecord, Content, Reading, SpanReader, cut
+from pipeline.corpus.reading import BOM, DAMAGED, BadRecord, Content, Reading, SpanReader, cut
 from pipeline.corpus.sources import Source, open_file
 
 MESSAGE_FORMAT = "{role}: {content}\n"
@@ -23,6 +24,9 @@ LONGEST_RECORD = 2**23  # bytes; SentencePiece needs about 30 bytes of memory fo
 ONE_A_LINE = "each line must hold an object; jq -c '.[]' converts an array"
 
 # After . ! ? and closing quotes before white space; after full-width marks anywhere.
+EMPTY = "empty_text"  # the reason of a record that is no bad one: it is skipped
+LINE_END = re.compile(r"\r\n|\n|\r")
+_ROLE = re.compile(r"\w+")
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[”’」』]*")
 
 
@@ -35,13 +39,13 @@ class Keys:
         messages: the name is that of a list of {"role", "content"}; the last message, the assistant's, is the
             answer, the others are the prompt.
         message_format: of a message in the prompt; the part before {content} also opens the answer.
-        split: make each line or sentence of a text a document.
+        split: make each line or sentence of a text a document, or each text file.
     """
 
     names: tuple[str, ...]
     messages: bool = False
     message_format: str = MESSAGE_FORMAT
-    split: Literal["line", "sentence"] | None = None
+    split: Literal["line", "sentence", "file"] | None = None
 
     @property
     def is_pair(self) -> bool:
@@ -51,7 +55,8 @@ class Keys:
     def reading(self, limit: int = LONGEST_RECORD) -> Reading:
         """Return how raw records are read; of a table, the columns of the keys or of their first parts."""
         columns = dict.fromkeys(part for name in self.names for part in (name, name.split(".")[0]))
-        return Reading(self.split == "line", limit, tuple(columns))
+        unit = self.split if self.split in ("line", "file") else "paragraph"
+        return Reading(unit, limit, tuple(columns))
 
 
 def documents(content: Content, keys: Keys, is_text: bool) -> list[tuple[str, ...]]:
@@ -74,14 +79,14 @@ def documents(content: Content, keys: Keys, is_text: bool) -> list[tuple[str, ..
         tree = _parsed(content) if isinstance(content, bytes) else content
         texts = _from_messages(tree, keys) if keys.messages else tuple(_value(tree, n) for n in keys.names)
     if not texts[-1]:
-        what = ("empty_answer", "an answer") if keys.is_pair else ("empty_text", "a text")
+        what = ("empty_answer", "an answer") if keys.is_pair else (EMPTY, "a text")
         raise BadRecord(what[0], f"{what[1]} of length 0")
-    if keys.split is None or keys.is_pair:
+    if keys.split in (None, "file") or keys.is_pair:
         return [texts]
-    cut = texts[0].split("\n") if keys.split == "line" else sentences(texts[0])
+    cut = LINE_END.split(texts[0]) if keys.split == "line" else sentences(texts[0])
     pieces: list[tuple[str, ...]] = [(piece,) for piece in cut if piece and not piece.isspace()]
     if not pieces:
-        raise BadRecord("empty_text", f"no {keys.split} with anything but white space")
+        raise BadRecord(EMPTY, f"no {keys.split} with anything but white space")
     return pieces
 
 
@@ -104,6 +109,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
     try:
         tree = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if line.startswith(BOM):  # of a file that another one was appended to
+            return _parsed(line.removeprefix(BOM))
         _decoded(line)
         lines = f", or one of several lines: {ONE_A_LINE}" if line.strip() in (b"{", b"[") else ""
         raise BadRecord("invalid_json", f"not valid JSON ({error.msg}){lines}") from None
@@ -145,9 +152,50 @@ def _from_messages(tree: dict[str, Any], keys: Keys) -> tuple[str, str]:
     role, answer = turns[-1]
     if role != "assistant":
         raise BadRecord("empty_answer", f"the last message is by {role!r}, not by 'assistant'")
-    opening = keys.message_format.split("{content}")[0].replace("{role}", role)
-    prompt = "".join(keys.message_format.replace("{role}", r).replace("{content}", c) for r, c in turns[:-1])
-    return prompt + opening, answer
+    parts = _parts_of(keys.message_format)
+    pieces = [piece for turn in turns[:-1] for piece in _filled(parts, *turn)]
+    pieces += _filled(parts[: parts.index("{content}")], role, "")
+    return Written.of(pieces), answer
+
+
+@functools.cache
+def _parts_of(message_format: str) -> list[str]:
+    return [part for part in re.split(r"(\{role\}|\{content\})", message_format) if part]
+
+
+def _filled(parts: list[str], role: str, content: str) -> Iterator[tuple[str, bool]]:
+    """Yield the pieces of a message, and whether they are of the format; a role that is a word counts as such."""
+    for part in parts:
+        if part == "{content}":
+            yield content, False
+        else:
+            yield (role, _ROLE.fullmatch(role) is not None) if part == "{role}" else (part, True)
+
+
+class Written(str):
+    """A prompt written by a message format.
+
+    Attributes:
+        by_format: start and end of each stretch that the format wrote: special tokens count there alone.
+    """
+
+    by_format: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[str, bool]]) -> Written:
+        """Join pieces of text, each with whether the format wrote it."""
+        spans: list[tuple[int, int]] = []
+        texts: list[str] = []
+        end = 0
+        for text, by_format in pieces:
+            texts.append(text)
+            if by_format and text:
+                start = spans.pop()[0] if spans and spans[-1][1] == end else end
+                spans.append((start, end + len(text)))
+            end += len(text)
+        found = cls("".join(texts))
+        found.by_format = tuple(spans)
+        return found
 
 
 class Document(NamedTuple):
@@ -194,6 +242,8 @@ def check_formats(sources: Sequence[Source], keys: Keys) -> None:
     for source in sources:
         if source.format == "text" and keys.is_pair:
             raise UserError(f"{source.path} is plain text: prompt/answer pairs come from jsonl or tables.")
+        if source.format != "text" and keys.split == "file":
+            raise UserError(f"{source.path} is not plain text: --split-documents file is for .txt files.")
 
 
 OnBad = Callable[[Source, int, BadRecord], None]  # the arguments of `complaint`
@@ -210,22 +260,32 @@ class BadRecords:
     Attributes:
         count: bad records.
         good: the others; the reader counts them.
+        lost_bytes: size of the files that could not be read to their end.
+        total_bytes: size of the corpus, known to the reader.
     """
 
-    def __init__(self) -> None:
-        self.count = self.good = 0
+    def __init__(self, limit: float = MAX_BAD_FRACTION) -> None:
+        """Start at zero; `limit` is the share that is tolerated."""
+        self.limit = limit
+        self.count = self.good = self.lost_bytes = self.total_bytes = 0
         self.first: tuple[Source, int, BadRecord] | None = None
 
     def add(self, source: Source, position: int, bad: BadRecord) -> None:
         """Count a bad record; raise a `UserError` about the first if there are too many."""
         self.count += 1
+        if bad.reason == DAMAGED:
+            self.lost_bytes += source.size
         self.first = self.first or (source, position, bad)
         self.check(final=False)
 
     def check(self, final: bool = True) -> None:
         """Raise a `UserError` about the first bad record if there are too many; see `too_many`."""
-        if self.first is not None and too_many(self.count, self.count + self.good, final=final):
-            raise UserError(complaint(*self.first))
+        if self.first is None:
+            return
+        if too_many(self.count, self.count + self.good, self.limit, final) or (
+            final and self.lost_bytes > self.limit * self.total_bytes
+        ):
+            raise UserError(f"{complaint(*self.first)} More than --max-bad-fraction {self.limit} are bad.")
 
 
 def read_all(paths: Iterable[Path], keys: Keys, on_bad: OnBad | None = None) -> Iterator[Document]:
@@ -237,7 +297,7 @@ def read_all(paths: Iterable[Path], keys: Keys, on_bad: OnBad | None = None) -> 
         on_bad: called with each bad record; without it the first one raises a `UserError`.
     """
     for source in check_inputs(paths, keys):
-        for span in cut(0, source, lambda: sys.maxsize, keys.reading().by_line):
+        for span in cut(0, source, lambda: sys.maxsize, keys.reading().unit):
             yield from _records(SpanReader(source, span, keys.reading()), keys, on_bad)
 
 
@@ -264,11 +324,11 @@ def read_excerpt(
     Raises:
         UserError: for too many bad records.
     """
-    total = sum(source.size for source in sources)
+    total = bad.total_bytes = sum(source.size for source in sources)
     size = max(total // EXCERPTS, SMALLEST_EXCERPT)
     behind = text = 0  # bytes
     for source in sources:
-        for span in cut(0, source, lambda: size, keys.reading().by_line):
+        for span in cut(0, source, lambda: size, keys.reading().unit):
             earned = limit * (behind + span.size) / total
             reader = SpanReader(source, span, keys.reading())
             for record in _records(reader, keys, bad.add) if text < earned else ():
@@ -291,6 +351,8 @@ def _records(reader: SpanReader, keys: Keys, on_bad: OnBad | None = None) -> Ite
         except BadRecord as bad:
             if on_bad is None:
                 raise UserError(complaint(reader.source, position, bad)) from None
+            if bad.reason == EMPTY:
+                continue
             on_bad(reader.source, position, bad)
             continue
         for texts in found:
@@ -302,6 +364,7 @@ def complaint(source: Source, position: int, bad: BadRecord) -> str:
     remedy = {
         "missing_key": "Set --text-key, --prompt-key, ... to its keys, or rename them.",
         "too_long": "Raise --max-document-bytes, or shorten the record.",
-        "damaged_file": "Get a complete copy of the file.",
+        DAMAGED: "Get a complete copy of the file.",
+        "invalid_utf8": "Fix or remove the record, or convert the file by iconv.",
     }.get(bad.reason, "Fix or remove the record.")
     return f"{place(source, position)}: {bad.detail.rstrip('.?')}. {remedy}"

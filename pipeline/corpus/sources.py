@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import bz2
 import functools
 import glob
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from backports import zstd
-
 from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
+from pipeline.corpus.compression import COMPRESSIONS, decompressed
 
 Format = Literal["lines", "text", "parquet", "arrow", "hub"]
 FORMATS: dict[str, Format] = {
@@ -30,12 +26,6 @@ FORMATS: dict[str, Format] = {
     ".txt": "text",
     ".parquet": "parquet",
     ".arrow": "arrow",
-}
-COMPRESSIONS: dict[str, Callable[..., Any]] = {
-    ".gz": gzip.open,
-    ".zst": zstd.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
 }
 KNOWN = f"{', '.join(FORMATS)}; the first four also with {', '.join(COMPRESSIONS)}"
 _ENDS = 2**16  # bytes hashed at the head and at the tail
@@ -64,7 +54,7 @@ class Source:
     """One input, as it was when preprocessing began.
 
     Attributes:
-        path: of the file, or the name of a streamed dataset.
+        path: of the file, absolute; or the name of a streamed dataset.
         format: of its content.
         compression: suffix of the compression, or empty.
         size: in bytes; for a streamed dataset, in shards.
@@ -88,14 +78,23 @@ class Source:
 
     @classmethod
     def of_file(cls, path: Path) -> Source:
-        """Return the source of a file; raise a `UserError` if it is missing or of an unknown type."""
+        """Return the source of a file.
+
+        Raises:
+            UserError: if it is missing, of an unknown type or no UTF-8.
+        """
         if not path.is_file():
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path} is a pipe, socket or device: give --input - and pipe the text in.")
             raise UserError(f"{path} does not exist or is not a file: check --input.")
         found = format_of(path)
         if found is None:
             raise UserError(f"{path}: unknown file type; use {KNOWN}.")
         facts = path.stat()
-        return cls(str(path), *found, facts.st_size, facts.st_mtime_ns, _hash_ends(path, facts.st_size))
+        head, digest = _ends(path, facts.st_size)
+        if found in (("lines", ""), ("text", "")) and (name := other_encoding(head)):
+            raise UserError(f"{path} is {name}, not UTF-8: convert it, iconv -f {name} -t UTF-8.")
+        return cls(os.path.abspath(path), *found, facts.st_size, facts.st_mtime_ns, digest)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Source:
@@ -135,17 +134,38 @@ def format_of(path: Path) -> tuple[Format, str] | None:
     return found, compression
 
 
-def _hash_ends(path: Path, size: int) -> str:
+def other_encoding(head: bytes) -> str | None:
+    """Return the name if `head` begins a text in UTF-16 or UTF-32, with or without a byte-order mark."""
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    for name, zeros in (
+        ("UTF-32LE", (1, 2, 3)),
+        ("UTF-32BE", (0, 1, 2)),
+        ("UTF-16LE", (1,)),
+        ("UTF-16BE", (0,)),
+    ):
+        width = 4 if "32" in name else 2
+        counts = [head[first::width].count(0) for first in range(width)]
+        if all(counts[first] > len(head) / width / 2 for first in zeros) and sum(counts) < 0.8 * len(head):
+            return name
+    return None
+
+
+def _ends(path: Path, size: int) -> tuple[bytes, str]:
+    """Return the head of a file, and a hash of size, head and tail."""
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(_ENDS))
+        head = file.read(_ENDS)
+        digest.update(head)
         file.seek(max(0, size - _ENDS))
         digest.update(file.read(_ENDS))
-    return digest.hexdigest()
+    return head, digest.hexdigest()
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
-    """Return the files of the inputs, in order; report on stderr what was skipped in folders.
+    """Return the files of the inputs, in order; report on stderr what was skipped and what is empty.
 
     An input is a file, a glob (``data/**/*.jsonl.zst``), a folder (every file of a known type below it, by
     name; the data files of a dataset saved by `datasets`, in its order) or ``@LIST``, a file with one input
@@ -165,7 +185,11 @@ def find(inputs: Sequence[str]) -> list[Path]:
             )
     if skipped:
         print(f"skipped files of unknown types: {_suffixes(skipped)}. Known types: {KNOWN}.", file=sys.stderr)
-    return [path for path, _ in files.values()]
+    found = [path for path, _ in files.values()]
+    empty = [path for path in found if path.is_file() and path.stat().st_size == 0]
+    if empty:
+        print(f"{len(empty)} of {len(found)} files have 0 bytes, the first: {empty[0]}", file=sys.stderr)
+    return found
 
 
 def _expanded(
@@ -195,7 +219,11 @@ def _expanded(
 def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"--input @{path}: the list {path} does not exist.")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # names may hold U+2028 and the like
+    except UnicodeDecodeError as error:
+        raise UserError(f"--input @{path}: the list is not UTF-8 ({error.reason}): convert it.") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _files_of_folder(folder: Path, skipped: list[Path]) -> list[Path]:
@@ -209,8 +237,7 @@ def _files_of_folder(folder: Path, skipped: list[Path]) -> list[Path]:
         raise UserError(
             f"--input {folder} holds several splits: name the folder of one, such as {folder}/train."
         )
-    below = glob.iglob("**", root_dir=folder, recursive=True)  # follows links, skips hidden files
-    files = sorted(_only_files(folder / name for name in below))
+    files = sorted(_only_files(_below(folder)))
     known = [path for path in files if format_of(path) is not None]
     unknown = [path for path in files if format_of(path) is None]
     if not known:
@@ -220,14 +247,41 @@ def _files_of_folder(folder: Path, skipped: list[Path]) -> list[Path]:
     return known
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield what is below a folder and not hidden; follow links, except those back to a folder around them.
+
+    Raises:
+        OSError: for a folder that cannot be read: its documents would be lost.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        around = os.path.realpath(root)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not is_around(os.path.realpath(os.path.join(root, name)), around)
+        ]
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
+def is_around(outer: str, inner: str) -> bool:
+    """Return whether real path `outer` is `inner` or a folder around it."""
+    return os.path.commonpath([outer, inner]) == outer
+
+
 def _only_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the paths that are files; raise a `UserError` for a broken link."""
+    """Return the paths that are files; raise a `UserError` for a broken link, or a pipe of a known type."""
     files = []
     for path in paths:
         if path.is_file():
             files.append(path)
         elif path.is_symlink() and not path.exists():
             raise UserError(f"--input {path} is a broken link: restore its file, or remove the link.")
+        elif not path.is_dir() and format_of(path) is not None:
+            raise UserError(f"--input {path} is a pipe, socket or device: remove it, or name the files.")
     return files
 
 
@@ -248,7 +302,7 @@ def open_file(source: Source) -> tuple[BinaryIO, BinaryIO]:
     raw: BinaryIO = Path(source.path).open("rb", buffering=2**18)  # noqa: SIM115  the caller closes both
     if not source.compression:
         return raw, raw
-    return COMPRESSIONS[source.compression](raw, "rb"), raw
+    return decompressed(raw, source.compression), raw
 
 
 @functools.cache

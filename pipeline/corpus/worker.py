@@ -32,13 +32,14 @@ from pipeline.corpus.parts import (
     part_folder,
     write_part,
 )
-from pipeline.corpus.reading import BadRecord, SpanReader
-from pipeline.corpus.records import Document, complaint, documents
+from pipeline.corpus.reading import DAMAGED, BadRecord, SpanReader
+from pipeline.corpus.records import EMPTY, Document, complaint, documents
 from pipeline.corpus.sources import Source
+from pipeline.corpus.special_text import SpecialEncoder
 from pipeline.data.arrays import Array
 from pipeline.data.facts import Counts
 from pipeline.data.indexed import token_dtype
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import SPACE, Tokenizer
 
 BATCH, BATCH_CHARACTERS = 4096, 2**20  # encoded in one call; each call starts a thread
 EXCERPT = 200  # characters of a bad record that are quarantined
@@ -98,13 +99,14 @@ class _PartWriter:
 
     def __init__(self, folder: Path, encoder: WordEncoder, job: Job) -> None:
         self.folder = folder
-        self.encoder = encoder
+        self.tokenizer = encoder.tokenizer
         self.job = job
         self.options = job.partition.options
+        self.encoder = SpecialEncoder(encoder) if self.options.keys.messages else encoder
         self.step = 2 if self.options.keys.is_pair else 1  # sequences per document
-        self.dtype = token_dtype(encoder.tokenizer.vocab_size)
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.counts = Counts()
-        self.histograms = np.zeros((2, encoder.tokenizer.vocab_size), np.int64)  # prompts; texts or answers
+        self.histograms = np.zeros((2, self.tokenizer.vocab_size), np.int64)  # prompts; texts or answers
         names = [TOKENS, LENGTHS] + ([HASHES] if self.options.deduplicate else [])
         self.files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
         self.digests = {name: hashlib.sha256() for name in names}
@@ -144,6 +146,7 @@ class _PartWriter:
         except UnicodeEncodeError:  # a lone surrogate of a streamed dataset; JSON and tables have none
             batch = [document for document in batch if self._is_unicode(document)]
             found = self.encoder.encode_batch([text for document in batch for text in document.texts])
+        self._count_characters(batch, found)
         lengths = np.fromiter(map(len, found), np.int32, len(found)).reshape(-1, self.step)
         keep = self._judge(batch, lengths)
         if not keep.all():
@@ -152,7 +155,7 @@ class _PartWriter:
             found = [found[i * self.step + part] for i in chosen for part in range(self.step)]
             lengths = lengths[keep]
         if self.options.append_eos:
-            eos = np.array([self.encoder.tokenizer.eos], np.int32)
+            eos = np.array([self.tokenizer.eos], np.int32)
             ends = range(self.step, len(found) + 1, self.step)
             found = [ids for end in ends for ids in (*found[end - self.step : end], eos)]
         if not found:
@@ -165,6 +168,15 @@ class _PartWriter:
         self._write(LENGTHS, np.ascontiguousarray(lengths).data)
         if self.options.deduplicate:
             self._write(HASHES, b"".join(document_hash(document.texts) for document in batch))
+
+    def _count_characters(self, batch: Sequence[Document], found: Sequence[Array]) -> None:
+        texts = [text for document in batch for text in document.texts]
+        self.counts.characters += sum(map(len, texts))
+        unk, loses_space = self.tokenizer.unk, self.tokenizer.loses_space
+        if loses_space or (unk >= 0 and found and (np.concatenate(found) == unk).any()):
+            for text, ids in zip(texts, found, strict=True):
+                if (loses_space and SPACE in text) or (ids == unk).any():
+                    self.counts.lost_characters += self.tokenizer.model.lost(str(text), unk)
 
     def _is_unicode(self, document: Document) -> bool:
         texts, source, position = document
@@ -181,7 +193,7 @@ class _PartWriter:
         empty = lengths[:, -1] == 0
         for number in np.flatnonzero(empty):
             texts, source, position = batch[int(number)]
-            reason, what = ("empty_answer", "an answer") if self.step == 2 else ("empty_text", "a text")
+            reason, what = ("empty_answer", "an answer") if self.step == 2 else (EMPTY, "a text")
             self.quarantine(source, position, BadRecord(reason, f"{what} of length 0 in tokens"), texts)
         lengths[:, -1] += self.options.append_eos
         sizes = lengths.sum(axis=1, dtype=np.int64)
@@ -200,14 +212,33 @@ class _PartWriter:
         self.digests[name].update(data)
 
     def close(self) -> None:
-        """Finish the files; part.json comes last."""
+        """Finish the files; part.json comes last.
+
+        Raises:
+            UserError: if text became a special token.
+        """
         self.encode()
         self.counts.check()
+        self._check_specials()
         for file in self.files.values():
             file.close()
         digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
         facts = PartFacts(self.job.partition.sha256, self.counts, digests)
         write_part(self.folder, facts, self.histograms)
+
+    def _check_specials(self) -> None:
+        """Raise a `UserError` unless the special tokens are those that preprocessing itself wrote."""
+        expected = {"mask": 0, "pad": 0, "eos": self.counts.documents if self.options.append_eos else 0}
+        if self.options.keys.messages:
+            del expected["eos"]  # a message format may write it, too
+        for use, count in expected.items():
+            found = int(self.histograms[:, self.tokenizer.special_ids[use]].sum())
+            if found != count:
+                raise UserError(
+                    f"tokenizer {self.job.partition.tokenizer} encodes text as its {use} token, "
+                    f"{self.tokenizer.model.token(self.tokenizer.special_ids[use])}, {found - count:,} times: "
+                    "import it again with tools/train_tokenizer.py, and start over with --restart."
+                )
 
 
 def document_hash(texts: tuple[str, ...]) -> bytes:
@@ -248,6 +279,10 @@ def make_part(job: Job, encoder: WordEncoder, unit: int, beat: Callable[[int, in
                     if isinstance(content, dict):
                         _check_size(found, options.max_document_bytes)
                 except BadRecord as bad:
+                    if bad.reason == EMPTY:
+                        part.counts.empty += 1
+                        continue
+                    part.counts.lost_bytes += span.size if bad.reason == DAMAGED else 0
                     part.encode()  # so that the quarantine lists bad records in order
                     part.quarantine(source, position, bad, content)
                     beat(before + reader.done, part.counts.tokens)

@@ -36,22 +36,31 @@ class Counts:
     Attributes:
         records: lines, paragraphs or rows read.
         blank: blank lines among them.
+        empty: texts of length 0 among them.
         quarantined: bad records, by reason.
         added_by_splitting: documents beyond the first of each record that was split.
         filtered: documents dropped, by filter.
         duplicates: documents dropped because their texts came before.
         documents: documents in the dataset.
         tokens: tokens in the dataset.
+        characters: characters that were encoded, also of documents that were then dropped.
+        lost_characters: those that decoding does not give back: they became the unknown token, or U+2581 a
+            space.
+        lost_bytes: size on the disk of the files, or pieces of them, that could not be read to their end.
     """
 
     records: int = 0
     blank: int = 0
+    empty: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)
     added_by_splitting: int = 0
     filtered: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
     documents: int = 0
     tokens: int = 0
+    characters: int = 0
+    lost_characters: int = 0
+    lost_bytes: int = 0
 
     @property
     def bad(self) -> int:
@@ -60,7 +69,8 @@ class Counts:
 
     def check(self) -> None:
         """Raise a `RuntimeError` unless every record is accounted for."""
-        left = self.documents + self.duplicates + sum(self.filtered.values()) + self.bad + self.blank
+        left = self.documents + self.duplicates + sum(self.filtered.values()) + self.bad
+        left += self.blank + self.empty
         if self.records + self.added_by_splitting != left:
             raise RuntimeError(f"{self.records} records and {self} do not add up: a bug in this program.")
 
@@ -81,11 +91,15 @@ class Counts:
         """Return the counts as one line of text."""
         words = [f"{self.documents:,} documents, {self.tokens:,} tokens from {self.records:,} records"]
         words += [f"{self.blank:,} blank"] if self.blank else []
+        words += [f"{self.empty:,} empty"] if self.empty else []
         words += [f"{self.bad:,} quarantined ({_listed(self.quarantined)})"] if self.bad else []
         words += (
             [f"{sum(self.filtered.values()):,} filtered ({_listed(self.filtered)})"] if self.filtered else []
         )
         words += [f"{self.duplicates:,} duplicates"] if self.duplicates else []
+        words += [f"{self.lost_bytes:,} bytes of files not read to their end"] if self.lost_bytes else []
+        if self.lost_characters:
+            words += [f"{self.lost_characters:,} of {self.characters:,} characters cannot be decoded again"]
         return "; ".join(words)
 
 
@@ -100,7 +114,7 @@ class DatasetFacts:
     Attributes:
         format: version of the file.
         kind: text, or pairs of prompt and answer.
-        tokenizer: folder of the tokenizer, as given.
+        tokenizer: folder of the tokenizer, absolute.
         tokenizer_sha256: of its model.
         special_ids: ids of its mask, pad, eos and unk tokens.
         vocab_size: number of its tokens.
@@ -219,14 +233,19 @@ def named_lengths(histogram: Array) -> dict[str, int]:
 
 
 def check_same(facts: Sequence[DatasetFacts], names: Sequence[str], what: str) -> None:
-    """Raise a `UserError` unless all datasets have one tokenizer and one kind."""
+    """Raise a `UserError` unless all datasets have one tokenizer, with the same special ids, and one kind."""
+    said = {
+        "tokenizer_sha256": "the tokenizer (sha256)",
+        "special_ids": "the special ids",
+        "kind": "what it holds",
+    }
     for name, fact in zip(names, facts, strict=True):
-        for key in ("tokenizer_sha256", "kind"):
+        for key in said:
             first, found = getattr(facts[0], key), getattr(fact, key)
             if first != found:
-                said = {"tokenizer_sha256": "the tokenizer (sha256)", "kind": "what it holds"}[key]
+                short = [value[:12] if isinstance(value, str) else value for value in (first, found)]
                 raise UserError(
-                    f"{what} {names[0]} and {name} differ in {said}: {first[:12]} and {found[:12]}. "
+                    f"{what} {names[0]} and {name} differ in {said[key]}: {short[0]} and {short[1]}. "
                     "Preprocess one of them again."
                 )
 

@@ -19,6 +19,7 @@ from pipeline.base.errors import UserError
 from pipeline.data.arrays import Array
 
 HUGGING_FACE = "huggingface"
+SPACE = "\u2581"  # what SentencePiece, and Metaspace of `tokenizers`, write for a space
 MODEL_FILE, HUGGING_FACE_FILE, FACTS_FILE = "tokenizer.model", "model.json", "tokenizer.json"
 FORMAT = 1
 
@@ -98,21 +99,45 @@ class Model(Protocol):
     def token(self, token_id: int) -> str:
         """Return the name of an id."""
 
+    def specials(self) -> dict[str, int]:
+        """Return the ids of the special tokens by their names: text never encodes to them."""
+
+    def lost(self, text: str, unk: int) -> int:
+        """Return how many characters of a text become the id `unk`, or U+2581 a space."""
+
 
 class SentencePieceModel:
-    """A SentencePiece model."""
+    """A SentencePiece model.
+
+    SentencePiece writes a space as U+2581, so this character itself would come back as a space. It is encoded
+    as its three bytes; by a model without bytes, as the unknown token.
+    """
 
     def __init__(self, content: bytes) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        size, unk = self.processor.vocab_size(), self.processor.unk_id()
+        ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        is_bytes = all(0 <= number < size and self.processor.is_byte(number) for number in ids)
+        self.space = np.array(ids if is_bytes else [unk], np.int32)
 
     def encode(self, text: str) -> Array:
+        if SPACE in text:
+            return self._with_space(text)
         ids: Array = self.processor.encode(text, out_type="numpy")
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
         """See `Model`; no Python list of ints in between."""
         ids: list[Array] = self.processor.encode(list(texts), out_type="numpy", num_threads=1)
+        for number, text in enumerate(texts):
+            if SPACE in text:
+                ids[number] = self._with_space(text)
         return ids
+
+    def _with_space(self, text: str) -> Array:
+        parts = self.processor.encode(text.split(SPACE), out_type="numpy", num_threads=1)
+        found = [ids for part in parts for ids in (part, self.space)]
+        return np.concatenate(found[:-1], dtype=np.int32)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self.processor.decode(ids)
@@ -121,6 +146,19 @@ class SentencePieceModel:
     def token(self, token_id: int) -> str:
         name: str = self.processor.id_to_piece(token_id)
         return name
+
+    def specials(self) -> dict[str, int]:
+        """See `Model`."""
+        ids = (number for number in range(self.processor.vocab_size()) if self.processor.is_control(number))
+        return {self.token(number): number for number in ids}
+
+    def lost(self, text: str, unk: int) -> int:
+        """See `Model`."""
+        count = text.count(SPACE) if self.space.tolist() == [unk] else 0
+        for part in text.split(SPACE):
+            pieces = self.processor.encode(part, out_type="immutable_proto").pieces
+            count += sum(len(piece.surface) for piece in pieces if piece.id == unk)
+        return count
 
 
 class HuggingFaceModel:
@@ -133,6 +171,7 @@ class HuggingFaceModel:
         self.tokenizer.no_truncation()
         if getattr(self.tokenizer.model, "dropout", None):
             self.tokenizer.model.dropout = None  # BPE dropout: the same text must have the same tokens
+        self.loses_space = SPACE not in self.decode(self.encode(f"a{SPACE}b").tolist())
 
     def encode(self, text: str) -> Array:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -149,6 +188,21 @@ class HuggingFaceModel:
     def token(self, token_id: int) -> str:
         return str(self.tokenizer.id_to_token(token_id))
 
+    def specials(self) -> dict[str, int]:
+        """See `Model`."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    def lost(self, text: str, unk: int) -> int:
+        """See `Model`."""
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        unknown = sum(
+            end - start
+            for number, (start, end) in zip(found.ids, found.offsets, strict=True)
+            if number == unk
+        )
+        return unknown + (text.count(SPACE) if self.loses_space else 0)
+
 
 def _model(content: bytes, model_type: str) -> Model:
     return HuggingFaceModel(content) if model_type == HUGGING_FACE else SentencePieceModel(content)
@@ -161,6 +215,7 @@ class Tokenizer:
         model_type: see `TokenizerFacts`.
         vocab_size: tokens, special ones included.
         unk, pad, eos, mask: special ids; no text encodes to pad, eos or mask.
+        loses_space: U+2581 is decoded as a space, or not at all.
         sha256: of the model, hexadecimal.
     """
 
@@ -171,12 +226,14 @@ class Tokenizer:
         self.unk, self.pad, self.eos, self.mask = facts.unk_id, facts.pad_id, facts.eos_id, facts.mask_id
         self.eod = self.eos  # megatron-core's name
         self.sha256 = facts.sha256
+        self.loses_space = isinstance(model, HuggingFaceModel) and model.loses_space
         self.unique_identifiers = OrderedDict(class_name=type(self).__name__, sha256=facts.sha256)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Return the tokenizer in a folder; raise a `UserError` if it is missing or damaged."""
-        facts, facts_path = read_facts(folder), folder / FACTS_FILE
+        if SPACE in text:
+            return self._with_space(text)
         model = folder / facts.model_file
         _require(folder, model)
         content = model.read_bytes()
@@ -212,12 +269,28 @@ class Tokenizer:
 
 def _require(folder: Path, path: Path) -> None:
     if folder.is_file():
-        raise UserError(
-            f"tokenizer {folder} is a file: name a folder that tools/train_tokenizer.py made; --import-json "
-            "makes one from a Hugging Face tokenizer.json."
-        )
-    if not path.is_file():
-        raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
+        remedy = "name a folder that tools/train_tokenizer.py made"
+        if (folder.parent / FACTS_FILE).is_file() and "model" not in (folder.parent / FACTS_FILE).read_text(
+            "utf-8"
+        ):
+            remedy = f"name the folder {folder.parent}"
+        elif folder.suffix in (".json", ".model"):
+            remedy = _import(folder)
+        raise UserError(f"tokenizer {folder} is a file: {remedy}.")
+    if path.is_file():
+        return
+    for name in (FACTS_FILE, MODEL_FILE, "spiece.model", "sentencepiece.bpe.model"):
+        if path.name == FACTS_FILE and (folder / name).is_file():
+            raise UserError(
+                f"tokenizer {folder}: {path} is missing, but {name} is there: {_import(folder / name)}."
+            )
+    raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
+
+
+def _import(path: Path) -> str:
+    """Return the remedy for a tokenizer of another project."""
+    kind = "json" if path.suffix == ".json" else "model"
+    return f"import it: python tools/train_tokenizer.py --import-{kind} {path} --output data/tokenizer"
 
 
 def write_tokenizer(folder: Path, content: bytes, facts: TokenizerFacts) -> Tokenizer:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.base import cli, errors, files
+from pipeline.base.cpus import usable_cpus
 from pipeline.config import build_parser
 from support.programs import ROOT, run_here
 
@@ -206,3 +209,34 @@ def test_help_of_the_training_begins_with_one_line_of_usage(capsys: pytest.Captu
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == "usage: python -m pipeline.train --config configs/X.yaml [--section.key VALUE ...]"
     assert second == ""
+
+
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_misspelt_option_is_named_with_the_nearest(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In every tool: also where the option is required, which argparse would call missing."""
+    tool = importlib.import_module(f"tools.{name}")
+    options = re.findall(r"^ +(--[a-z][a-z-]+)", run_here(tool.main, ["--help"], capsys).output, re.M)
+    for option in dict.fromkeys(options):
+        if option in ("--help", "--"):
+            continue
+        wrong = option[:-1] + ("x" if option[-1] != "x" else "y")
+        complaint = run_here(tool.main, [wrong, "x"], capsys).complaint()
+        assert f"unknown option '{wrong}'. Did you mean '--" in complaint
+    assert "unknown option '--tokeniser'" in run_here(tool.main, ["--tokeniser=x"], capsys).complaint()
+
+
+def test_the_cpus_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the affinity, and of SLURM; not all of the machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for value, expected in ((None, 8), ("", 8), ("3", 3), ("99", 8), ("0", 1)):
+        monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+        if value is not None:
+            monkeypatch.setenv("SLURM_CPUS_PER_TASK", value)
+        assert usable_cpus() == expected
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4(x2)")
+    with pytest.raises(errors.UserError, match="SLURM_CPUS_PER_TASK is '4"):
+        usable_cpus()
