@@ -13,7 +13,7 @@ from pipeline.base.cli import ToolParser, in_colours, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.base.extras import extra
 from pipeline.base.files import sha256_of
-from pipeline.data.facts import DatasetFacts, read_facts
+from pipeline.data.facts import DatasetFacts, read_facts, stored_tokenizer
 from pipeline.data.indexed import IndexFacts, find_faults, read_index, read_sequence
 from pipeline.data.paths import bin_path, idx_path
 from pipeline.data.tokenizer import Tokenizer
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="plot the lengths of the documents")
     options = parser.parse_args(arguments)
     facts, index = read_facts(options.prefix), read_index(options.prefix)
-    tokenizer = Tokenizer.load(options.tokenizer or Path(facts.tokenizer))
+    tokenizer = Tokenizer.load(options.tokenizer or stored_tokenizer(facts.tokenizer, options.prefix))
     if tokenizer.sha256 != facts.tokenizer_sha256:
         raise UserError(
             f"--tokenizer {options.tokenizer or facts.tokenizer} is not the tokenizer of {options.prefix} "

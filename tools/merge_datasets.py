@@ -28,16 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=1,
         help="with --parts: write so many datasets, to be blended, instead of one",
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="with --parts: folder of the tokenizer, if it has moved"
+    )
+    parser.add_argument(
+        "--mixed-eos",
+        action="store_true",
+        help="with --datasets: allow datasets with and without --append-eos in one",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     options = parser.parse_args(arguments)
     if not options.overwrite:
         check_replaceable(options.output_prefix)
     if options.parts is not None:
-        made = merge_parts(options.parts, options.output_prefix, options.shards)
-    elif options.shards != 1:
-        raise UserError(f"--shards is {options.shards}: it needs --parts.")
+        if options.mixed_eos:
+            raise UserError("--mixed-eos needs --datasets: all parts have the same options.")
+        made = merge_parts(options.parts, options.output_prefix, options.shards, tokenizer=options.tokenizer)
+    elif options.shards != 1 or options.tokenizer:
+        given = "--tokenizer is given" if options.tokenizer else f"--shards is {options.shards}"
+        raise UserError(f"{given}: it needs --parts.")
     else:
-        made = [(options.output_prefix, merge_datasets(options.datasets, options.output_prefix))]
+        facts = merge_datasets(options.datasets, options.output_prefix, options.mixed_eos)
+        made = [(options.output_prefix, facts)]
     for prefix, facts in made:
         print(f"wrote {prefix}: {facts.counts.describe()}")
     if len(made) > 1:

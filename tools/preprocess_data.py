@@ -7,18 +7,20 @@ SLURM job array without further options) and merge their parts with tools/merge_
 from __future__ import annotations
 
 import argparse
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, option, require_at_least_one, run
-from pipeline.base.errors import UserError
+from pipeline.base.cpus import slurm_number, usable_cpus
+from pipeline.base.errors import EXIT_DONE, EXIT_LOST_DATA, UserError
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
 from pipeline.corpus.partition import Options, make_partition
-from pipeline.corpus.preprocess import Work, preprocess
-from pipeline.corpus.records import LONGEST_RECORD, MAX_BAD_FRACTION
+from pipeline.corpus.preprocess import Summary, Work, preprocess
+from pipeline.corpus.records import LONGEST_RECORD, MAX_BAD_FRACTION, Keys
 from pipeline.corpus.sources import Hub
-from pipeline.data.paths import parts_folder, quarantine_path
+from pipeline.corpus.standard_input import standard_input
+from pipeline.data.paths import facts_path, parts_folder, quarantine_path
 
 
 def build_parser() -> ToolParser:
@@ -50,10 +52,15 @@ def build_parser() -> ToolParser:
         help="list them in PREFIX.quarantine.jsonl, or stop at the first",
     )
     bad.add_argument(
-        "--max-bad-fraction",
+        "--max-lost-fraction",
         type=float,
         default=MAX_BAD_FRACTION,
-        help="stop if a larger share of records is bad",
+        help="stop if the tokenizer does not know a larger share of the characters",
+    )
+    bad.add_argument(
+        "--accept-lost-files",
+        action="store_true",
+        help=f"exit with 0, not with {EXIT_LOST_DATA}, if files could not be read to their end",
     )
     bad.add_argument(
         "--max-document-bytes",
@@ -62,21 +69,19 @@ def build_parser() -> ToolParser:
         help="a longer line, paragraph or row is bad",
     )
     work = parser.add_argument_group("the work")
-    work.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    work.add_argument(
+        "--workers", type=int, default=usable_cpus(), help="processes; by default the CPUs it may use"
+    )
     work.add_argument(
         "--shard-index",
         type=int,
-        default=(
-            int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        )
-        // int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1")),
-        help="which share of the work this task does, from 0; set by SLURM_ARRAY_TASK_ID",
+        help="which share of the work this task does, from 0 (default: from SLURM_ARRAY_TASK_ID, or 0)",
     )
     work.add_argument(
         "--num-shards",
         type=int,
-        default=int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")),
-        help="number of tasks; set by SLURM_ARRAY_TASK_COUNT",
+        help="number of tasks that share one corpus (default: from SLURM_ARRAY_TASK_COUNT, or 1); give 1 in "
+        "an array whose tasks have each their own corpus",
     )
     work.add_argument(
         "--unit-bytes",
@@ -93,6 +98,40 @@ def build_parser() -> ToolParser:
     return parser
 
 
+OF_ITS_OWN = "give --num-shards 1 if each task has its own corpus and --output-prefix"
+
+
+def set_shard(options: argparse.Namespace) -> bool:
+    """Fill in --num-shards and --shard-index; return whether they are those of a SLURM array.
+
+    Raises:
+        UserError: if the tasks of the array seem to have each their own corpus.
+    """
+    task, first = slurm_number("SLURM_ARRAY_TASK_ID", 0), slurm_number("SLURM_ARRAY_TASK_MIN", 0)
+    step, count = slurm_number("SLURM_ARRAY_TASK_STEP", 1), slurm_number("SLURM_ARRAY_TASK_COUNT", 1)
+    is_implied = options.num_shards is None and count > 1
+    if options.num_shards is None:
+        options.num_shards = count
+    if options.shard_index is None:
+        options.shard_index = (task - first) // step if options.num_shards > 1 else 0
+    if is_implied:
+        tasks = set(range(first, first + count * step, step))
+        of_prefix = numbers(str(options.output_prefix)) & tasks
+        of_input = {number for given in options.input for number in numbers(given)}
+        if of_prefix & of_input:
+            raise UserError(
+                f"--output-prefix {options.output_prefix} and --input have the number of a task of this "
+                f"SLURM array: {OF_ITS_OWN}, or --num-shards {count} --shard-index {options.shard_index} if "
+                "all tasks share one."
+            )
+    return is_implied
+
+
+def numbers(path: str) -> set[int]:
+    """Return the numbers in the last part of a path."""
+    return {int(digits) for digits in re.findall(r"\d+", Path(path).name)}
+
+
 def check(options: argparse.Namespace) -> None:
     """Raise a `UserError` for invalid options."""
     require_at_least_one(options, "workers", "unit_bytes", "max_document_bytes", "num_shards")
@@ -105,13 +144,20 @@ def check(options: argparse.Namespace) -> None:
             f"--shard-index is {options.shard_index}: it must be at least 0 and below --num-shards = "
             f"{options.num_shards}. For an array with gaps, such as restarted tasks, give both."
         )
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise UserError(f"--max-bad-fraction is {options.max_bad_fraction}: it must be a share from 0 to 1.")
+    if not 0 <= options.max_lost_fraction <= 1:
+        raise UserError(
+            f"--max-lost-fraction is {options.max_lost_fraction}: it must be a share from 0 to 1."
+        )
     if not options.input and options.hub_dataset is None:
         raise UserError("no corpus: give --input, or --hub-dataset.")
     if options.hub_dataset is None and (options.hub_config or options.hub_revision):
         raise UserError("--hub-config and --hub-revision belong to --hub-dataset: give it too.")
     prefix = options.output_prefix
+    facts_path(prefix)  # refuses a prefix without a name
+    if "-" in options.input and options.num_shards > 1:
+        raise UserError(
+            "--input -: the tasks of an array cannot share standard input: write it to a file first."
+        )
     for given in options.input:
         if Path(given).is_dir() and prefix.resolve().is_relative_to(Path(given).resolve()):
             raise UserError(
@@ -120,15 +166,49 @@ def check(options: argparse.Namespace) -> None:
             )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Preprocess and print what was written."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Preprocess and print what was written; return EXIT_LOST_DATA if files were not read to their end."""
     options = build_parser().parse_args(arguments)
+    is_implied = set_shard(options)
     check(options)
+    prefix = options.output_prefix
+    keys = corpus_keys(options)
+    with standard_input(options.input, prefix) as options.input:
+        summary = work_on(options, keys, is_implied)
+    counts = summary.counts
+    if summary.nothing_to_do:
+        done = f"{prefix} is" if summary.complete else f"shard {options.shard_index} of {prefix} is"
+        print(f"nothing to do: {done} complete, of the same input and options: {counts.describe()}")
+    elif summary.complete:
+        print(f"wrote {prefix}: {counts.describe()}")
+    else:
+        print(f"shard {options.shard_index} of {options.num_shards} is done: {counts.describe()}")
+    if counts.bad and summary.complete:
+        print(f"the bad records are in {quarantine_path(prefix)}")
+    if not summary.complete:
+        print(
+            f"once all shards are done: python tools/merge_datasets.py --parts {parts_folder(prefix)} "
+            f"--output-prefix {prefix}"
+        )
+    if counts.lost_bytes and not options.accept_lost_files:
+        print(f"files could not be read to their end: exit code {EXIT_LOST_DATA} (--accept-lost-files: 0)")
+        return EXIT_LOST_DATA
+    return EXIT_DONE
+
+
+def work_on(options: argparse.Namespace, keys: Keys, is_implied: bool) -> Summary:
+    """Cut the corpus into units and do this task's share.
+
+    Args:
+        options: of the command line.
+        keys: which values are read.
+        is_implied: the share is that of a SLURM array, not of the command line.
+    """
     hub = None
     if options.hub_dataset is not None:
         hub = Hub(options.hub_dataset, options.hub_config, options.hub_split, options.hub_revision)
     dataset_options = Options(
-        corpus_keys(options),
+        keys,
         append_eos=options.append_eos,
         max_document_bytes=options.max_document_bytes,
         min_tokens=options.min_tokens,
@@ -143,22 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_shards=options.num_shards,
         on_error=options.on_error,
         max_bad_fraction=options.max_bad_fraction,
+        max_lost_fraction=options.max_lost_fraction,
         overwrite=options.overwrite,
         restart=options.restart,
         whole_texts=options.whole_texts,
     )
-    prefix = options.output_prefix
-    summary = preprocess(partition, prefix, work)
-    if summary.counts.bad and summary.complete:
-        print(f"the bad records are in {quarantine_path(prefix)}")
-    if summary.complete:
-        print(f"wrote {prefix}: {summary.counts.describe()}")
-        return
-    print(f"shard {work.shard_index} of {work.num_shards} is done: {summary.counts.describe()}")
-    print(
-        f"once all shards are done: python tools/merge_datasets.py --parts {parts_folder(prefix)} "
-        f"--output-prefix {prefix}"
-    )
+    if is_implied and len(partition.units) < options.num_shards:
+        units = f"the corpus has {len(partition.units)} units of work for {options.num_shards} tasks"
+        raise UserError(f"{units} of a SLURM array: {OF_ITS_OWN}, or start fewer tasks, or set --unit-bytes.")
+    return preprocess(partition, options.output_prefix, work)
 
 
 if __name__ == "__main__":

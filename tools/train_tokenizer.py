@@ -1,4 +1,7 @@
-"""Make a tokenizer: train SentencePiece on a corpus, or import a Hugging Face tokenizer.json."""
+"""Make a tokenizer: train SentencePiece on a corpus, or import a tokenizer.json or a SentencePiece model.
+
+A trained tokenizer gives back every text; runs of spaces, such as the indentation of code, can be one token.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,21 @@ from pathlib import Path
 
 from pipeline.base.cli import ToolParser, option, require_at_least_one, run
 from pipeline.base.errors import UserError
-from pipeline.base.progress import MEGABYTE, REPORT_SECONDS, Progress
+from pipeline.base.progress import MEGABYTE, REPORT_SECONDS, Progress, still
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
 from pipeline.corpus.records import BadRecords, Keys, check_inputs, read_excerpt
 from pipeline.corpus.sources import Source, find
-from pipeline.corpus.tokenizer_making import MODEL_TYPES, import_tokenizer, train_tokenizer
+from pipeline.corpus.standard_input import standard_input
+from pipeline.corpus.tokenizer_checks import check_import
+from pipeline.corpus.tokenizer_making import (
+    MODEL_TYPES,
+    import_sentencepiece,
+    import_tokenizer,
+    train_tokenizer,
+)
 
 
-def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float) -> Iterator[str]:
+def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float, bad: BadRecords) -> Iterator[str]:
     """Yield `megabytes` of text spread over a corpus, and show the progress."""
     total = round(sum(source.size for source in sources) / MEGABYTE, 1)
     read, reported = 0.0, time.monotonic()
@@ -30,7 +40,6 @@ def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float) -> Itera
             progress.report(f"{read:,.0f} MB of text")
 
     with closing(Progress(total, 0, "MB")) as progress:
-        bad = BadRecords()
         for document in read_excerpt(sources, keys, megabytes * MEGABYTE, show, bad):
             yield from document.texts
         skipped = f"; {bad.count:,} bad records are skipped" if bad.count else ""
@@ -50,35 +59,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="text to train on, spread over a larger corpus; unigram needs 20 times as much memory",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--import-json", type=Path, help="import this Hugging Face tokenizer.json instead of training"
+    )
+    source.add_argument(
+        "--import-model", type=Path, help="import this SentencePiece model, a tokenizer.model or spiece.model"
     )
     for use in ("mask", "pad", "eos"):
         parser.add_argument(
-            f"--{use}-token", help=f"with --import-json: its {use} token (default: one of the usual names)"
+            f"--{use}-token", help=f"with an import: its {use} token (default: one of the usual names)"
         )
     options = parser.parse_args(arguments)
-    trains = options.import_json is None
-    for name in ("mask_token", "pad_token", "eos_token") if trains else ("input", "vocab_size"):
+    path = options.import_json or options.import_model
+    for name in ("mask_token", "pad_token", "eos_token") if path is None else ("input", "vocab_size"):
         if getattr(options, name):
-            where = "without" if trains else "with"
-            raise UserError(f"{option(name)} has no effect {where} --import-json: leave it out.")
-    if options.import_json is not None:
+            given = "--import-json" if path is None or options.import_json else "--import-model"
+            where = "without" if path is None else "with"
+            raise UserError(f"{option(name)} has no effect {where} {given}: leave it out.")
+    if path is not None:
         names = {use: getattr(options, f"{use}_token") for use in ("mask", "pad", "eos")}
-        tokenizer, added = import_tokenizer(options.import_json, names, options.output)
+        bring = import_tokenizer if options.import_json else import_sentencepiece
+        tokenizer, added = bring(path, names, options.output)
         if added:
-            print(f"added {', '.join(added)}: {options.import_json} has no such token")
+            print(f"added {', '.join(added)}: {path} has no such token")
+        for change in check_import(tokenizer, path):
+            print(f"text that does not come back: {change}")
     else:
         if not options.input:
-            raise UserError("no corpus: give --input to train on, or --import-json.")
+            raise UserError("no corpus: give --input to train on, or --import-json, or --import-model.")
         if options.vocab_size is None:
             raise UserError("--vocab-size is missing: give the number of tokens, such as 32000.")
         require_at_least_one(options, "vocab_size")
         if not options.sample_megabytes > 0:
             raise UserError(f"--sample-megabytes is {options.sample_megabytes}: it must be above 0.")
         keys = corpus_keys(options)
-        texts = read_shown(check_inputs(find(options.input), keys), keys, options.sample_megabytes)
-        tokenizer = train_tokenizer(texts, options.vocab_size, options.model_type, options.output)
+        bad = BadRecords(options.max_bad_fraction)
+        with standard_input(options.input, options.output) as inputs, still("training the tokenizer"):
+            texts = read_shown(check_inputs(find(inputs), keys), keys, options.sample_megabytes, bad)
+            tokenizer = train_tokenizer(texts, options.vocab_size, options.model_type, options.output)
     print(
         f"wrote {options.output}: {tokenizer.vocab_size} tokens, mask {tokenizer.mask}, eos {tokenizer.eos}"
     )

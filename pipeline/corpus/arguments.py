@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from pipeline.base.errors import UserError
-from pipeline.corpus.records import MESSAGE_FORMAT, Keys
+from pipeline.corpus.records import MAX_BAD_FRACTION, MESSAGE_FORMAT, Keys
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --input and the options for the keys of records."""
+    """Add --input and the options for the keys of records and for bad ones."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -17,7 +17,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True)
         default=[],
         required=required,
         help="jsonl, txt (both also .gz, .zst, .bz2, .xz), parquet or arrow files; globs in quotes; folders; "
-        "@FILE: a list of inputs, one per line",
+        "@FILE: a list of inputs, one per line; -: standard input",
     )
     parser.add_argument("--text-key", help="key of the text, a.b if nested (default: text)")
     parser.add_argument("--prompt-key", help="key of the prompt, which is never masked")
@@ -30,15 +30,26 @@ def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True)
         "--message-format",
         default=MESSAGE_FORMAT,
         type=lambda text: text.replace("\\n", "\n"),
-        help="format of a message in the prompt (\\n: line end); the part before {content} opens the answer",
+        help="format of a message in the prompt (\\n: line end); the part before {content} opens the answer; "
+        "special tokens of the tokenizer in it, such as <|im_start|>, become those tokens",
     )
     parser.add_argument(
-        "--split-documents", choices=["line", "sentence"], help="make each line or sentence a document"
+        "--split-documents",
+        choices=["line", "sentence", "file"],
+        help="make each line, sentence or .txt file a document (default for .txt: each paragraph)",
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=MAX_BAD_FRACTION,
+        help="stop if a larger share is bad: of the records, or of the bytes in files that cannot be read",
     )
 
 
 def corpus_keys(options: argparse.Namespace) -> Keys:
     """Return the keys given by the options; raise a `UserError` if they are incomplete or contradict."""
+    if not 0 <= options.max_bad_fraction <= 1:
+        raise UserError(f"--max-bad-fraction is {options.max_bad_fraction}: it must be a share from 0 to 1.")
     pair = (options.prompt_key, options.answer_key)
     if (pair[0] is None) != (pair[1] is None):
         missing = "--prompt-key" if pair[0] is None else "--answer-key"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.base.files import remove_left_overs, replacing, sha256_of
 from pipeline.base.progress import MEGABYTE, Progress
+from pipeline.corpus.merge_checks import check_eos, check_index, not_as_written
 from pipeline.corpus.partition import Partition, read_partition
 from pipeline.corpus.parts import (
     HISTOGRAMS,
@@ -38,6 +41,7 @@ from pipeline.data.facts import (
     length_histogram,
     named_lengths,
     read_facts,
+    stored_tokenizer,
     write_facts,
 )
 from pipeline.data.indexed import Chunk, Part, read_index, token_dtype, write_dataset
@@ -49,7 +53,11 @@ SHUFFLED_AT_ONCE = 2**12  # documents
 
 
 def merge_parts(
-    folder: Path, prefix: Path, shards: int = 1, parts: Iterator[PartFacts] | None = None
+    folder: Path,
+    prefix: Path,
+    shards: int = 1,
+    parts: Iterator[PartFacts] | None = None,
+    tokenizer: Path | None = None,
 ) -> list[tuple[Path, DatasetFacts]]:
     """Write the dataset of some parts, or a blend of `shards` datasets of consecutive units each.
 
@@ -60,6 +68,7 @@ def merge_parts(
         prefix: path of the dataset; a shard adds -00000-of-00008 to it.
         shards: number of datasets.
         parts: the facts of the parts, in order, each as soon as its part exists; None if all exist.
+        tokenizer: folder of the tokenizer; None for that of the parts.
 
     Returns:
         Prefix and facts of each dataset.
@@ -70,6 +79,11 @@ def merge_parts(
     partition = read_partition(folder)
     if partition is None:
         raise UserError(f"{folder} has no plan.json: make the parts with tools/preprocess_data.py.")
+    path = tokenizer or stored_tokenizer(partition.tokenizer, folder)
+    loaded = Tokenizer.load(path)
+    if loaded.sha256 != partition.tokenizer_sha256:
+        raise UserError(f"tokenizer {path} is not the one of {folder}: name that one by --tokenizer.")
+    partition = dataclasses.replace(partition, tokenizer=os.path.abspath(path))
     count, total = len(partition.units), None
     if parts is None:
         parts = _all_parts(folder, partition)
@@ -87,7 +101,7 @@ def merge_parts(
     with closing(Progress(total, 0, "MB joined")) as progress:
         for number, units in enumerate(np.array_split(np.arange(count), shards)):
             name = prefix.name if shards == 1 else f"{prefix.name}-{number:05d}-of-{shards:05d}"
-            shard = _Shard(partition, folder, units.tolist(), prefix.with_name(name))
+            shard = _Shard(partition, loaded, folder, units.tolist(), prefix.with_name(name))
             made.append((shard.prefix, shard.write(parts, keep, progress)))
     return made
 
@@ -149,9 +163,11 @@ class _Tally:
 class _Shard:
     """A dataset made of the parts of some units."""
 
-    def __init__(self, partition: Partition, folder: Path, units: list[int], prefix: Path) -> None:
+    def __init__(
+        self, partition: Partition, tokenizer: Tokenizer, folder: Path, units: list[int], prefix: Path
+    ) -> None:
         self.partition, self.folder, self.units, self.prefix = partition, folder, units, prefix
-        self.tokenizer = Tokenizer.load(Path(partition.tokenizer))
+        self.tokenizer = tokenizer
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.pairs = partition.options.keys.is_pair
         self.tally = _Tally(self.tokenizer.vocab_size, 2 if self.pairs else 1)
@@ -286,15 +302,22 @@ def _join_quarantine(files: Sequence[Path], prefix: Path) -> None:
                 shutil.copyfileobj(source, target)
 
 
-def merge_datasets(prefixes: Sequence[Path], output: Path) -> DatasetFacts:
+def merge_datasets(prefixes: Sequence[Path], output: Path, mixed_eos: bool = False) -> DatasetFacts:
     """Write one dataset with the documents of several, in their order.
 
+    Args:
+        prefixes: the datasets.
+        output: path of the new dataset.
+        mixed_eos: some documents may end with the end-of-sequence token and others not.
+
     Raises:
-        UserError: for a dataset that is missing, damaged or given twice, or whose tokenizer or kind differs
-            from the first one's.
+        UserError: for a dataset that is missing, given twice or not as its PREFIX.json says, or that differs
+            from the first one in its tokenizer, kind, type of integers or use of end-of-sequence tokens.
     """
     facts = [read_facts(prefix) for prefix in prefixes]
     check_same(facts, [str(prefix) for prefix in prefixes], "datasets")
+    if not mixed_eos:
+        check_eos(facts, prefixes)
     real = [prefix.resolve() for prefix in prefixes]
     if output.resolve() in real:
         raise UserError(f"--output-prefix {output} is one of the datasets to merge: name another.")
@@ -303,6 +326,8 @@ def merge_datasets(prefixes: Sequence[Path], output: Path) -> DatasetFacts:
             raise UserError(f"--datasets: {prefix} is given twice: leave one out.")
     first, pairs = facts[0], facts[0].kind == "pairs"
     dtype = token_dtype(first.vocab_size)
+    for prefix, fact in zip(prefixes, facts, strict=True):
+        check_index(prefix, fact, dtype)
     tally = _Tally(first.vocab_size, 2 if pairs else 1)
     total = sum(bin_path(prefix).stat().st_size for prefix in prefixes)
 
@@ -325,13 +350,19 @@ def merge_datasets(prefixes: Sequence[Path], output: Path) -> DatasetFacts:
             sha256=sha256,
         )
 
-    with closing(Progress(round(total / MEGABYTE, 1), 0, "MB")) as progress:
+    with (
+        closing(Progress(round(total / MEGABYTE, 1), 0, "MB")) as progress,
+        ThreadPoolExecutor(1) as hasher,  # hashes a dataset while it is copied
+    ):
 
         def chunks() -> Iterator[Chunk]:
-            for prefix in prefixes:
+            for prefix, fact in zip(prefixes, facts, strict=True):
+                hashed = hasher.submit(sha256_of, bin_path(prefix))
                 for tokens, lengths in Part(bin_path(prefix), read_index(prefix).lengths).chunks(dtype):
                     tally.add(lengths)
                     yield tokens, lengths
                     progress.advance(round(tally.tokens * dtype.itemsize / MEGABYTE, 1))
+                if hashed.result() != fact.sha256["bin"]:
+                    raise not_as_written(bin_path(prefix))
 
         return _write(chunks(), output, dtype, pairs, facts_with)

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,6 +126,9 @@ def make_partition(
     """
     sources = [Source.of_file(path) for path in find(inputs)] + ([hub_source(hub)] if hub else [])
     check_formats(sources, options.keys)
+    empty = [source.path for source in sources if source.size == 0]
+    if 0 < len(empty) < len(sources):
+        print(f"{len(empty)} of {len(sources)} files have 0 bytes, the first: {empty[0]}")
     total = sum(source.size for source in sources)
     most = unit_bytes or min(max(total // MANY_UNITS, SMALLEST), LARGEST)
     least = most if unit_bytes or hub else SMALLEST_OF_TAIL
@@ -151,7 +153,7 @@ def make_partition(
     found = Tokenizer.load(tokenizer)
     if missing := check_format(found, options.keys):
         names = f"{', '.join(missing)} of --message-format"
-        print(f"{names}: not special tokens of {tokenizer}, encoded as ordinary text", file=sys.stderr)
+        print(f"{names}: not special tokens of {tokenizer}, encoded as ordinary text")
     folder = os.path.abspath(tokenizer)
     return Partition(tuple(sources), options, folder, found.sha256, tuple(units))
 

@@ -28,6 +28,7 @@ from pipeline.data.indexed import Part
 TOKENS, LENGTHS, HASHES, HISTOGRAMS = "tokens", "lengths", "hashes", "histograms.npy"
 QUARANTINE, PART = "quarantine.jsonl", "part.json"
 HASH = np.dtype("V16")  # of a document's texts
+FEW_CHARACTERS = 1000
 REMOVALS = 8  # parts removed at a time
 
 
@@ -169,12 +170,16 @@ def check_bad(
 
 
 def check_lost(counts: Counts, limit: float) -> None:
-    """Raise a `UserError` if more than `limit`, --max-lost-fraction, of the characters are lost."""
-    if counts.lost_characters > limit * counts.characters:
+    """Raise a `UserError` if more than `limit`, --max-lost-fraction, of the characters are lost.
+
+    A corpus of few characters may lose half of them: one unknown name is a large share of it.
+    """
+    share = limit if counts.characters >= FEW_CHARACTERS else max(limit, 0.5)
+    if counts.lost_characters > share * counts.characters:
         raise UserError(
-            f"{counts.lost_characters:,} of {counts.characters:,} characters cannot be decoded again, more than "
-            f"--max-lost-fraction {limit}: the tokenizer does not know them. Use one that knows the script (bpe "
-            "and unigram know every character), or raise --max-lost-fraction."
+            f"{counts.lost_characters:,} of {counts.characters:,} characters cannot be decoded again, more "
+            f"than --max-lost-fraction {limit}: the tokenizer does not know them. Use one that does (bpe and "
+            "unigram know every character), or raise --max-lost-fraction."
         )
 
 

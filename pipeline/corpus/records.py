@@ -164,7 +164,7 @@ def _parts_of(message_format: str) -> list[str]:
 
 
 def _filled(parts: list[str], role: str, content: str) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of a message, and whether they are of the format; a role that is a word counts as such."""
+    """Yield the pieces of a message, and whether the format wrote them; roles that are words count."""
     for part in parts:
         if part == "{content}":
             yield content, False

@@ -165,7 +165,7 @@ def _ends(path: Path, size: int) -> tuple[bytes, str]:
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
-    """Return the files of the inputs, in order; report on stderr what was skipped and what is empty.
+    """Return the files of the inputs, in order; report on stderr what was skipped in folders.
 
     An input is a file, a glob (``data/**/*.jsonl.zst``), a folder (every file of a known type below it, by
     name; the data files of a dataset saved by `datasets`, in its order) or ``@LIST``, a file with one input
@@ -185,11 +185,7 @@ def find(inputs: Sequence[str]) -> list[Path]:
             )
     if skipped:
         print(f"skipped files of unknown types: {_suffixes(skipped)}. Known types: {KNOWN}.", file=sys.stderr)
-    found = [path for path, _ in files.values()]
-    empty = [path for path in found if path.is_file() and path.stat().st_size == 0]
-    if empty:
-        print(f"{len(empty)} of {len(found)} files have 0 bytes, the first: {empty[0]}", file=sys.stderr)
-    return found
+    return [path for path, _ in files.values()]
 
 
 def _expanded(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -15,10 +17,14 @@ import tokenizers
 from pipeline.base.errors import UserError
 from pipeline.base.files import creating_folder
 from pipeline.corpus.records import LONGEST_RECORD
+from pipeline.corpus.tokenizer_checks import check_import, keep_apart
 from pipeline.data.tokenizer import FORMAT, HUGGING_FACE, Tokenizer, TokenizerFacts, write_tokenizer
 
 MODEL_TYPES = ("unigram", "bpe", "char", "word")
 MASK = "<mask>"
+# Characters without a space, after which a line is cut for training. SentencePiece takes such a run as one
+# word: of a word of 100,000 characters unigram gets probabilities of 0, and its time grows with the square.
+LONGEST_RUN = 2000
 # Names of special tokens in Hugging Face files, in order of preference.
 USUAL_NAMES = {
     "mask": (MASK, "<|mask|>", "[MASK]", "<|mdm_mask|>"),
@@ -60,11 +66,14 @@ def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> 
         The tokenizer, and the added tokens.
 
     Raises:
-        UserError: for a file that `tokenizers` cannot read, or a token that it lacks.
+        UserError: for a file that `tokenizers` cannot read, a token that it lacks, special tokens that cannot
+            be kept apart from text, or characters that vanish.
     """
     with _new_folder(output) as folder:
         content, facts, added = _imported(path, names)
-        return write_tokenizer(folder, content, facts), added
+        tokenizer = write_tokenizer(folder, content, facts)
+        check_import(tokenizer, path)
+        return tokenizer, added
 
 
 def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, TokenizerFacts, list[str]]:
@@ -91,9 +100,14 @@ def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, Tokenize
         if known and use != "unk":
             found.add_special_tokens([known[0]])  # even an ordinary token: text must not encode to it
         ids[use] = int(found.get_vocab()[known[0]]) if known else -1
-    if len({ids["mask"], ids["pad"], ids["eos"]}) < 3:
-        raise UserError(f"--import-json {path}: mask, pad and eos must be three tokens, not {ids}.")
-    content = found.to_str().encode()
+    _check_three(path, ids)
+    values = json.loads(found.to_str())
+    model = values["model"]
+    if model.get("unk_token") is not None or model.get("unk_id") is not None:
+        unk = model["unk_id"] if "unk_id" in model else found.token_to_id(model["unk_token"])
+        ids["unk"] = ids["unk"] if unk is None else int(unk)
+    keep_apart(values, path)
+    content = json.dumps(values, ensure_ascii=False).encode()
     facts = TokenizerFacts(
         format=FORMAT,
         model_type=HUGGING_FACE,
@@ -105,6 +119,68 @@ def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, Tokenize
         sha256=hashlib.sha256(content).hexdigest(),
     )
     return content, facts, added
+
+
+def _check_three(path: Path, ids: dict[str, int]) -> None:
+    if len({ids["mask"], ids["pad"], ids["eos"]}) < 3:
+        raise UserError(f"{path}: mask, pad and eos must be three tokens, not {ids}.")
+
+
+def import_sentencepiece(
+    path: Path, names: dict[str, str | None], output: Path
+) -> tuple[Tokenizer, list[str]]:
+    """Write the folder of a SentencePiece model; see `import_tokenizer`.
+
+    Its special tokens become control pieces, which text never gives.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # slow, and rarely needed
+
+    content = ModelProto()
+    try:
+        content.ParseFromString(path.read_bytes())
+        sentencepiece.SentencePieceProcessor(model_proto=content.SerializeToString())
+    except Exception as error:  # of protobuf and SentencePiece
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"--import-model {path} is not a SentencePiece model: get a new copy.") from None
+    pieces = {piece.piece: number for number, piece in enumerate(content.pieces)}
+    ids: dict[str, int] = {}
+    added: list[str] = []
+    own = {"eos": content.trainer_spec.eos_piece, "pad": content.trainer_spec.pad_piece}
+    for use in ("mask", "pad", "eos"):
+        given = names.get(use)
+        usual = (own.get(use, MASK), *USUAL_NAMES[use])
+        known = [name for name in ([given] if given else usual) if name in pieces]
+        if not known and use == "eos":
+            raise UserError(
+                f"--import-model {path} has no piece {given or ' or '.join(usual)}: name its end-of-sequence "
+                "piece with --eos-token."
+            )
+        if not known:
+            added.append(given or USUAL_NAMES[use][0])
+            pieces[added[-1]] = len(content.pieces)
+            content.pieces.add(piece=added[-1], score=0.0)
+            known = added[-1:]
+        ids[use] = pieces[known[0]]
+        content.pieces[ids[use]].type = ModelProto.SentencePiece.CONTROL
+    _check_three(path, ids)
+    unknown = [n for n, piece in enumerate(content.pieces) if piece.type == ModelProto.SentencePiece.UNKNOWN]
+    model_type = ("unigram", "bpe", "word", "char")[content.trainer_spec.model_type - 1]
+    serialized = content.SerializeToString(deterministic=True)
+    with _new_folder(output) as folder:
+        facts = TokenizerFacts(
+            format=FORMAT,
+            model_type=model_type,
+            vocab_size=len(content.pieces),
+            unk_id=unknown[0],
+            pad_id=ids["pad"],
+            eos_id=ids["eos"],
+            mask_id=ids["mask"],
+            sha256=hashlib.sha256(serialized).hexdigest(),
+        )
+        tokenizer = write_tokenizer(folder, serialized, facts)
+        check_import(tokenizer, path)
+        return tokenizer, added
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, output: Path) -> Tokenizer:
@@ -139,6 +215,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_type: str, outp
         return write_tokenizer(folder, content, facts)
 
 
+_RUN = re.compile(rf"[^ ]{{{LONGEST_RUN}}}(?=[^ ])")
+
+
+def _cut_runs(line: str) -> Iterator[str]:
+    """Yield a line cut in its runs of more than LONGEST_RUN characters without a space."""
+    start = 0
+    for match in _RUN.finditer(line) if len(line) > LONGEST_RUN else ():
+        yield line[start : match.end()]
+        start = match.end()
+    yield line[start:]
+
+
 def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
     """Return a trained model; see `train_tokenizer`."""
     falls_back = model_type in ("unigram", "bpe")
@@ -148,11 +236,14 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
     if first is None:
         raise UserError("--input has no text in it: give another corpus.")
     raised: list[BaseException] = []
+    seen: list[bool] = []
 
     def lines() -> Iterator[str]:
         try:
             for text in chain([first], texts):
-                yield from filter(None, text.split("\n"))
+                for line in filter(None, text.split("\n")):
+                    seen[:] = [True]
+                    yield from _cut_runs(line)
         except BaseException as error:  # SentencePiece would turn it into a RuntimeError
             raised.append(error)
             raise
@@ -169,6 +260,7 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # the indentation of code: one token, not one a space
             unk_id=0,
             pad_id=1,
             eos_id=2,
@@ -183,7 +275,10 @@ def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
     except RuntimeError as error:
         if raised:
             raise raised[0] from None
-        reason = str(error).rsplit("] ", 1)[-1].split(" Increase ")[0].strip(" .") or "no reason given"
+        if not seen:
+            raise UserError("--input has no text in it but line ends: give another corpus.") from None
+        reason = str(error).rsplit("] ", 1)[-1].split(" Increase ")[0].strip(" .")
+        reason = reason or f"SentencePiece says {str(error).strip()!r}; more text or fewer tokens may help"
         raise UserError(
             f"--vocab-size {vocab_size} does not work for --model-type {model_type} on this text: {reason}."
         ) from None

@@ -234,10 +234,11 @@ class _PartWriter:
         for use, count in expected.items():
             found = int(self.histograms[:, self.tokenizer.special_ids[use]].sum())
             if found != count:
+                name = self.tokenizer.model.token(self.tokenizer.special_ids[use])
                 raise UserError(
                     f"tokenizer {self.job.partition.tokenizer} encodes text as its {use} token, "
-                    f"{self.tokenizer.model.token(self.tokenizer.special_ids[use])}, {found - count:,} times: "
-                    "import it again with tools/train_tokenizer.py, and start over with --restart."
+                    f"{name}, {found - count:,} times: import it again with tools/train_tokenizer.py, and "
+                    "start over with --restart."
                 )
 
 

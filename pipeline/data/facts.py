@@ -194,6 +194,18 @@ def read_facts(prefix: str | Path) -> DatasetFacts:
     return facts
 
 
+def stored_tokenizer(stored: str, dataset: Path) -> Path:
+    """Return the folder of a tokenizer named in a dataset's files.
+
+    Datasets of version 0.2.0 and earlier have it as it was given, so it may be relative to any folder: it is
+    also looked for from the folders around the dataset.
+    """
+    for start in (Path(), *dataset.absolute().parents):
+        if (start / stored).exists():
+            return start / stored
+    raise UserError(f"tokenizer {stored} of {dataset} is not there any more: name it by --tokenizer.")
+
+
 def check_replaceable(prefix: Path) -> None:
     """Raise a `UserError` if a dataset at `prefix` would replace another one, or a foreign PREFIX.json."""
     found = _existing(prefix)

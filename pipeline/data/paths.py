@@ -1,8 +1,10 @@
-"""The files of a dataset, named by its prefix: a path without suffix."""
+"""The files of a dataset, named by its prefix: a path without suffix, with a name."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from pipeline.base.errors import UserError
 
 
 def bin_path(prefix: Path) -> Path:
@@ -36,4 +38,6 @@ def parts_folder(prefix: Path) -> Path:
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:
+    if prefix.name in ("", ".."):
+        raise UserError(f"the dataset prefix {prefix} is a folder: add a name, such as {prefix / 'corpus'}.")
     return prefix.with_name(prefix.name + suffix)  # `Path.with_suffix` would cut a dot inside the name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -156,13 +157,15 @@ class SentencePieceModel:
         """See `Model`."""
         count = text.count(SPACE) if self.space.tolist() == [unk] else 0
         for part in text.split(SPACE):
-            pieces = self.processor.encode(part, out_type="immutable_proto").pieces
+            pieces = self.processor.encode(part, out_type="proto").pieces
             count += sum(len(piece.surface) for piece in pieces if piece.id == unk)
         return count
 
 
 class HuggingFaceModel:
     """A tokenizer.json of Hugging Face's `tokenizers`."""
+
+    loses_space = True
 
     def __init__(self, content: bytes) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
@@ -171,14 +174,25 @@ class HuggingFaceModel:
         self.tokenizer.no_truncation()
         if getattr(self.tokenizer.model, "dropout", None):
             self.tokenizer.model.dropout = None  # BPE dropout: the same text must have the same tokens
-        self.loses_space = SPACE not in self.decode(self.encode(f"a{SPACE}b").tolist())
+        with contextlib.suppress(UserError):  # a model without an unknown token
+            self.loses_space = SPACE not in self.decode(self.encode(f"a{SPACE}b").tolist())
 
     def encode(self, text: str) -> Array:
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        except UnicodeEncodeError:
+            raise
+        except Exception as error:  # `tokenizers` raises plain Exceptions
+            raise _cannot_encode(error) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[Array]:
         """See `Model`; one thread if TOKENIZERS_PARALLELISM is false, as in the workers."""
-        found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except UnicodeEncodeError:
+            raise
+        except Exception as error:  # `tokenizers` raises plain Exceptions
+            raise _cannot_encode(error) from None
         return [np.array(one.ids, np.int32) for one in found]
 
     def decode(self, ids: list[int]) -> str:
@@ -202,6 +216,10 @@ class HuggingFaceModel:
             if number == unk
         )
         return unknown + (text.count(SPACE) if self.loses_space else 0)
+
+
+def _cannot_encode(error: Exception) -> UserError:
+    return UserError(f"the tokenizer cannot encode a text ({error}): give it an unknown token.")
 
 
 def _model(content: bytes, model_type: str) -> Model:
@@ -270,9 +288,7 @@ class Tokenizer:
 def _require(folder: Path, path: Path) -> None:
     if folder.is_file():
         remedy = "name a folder that tools/train_tokenizer.py made"
-        if (folder.parent / FACTS_FILE).is_file() and "model" not in (folder.parent / FACTS_FILE).read_text(
-            "utf-8"
-        ):
+        if _is_own(folder.parent / FACTS_FILE):
             remedy = f"name the folder {folder.parent}"
         elif folder.suffix in (".json", ".model"):
             remedy = _import(folder)
@@ -285,6 +301,13 @@ def _require(folder: Path, path: Path) -> None:
                 f"tokenizer {folder}: {path} is missing, but {name} is there: {_import(folder / name)}."
             )
     raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return path.is_file() and "mask_id" in json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
 
 
 def _import(path: Path) -> str:

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from pipeline.base.errors import EXIT_LOST_DATA
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import read_index, read_sequence
 from pipeline.data.tokenizer import Tokenizer
@@ -172,16 +173,19 @@ def test_fuzzed_lines_never_crash_and_are_all_accounted_for(
         [tmp_path / "x.jsonl"], corpus / "tokenizer", tmp_path / "d", TEXT, unit_bytes,
         max_document_bytes=120, append_eos=append_eos,
     )  # fmt: skip
-    good, bad, blank = 0, 0, 0
+    good, bad, blank, empty = 0, 0, 0, 0
     for line in content.split(b"\n")[:-1]:
         if not line.strip():
             blank += 1
+        elif is_empty(line):
+            empty += 1
         elif is_good(line):
             good += 1
         else:
             bad += 1
-    assert (facts.counts.documents, facts.counts.bad, facts.counts.blank) == (good, bad, blank)
-    assert facts.counts.records == good + bad + blank
+    counts = facts.counts
+    assert (counts.documents, counts.bad, counts.blank, counts.empty) == (good, bad, blank, empty)
+    assert counts.records == good + bad + blank + empty
     quarantine = tmp_path / "d.quarantine.jsonl"
     entries = (
         [json.loads(line) for line in quarantine.read_text().splitlines()] if quarantine.exists() else []
@@ -190,22 +194,30 @@ def test_fuzzed_lines_never_crash_and_are_all_accounted_for(
     expected = [
         a
         for a, line in zip(starts, content.split(b"\n")[:-1], strict=False)
-        if line.strip() and not is_good(line)
+        if line.strip() and not is_good(line) and not is_empty(line)
     ]
     assert [entry["byte"] for entry in entries] == expected
 
 
-def is_good(line: bytes) -> bool:
-    """Whether a line is an object with a text, by Python's own json."""
+def text_of(line: bytes) -> str | None:
+    """Return the text of a line that is an object, by Python's own json; None if it is none."""
     if len(line.rstrip(b"\r")) > 120:
-        return False
+        return None
     try:
-        tree = json.loads(line.decode(), parse_constant=lambda name: 1 / 0)
+        tree = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: 1 / 0)
         tree["text"].encode()
         json.dumps(tree, ensure_ascii=False).encode()
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return False
-    return len(tree["text"]) > 0
+        return None
+    return tree["text"]
+
+
+def is_good(line: bytes) -> bool:
+    return bool(text_of(line))
+
+
+def is_empty(line: bytes) -> bool:
+    return text_of(line) == ""
 
 
 def test_bad_lines_are_put_aside_with_their_place(
@@ -223,8 +235,9 @@ def test_bad_lines_are_put_aside_with_their_place(
     outcome = run_here(
         preprocess_data.main, command(corpus, tmp_path / "d", *more, inputs=[path, damaged]), capsys
     )
-    assert outcome.code == 0, outcome.error
+    assert outcome.code == EXIT_LOST_DATA, outcome.error
     counts = read_facts(tmp_path / "d").counts
+    assert counts.lost_bytes == damaged.stat().st_size
     assert counts.quarantined == {
         "damaged_file": 1, "empty_answer": 1, "invalid_json": 1, "invalid_utf8": 1, "missing_key": 1,
         "too_long": 1, "wrong_type": 2,

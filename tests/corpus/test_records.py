@@ -27,7 +27,7 @@ def read_cut(path: Path, target: int, keys: Keys = TEXT) -> list[str]:
     """Return the texts of a file that is read in spans of about `target` bytes."""
     source = Source.of_file(path)
     found = []
-    for span in cut(0, source, lambda: target, keys.split == "line"):
+    for span in cut(0, source, lambda: target, keys.reading().unit):
         for _, content in SpanReader(source, span, keys.reading()):
             if content and not (isinstance(content, bytes) and content.isspace()):
                 found += [texts[0] for texts in documents(content, keys, source.format == "text")]
@@ -43,7 +43,7 @@ def test_jsonl_is_cut_without_loss(
     path = tmp_path / "x.jsonl"
     lines = [json.dumps({"text": text}, ensure_ascii=ascii_only) for text in texts]
     path.write_bytes(("\n".join(lines) + ("\n" if last_line_end and lines else "")).encode())
-    spans = list(cut(0, Source.of_file(path), lambda: target, False))
+    spans = list(cut(0, Source.of_file(path), lambda: target, "paragraph"))
     assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
     assert sum(span.end - span.start for span in spans) == path.stat().st_size
     assert read_cut(path, target) == texts

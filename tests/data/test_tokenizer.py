@@ -107,7 +107,7 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     train_tokenizer(CORPUS, 300, "bpe", tmp_path / "t")
     with pytest.raises(UserError, match=r"nowhere.*train_tokenizer"):
         Tokenizer.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"t/tokenizer.model is a file: name a folder"):
+    with pytest.raises(UserError, match=r"t/tokenizer.model is a file: name the folder"):
         Tokenizer.load(tmp_path / "t/tokenizer.model")
     shutil.copytree(tmp_path / "t", tmp_path / "other")
     (tmp_path / "other/tokenizer.model").write_bytes(b"something else")

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
+SPACE = "\u2581"  # SentencePiece's own sign for a space: as a character of the text it is encoded in bytes
+
 
 class MaskedDiffusionTokenizer(PreTrainedTokenizer):
     """Maps text to SentencePiece ids and back; recognises special tokens in the text."""
@@ -18,6 +20,10 @@ class MaskedDiffusionTokenizer(PreTrainedTokenizer):
         """Load the model file."""
         self.vocab_file = vocab_file
         self.processor = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        pieces = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
+        ids = [self.processor.piece_to_id(piece) for piece in pieces]
+        is_bytes = all(self.processor.is_byte(number) for number in ids)
+        self._space = pieces if is_bytes else [self.processor.id_to_piece(self.processor.unk_id())]
         super().__init__(**kwargs)
 
     @property
@@ -30,7 +36,8 @@ class MaskedDiffusionTokenizer(PreTrainedTokenizer):
         return {self.processor.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return self.processor.encode(text, out_type=str)
+        first, *others = self.processor.encode(text.split(SPACE), out_type=str)
+        return first + [piece for part in others for piece in (*self._space, *part)]
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.processor.piece_to_id(token)
