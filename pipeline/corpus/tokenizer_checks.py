@@ -130,6 +130,7 @@ def _vanished(tokenizer: Tokenizer) -> list[str]:
         return []  # SentencePiece has bytes or the unknown token for them
     normalizer: tokenizers.normalizers.Normalizer | None = model.tokenizer.normalizer
     is_bytes = "ByteLevel" in model.tokenizer.to_str()  # else a step before the model may drop white space
+    added = set(model.tokenizer.get_added_tokens_decoder())  # the decoder may not write these as they are
     found = []
     tried = dict.fromkeys("".join(PROBES.values()))
     tried.pop(SPACE)  # preprocessing counts it
@@ -138,6 +139,6 @@ def _vanished(tokenizer: Tokenizer) -> list[str]:
         if character not in kept or (character.isspace() and not is_bytes):
             continue
         ids = tokenizer.encode(character).tolist()
-        if tokenizer.unk not in ids and kept not in tokenizer.decode(ids):
+        if added.isdisjoint(ids) and tokenizer.unk not in ids and kept not in tokenizer.decode(ids):
             found.append(character)
     return found

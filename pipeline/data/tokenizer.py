@@ -210,12 +210,11 @@ class HuggingFaceModel:
     def lost(self, text: str, unk: int) -> int:
         """See `Model`."""
         found = self.tokenizer.encode(text, add_special_tokens=False)
-        unknown = sum(
-            end - start
-            for number, (start, end) in zip(found.ids, found.offsets, strict=True)
-            if number == unk
-        )
-        return unknown + (text.count(SPACE) if self.loses_space else 0)
+        pairs = zip(found.ids, found.offsets, strict=True)
+        unknown = [text[start:end] for number, (start, end) in pairs if number == unk]
+        # A character may itself be the name of the unknown token.
+        lost = "".join(surface for surface in unknown if surface != self.token(unk))
+        return len(lost) + (text.count(SPACE) - lost.count(SPACE) if self.loses_space else 0)
 
 
 def _cannot_encode(error: Exception) -> UserError:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from pipeline.base.errors import UserError
-from pipeline.corpus import encode
+from pipeline.corpus import encode, tokenizer_making
 from pipeline.corpus.encode import GPT_4O, LLAMA_3, QWEN_2, WordEncoder
 from pipeline.corpus.tokenizer_making import import_tokenizer, train_tokenizer
 from pipeline.data.tokenizer import Tokenizer
@@ -179,11 +179,14 @@ def changed(**changes: Any) -> Any:
         changed(pre_tokenizer={"type": "Whitespace"}),
     ],
 )
-def test_other_tokenizers_are_left_alone(tmp_path: Path, change: Any) -> None:
+def test_other_tokenizers_are_left_alone(
+    tmp_path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = imported(byte_level(None), tmp_path)
     path = tmp_path / "given.json"
     content = json.loads(path.read_text())
     change(content)
+    monkeypatch.setattr(tokenizer_making, "check_import", lambda tokenizer, path: [])  # some lose bytes
     other = imported(tokenizers.Tokenizer.from_str(json.dumps(content)), tmp_path / "other")
     assert WordEncoder(tokenizer).cuts is not None
     assert WordEncoder(other).cuts is None

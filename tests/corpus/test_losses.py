@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from pipeline.base.errors import EXIT_DONE, UserError
 from pipeline.corpus.encode import OF_PIECES, OF_RUNS, WordEncoder, cuts_of
@@ -321,3 +323,15 @@ def test_the_kind_of_standard_input_is_guessed() -> None:
         (bz2.compress(b"A text" * 10**6), ".txt.bz2"), (gzip.compress(b"x" * 10**7)[:99], ".txt.gz"),
     ):  # fmt: skip
         assert suffix_of(content) == suffix
+
+
+def test_a_character_that_names_the_unknown_token_is_known(tmp_path: Path) -> None:
+    """A tokenizer of characters may take its unknown token from among them."""
+    words = {word: n for n, word in enumerate([" ", *"abc", "<mask>", "<pad>", "</s>"])}
+    given = tokenizers.Tokenizer(models.WordLevel(words, unk_token=" "))
+    given.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    given.save(str(tmp_path / "t.json"))
+    import_tokenizer(tmp_path / "t.json", {}, tmp_path / "t")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a b  ▁ dé"}) + "\n")
+    counts = make_dataset([tmp_path / "x.jsonl"], tmp_path / "t", tmp_path / "d").counts
+    assert (counts.characters, counts.lost_characters) == (9, len("▁dé"))

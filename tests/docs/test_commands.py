@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def smaller(command: list[str]) -> list[str]:
     name = Path(command[0]).stem
     if name == "make_sudoku":
         return ["--count", "100"]
-    if name == "train_tokenizer" and "--import-json" not in command:
+    if name == "train_tokenizer" and "--input" in command:
         return ["--vocab-size", "400"]
     if name == "evaluate":
         return ["--limit", "8", *(["--draws", "2"] if "likelihood" in command else ["--length", "16"])]
@@ -136,8 +137,10 @@ def test_plans(run: Run) -> None:
 def test_prepare_data(run: Run, checkout: Path) -> None:
     """All but the commands for a folder of compressed files and for a cluster."""
     page = text_of("docs/howto/prepare_data.md")
-    _, import_json = commands(page, "A tokenizer")
+    _, import_json, import_model = commands(page, "A tokenizer")
     assert "added" in run(import_json)
+    shutil.copy("data/tokenizer/tokenizer.model", "tokenizer.model")
+    assert "wrote data/imported_pieces: 400 tokens" in run(import_model)
     _, pairs, chats, *inspections = commands(page, "Text, pairs, chat")
     assert "20 documents" in run(pairs)
     assert "4 documents" in run(chats)
