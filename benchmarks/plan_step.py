@@ -25,9 +25,10 @@ from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
 from pipeline.engine.build import engine_settings
+from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import Zero
-from pipeline.planning.run_plan import Assumptions, Planner
+from pipeline.planning.run_plan import Planner
 from random_text import engine_on_random_text
 from ranks import start_ranks
 

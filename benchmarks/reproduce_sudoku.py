@@ -16,7 +16,8 @@ from comparison import BATCH_SIZE, Comparison, Pair, Scores
 from pipeline.base.cli import ToolParser, run
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.recipes.puzzles import is_solved
-from pipeline.decoding import SamplingSettings, complete
+from pipeline.decoding.completing import complete
+from pipeline.decoding.sampling import SamplingSettings
 
 VARIANTS = {
     "puma": "--objective.stages 6",

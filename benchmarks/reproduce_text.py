@@ -29,7 +29,8 @@ from pipeline.base.files import replacing
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.records import Keys, read_all
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.decoding import SamplingSettings, complete
+from pipeline.decoding.completing import complete
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.evaluation.pairs import as_trained
 from pipeline.evaluation.tasks.gsm8k import final_number
 

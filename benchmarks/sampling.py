@@ -27,8 +27,8 @@ from pipeline.base import cli
 from pipeline.checkpoint.load_model import load_model
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PROMPT, Examples
-from pipeline.decoding import SamplingSettings
 from pipeline.decoding.decoding import decode
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, Whole

@@ -10,21 +10,21 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
 from pipeline.base import cli
 from pipeline.base.errors import EXIT_DONE, EXIT_REQUEUE
 from pipeline.base.files import replacing
-from pipeline.chains.slots import SlotGroup
-from pipeline.engine.protocol import Engine
-from pipeline.ranks import join_ranks
-from pipeline.resilience.guard import Guard
-from pipeline.resilience.signals import StopSignals
 from pipeline.training.learning_rate import learning_rate
-from pipeline.training.start import Training, start
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.chains.slots import SlotGroup
+    from pipeline.engine.protocol import Engine
+    from pipeline.resilience.guard import Guard
+    from pipeline.training.start import Training
 
 
 def train_step(
@@ -35,6 +35,8 @@ def train_step(
     Returns:
         This rank's loss [], the mean over its micro-batches, and the global gradient norm [].
     """
+    import torch  # here and in `main`: it takes seconds, which neither help nor a wrong setting needs
+
     parts = []
     for group in groups:  # one per micro-batch
         batch = group.inputs(step)  # xt: examples under the masks of their chains
@@ -80,6 +82,10 @@ def train(run: Training) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit code."""
     config = configuration.load(sys.argv[1:] if arguments is None else arguments)
+    from pipeline.ranks import join_ranks
+    from pipeline.resilience.signals import StopSignals
+    from pipeline.training.start import start
+
     ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
     with ExitStack() as stack:
         signals = stack.enter_context(closing(StopSignals()))

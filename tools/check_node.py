@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
-from pipeline.cluster.health import bad_nodes, check_alone, check_together, training_inputs, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,9 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="must come last: arguments of pipeline.train, whose files must be readable",
     )
     options = parser.parse_args(arguments)
+    if options.summary is not None and not options.nodes:
+        raise UserError("--summary needs --nodes: the names of all nodes, separated by commas.")
+    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    from pipeline.cluster.health import (
+        bad_nodes,
+        check_alone,
+        check_together,
+        training_inputs,
+        write_report,
+    )
+
     if options.summary is not None:
-        if not options.nodes:
-            raise UserError("--summary needs --nodes: the names of all nodes, separated by commas.")
         bad = bad_nodes(options.summary, options.nodes.split(","))
         for node, reason in bad.items():
             print(f"{node}: {reason}", file=sys.stderr)

@@ -11,11 +11,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, add_overrides, in_colours, overrides, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED
-from pipeline.cluster.setup import Finding, all_checks
+
+if TYPE_CHECKING:
+    from pipeline.cluster.setup import Finding
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"ok": 32, "warning": 33, "failed": 31}
@@ -32,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = None
     if options.config is not None:
         config = configuration.load(["--config", options.config, *overrides(options)])
+    # Imported now: torch takes seconds, and neither help nor a wrong setting needs it.
+    from pipeline.cluster.setup import all_checks
+
     findings = []
     for check in all_checks(ROOT, options.folder, config):
         for finding in check():

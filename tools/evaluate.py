@@ -12,23 +12,24 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.base.cli import ToolParser, option, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
-from pipeline.checkpoint.load_model import VERIFY_HELP, WEIGHTS_HELP, Loaded, load_model
 from pipeline.checkpoint.manifest import MANIFEST, find
+from pipeline.checkpoint.options import add_options as add_checkpoint_options
 from pipeline.data.paths import bin_path
-from pipeline.decoding import SamplingSettings
-from pipeline.decoding.sampling import add_options, read_options
-from pipeline.evaluation.likelihood import DRAWS
-from pipeline.evaluation.measures import Answers, Likelihoods, Measure, measure_items
-from pipeline.evaluation.pairs import read_pairs
+from pipeline.decoding.sampling import SamplingSettings, add_options, read_options
+from pipeline.evaluation.options import DRAWS
 from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
-from pipeline.ranks import Ranks, join_ranks
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint.load_model import Loaded
+    from pipeline.evaluation.measures import Measure
+    from pipeline.ranks import Ranks
 
 LIKELIHOOD = "likelihood"
 
@@ -36,9 +37,7 @@ LIKELIHOOD = "likelihood"
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
-    parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
-    parser.add_argument("--no-verify", action="store_true", help=VERIFY_HELP)
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--untrained", action="store_true", help="evaluate the initial weights, as a baseline"
     )
@@ -77,6 +76,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--output {options.output} is also --data, the file of items: choose another file.")
     if "{prompt}" not in options.prompt_format:
         raise UserError(f"--prompt-format is {options.prompt_format!r}: it must contain {{prompt}}.")
+    read_options(options)  # refuses the sampler's
     return options
 
 
@@ -104,6 +104,9 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) -> Measure:
     """Return the measure that the options select."""
+    from pipeline.evaluation.measures import Answers, Likelihoods  # see `main`
+    from pipeline.evaluation.pairs import read_pairs
+
     if options.task == LIKELIHOOD:
         keys: tuple[str, ...] = (options.prompt_key or "prompt", options.answer_key or "answer")
         keys = (options.text_key,) if options.text_key else keys
@@ -129,6 +132,11 @@ def find_checkpoint(path: Path, ranks: Ranks) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print the results; for puzzles the last line is ``solved X.XX of N held-out puzzles``."""
     options = parse(arguments)
+    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    from pipeline.checkpoint.load_model import load_model
+    from pipeline.evaluation.measures import measure_items
+    from pipeline.ranks import join_ranks
+
     with ExitStack() as stack:
         ranks = join_ranks()
         ranks.connect("gloo", timedelta(days=7))  # items may take very different times

@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
-from pipeline.checkpoint.load_model import VERIFY_HELP, WEIGHTS_HELP
-from pipeline.huggingface.export import export
-from pipeline.huggingface.folders import add_shard_argument
+from pipeline.checkpoint.options import add_options
+from pipeline.huggingface.options import add_shard_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export a checkpoint."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
+    add_options(parser)
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
-    parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
-    parser.add_argument("--no-verify", action="store_true", help=VERIFY_HELP)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="data type of the weights"
     )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
+    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    from pipeline.huggingface.export import export
+
     limit = options.max_shard_size
     verify = not options.no_verify
     step = export(options.checkpoint, options.output, options.weights, options.dtype, limit, verify)

@@ -10,29 +10,28 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
-import torch
 
 from pipeline.base.cli import ToolParser, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
-from pipeline.checkpoint.load_model import VERIFY_HELP, WEIGHTS_HELP, load_model
-from pipeline.decoding.animation import check_animation, write_animation
-from pipeline.decoding.frames import Recorder, Show
-from pipeline.decoding.prompts import SPAN_HELP, Sample, generate, read_prompts
+from pipeline.checkpoint.options import add_options as add_checkpoint_options
 from pipeline.decoding.sampling import add_options, read_options
-from pipeline.decoding.terminal import LiveView
+
+if TYPE_CHECKING:
+    from pipeline.decoding.frames import Show
+    from pipeline.decoding.prompts import Sample
 
 MOST_ANIMATED = 16
+SPAN_HELP = "[MASK*N] in a text marks N tokens to fill in, given the text before and after"
 
 
 def build_parser() -> ToolParser:
     """Return the command line."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
-    parser.add_argument("--weights", choices=["ema", "raw"], help=WEIGHTS_HELP)
-    parser.add_argument("--no-verify", action="store_true", help=VERIFY_HELP)
+    add_checkpoint_options(parser)
     types = ["float32", "bfloat16"]
     parser.add_argument(
         "--dtype", choices=types, default=types[0], help="data type of the weights; logits are fp32"
@@ -62,6 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     settings = read_options(options)
     require_at_least_one(options, "length", "num_samples", "batch_size")
+    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    import torch
+
+    from pipeline.checkpoint.load_model import load_model
+    from pipeline.decoding.animation import check_animation, write_animation
+    from pipeline.decoding.frames import Recorder
+    from pipeline.decoding.prompts import generate, read_prompts
+    from pipeline.decoding.terminal import LiveView
+
     prompts = options.prompt or (
         read_prompts(options.prompt_file, options.prompt_key) if options.prompt_file else read_stdin()
     )

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
-from pipeline.huggingface.folders import add_shard_argument
-from pipeline.huggingface.importing import SETTINGS_FILE, import_model
+from pipeline.huggingface.options import add_shard_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{use}-token", help=f"{use} token (default: {otherwise})")
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
+    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    from pipeline.huggingface.importing import SETTINGS_FILE, import_model
+
     tokens = {use: getattr(options, f"{use}_token") for use in ("mask", "pad", "eos")}
     imported = import_model(options.input, options.output, tokens, options.max_shard_size)
     vocabulary = imported.vocabulary

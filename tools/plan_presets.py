@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.files import replacing
-from pipeline.planning.presets import DOCUMENT, table, with_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Replace the table in the document."""
     ToolParser(__doc__ or "").parse_args(arguments)
+    # Imported now: torch takes seconds, and help needs none of it.
+    from pipeline.planning.presets import DOCUMENT, table, with_table
+
     path = ROOT / DOCUMENT
     written = with_table(path.read_text(encoding="utf-8"), table(ROOT))
     with replacing(path) as file:

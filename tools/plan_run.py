@@ -17,12 +17,9 @@ from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.config.checks import require
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.engine.build import engine_settings
+from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.calibration import Measured, Proof, calibrated
 from pipeline.planning.gpus import GPUS, find_gpu
-from pipeline.planning.memory import Zero, count_parameters
-from pipeline.planning.plan_report import as_json, basis, describe, describe_table, table
-from pipeline.planning.run_plan import Assumptions, Planner
 
 HELP = {
     "efficiency": "fraction of peak FLOP/s that matrix products reach",
@@ -62,6 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     require_at_least_one(options, "gpus")
     config = configuration.load(["--config", options.config, *overrides(options)])
+    # Imported now: torch takes seconds, and neither help nor a wrong setting needs it.
+    from pipeline.engine.build import engine_settings
+    from pipeline.planning.memory import Zero, count_parameters
+    from pipeline.planning.plan_report import as_json, basis, describe, describe_table, table
+    from pipeline.planning.run_plan import Planner
+
     zero = Zero.of(engine_settings(config, options.gpus))
     rows, proofs = vocabulary_rows(config), [Proof.read(path) for path in options.calibrate]
     name = gpu_name(options.gpu, proofs)

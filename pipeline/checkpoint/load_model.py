@@ -25,10 +25,6 @@ from pipeline.objectives.seam import Layout
 from pipeline.ranks import Ranks
 
 Weights = Literal["ema", "raw"]
-WEIGHTS_HELP = (
-    "ema = the moving average, raw = the weights of the last step; default: ema if the checkpoint has it"
-)
-VERIFY_HELP = "do not compare the hashes of the checkpoint's files: faster, but damage goes unnoticed"
 
 
 @dataclass

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.config.checks import require, require_not_negative, require_positive
 
 Kind = Literal["puma", "random_masking", "autoregressive"]
+
+Policy = Literal["confidence", "margin", "entropy", "random", "left_to_right"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+UNSCORED = ("random", "left_to_right")  # policies that do not read the model's scores
 
 
 @dataclass
@@ -46,7 +50,7 @@ class ObjectiveConfig:
     kind: Kind = "puma"
     switch_to: Kind | None = None
     switch_step: int | None = None
-    policy: Literal["confidence", "margin", "entropy", "random", "left_to_right"] = "confidence"
+    policy: Policy = "confidence"
     stages: int = 8
     stages_increment: int = 0
     stages_first_increase: int | None = None
@@ -125,7 +129,7 @@ class ObjectiveConfig:
             "or null for standard mode.",
         )
         require(
-            self.threshold is None or self.policy not in ("random", "left_to_right"),
+            self.threshold is None or self.policy not in UNSCORED,
             f"objective.threshold is {self.threshold}: it reveals by confidence, which conflicts with "
             f"objective.policy = {self.policy!r}. Set it to null, or choose another policy.",
         )

@@ -75,7 +75,10 @@ def read_facts(folder: Path) -> TokenizerFacts:
     path = folder / FACTS_FILE
     _require(folder, path)
     try:
-        facts = TokenizerFacts(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and "model" in values:
+            raise UserError(f"tokenizer {folder} holds a tokenizer.json of Hugging Face: {_import(path)}.")
+        facts = TokenizerFacts(**values)
         facts.check()
     except (ValueError, TypeError) as error:
         raise UserError(
@@ -249,8 +252,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Return the tokenizer in a folder; raise a `UserError` if it is missing or damaged."""
-        if SPACE in text:
-            return self._with_space(text)
+        facts, facts_path = read_facts(folder), folder / FACTS_FILE
         model = folder / facts.model_file
         _require(folder, model)
         content = model.read_bytes()

@@ -17,7 +17,6 @@ from pipeline.decoding.frames import Show, show_step
 from pipeline.decoding.sampling import SamplingSettings
 
 _SPAN = re.compile(r"\[MASK\*(.*?)\]")
-SPAN_HELP = "[MASK*N] in a text marks N tokens to fill in, given the text before and after"
 
 
 def read_prompts(path: Path, key: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pipeline.base.cli import option
 from pipeline.config.checks import require
-from pipeline.objectives.policies import POLICIES
+from pipeline.config.objective import POLICIES, UNSCORED, Policy
 
 REMASKING = ("cap", "rescale")
 
@@ -23,7 +23,7 @@ class SamplingSettings:
     2503.00307, see `schedule.fill_counts`). The noise is a hash of seed, prompt id, position and step.
     """
 
-    policy: Literal["confidence", "margin", "entropy", "random", "left_to_right"] = "confidence"
+    policy: Policy = "confidence"
     tokens_per_step: int = 1
     steps: int | None = None
     threshold: float | None = None
@@ -51,7 +51,7 @@ class SamplingSettings:
             is_probability = 0 < self.threshold < 1
             self._require("threshold", is_probability, "it is a probability, give a value between 0 and 1.")
             remedy = f"it fills by confidence, but the policy is {self.policy}: leave out one of the two."
-            self._require("threshold", POLICIES[self.policy].by_scores is not None, remedy)
+            self._require("threshold", self.policy not in UNSCORED, remedy)
         remedy = "it must be 0 (the likeliest token) or more."
         self._require("temperature", 0 <= self.temperature < float("inf"), remedy)
         remedy = "it is a probability, give a value above 0, at most 1."
@@ -96,7 +96,7 @@ NUMBERS = {"tokens_per_step": int, "steps": int, "block_size": int, "top_k": int
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add one command-line option per setting."""
     group = parser.add_argument_group("sampler")
-    choices = {"policy": tuple(POLICIES), "remasking": REMASKING}
+    choices = {"policy": POLICIES, "remasking": REMASKING}
     for field in fields(SamplingSettings):
         name, kind = field.name, dict[str, Any](type=NUMBERS.get(field.name, float))
         if name in choices:

@@ -20,10 +20,11 @@ from pipeline.base.cli import fail, run
 from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
 from pipeline.checkpoint.load_model import load_model
-from pipeline.decoding import Completion, SamplingSettings
 from pipeline.decoding.batching import MaskedSequence
-from pipeline.decoding.completing import fill_sequences
-from pipeline.evaluation.likelihood import DRAWS, score_answers
+from pipeline.decoding.completing import Completion, fill_sequences
+from pipeline.decoding.sampling import SamplingSettings
+from pipeline.evaluation.likelihood import score_answers
+from pipeline.evaluation.options import DRAWS
 
 try:
     with extra("eval", "pipeline.evaluation.harness"):

@@ -13,11 +13,12 @@ import torch
 
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import Loaded
-from pipeline.decoding import Completion, SamplingSettings
 from pipeline.decoding.batching import MaskedSequence, behind_prompts, that_fit
-from pipeline.decoding.completing import fill_sequences
+from pipeline.decoding.completing import Completion, fill_sequences
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.evaluation.intervals import wilson_interval
-from pipeline.evaluation.likelihood import DRAWS, likelihood_of, likelihood_totals, score_answers
+from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
+from pipeline.evaluation.options import DRAWS
 from pipeline.evaluation.results import Results, Row
 from pipeline.evaluation.tasks import Item, Task, Verdict
 from pipeline.ranks import Ranks

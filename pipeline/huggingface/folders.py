@@ -5,38 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pipeline.base.cli import ToolParser
 from pipeline.base.errors import Failure, UserError
 from pipeline.base.progress import Progress
 from pipeline.engine.weights import StoredWeight, StoredWeights
 from pipeline.huggingface import mapping
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-
-
-def add_shard_argument(parser: ToolParser) -> None:
-    """Add the option --max-shard-size."""
-    parser.add_argument(
-        "--max-shard-size",
-        type=_bytes,
-        default="5GB",
-        help="maximum size of a weights file, and roughly the memory used",
-    )
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+) ?(KB|MB|GB)", text.upper())
-    if match is None or int(match[1]) == 0:
-        raise UserError(f"--max-shard-size is {text!r}: give a whole number with KB, MB or GB, such as 5GB.")
-    return int(match[1]) * UNITS[match[2]]
 
 
 def open_weights(folder: Path) -> StoredWeights:

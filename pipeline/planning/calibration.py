@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import UserError
+from pipeline.planning.assumptions import UPDATE_BYTES, Assumptions
 from pipeline.planning.gpus import GIB, GPUS, Gpu, gpu_of_device
-from pipeline.planning.run_plan import UPDATE_BYTES, Assumptions
 
 SCHEMA = 1  # of proof.json
 

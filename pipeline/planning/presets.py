@@ -8,10 +8,11 @@ from pathlib import Path
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.engine.build import engine_settings
+from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.gpus import GIB, GPUS
 from pipeline.planning.memory import Zero
 from pipeline.planning.plan_report import duration
-from pipeline.planning.run_plan import SECONDS_A_DAY, Assumptions, Planner, RunPlan
+from pipeline.planning.run_plan import SECONDS_A_DAY, Planner, RunPlan
 
 DOCUMENT = Path("docs/explanation/presets.md")
 BEGIN, END = "<!-- table: tools/plan_presets.py -->\n", "<!-- end of table -->\n"

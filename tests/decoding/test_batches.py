@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
-from pipeline.decoding import SamplingSettings
 from pipeline.decoding.batching import MaskedSequence, stack
 from pipeline.decoding.decoding import decode
 from pipeline.decoding.network import CachedNetwork, ModelNetwork
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
 from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel

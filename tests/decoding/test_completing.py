@@ -9,7 +9,8 @@ import torch
 
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import load_model
-from pipeline.decoding import SamplingSettings, complete, infill
+from pipeline.decoding.completing import complete, infill
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.evaluation.likelihood import score_answers
 
 

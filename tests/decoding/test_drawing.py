@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from pipeline.data.examples import ANSWER, Examples
-from pipeline.decoding import SamplingSettings
 from pipeline.decoding.decoding import decode
 from pipeline.decoding.drawing import draw_tokens, gumbel
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.model.batch import Vocabulary
 from pipeline.model.masked_head import MaskedHead
 from pipeline.objectives import noise

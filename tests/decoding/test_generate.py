@@ -15,10 +15,11 @@ from PIL import Image
 
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import load_model
-from pipeline.decoding import SamplingSettings, terminal
+from pipeline.decoding import terminal
 from pipeline.decoding.animation import page, write_animation
 from pipeline.decoding.frames import Cell, Frame, Recorder, pieces
 from pipeline.decoding.prompts import generate, spans
+from pipeline.decoding.sampling import SamplingSettings
 from support.programs import Outcome, run_here
 from tools import generate as program
 

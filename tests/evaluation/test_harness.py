@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded, load_model
-from pipeline.decoding import complete
+from pipeline.decoding.completing import complete
 from pipeline.evaluation import harness
 from pipeline.evaluation.harness import PumaLM, before_first
 from pipeline.model.batch import masked_batch

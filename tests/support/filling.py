@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.decoding import SamplingSettings
+from pipeline.decoding.sampling import SamplingSettings
 from support.oracles import best, uniform
 
 REVEAL_ORDER, SAMPLED_TOKEN, REMASKING = 1, 8, 9

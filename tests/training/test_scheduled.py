@@ -16,8 +16,9 @@ import torch
 
 from pipeline.checkpoint.load_model import load_model
 from pipeline.config import TaskConfig
-from pipeline.decoding import SamplingSettings, complete
 from pipeline.decoding.batching import behind_prompts, stack, up_to_end
+from pipeline.decoding.completing import complete
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
 from pipeline.ranks import Ranks

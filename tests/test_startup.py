@@ -1,0 +1,51 @@
+"""Help and refusals come before anything heavy is imported: torch alone takes seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.config.objective import POLICIES as CONFIGURED
+from pipeline.config.objective import UNSCORED
+from pipeline.objectives.policies import POLICIES
+from support.programs import ROOT
+
+HEAVY = {"torch", "deepspeed", "megatron", "transformers", "lm_eval", "datasets", "tensorboard", "matplotlib"}
+PROGRAMS = ["pipeline.train", *(f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py")))]
+# Ask one program after another for its help, or for what it refuses; all of them in one process.
+ASK = """
+import contextlib, importlib, io, json, sys
+sys.path.insert(0, ".")
+imported = {}
+for name in json.loads(sys.argv[1]):
+    for arguments in (["--help"], ["--no-such-option", "1"], ["--config", "missing.yaml", "--gpus", "x"]):
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                importlib.import_module(name).main(arguments)
+            except Exception as error:
+                if type(error).__name__ != "UserError":
+                    raise
+    imported[name] = sorted({module.split(".")[0] for module in sys.modules})
+print(json.dumps(imported))
+"""
+
+
+@pytest.mark.slow
+def test_help_and_refusals_import_nothing_heavy() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(PROGRAMS)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    imported = json.loads(result.stdout)
+    assert list(imported) == PROGRAMS
+    for name, modules in imported.items():
+        assert not HEAVY & set(modules), f"{name} imports {HEAVY & set(modules)}"
+
+
+def test_the_light_names_of_the_policies_are_the_policies() -> None:
+    """The settings name them without importing them."""
+    assert tuple(POLICIES) == CONFIGURED
+    assert {name for name, policy in POLICIES.items() if policy.by_scores is None} == set(UNSCORED)
