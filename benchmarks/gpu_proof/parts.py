@@ -72,15 +72,15 @@ def all_parts(gpus: int = 1, dry: bool = False) -> list[Part]:
     step = [*shape(dry), "--repetitions", "1" if dry else "5"]
     options = [*step, "--only", "head"] if dry else step  # the other groups are tested by themselves
     return [
-        _part("ceilings", "rates of the card", 20, 60, "-m", f"{HERE}.ceilings"),
-        _part("numerics", "head and attention against float64", 30, 90, "-m", f"{HERE}.numerics"),
+        _part("ceilings", "rates of the card", 15, 60, "-m", f"{HERE}.ceilings"),
+        _part("numerics", "head and attention against float64", 25, 90, "-m", f"{HERE}.numerics"),
         *links(gpus),
         *trainings(gpus, dry),
         resume(gpus, dry),
-        _part("step", "a step beside full logits", 45, 90, "benchmarks/train_step.py", *step),
-        _part("tests", "tests marked gpu", 45, 120, "-m", f"{HERE}.tests"),
-        _part("options", "options of a step", 60, 100, "benchmarks/step_options.py", *options),
-        _part("sampling", "sampling with and without cache", 40, 70, "benchmarks/sampling.py", *sampled),
+        _part("step", "a step beside full logits", 40, 90, "benchmarks/train_step.py", *step),
+        _part("tests", "tests marked gpu", 40, 120, "-m", f"{HERE}.tests"),
+        _part("options", "options of a step", 55, 120, "benchmarks/step_options.py", *options),
+        _part("sampling", "sampling with and without cache", 30, 70, "benchmarks/sampling.py", *sampled),
     ]
 
 
@@ -104,7 +104,7 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
     """Yield the trainings of the presets: the smallest with everything, the others as they are shipped."""
     json = "--engine.deepspeed_config"
     zero2, zero3 = (json, "ds_configs/zero2.json"), (json, "ds_configs/zero3.json")
-    plain = ("--engine.kind", "plain")
+    plain, compiled = ("--engine.kind", "plain"), ("--engine.compile_functions", "true")
     one_card = [("125M_plain", "PUMA, plain engine", plain)] if gpus == 1 else []
     several = [] if gpus == 1 else [
         ("1B_zero3", "PUMA, ZeRO-3", zero3),
@@ -117,8 +117,10 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
         ("125M_zero2_random", "random masking, ZeRO-2", (*zero2, *RANDOM_MASKING)),
         ("125M_zero3", "PUMA, ZeRO-3", zero3),
         *one_card,
+        ("125M_compiled", "PUMA, ZeRO-2, compiled functions", (*zero2, *compiled)),
         ("350M_zero2", "PUMA, ZeRO-2", zero2),
         ("1B_zero2", "PUMA, ZeRO-2", zero2),
+        ("1B_compiled", "PUMA, ZeRO-2, compiled functions", (*zero2, *compiled)),
         *several,
     ]
     for name, how, settings in cases:
@@ -126,7 +128,8 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
         steps = ["--warmup", "1", "--steps", "1"] if dry else ["--steps", "10" if size == "1B" else "30"]
         arguments = ["-m", f"{HERE}.training", "--output", "{output}", *steps, "--"]
         arguments += ["--config", f"configs/{PRESETS[size]}.yaml", *settings, *(MINIATURE if dry else [])]
-        yield Part(name, f"{size}: {how}", tuple(arguments), 30 if size == "1B" else 20, 90, gpus, "training")
+        seconds = (25 if size == "1B" else 15) + (10 if "compiled" in name else 0)
+        yield Part(name, f"{size}: {how}", tuple(arguments), seconds, 90, gpus, "training")
 
 
 def resume(gpus: int, dry: bool) -> Part:
@@ -137,4 +140,4 @@ def resume(gpus: int, dry: bool) -> Part:
     arguments = ["benchmarks/kill_resume.py", "--kills", "1", "--steps", "40" if dry else "120"]
     arguments += ["--ranks", str(gpus), "--folder", "{folder}/kill_resume", "--output", "{output}"]
     arguments += ["--set", "engine.deterministic=true", *size]
-    return Part("resume", "killed and resumed, bit for bit", tuple(arguments), 90, 150, 1, "resume")
+    return Part("resume", "killed and resumed, bit for bit", tuple(arguments), 80, 150, 1, "resume")

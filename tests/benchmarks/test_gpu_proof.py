@@ -139,8 +139,9 @@ def proof_of(ratio: float, mfu: float, memory: float, differing: int, kills: int
     """Return the parts that aims look at."""
     found = {
         "step": {"ratios": {"time, PUMA / random masking": ratio, "time, PUMA / full logits": ratio - 0.7}},
-        "125M_zero2": {"mfu": mfu, "memory": {"planned / allocated": 1.0}},
-        "125M_plain": {"mfu": mfu, "memory": {"planned / allocated": memory}},
+        "125M_zero2": {"mfu": mfu, "objective": "puma", "memory": {"planned / allocated": 1.0}},
+        "125M_plain": {"mfu": 0.1, "objective": "puma", "memory": {"planned / allocated": memory}},
+        "125M_random": {"mfu": 0.9, "objective": "random_masking"},
         "resume": {"kills": kills, "differing": differing},
         "numerics": {"beyond": ["head"] if differing else []},
     }
@@ -213,6 +214,7 @@ def test_the_report_of_a_gpu_names_time_memory_and_links() -> None:
         "update_seconds": 0.005,
         "tokens_per_second": 409_600,
         "mfu": 0.31,
+        "objective": "puma",
         "masked_share": 0.5,
         "trace": {
             "step_seconds": 0.05,
