@@ -257,7 +257,10 @@ def _common_files(config: Config) -> dict[str, Callable[[BinaryIO], object]]:
     contents = {"config.yaml": configuration.to_yaml(config).encode()}
     tokenizer = Path(config.data.tokenizer)
     # Nothing else of the folder: it may hold links to files that are not to be passed on.
-    for name in (FACTS_FILE, read_facts(tokenizer).model_file):
+    files = (
+        (FACTS_FILE, read_facts(tokenizer).model_file) if tokenizer.exists() else ()
+    )  # random text has none
+    for name in files:
         contents[f"tokenizer/{name}"] = (tokenizer / name).read_bytes()
     return {name: _bytes_writer(content) for name, content in contents.items()}
 
