@@ -22,6 +22,8 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PIP) install --quiet --progress-bar off -r requirements-dev.txt
+# The tests interpret Triton's kernels. A GPU machine has the version that its torch needs: no pin may replace it.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet --progress-bar off 'triton==3.9.0; platform_system == "Linux"'
 	@touch $@
 
 install: $(VENV)/.installed ## Make .venv and install the pinned packages (once).

@@ -21,16 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from pipeline import objectives
 from pipeline.base import cli
-from pipeline.config import EngineConfig, Recompute
+from pipeline.chains.slots import SlotGroup, Slots, moved
+from pipeline.chains.stream import SlotStream
+from pipeline.config import Config, EngineConfig, ObjectiveConfig, Recompute
+from pipeline.engine.module import compile_parts
+from pipeline.engine.optimizer import adamw_kernel
 from pipeline.model import masked_head
-from pipeline.model.batch import masked_batch
+from pipeline.model.batch import HeadOutput, masked_batch
+from pipeline.model.masked_head import HeadOptions
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import block_mask, sees
-from train_step import MASK, SHAPES, Shape, machine, peak_of, seconds
+from train_step import MASK, SHAPES, RandomTokens, Shape, machine, peak_of, seconds
 
 CHUNKS = (64, 256, 1024, 4096)
 BLOCK_SIZE = 32
@@ -76,16 +82,30 @@ class Work:
             lambda: peak_of(lambda: model(self.batch).loss, model, self.batch),
         )
 
-    def head(self, chunk: int | None = None, order: Tensor | None = None) -> Option:
-        """Return those of the head, a chunk of so many rows at a time; `order` [R] permutes the rows."""
-        rows, hidden_size = len(self.batch.rows), self.shape.hidden_size
+    def head(
+        self,
+        chunk: int | None = None,
+        order: Tensor | None = None,
+        options: HeadOptions = HeadOptions(),  # noqa: B008
+        fewer: int = 0,
+    ) -> Option:
+        """Return those of the head.
+
+        Args:
+            chunk: rows of a chunk.
+            order: [R], permutes the rows.
+            options: of the head.
+            fewer: rows to leave out, so that their number is odd.
+        """
+        rows, hidden_size = len(self.batch.rows) - fewer, self.shape.hidden_size
         hidden = torch.randn(rows, hidden_size, device=self.device, dtype=self.dtype, requires_grad=True)
         hidden.grad = torch.zeros_like(hidden)
         batch = self.batch if order is None else self.batch._replace(targets=self.batch.targets[order])
 
         def loss() -> Tensor:
+            self.model.lm_head.options = options
             with chunks_of(chunk):
-                return self.model.lm_head(hidden, batch.targets, batch.weights).loss
+                return self.model.lm_head(hidden, batch.targets[:rows], batch.weights[:rows]).loss
 
         return Option(lambda: loss().backward(), lambda: peak_of(loss, self.model.lm_head, batch))
 
@@ -122,7 +142,11 @@ def head_options(work: Work) -> dict[str, Option]:
     default = masked_head.chunk_rows(work.shape.tokens().rows, memory)
     options = {f"chunks of {min(default, rows):,} rows (default)": work.head()}
     options |= {f"chunks of {chunk:,} rows": work.head(chunk) for chunk in CHUNKS if chunk <= rows}
-    return options | {"rows sorted by target": work.head(order=work.batch.targets.argsort())}
+    options["rows sorted by target"] = work.head(order=work.batch.targets.argsort())
+    if work.device.type == "cuda":
+        options["Triton's kernels"] = work.head(options=HeadOptions(fused=True))
+    options["1 row fewer"] = work.head(fewer=1)
+    return options | {"1 row fewer, padded to 128": work.head(options=HeadOptions(row_multiple=128), fewer=1)}
 
 
 def checkpointing_options(work: Work) -> dict[str, Option]:
@@ -138,6 +162,66 @@ def compile_options(work: Work) -> dict[str, Option]:
         block.compile()
     compiled = Option(work.step(model).run)  # compiled blocks do not show what they hold
     return {"not compiled (default)": work.step(work.model), "blocks compiled": compiled}
+
+
+def functions_options(work: Work) -> dict[str, Option]:
+    """Return what holds no weights as it is and compiled (engine.compile_functions): model, then chains."""
+    model = work.new_model(EngineConfig.activation_checkpointing)
+    config = Config("unused", engine=EngineConfig(kind="plain", compile_functions=True))
+    compile_parts(config, model, work.device)
+    return {
+        "not compiled (default)": work.step(work.model),
+        "functions compiled": Option(work.step(model).run),
+    }
+
+
+def chains_options(work: Work) -> dict[str, Option]:
+    """Return a step of PUMA's chains and their statistics, as they are and compiled."""
+
+    def move(compiled: bool) -> Option:
+        size, settings = work.batch_size, Config("unused", objective=ObjectiveConfig(stages=12))
+        stream = SlotStream(RandomTokens(work.shape), size, 0, workers=1)
+        objective = objectives.build(settings, MASK, False)
+        group = SlotGroup(range(size), stream, objective, work.device, compiled=compiled)
+        batch = group.inputs(1)
+        scores = torch.rand(len(batch.rows), device=work.device)
+        output = HeadOutput(scores.sum(), -scores.log(), scores)
+        slots_now = Slots(group.chains, group.state, group.age, group.following, group.numbers)
+        move = torch.compile(moved) if compiled else moved
+        now = group.objectives.at(1)
+        return Option(lambda: move(now, now, group.statistics, slots_now, batch.rows, output, 1, 2))
+
+    return {"not compiled (default)": move(False), "chains compiled": move(True)}
+
+
+def mask_options(work: Work) -> dict[str, Option]:
+    """Return the two ways to make flex_attention's block mask of block diffusion."""
+    length = work.shape.length
+    blocks = torch.arange(2 * length, device=work.device).repeat(work.batch_size, 1) % length // BLOCK_SIZE
+    noisy = torch.arange(2 * length, device=work.device) < length
+
+    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(blocks[batch, query], blocks[batch, key], noisy[query], noisy[key])
+
+    size = (work.batch_size, None, 2 * length, 2 * length)
+    return {
+        "from the range of each tile (default)": Option(lambda: block_mask(blocks, noisy, None)),
+        "torch's create_block_mask": Option(lambda: create_block_mask(rule, *size, device=str(work.device))),
+    }
+
+
+def optimizer_options(work: Work) -> dict[str, Option]:
+    """Return an update of fp32 weights by torch's kernels for AdamW."""
+    kernels = {"foreach": {"foreach": True}, "fused": {"fused": True}}
+    default = "fused" if adamw_kernel(work.device) else "foreach"
+    options = {}
+    for name in sorted(kernels, key=lambda name: name != default):
+        model = work.new_model("none").float()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = torch.optim.AdamW(model.parameters(), **kernels[name])
+        options[name + " (default)" * (name == default)] = Option(optimizer.step)
+    return options
 
 
 def precision_options(work: Work) -> dict[str, Option]:
@@ -183,6 +267,10 @@ GROUPS = {
     "head": head_options,
     "checkpointing": checkpointing_options,
     "compile": compile_options,
+    "functions": functions_options,
+    "chains": chains_options,
+    "masks": mask_options,
+    "optimizer": optimizer_options,
     "precision": precision_options,
     "attention": attention_options,
 }

@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs, before torch is imported, from all tests but those that are run by ``-m gpu``."""
+    """Hide the GPUs, before torch is imported, from all tests but those that are run by ``-m gpu``.
+
+    Triton's kernels are loops on the CPU then.
+    """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

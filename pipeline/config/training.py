@@ -170,6 +170,10 @@ class EngineConfig:
             Takes up to a minute at the start and when shapes change. Needs a compiler; not with ZeRO-3.
         compile_functions: Compile what holds no weights: rotary embedding, product inside SwiGLU, chains and
             their statistics. With every ZeRO stage. Needs a compiler.
+        fused_head: On a GPU, compute loss, confidence and gradient of the logits by two Triton kernels, where
+            objective.policy needs no other score. Needs Triton, which torch brings on a GPU machine.
+        head_row_multiple: Pad the masked positions of a micro-batch to a multiple of this in the output
+            layer, such as 128, so that shapes repeat. 1 = off.
         deterministic: Use deterministic kernels alone: on GPUs, the same run then repeats bit for bit, and so
             does a resumed one on the same number and kind of GPUs. Slower. CPU runs repeat without it.
         sequence_parallel_size: Consecutive ranks that split the same sequences, each with an equal part of
@@ -183,13 +187,15 @@ class EngineConfig:
     activation_checkpointing: Recompute = "swiglu"
     compile: bool = False
     compile_functions: bool = False
+    fused_head: bool = False
+    head_row_multiple: int = 1
     deterministic: bool = False
     sequence_parallel_size: int = 1
 
     def check(self, model: ModelConfig, sequence_length: int) -> None:
         """Raise a `UserError` for the first setting that is invalid for the model and sequence length."""
         size = self.sequence_parallel_size
-        require_positive("engine", self, "sequence_parallel_size")
+        require_positive("engine", self, "sequence_parallel_size", "head_row_multiple")
         require(
             size == 1 or self.kind == "deepspeed",
             f"engine.sequence_parallel_size is {size}, but engine.kind is {self.kind!r}: set the size to 1, "

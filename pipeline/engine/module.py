@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.model.attention import rotate
 from pipeline.model.batch import Vocabulary
 from pipeline.model.layers import gated
+from pipeline.model.masked_head import HeadOptions
 from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.transformer import Block, MaskedDiffusionModel
 
@@ -42,7 +43,9 @@ def make_model(
     """
     torch.manual_seed(config.train.seed)
     recompute = config.engine.activation_checkpointing
-    return MaskedDiffusionModel(config.model, vocabulary, recompute, sequence)
+    model = MaskedDiffusionModel(config.model, vocabulary, recompute, sequence)
+    model.lm_head.options = HeadOptions(config.engine.fused_head, config.engine.head_row_multiple)
+    return model
 
 
 def compile_parts(config: Config, model: MaskedDiffusionModel, device: torch.device) -> None:

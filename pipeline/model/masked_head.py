@@ -11,6 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.model.batch import HeadOutput, Vocabulary
@@ -38,6 +39,18 @@ def chunk_rows(vocabulary_rows: int, memory: int | None) -> int:
 def memory_of(device: torch.device) -> int | None:
     """Return the bytes of memory of a GPU; None for other devices."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+class HeadOptions(NamedTuple):
+    """How the head computes; the results are the same up to rounding.
+
+    Attributes:
+        fused: on a GPU, take the kernels of head_kernels.py where no score besides the confidence is wanted.
+        row_multiple: pad the rows to a multiple of this, so that shapes repeat.
+    """
+
+    fused: bool = False
+    row_multiple: int = 1
 
 
 class Values(NamedTuple):
@@ -78,10 +91,11 @@ class _MaskedLoss(torch.autograd.Function):
         weights: Tensor,
         vocabulary: Vocabulary,
         scores: tuple[str, ...] = (),
+        options: HeadOptions = HeadOptions(),  # noqa: B008
     ) -> tuple[Tensor | None, ...]:
         need_gradients = any(ctx.needs_input_grad[:2])
         loss, values, ctx.gradients = _computed(
-            hidden, weight, targets, weights, vocabulary, scores, need_gradients
+            hidden, weight, targets, weights, vocabulary, scores, options, need_gradients
         )
         ctx.mark_non_differentiable(*(x for x in values if x is not None))
         return loss, *values
@@ -91,7 +105,7 @@ class _MaskedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the masked head was run backward twice: it scales its gradients in place")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None, None
 
 
 def _computed(
@@ -101,28 +115,48 @@ def _computed(
     weights: Tensor,
     vocabulary: Vocabulary,
     scores: tuple[str, ...],
+    options: HeadOptions,
     need_gradients: bool,
 ) -> tuple[Tensor, Values, tuple[Tensor, Tensor] | None]:
     """Return loss, scores and, on demand, the gradients of hidden states and weight."""
-    rows = len(hidden)
+    fused = options.fused and not scores and _has_kernels(hidden.device)
+    if fused:
+        from pipeline.model import head_kernels
     h, w = _operands(hidden, weight)
+    rows, padding = len(h), -len(h) % options.row_multiple
+    if padding:  # rows of weight 0
+        h = F.pad(h, (0, 0, 0, padding))
+        targets, weights = F.pad(targets, (0, padding)), F.pad(weights, (0, padding))
     values = Values.empty(targets, scores)
     chunk = chunk_rows(len(weight), memory_of(hidden.device))
-    buffer = h.new_empty(min(chunk, rows), len(weight), dtype=torch.float32)
+    buffer = h.new_empty(min(chunk, len(h)), len(weight), dtype=torch.float32)
     if need_gradients:
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(h, dtype=hidden.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    for start in range(0, rows, chunk):
+    for start in range(0, len(h), chunk):
         part = slice(start, start + chunk)
-        target, factor = targets[part, None], weights[part, None]
-        logits = _logits(h[part], w, vocabulary, buffer[: len(target)])  # [C, V] float32
-        total = _score(logits, target, values.at(part))
-        if need_gradients:  # logits has become exp(logits - highest)
-            grad_logits = logits.mul_(factor / total).scatter_add_(1, target, -factor).to(w.dtype)
+        target, factor, of_part = targets[part, None], weights[part, None], values.at(part)
+        logits = _product(h[part], w.T, buffer[: len(target)])  # [C, V] float32
+        if fused:
+            nll, confidence, *_ = of_part
+            sums = head_kernels.score(logits, target, nll, confidence, vocabulary)
+        else:
+            total = _score(_forbidding(logits, vocabulary), target, of_part)
+        if need_gradients:
+            if fused:
+                grad_logits = head_kernels.gradient(logits, target, factor, *sums, w.dtype, vocabulary)
+            else:  # logits has become exp(logits - highest)
+                grad_logits = logits.mul_(factor / total).scatter_add_(1, target, -factor).to(w.dtype)
             grad_hidden[part] = _product(grad_logits, w)
             _add_product(grad_weight, grad_logits.T, h[part])
-    loss = (values.nll * weights).sum()
-    return loss, values, (grad_hidden, grad_weight.to(weight.dtype)) if need_gradients else None
+    values = values.at(slice(rows))
+    loss = (values.nll * weights[:rows]).sum()
+    return loss, values, (grad_hidden[:rows], grad_weight.to(weight.dtype)) if need_gradients else None
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """Return whether Triton's kernels run on the device."""
+    return device.type == "cuda"
 
 
 def _score(logits: Tensor, target: Tensor, values: Values) -> Tensor:
@@ -195,9 +229,8 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary, out: Tensor | None = None) -> Tensor:
-    """Return logits [R, V] float32 for hidden [R, H] and weight [V, H]; -inf at tokens never predicted."""
-    logits = _product(hidden, weight.T, out)
+def _forbidding(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Set the logits [R, V] of tokens that are never predicted to -inf, in place."""
     logits[:, vocabulary.mask_id] = -torch.inf
     logits[:, vocabulary.tokens :] = -torch.inf
     return logits
@@ -211,6 +244,7 @@ class MaskedHead(nn.Module):
         super().__init__()
         self.weight = weight  # an nn.Parameter, also registered as lm_head.weight
         self.vocabulary = vocabulary
+        self.options = HeadOptions()
 
     def forward(
         self, hidden: Tensor, targets: Tensor, weights: Tensor, scores: tuple[str, ...] = ()
@@ -223,7 +257,7 @@ class MaskedHead(nn.Module):
             weights: [R] float32, the loss weight of each row.
             scores: which of "margin", "entropy" and "likeliest" to compute besides the confidence.
         """
-        inputs = (hidden, self.weight, targets, weights, self.vocabulary, scores)
+        inputs = (hidden, self.weight, targets, weights, self.vocabulary, scores, self.options)
         if torch.is_grad_enabled():
             return HeadOutput(*_MaskedLoss.apply(*inputs))
         # Inside of `apply` the inputs seem to need gradients even under no_grad.
@@ -232,4 +266,5 @@ class MaskedHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [R, V] float32 for hidden [R, H]; -inf at tokens never predicted."""
-        return _logits(*_operands(hidden, self.weight), self.vocabulary)
+        h, w = _operands(hidden, self.weight)
+        return _forbidding(_product(h, w.T), self.vocabulary)

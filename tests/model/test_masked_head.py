@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.base.errors import UserError
 from pipeline.model import masked_head
 from pipeline.model.batch import HeadOutput, Vocabulary
 from pipeline.model.masked_head import MaskedHead
@@ -127,6 +128,56 @@ def test_products_of_bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, adds: boo
     check(run(dtype=torch.bfloat16), rtol=1e-5, gradient_tolerance=0.1)
     masked_head._adds_to_fp32.cache_clear()
     assert seen == [(16, 16), *[(SIZE, WIDTH)] * 3] if adds else seen == [(16, 16)], "a try, then each chunk"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "triton"])
+@pytest.mark.parametrize("chunk_rows", [7, 16, 100])
+@pytest.mark.parametrize("row_multiple", [1, 16])
+def test_options_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, fused: bool, chunk_rows: int, row_multiple: int
+) -> None:
+    """Rows are padded, and Triton's kernels make the passes, here interpreted: what comes out is the same."""
+    if fused:
+        kernels = pytest.importorskip("pipeline.model.head_kernels", exc_type=UserError, reason="no triton")
+        monkeypatch.setattr(masked_head, "_has_kernels", lambda device: True)
+        monkeypatch.setattr(kernels, "BLOCK", 16)  # the row has three blocks, the last one not whole
+    monkeypatch.setattr(masked_head, "chunk_rows", lambda *_: chunk_rows)
+    hidden, weight, targets, weights = inputs()
+    head = MaskedHead(torch.nn.Parameter(weight.detach()), VOCABULARY)
+    head.options = masked_head.HeadOptions(fused, row_multiple)
+    output = head(hidden, targets, weights)
+    (2 * output.loss).backward()
+    with torch.no_grad():
+        assert head(hidden, targets, weights).nll.equal(output.nll)
+    plain = run(scores=())
+    for name in ("loss", "nll", "confidence"):
+        torch.testing.assert_close(getattr(output, name), getattr(plain.output, name), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hidden.grad, plain.hidden.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-6)
+    assert not head.weight.grad[FORBIDDEN].any()
+    if fused and chunk_rows == 7:
+        assert head(hidden[:0], targets[:0], weights[:0]).loss.item() == 0, "a rank without masked positions"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_kernels_write_gradients_in_bf16_and_pass_on_what_is_no_number() -> None:
+    """As on a GPU: the logits are fp32, and the operands of the products that follow bf16."""
+    kernels = pytest.importorskip("pipeline.model.head_kernels", exc_type=UserError, reason="no triton")
+    hidden, weight, targets, weights = (x.detach() for x in inputs())
+    logits = hidden @ weight.T
+    nll, confidence = torch.empty(2, ROWS).unbind(0)
+    sums = kernels.score(logits, targets, nll, confidence, VOCABULARY)
+    found = kernels.gradient(logits, targets, weights, *sums, torch.bfloat16, VOCABULARY)
+    assert found.dtype == torch.bfloat16
+    exact = kernels.gradient(logits.clone(), targets, weights, *sums, torch.float32, VOCABULARY)
+    torch.testing.assert_close(found.float(), exact, rtol=2**-6, atol=1e-6)
+    arrays = [x.double().numpy() for x in (hidden, weight)]
+    expected = oracles.full_logit_head(*arrays, targets.numpy(), weights.double().numpy(), FORBIDDEN)
+    np.testing.assert_allclose(exact @ weight, expected.grad_hidden, rtol=1e-4, atol=1e-6)
+    logits[4, 20] = torch.nan
+    kernels.score(logits, targets, nll, confidence, VOCABULARY)
+    assert nll.isnan().nonzero().flatten().tolist() == [4]
 
 
 def test_scores_are_there_only_when_asked_for() -> None:
