@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +25,8 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self, present: Iterable[Tensor] = ()) -> None:
         """Start at zero; the storages of `present` are not counted."""
+        # A mode imports it at the first operation; inside zero.Init, which patches Tensor.new, that fails.
+        importlib.import_module("torch._dynamo")
         super().__init__()
         self.seen = {tensor.untyped_storage()._cdata for tensor in present}
         self.now = self.peak = 0
