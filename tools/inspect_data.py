@@ -13,8 +13,9 @@ from pipeline.base.cli import ToolParser, in_colours, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.base.extras import extra
 from pipeline.base.files import sha256_of
+from pipeline.data.arrays import Array
 from pipeline.data.facts import DatasetFacts, read_facts, stored_tokenizer
-from pipeline.data.indexed import IndexFacts, find_faults, read_index, read_sequence
+from pipeline.data.indexed import ENTRIES, IndexFacts, find_faults, read_index, read_sequence
 from pipeline.data.paths import bin_path, idx_path
 from pipeline.data.tokenizer import Tokenizer
 
@@ -44,12 +45,22 @@ def show_facts(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> None:
 def show_documents(
     prefix: Path, facts: DatasetFacts, index: IndexFacts, tokenizer: Tokenizer, count: int
 ) -> None:
-    """Print the first documents; on a terminal prompt and answer are coloured."""
+    """Print the first documents; on a terminal prompt and answer are coloured.
+
+    Raises:
+        UserError: for a damaged one.
+    """
     names = ("prompt", "answer") if facts.kind == "pairs" else ("text",)
     colours = in_colours(sys.stdout)
     for document in range(min(count, facts.documents)):
         for part, name in enumerate(names):
-            ids = read_sequence(prefix, index, document * len(names) + part)
+            number = document * len(names) + part
+            try:
+                ids = read_sequence(prefix, index, number)
+                if not ((ids >= 0) & (ids < facts.vocab_size)).all():
+                    raise ValueError("a token is not an id of the vocabulary")
+            except (OSError, ValueError, OverflowError, MemoryError) as error:
+                raise UserError(f"{prefix}: sequence {number} is damaged ({error}): see --verify.") from None
             text = repr(tokenizer.decode(ids))
             text = f"{COLOURS[name]}{text}{PLAIN}" if colours else text
             print(f"[{document}] {name} ({len(ids)} tokens): {text}")
@@ -62,11 +73,26 @@ def verify(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> list[str]:
         found = sha256_of(path)
         if found != facts.sha256[name]:
             faults.append(f"{path} has sha256 {found[:12]}, PREFIX.json says {facts.sha256[name][:12]}")
-    if sum(facts.token_histogram) + sum(facts.prompt_histogram) != facts.tokens:
-        faults.append("the token histograms do not add up to the tokens")
+    if not faults and not np.array_equal(occurrences(prefix, facts, index), histogram(facts)):
+        faults.append("the token histograms are not those of the tokens")
     if sum(facts.length_histogram.values()) != facts.documents:
         faults.append("the length histogram does not add up to the documents")
     return faults
+
+
+def histogram(facts: DatasetFacts) -> Array:
+    """Return the histogram [V] of all tokens that PREFIX.json holds."""
+    return np.sum([part for part in (facts.token_histogram, facts.prompt_histogram) if part], axis=0)
+
+
+def occurrences(prefix: Path, facts: DatasetFacts, index: IndexFacts) -> Array:
+    """Return the histogram [V] of the tokens in .bin."""
+    counts = np.zeros(facts.vocab_size, np.int64)
+    if index.tokens:
+        tokens = np.memmap(bin_path(prefix), index.dtype, "r")
+        for start in range(0, len(tokens), ENTRIES):
+            counts += np.bincount(tokens[start : start + ENTRIES], minlength=facts.vocab_size)
+    return counts
 
 
 def plot_lengths(facts: DatasetFacts, index: IndexFacts, path: Path) -> None:
@@ -110,12 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.entropy:
         what = "answers" if facts.kind == "pairs" else "text"
         print(f"entropy of the {what}: {facts.entropy:.4f} nats per token")
-    show_documents(options.prefix, facts, index, tokenizer, options.samples)
+    faults = verify(options.prefix, facts, index) if options.verify else []
+    if not faults:
+        show_documents(options.prefix, facts, index, tokenizer, options.samples)
     if options.histogram is not None:
         plot_lengths(facts, index, options.histogram)
         print(f"wrote {options.histogram}")
     if options.verify:
-        faults = verify(options.prefix, facts, index)
         for fault in faults:
             print(f"wrong: {fault}")
         print(f"verified {options.prefix}: {len(faults)} faults")

@@ -17,8 +17,10 @@ from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
 from pipeline.base.progress import Progress
+from pipeline.corpus.reading import DAMAGED, BadRecord
 from pipeline.corpus.recipes.tinygsm import Selection
-from pipeline.corpus.records import Keys, check_inputs, read_all
+from pipeline.corpus.records import Keys, check_inputs, complaint, read_all
+from pipeline.corpus.sources import Source
 
 EVERY = 10_000  # records between two reports
 
@@ -53,17 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_inputs(options.input, keys)
     asked = [document.texts[0] for document in read_all(options.benchmark, Keys(("question",)))]
     selection = Selection(asked, options.held_out_share)
-    bad = selection.counts
+
+    def on_bad(source: Source, position: int, bad: BadRecord) -> None:
+        if bad.reason == DAMAGED:  # the rest of the file would be lost
+            raise UserError(complaint(source, position, bad))
+        selection.counts[bad.reason] += 1
+
     paths = {part: options.output / f"{part}.jsonl" for part in ("train", "held_out")}
     with (
         closing(Progress(None, 0, "record")) as progress,
         replacing(paths["train"]) as train,
         replacing(paths["held_out"]) as held_out,
     ):
-        documents = read_all(
-            options.input, keys, lambda source, position, record: bad.update([record.reason])
-        )
-        for done, document in enumerate(documents, start=1):
+        for done, document in enumerate(read_all(options.input, keys, on_bad), start=1):
             part = selection.part(*document.texts)
             if part is not None:
                 line = orjson.dumps(dict(zip(("prompt", "answer"), document.texts, strict=True)))

@@ -14,7 +14,8 @@ import pytest
 from pipeline.base.errors import UserError
 from pipeline.corpus.merge import merge_datasets, merge_parts
 from pipeline.corpus.parts import HASHES, LENGTHS
-from pipeline.data.facts import check_same, read_facts
+from pipeline.data.facts import check_same, read_facts, write_facts
+from pipeline.data.indexed import HEADER, MAGIC
 from pipeline.data.paths import bin_path, facts_path
 from support.corpora import PAIRS, TEXT, command, make_dataset, make_parts, partition_of
 from support.programs import run_here
@@ -46,6 +47,33 @@ def test_damaged_datasets_are_not_merged(pair: list[Path], suffix: str, tmp_path
     facts = merge_datasets(pair, tmp_path / "out", mixed_eos=True)
     tokens = np.fromfile(bin_path(tmp_path / "out"), np.uint16)
     assert facts.token_histogram == np.bincount(tokens, minlength=facts.vocab_size).tolist()
+
+
+def test_damaged_datasets_are_inspected(pair: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """An id outside of the vocabulary, an offset outside of the file, another histogram: said, not raised."""
+    facts = read_facts(pair[0])
+    first_offset = len(MAGIC) + HEADER.size + 4 * facts.documents
+    for suffix, place, message in (
+        (".bin", 1, "is not an id of the vocabulary"),
+        (".idx", first_offset + 7, "does not begin where"),
+    ):
+        path = Path(f"{pair[0]}{suffix}")
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[place] = 0xFF  # the highest byte of a number
+        path.write_bytes(changed)
+        outcome = run_here(inspect_data.main, [str(pair[0]), "--verify"], capsys)
+        assert outcome.code == 1, outcome.error
+        assert message in outcome.output
+        complaint = run_here(inspect_data.main, [str(pair[0])], capsys).complaint()
+        assert "sequence 0 is damaged" in complaint
+        path.write_bytes(content)
+    counts = facts.token_histogram
+    counts[5], counts[6] = counts[6] + 1, counts[5] - 1
+    write_facts(facts, pair[0])
+    outcome = run_here(inspect_data.main, [str(pair[0]), "--verify"], capsys)
+    assert outcome.code == 1
+    assert "the token histograms are not those of the tokens" in outcome.output
 
 
 @pytest.mark.parametrize("name", [LENGTHS, HASHES])

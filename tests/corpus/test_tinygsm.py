@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -104,6 +105,19 @@ def test_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert counts.pop("in the benchmark") == 1
     assert (counts.pop("train"), counts.pop("held_out")) == (len(train), len(held_out))
     assert list(counts.values()) == [1], "the broken line, by its reason"
+
+
+def test_a_damaged_file_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The records behind the damage would be missing, and nobody would know."""
+    raw = write(
+        tmp_path / "raw.jsonl", [{"question": question(n), "code": CODE.format(n)} for n in range(300)]
+    )
+    cut_off = tmp_path / "raw.jsonl.gz"
+    cut_off.write_bytes(gzip.compress(raw.read_bytes())[:-900])
+    arguments = ["--input", str(cut_off), "--output", str(tmp_path / "out")]
+    complaint = run_here(prepare_tinygsm.main, arguments, capsys).complaint()
+    assert "it ends before the end of its compressed stream" in complaint
+    assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 def test_nothing_to_train_on_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
