@@ -67,12 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from pipeline.checkpoint.load_model import load_model
     from pipeline.decoding.animation import check_animation, write_animation
     from pipeline.decoding.frames import Recorder
-    from pipeline.decoding.prompts import generate, read_prompts
+    from pipeline.decoding.prompts import generate, read_prompts, spans
     from pipeline.decoding.terminal import LiveView
 
     prompts = options.prompt or (
         read_prompts(options.prompt_file, options.prompt_key) if options.prompt_file else read_stdin()
     )
+    check_prompts(prompts)
+    if options.length is not None and all(any(isinstance(p, int) for p in spans(text)) for text in prompts):
+        raise UserError("--length has no effect on texts with [MASK*N], whose N is the length: leave it out.")
     if options.animate is not None:
         check_animation(options.animate, options.font)
         if len(prompts) * options.num_samples > MOST_ANIMATED:
@@ -84,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, options.dtype)
     verify = not options.no_verify
     loaded = load_model(options.checkpoint, device, weights=options.weights, dtype=dtype, verify=verify)
+    if options.num_samples > 1 and settings.temperature == 0 and settings.policy != "random":
+        message = "at temperature 0 the samples of a prompt are alike: set --temperature"
+        print(f"warning: --num-samples is {options.num_samples}, but {message}", file=sys.stderr)
 
     on_terminal = sys.stdout.isatty() and not options.json and os.environ.get("TERM") != "dumb"
     view = LiveView(sys.stdout, colours="NO_COLOR" not in os.environ) if on_terminal else None
@@ -102,11 +108,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"wrote {options.animate}", file=sys.stderr)
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise a `UserError` for a prompt that is not UTF-8: Python hides such bytes in half surrogate pairs."""
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {number}, {prompt!r}, is not UTF-8: convert it first.") from None
+
+
 def read_stdin() -> list[str]:
     """Return the non-empty lines of standard input."""
     if sys.stdin.isatty():
         raise UserError("no prompt: give --prompt, --prompt-file, or lines on standard input.")
-    prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    try:
+        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 (byte {error.start}): convert it first.") from None
     if not prompts:
         raise UserError("standard input is empty: give one prompt per line.")
     return prompts

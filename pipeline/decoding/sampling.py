@@ -59,6 +59,7 @@ class SamplingSettings:
         for name in ("top_k", "top_p"):
             has_effect = getattr(self, name) is None or self.temperature > 0
             self._require(name, has_effect, "it has no effect at temperature 0: set the temperature, too.")
+        self._require("seed", -(2**63) <= self.seed < 2**63, "give a whole number of 64 bits.")
         self._check_remasking()
 
     def _check_remasking(self) -> None:

@@ -78,6 +78,10 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
         ("--prompt-file {tmp}/empty.txt", "empty.txt holds no prompt"),
         ("--prompt-file {tmp}/a.jsonl", "a.jsonl, line 1: no key 'prompt'; it has 'text'"),
         ("--prompt a --prompt-file {tmp}/empty.txt", "not allowed with"),
+        ("--prompt a[MASK*2] --length 3", r"--length has no effect on texts with \[MASK\*N\]"),
+        ("--prompt a \udcff", r"prompt 2, '\\udcff', is not UTF-8"),
+        (f"--prompt a --seed {2**63}", "--seed is 9223372036854775808: give a whole number of 64 bits"),
+        (f"--prompt a --seed {-(10**30)}", "give a whole number of 64 bits"),
         ("", "standard input is empty"),
     ],
 )
@@ -196,3 +200,21 @@ def test_a_gif_has_a_picture_a_step(run_folder: Path, tmp_path: Path) -> None:
             grey.append(sum(n for n, colour in counts if colour == (221, 221, 221)))
     assert grey[0] > 1000
     assert grey[1] < 100
+
+
+def test_bytes_that_are_not_utf_8_on_standard_input(call: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\n\xff\n"), encoding="utf-8"))
+    assert "standard input is not UTF-8 (byte 4)" in call().complaint()
+
+
+def test_samples_that_are_alike_are_announced(call: Generate) -> None:
+    outcome = call("--prompt", "a", "--num-samples", "2")
+    assert outcome.code == 0
+    assert outcome.error.startswith(
+        "warning: --num-samples is 2, but at temperature 0 the samples of a prompt"
+    )
+    assert outcome.error.count("\n") == 1
+    half = len(outcome.output) // 2
+    assert outcome.output[:half] == outcome.output[half:]
+    for more in (["--temperature", "1"], ["--policy", "random"]):
+        assert call("--prompt", "a", "--num-samples", "2", *more).error == ""
