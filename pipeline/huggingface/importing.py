@@ -112,6 +112,8 @@ def parameters_in(folder: Path, model: ModelConfig) -> dict[str, StoredWeight]:
     with torch.device("meta"):  # names and shapes only
         parameters = dict(MaskedDiffusionModel(model, Vocabulary(rows, rows, 0)).named_parameters())
     stored = open_weights(folder)
+    if "embed_tokens.weight" in stored:  # saved without the head, as LlamaModel and not LlamaForCausalLM
+        stored = {f"model.{name}": weight for name, weight in stored.items()}
     for name, parameter in parameters.items():
         shape = stored[name].shape if name in stored else "missing"
         if shape != tuple(parameter.shape):

@@ -100,6 +100,9 @@ def from_json(settings: dict[str, Any], where: Path) -> ModelConfig:
     for ours in NEEDED:
         if ours not in found:
             raise UserError(f"{where}: {NAMES[ours]} is missing: download the folder again.")
+    for ours, value in found.items():
+        if ours != "prediction" and not isinstance(value, int | float):
+            raise UserError(f"{where}: {NAMES[ours]} is {value!r}, not a number: download the folder again.")
     if family != MODEL_TYPE:
         _check_family(settings, where)
         found |= {"attention_bias": family == "qwen2", "qk_norm": family == "qwen3", "prediction": "shifted"}
@@ -142,6 +145,10 @@ def _rope(settings: dict[str, Any], where: Path) -> dict[str, Any]:
             f"{where}: the rotary embedding {rope or partial} is not supported: choose another model."
         )
     if kind == "llama3":
+        if not isinstance(rope.get("factor"), int | float):
+            raise UserError(
+                f"{where}: the rotary embedding {rope} has no number as its factor: download it again."
+            )
         length = rope.get("original_max_position_embeddings") or settings["max_position_embeddings"]
         found |= {"rope_factor": float(rope["factor"]), "rope_original_length": int(length)}
     return found

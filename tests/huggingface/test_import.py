@@ -367,3 +367,38 @@ def test_an_index_without_weights(
     index.write_text(json.dumps(values))
     arguments = ["--input", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")]
     assert f"{index} lists no weights" in run_here(import_hf.main, arguments, capsys).complaint()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"hidden_size": "32"}, "hidden_size is '32', not a number"),
+        ({"num_hidden_layers": [2]}, "num_hidden_layers is [2], not a number"),
+        ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "has no number as its factor"),
+        ({"rope_parameters": LLAMA3 | {"factor": "8"}}, "has no number as its factor"),
+    ],
+)
+def test_values_that_are_no_numbers(
+    more: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "theirs", "Llama")
+    path = tmp_path / "theirs/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    arguments = ["--input", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")]
+    line = run_here(import_hf.main, arguments, capsys).complaint()
+    assert str(path) in line
+    assert message in line
+
+
+def test_a_model_without_its_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LlamaModel saves the same weights without the prefix; tied embeddings make it whole."""
+    theirs = save(tmp_path / "theirs", "Llama", tie_word_embeddings=True)
+    bring_in(tmp_path / "theirs", tmp_path / "ours", capsys)
+    for path in (tmp_path / "theirs").glob("*.safetensors*"):
+        path.unlink()
+    theirs.model.save_pretrained(tmp_path / "theirs")
+    bring_in(tmp_path / "theirs", tmp_path / "bare", capsys)
+    expected = {name: weight.read() for name, weight in open_weights(tmp_path / "ours").items()}
+    found = {name: weight.read() for name, weight in open_weights(tmp_path / "bare").items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
