@@ -212,8 +212,8 @@ def mask_options(work: Work) -> dict[str, Option]:
 
 def optimizer_options(work: Work) -> dict[str, Option]:
     """Return an update of fp32 weights by torch's kernels for AdamW."""
-    kernels = {"foreach": {"foreach": True}, "fused": {"fused": True}}
-    default = "fused" if adamw_kernel(work.device) else "foreach"
+    kernels = {"one by one": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    default = "fused" if adamw_kernel(work.device) else "one by one"
     options = {}
     for name in sorted(kernels, key=lambda name: name != default):
         model = work.new_model("none").float()

@@ -107,8 +107,9 @@ def test_step_options_write_their_figures(
     """Every option of a group beside the default; smaller chunks of the head hold less."""
     monkeypatch.setitem(train_step.SHAPES, "small", SHAPE)
     path = tmp_path / "figures.json"
-    arguments = "--batch-size 8 --repetitions 1 --only head checkpointing precision attention masks optimizer --output"
-    step_options.main([*arguments.split(), str(path)])
+    groups = "head checkpointing precision attention masks optimizer".split()
+    arguments = ["--batch-size", "8", "--repetitions", "1", "--output", str(path)]
+    step_options.main([*arguments, "--only", *groups])
     figures = json.loads(path.read_text())
     head, recomputed = figures["head"], figures["checkpointing"]
     assert head["chunks of 64 rows"]["peak_bytes"] < head["chunks of 192 rows (default)"]["peak_bytes"]
