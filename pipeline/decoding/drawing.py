@@ -9,6 +9,8 @@ from pipeline.decoding.sampling import SamplingSettings
 from pipeline.model.masked_head import MaskedHead, chunk_rows, memory_of
 from pipeline.objectives import noise
 
+UNITS = 2**52  # of probability, in sums of whole numbers
+
 
 def draw_tokens(
     head: MaskedHead, hidden: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]
@@ -45,8 +47,10 @@ def restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor
         logits = logits.masked_fill(logits < lowest, -torch.inf)
     if top_p is not None and top_p < 1:
         falling = logits.softmax(dim=-1).sort(dim=-1, descending=True).values
+        # In whole units: torch has no deterministic sum of this kind over floats on a GPU.
+        falling = (falling.double() * UNITS).long()
         before = falling.cumsum(dim=-1) - falling  # probability of all likelier tokens
-        count = (before < top_p).sum(dim=-1, keepdim=True)  # [R, 1], at least 1
+        count = (before < top_p * UNITS).sum(dim=-1, keepdim=True)  # [R, 1], at least 1
         lowest = logits.sort(dim=-1, descending=True).values.gather(1, count - 1)
         logits = logits.masked_fill(logits < lowest, -torch.inf)
     return logits
