@@ -119,7 +119,7 @@ class PlainEngine:
         return {name: self.host_copy(name, state) for name, state in states.items()}
 
     def load(self, folder: Path, world_size: int) -> None:
-        # To the CPU: AdamW takes its step counters where its kernel reads them, but leaves those on a GPU there.
+        # To the CPU: AdamW moves its step counters to where its kernel reads them, but never back.
         state = read_tensors(folder / PLAIN_FILE, KEYS, torch.device("cpu"), mmap=False)
         self.model.load_state_dict(state["model"])
         settings = hyper_parameters(self.optimizer)
