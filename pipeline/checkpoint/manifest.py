@@ -192,6 +192,9 @@ def find(path: Path) -> tuple[Path, Manifest]:
     run, colon, step = str(path).rpartition(":")
     if colon and step.isdecimal() and not path.exists():
         path = Path(run) / "checkpoints" / f"step_{int(step):08d}"
+        there = [str(int(folder.name.removeprefix("step_"))) for folder in step_folders(Path(run))]
+        if not path.exists() and there:
+            raise UserError(f"{run} has no checkpoint of step {step}: choose from {', '.join(there)}.")
     given = (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name)  # a copy may have any name
     found = [path] if given else step_folders(path)[::-1]
     if not found or not path.is_dir():

@@ -90,6 +90,11 @@ def with_gaps(loaded: Loaded, texts: Sequence[Sequence[str | int]]) -> list[Mask
         tokens: list[int] = []
         masked: list[bool] = []
         for piece in pieces:
+            if isinstance(piece, str) and tokenizer.model.lost(piece, tokenizer.unk):
+                raise UserError(
+                    f"{piece!r} has characters that the tokenizer does not know: they would come "
+                    "back as others. Replace them."
+                )
             ids = tokenizer.encode(piece).tolist() if isinstance(piece, str) else [tokenizer.mask] * piece
             tokens += ids
             masked += [not isinstance(piece, str)] * len(ids)

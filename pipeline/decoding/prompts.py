@@ -16,7 +16,7 @@ from pipeline.decoding.completing import Completion, fill_sequences, with_gaps
 from pipeline.decoding.frames import Show, show_step
 from pipeline.decoding.sampling import SamplingSettings
 
-_SPAN = re.compile(r"\[MASK\*(.*?)\]")
+_SPAN = re.compile(r"(?<!\\)\[MASK\*(.*?)\]")
 
 
 def read_prompts(path: Path, key: str) -> list[str]:
@@ -34,7 +34,9 @@ def read_prompts(path: Path, key: str) -> list[str]:
 
 
 def spans(text: str) -> list[str | int]:
-    """Split a text into given pieces (str) and masked spans (int, length in tokens).
+    r"""Split a text into given pieces (str) and masked spans (int, length in tokens).
+
+    ``\[MASK*N]`` is the text ``[MASK*N]``.
 
     Raises:
         UserError: for a [MASK*N] without a positive number.
@@ -42,7 +44,7 @@ def spans(text: str) -> list[str | int]:
     pieces: list[str | int] = []
     for number, piece in enumerate(_SPAN.split(text)):
         if number % 2 == 0:
-            pieces += [piece] if piece else []
+            pieces += [piece.replace(r"\[MASK*", "[MASK*")] if piece else []
         elif piece.isdecimal() and int(piece) > 0:
             pieces.append(int(piece))
         else:
@@ -95,7 +97,7 @@ def generate(
     tokenizer = loaded.tokenizer
     texts = dict(enumerate(map(spans, prompts)))
     marked = {i: pieces for i, pieces in texts.items() if any(isinstance(piece, int) for piece in pieces)}
-    plain = {i: prompt for i, prompt in enumerate(prompts) if i not in marked}
+    plain = {i: "".join(map(str, pieces)) for i, pieces in texts.items() if i not in marked}
     answers = behind_prompts(list(plain.values()), length, tokenizer, loaded.config)
     gaps = with_gaps(loaded, list(marked.values())) if marked else []
     sequences = dict(zip([*plain, *marked], answers + gaps, strict=True))
@@ -111,5 +113,5 @@ def generate(
             found |= zip(chosen, done, strict=True)
         for i in numbers:
             prompt, one = prompts[i // samples], found[i]
-            text = one.text if i // samples in marked else f"{prompt}{one.text}"
+            text = one.text if i // samples in marked else f"{plain[i // samples]}{one.text}"
             yield Sample(prompt, i % samples, text, one)

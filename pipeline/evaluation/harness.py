@@ -48,7 +48,7 @@ class PumaLM(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str = "",
         weights: str | None = None,
         device: str | None = None,
         batch_size: int | str = 64,
@@ -76,6 +76,8 @@ class PumaLM(TemplateLM):
             UserError: for a missing checkpoint or a bad setting.
         """
         super().__init__()
+        if not checkpoint:
+            raise UserError("--model_args names no checkpoint: add checkpoint=RUN, a run folder.")
         known = [field.name for field in dataclasses.fields(SamplingSettings)]
         for name in sampler:
             if name not in known:

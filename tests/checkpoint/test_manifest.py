@@ -121,9 +121,10 @@ def test_tools_find_what_is_whole(run_dir: Path) -> None:
         (run_dir / NEWEST, "model/plain.pt is missing"),
         (run_dir.with_name("nowhere"), "holds no checkpoint"),
         (run_dir / "checkpoints/step_00000099", "holds no checkpoint"),
+        (f"{run_dir}:999", "has no checkpoint of step 999: choose from .*8, .*16"),
     ]:
         with pytest.raises(UserError, match=problem):
-            find(path)
+            find(Path(path))
 
 
 def test_hashes_can_be_left_out(train: Train, run_dir: Path) -> None:

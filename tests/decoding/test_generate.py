@@ -73,6 +73,7 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
             "--prompt a fedcbafedcba --length 1 --batch-size 1",
             "prompt 2 of 2, 'fedcbafedcba', has 12 tokens; with an answer of 1 it",
         ),
+        ("--prompt aé[MASK*2]", "'aé' has characters that the tokenizer does not know"),
         ("--prompt a a[MASK*12] --batch-size 1", "a text of 13 tokens exceeds the trained"),
         ("--prompt-file {tmp}/none.txt", "none.txt"),
         ("--prompt-file {tmp}/empty.txt", "empty.txt holds no prompt"),
@@ -99,6 +100,7 @@ def test_bad_input_is_one_line(
 def test_spans() -> None:
     assert spans("a[MASK*2]b[MASK*10]") == ["a", 2, "b", 10]
     assert spans("a[MASK]b") == ["a[MASK]b"]
+    assert spans(r"a\[MASK*3]b[MASK*2]") == ["a[MASK*3]b", 2]
     with pytest.raises(UserError, match="give the number of tokens"):
         spans("[MASK*]")
 

@@ -111,6 +111,7 @@ def test_answers_end_at_stop_strings(loaded: Loaded, run_dir: Path) -> None:
         ({"batch_size": "auto"}, "--batch_size is auto"),
         ({"tokens_per_step": 0}, "--tokens-per-step is 0"),
         ({"checkpoint": "nowhere"}, "nowhere holds no checkpoint"),
+        ({"checkpoint": ""}, "--model_args names no checkpoint: add checkpoint=RUN"),
     ],
 )
 def test_bad_arguments(run_dir: Path, arguments: dict[str, Any], message: str) -> None:
