@@ -13,7 +13,15 @@ import numpy as np
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.chains.slots import SlotGroup
-from pipeline.checkpoint.manifest import Damaged, Identity, Manifest, check_files, read_manifest, step_folders
+from pipeline.checkpoint.manifest import (
+    Damaged,
+    Identity,
+    Manifest,
+    check_files,
+    check_sizes,
+    read_manifest,
+    step_folders,
+)
 from pipeline.checkpoint.saving import merge_states
 from pipeline.config import Config
 from pipeline.engine.protocol import Engine
@@ -41,7 +49,10 @@ def newest(run_dir: Path, ranks: Ranks, hashes: bool) -> tuple[Path, Manifest] |
         manifest, problem = None, None
         try:
             manifest = read_manifest(folder)
-            check_files(folder, manifest, hashes, ranks)
+            if hashes:
+                check_files(folder, manifest, ranks)
+            else:
+                check_sizes(folder, manifest)
         except Damaged as error:
             problem = str(error)
         problem = ranks.first_problem(problem)

@@ -11,12 +11,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import FileFacts, sha256_of
 from pipeline.base.progress import ReadingProgress
-from pipeline.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pipeline.ranks import Ranks
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -131,22 +133,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(f"its {MANIFEST} cannot be read ({error})") from None
 
 
-def check_files(
-    folder: Path,
-    manifest: Manifest,
-    hashes: bool,
-    ranks: Ranks,
-    needed: Callable[[str], bool] = lambda name: True,
-) -> None:
-    """Raise `Damaged` for the first file that differs from the manifest.
-
-    Args:
-        folder: the checkpoint.
-        manifest: its manifest.
-        hashes: compare the hashes of the files, not only their sizes; the first rank shows its progress.
-        ranks: the processes that share the work; this one compares its part of the hashes.
-        needed: whether to compare the hash of a file, by its name.
-    """
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raise `Damaged` for the first file that is missing or has another size than in the manifest."""
     for name, facts in sorted(manifest.files.items()):
         try:
             size = (folder / name).stat().st_size
@@ -156,7 +144,22 @@ def check_files(
             raise Damaged(f"{name} cannot be read ({error.strerror})") from None
         if size != facts.size:
             raise Damaged(f"{name} has {size:,} bytes, but was written with {facts.size:,}")
-    share = sorted(filter(needed, manifest.files))[ranks.rank :: ranks.world_size] if hashes else []
+
+
+def check_files(
+    folder: Path, manifest: Manifest, ranks: Ranks, needed: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Raise `Damaged` for the first file that differs from the manifest in size or hash.
+
+    Args:
+        folder: the checkpoint.
+        manifest: its manifest.
+        ranks: the processes that share the work; this one compares its part of the hashes, and the first
+            shows its progress.
+        needed: whether to compare the hash of a file, by its name.
+    """
+    check_sizes(folder, manifest)
+    share = sorted(filter(needed, manifest.files))[ranks.rank :: ranks.world_size]
     total = sum(manifest.files[name].size for name in share)
     with closing(ReadingProgress(f"checking {folder}", total, enabled=ranks.is_first)) as progress:
         for name in share:
@@ -174,7 +177,7 @@ def check_hashes(folder: Path, manifest: Manifest, needed: Callable[[str], bool]
     The arguments are those of `check_files`.
     """
     try:
-        check_files(folder, manifest, True, ranks, needed)
+        check_files(folder, manifest, ranks, needed)
     except Damaged as error:
         raise UserError(
             f"{folder}: {error}: restore it, take another checkpoint, or read it as it is with --no-verify."
@@ -205,7 +208,7 @@ def find(path: Path) -> tuple[Path, Manifest]:
     for folder in found:
         try:
             manifest = read_manifest(folder)
-            check_files(folder, manifest, False, Ranks())
+            check_sizes(folder, manifest)
             return folder, manifest
         except Damaged as error:
             problems.append(f"{folder}: {error}")

@@ -130,7 +130,8 @@ def sharded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resume(data: Path, folder: Path, ranks: int, steps: str) -> Any:
     """Train the run in `folder`, or resume it."""
-    more = [*SETTINGS, "--train.steps", steps, "--engine.deepspeed_config", str(folder / "zero.json")]
+    more = [*SETTINGS, "--train.steps", steps, "--engine.precision", "fp32"]
+    more += ["--engine.deepspeed_config", str(folder / "zero.json")]
     return run_program("-m", "pipeline.train", *command(data, folder / "run", *more), ranks=ranks)
 
 

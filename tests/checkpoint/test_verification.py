@@ -110,7 +110,7 @@ def test_the_ranks_share_the_hashes(run_dir: Path) -> None:
         found = []
         for rank in range(3):
             try:
-                check_files(folder, manifest, True, Ranks(rank, 3))
+                check_files(folder, manifest, Ranks(rank, 3))
             except Damaged as error:
                 found.append(str(error))
         assert len(found) == 1, name

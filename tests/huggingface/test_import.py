@@ -35,14 +35,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-EOS = "<|endoftext|>"
+EOS, UNKNOWN = "<|endoftext|>", "<unk>"
 
 
 def write_tokenizer(path: Path) -> int:
-    """Write the tokenizer.json of characters, without mask and padding; return its size."""
-    vocabulary = {EOS: 0} | {chr(code): code - 31 for code in range(32, 127)}
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    model.add_special_tokens([EOS])
+    """Write the tokenizer.json of characters up to "}", without mask and padding; return its size."""
+    vocabulary = {EOS: 0} | {chr(code): code - 31 for code in range(32, 126)} | {UNKNOWN: 95}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=UNKNOWN))
+    model.add_special_tokens([EOS, UNKNOWN])
     model.save(str(path))
     return len(vocabulary)
 

@@ -25,11 +25,10 @@ from pipeline import train
 from pipeline.base import cli
 from pipeline.chains.slots import SlotGroup
 from pipeline.engine.deepspeed import DeepSpeedEngine
-from pipeline.training import loop
 
 RANK = int(os.environ.get("RANK", "0"))
 now = {"step": 0}
-learning_rate, run_step = loop.learning_rate, loop.train_step
+learning_rate, run_step = train.learning_rate, train.train_step
 forward, backward, inputs = DeepSpeedEngine.forward, DeepSpeedEngine.backward, SlotGroup.inputs
 faults: dict[str, dict[str, Any]] = {}
 
@@ -94,7 +93,7 @@ def checked_step(engine: DeepSpeedEngine, groups: Any, rate: float, *rest: Any) 
 
 if __name__ == "__main__":
     faults = json.loads(sys.argv[1])
-    loop.learning_rate, loop.train_step = noting_step, checked_step
+    train.learning_rate, train.train_step = noting_step, checked_step
     SlotGroup.inputs, DeepSpeedEngine.forward = faulty_inputs, faulty_forward
     DeepSpeedEngine.backward = faulty_backward
     arguments = sys.argv[2:]
