@@ -36,13 +36,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 EOS, UNKNOWN = "<|endoftext|>", "<unk>"
+RESERVED = ("<reserved_0>", "<reserved_1>")
 
 
 def write_tokenizer(path: Path) -> int:
-    """Write the tokenizer.json of characters up to "}", without mask and padding; return its size."""
-    vocabulary = {EOS: 0} | {chr(code): code - 31 for code in range(32, 126)} | {UNKNOWN: 95}
+    """Write the tokenizer.json of characters up to "{", without mask and padding; return its size."""
+    characters = {chr(code): code - 31 for code in range(32, 124)}
+    vocabulary = {EOS: 0} | characters | {UNKNOWN: 93, RESERVED[0]: 94, RESERVED[1]: 95}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token=UNKNOWN))
-    model.add_special_tokens([EOS, UNKNOWN])
+    model.add_special_tokens([EOS, UNKNOWN, *RESERVED])
     model.save(str(path))
     return len(vocabulary)
 
@@ -145,9 +147,15 @@ def test_an_existing_token_may_be_the_mask(tmp_path: Path, capsys: pytest.Captur
     """A model reserves tokens that it was never trained on: one of them becomes the mask."""
     theirs = save(tmp_path / "theirs", "Llama")
     outcome, settings = bring_in(
-        tmp_path / "theirs", tmp_path / "ours", capsys, "--mask-token", "~", "--pad-token", "}"
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        capsys,
+        "--mask-token",
+        RESERVED[1],
+        "--pad-token",
+        RESERVED[0],
     )
-    assert "the mask token is ~, id 95; added tokens: none" in outcome.output
+    assert "the mask token is <reserved_1>, id 95; added tokens: none" in outcome.output
     facts = json.loads((tmp_path / "ours/config.json").read_text())
     assert (facts["mask_token_id"], facts["pad_token_id"], facts["num_tokens"]) == (95, 94, 96)
     old, new = theirs.model.embed_tokens.weight, open_weights(tmp_path / "ours")["model.embed_tokens.weight"]
