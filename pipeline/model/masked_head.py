@@ -224,7 +224,7 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     total, a = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, TypeError):
         return False
     return True
 

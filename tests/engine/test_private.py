@@ -73,7 +73,7 @@ def test_the_profile_counts_products_with_a_dtype_of_their_result() -> None:
         hidden = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
         targets, weights = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     head = MaskedHead(weight, Vocabulary(size, size, 3))
-    assert masked_head._adds_to_fp32(weight.device, weight.dtype), "found out before"
+    adds = masked_head._adds_to_fp32(weight.device, weight.dtype)  # from torch 2.13 on
     profiler = FlopsProfiler(head)
     with private.counting_any_product():
         profiler.start_profile()
@@ -87,7 +87,7 @@ def test_the_profile_counts_products_with_a_dtype_of_their_result() -> None:
     assert torch.mm(hidden, weight.T, out_dtype=torch.float32).dtype == torch.float32, "torch is as before"
     product = 2 * rows * width * size
     # Logits and both gradients; the meta device adds the last one by an mm of its own.
-    assert flops == 4 * product + size * width
+    assert flops == (4 * product + size * width if adds else 3 * product)
 
 
 def attributes(module: Path) -> set[str]:
