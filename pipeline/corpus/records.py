@@ -23,10 +23,10 @@ FEW_RECORDS = 1000  # judged from so many records on
 LONGEST_RECORD = 2**23  # bytes; SentencePiece needs about 30 bytes of memory for each
 ONE_A_LINE = "each line must hold an object; jq -c '.[]' converts an array"
 
-# After . ! ? and closing quotes before white space; after full-width marks anywhere.
 EMPTY = "empty_text"  # the reason of a record that is no bad one: it is skipped
 LINE_END = re.compile(r"\r\n|\n|\r")
 _ROLE = re.compile(r"\w+")
+# After . ! ? and closing quotes before white space; after full-width marks anywhere.
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[”’」』]*")
 
 

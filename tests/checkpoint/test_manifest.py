@@ -22,11 +22,6 @@ NEWEST = "checkpoints/step_00000016"
 SHORT = ["--evaluation.interval", "0", "--checkpoint.interval", "8"]
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("template") / "run"
-
-
 @pytest.fixture
 def run_dir(template: Path, train: Train, tmp_path: Path) -> Path:
     """Return a copy of a run with checkpoints of steps 8 and 16."""

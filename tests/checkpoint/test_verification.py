@@ -25,11 +25,6 @@ SETTINGS = ["--train.steps", "4", "--optimizer.ema_decay", "0.9", "--evaluation.
 FOLDER = "checkpoints/step_00000004"
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("template") / "run"
-
-
 @pytest.fixture
 def run_dir(template: Path, train: Train, tmp_path: Path) -> Path:
     """Return a copy of a run with a moving average."""
