@@ -105,6 +105,7 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
     json = "--engine.deepspeed_config"
     zero2, zero3 = (json, "ds_configs/zero2.json"), (json, "ds_configs/zero3.json")
     plain, compiled = ("--engine.kind", "plain"), ("--engine.compile_functions", "true")
+    fused = (*compiled, "--engine.fused_head", "true")
     one_card = [("125M_plain", "PUMA, plain engine", plain)] if gpus == 1 else []
     several = [] if gpus == 1 else [
         ("1B_zero3", "PUMA, ZeRO-3", zero3),
@@ -118,9 +119,10 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
         ("125M_zero3", "PUMA, ZeRO-3", zero3),
         *one_card,
         ("125M_compiled", "PUMA, ZeRO-2, compiled functions", (*zero2, *compiled)),
+        ("125M_fused", "PUMA, ZeRO-2, compiled functions, fused head", (*zero2, *fused)),
         ("350M_zero2", "PUMA, ZeRO-2", zero2),
         ("1B_zero2", "PUMA, ZeRO-2", zero2),
-        ("1B_compiled", "PUMA, ZeRO-2, compiled functions", (*zero2, *compiled)),
+        ("1B_fused", "PUMA, ZeRO-2, compiled functions, fused head", (*zero2, *fused)),
         *several,
     ]
     for name, how, settings in cases:
@@ -128,7 +130,7 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
         steps = ["--warmup", "1", "--steps", "1"] if dry else ["--steps", "10" if size == "1B" else "30"]
         arguments = ["-m", f"{HERE}.training", "--output", "{output}", *steps, "--"]
         arguments += ["--config", f"configs/{PRESETS[size]}.yaml", *settings, *(MINIATURE if dry else [])]
-        seconds = (25 if size == "1B" else 15) + (10 if "compiled" in name else 0)
+        seconds = (25 if size == "1B" else 15) + (10 if "compile_functions" in " ".join(settings) else 0)
         yield Part(name, f"{size}: {how}", tuple(arguments), seconds, 90, gpus, "training")
 
 

@@ -100,7 +100,11 @@ def numerics(found: Mapping[str, Entry]) -> list[str]:
     """Return the errors against float64."""
     figures = found["numerics"]
     tolerances = figures["tolerances"]
-    rows = [(f"head: {name}", f"{error:.1e}", tolerances[name]) for name, error in figures["head"].items()]
+    rows = [
+        (f"{head}: {name}", f"{error:.1e}", tolerances[name])
+        for head, errors in figures["heads"].items()
+        for name, error in errors.items()
+    ]
     for kind, errors in figures["attention"].items():
         largest = max(errors, key=lambda name: -1 if errors[name] <= 0 else errors[name])
         unsound = next((name for name, error in errors.items() if error != error), largest)
@@ -132,15 +136,20 @@ def trainings(found: Mapping[str, Entry]) -> list[str]:
             )
         )
         if trace:
-            longest = list(trace["longest"].items())[:LONGEST]
-            kernels.append((name, "; ".join(f"{1e3 * s:.2f} ms `{clean(key)}`" for key, s in longest)))
+            kernels.append((name, listed(trace["longest"]), listed(trace["longest_on_host"])))
     return [
         *table(heads, rows),
         "",
-        "The longest kernels of a step, profiled:",
+        "What takes longest in a step, profiled:",
         "",
-        *table(("training", "kernels"), kernels),
+        *table(("training", "kernels", "operations of the host"), kernels),
     ]
+
+
+def listed(seconds: Mapping[str, float]) -> str:
+    """Return the first names with their milliseconds."""
+    first = list(seconds.items())[:LONGEST]
+    return "; ".join(f"{1e3 * each:.2f} ms `{clean(name)}`" for name, each in first)
 
 
 def step(found: Mapping[str, Entry]) -> list[str]:

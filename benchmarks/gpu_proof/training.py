@@ -9,7 +9,8 @@ rank has one micro-batch a step. On CPUs memory is that of live tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ RATE = 1e-4
 BLOCK = 5  # steps between two looks at the clock
 UPDATES = 3  # that are timed by themselves
 TRACED = 2  # steps in the profile
-KERNELS = 12  # of the profile
+LONGEST = 12  # kernels, and operations of the host, that the profile names
 
 
 class Run:
@@ -83,24 +84,31 @@ class Run:
         return taken[0]
 
     def trace(self) -> dict[str, Any]:
-        """Profile a few steps; return launches, how long the device was busy, and the longest kernels."""
+        """Profile a few steps; return launches, how long the device was busy, and what takes longest."""
         on_gpu = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities) as record:
             seconds = self.steps(TRACED)
         events = record.key_averages()
-        own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        on_host = seconds_of(events, "self_cpu_time_total")
         # Annotations span the kernels inside them, and would count them twice.
-        kernels = [e for e in events if not e.is_user_annotation]
-        kernels = [e for e in kernels if not on_gpu or e.device_type.name == "CUDA"]
-        kernels.sort(key=lambda event: -getattr(event, own))
-        busy = sum(getattr(event, own) for event in kernels) / 1e6 / TRACED
+        kernels = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
+        on_device = seconds_of(kernels, "self_device_time_total") if on_gpu else on_host
         return {
             "step_seconds": seconds,
-            "device_seconds": busy,
+            "device_seconds": sum(on_device.values()),
             "launches": sum(e.count for e in events if "LaunchKernel" in e.key) / TRACED,
-            "longest": {e.key[:100]: getattr(e, own) / 1e6 / TRACED for e in kernels[:KERNELS]},
+            "longest": dict(list(on_device.items())[:LONGEST]),
+            "longest_on_host": dict(list(on_host.items())[:LONGEST]),
         }
+
+
+def seconds_of(events: Iterable[Any], attribute: str) -> dict[str, float]:
+    """Return the seconds of a step by name, the longest first; `attribute` holds microseconds."""
+    found: Counter[str] = Counter()
+    for event in events:  # names of kernels that begin alike are added up
+        found[event.key[:100]] += getattr(event, attribute) / 1e6 / TRACED
+    return dict(found.most_common())
 
 
 def memory_of(run: Run, live: LiveStorages | None) -> dict[str, float]:

@@ -221,6 +221,7 @@ def test_the_report_of_a_gpu_names_time_memory_and_links() -> None:
             "device_seconds": 0.04,
             "launches": 2300,
             "longest": {"a|b`c": 0.002},
+            "longest_on_host": {"wait": 0.004},
         },
     }
     rates = {"all_gather": {str(2**20): 50e9, str(2**28): 300e9}}

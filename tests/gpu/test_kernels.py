@@ -14,9 +14,10 @@ GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 264), (700, 5003), (4096, 32_008)])
-def test_the_head(rows: int, vocabulary: int) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+def test_the_head(rows: int, vocabulary: int, fused: bool) -> None:
     """One row, rows that are no multiple of anything, several chunks; an odd vocabulary is not aligned."""
-    for name, error in head_errors(GPU, rows, vocabulary, 128).items():
+    for name, error in head_errors(GPU, rows, vocabulary, 128, fused).items():
         assert error <= TOLERANCES[name], name
 
 
