@@ -167,7 +167,7 @@ class EngineConfig:
             memory than none for 1% of the time; blocks = everything but the input of each transformer
             block, the least memory, a third more time in the blocks.
         compile: Compile each transformer block with torch.compile, which fuses its element-wise operations.
-            Takes up to a minute at the start and when shapes change. Needs a compiler; not with ZeRO-3.
+            With every ZeRO stage. Takes up to a minute at the start and when shapes change. Needs a compiler.
         compile_functions: Compile what holds no weights: rotary embedding, product inside SwiGLU, chains and
             their statistics. With every ZeRO stage. Needs a compiler.
         fused_head: On a GPU, compute loss, confidence and gradient of the logits by two Triton kernels, where

@@ -62,6 +62,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         (2, ["--model.tie_embeddings", "false", "--model.kv_heads", "2", "--model.attention_bias", "true"]),
         (2, [*"--objective.block_size 3 --objective.policy margin --model.prediction shifted".split()]),
         (2, ["--objective.kind", "random_masking", "--engine.deepspeed_config", "ds_configs/cpu_debug.json"]),
+        (2, ["--engine.compile", "true"]),
         (2, ["--engine.sequence_parallel_size", "2"]),
         (
             4,
@@ -70,7 +71,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         ),
     ],
     ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "blocks", "random-masking",
-         "sequence-parallel", "sequence-and-data-parallel"],
+         "compiled", "sequence-parallel", "sequence-and-data-parallel"],
 )  # fmt: skip
 def test_zero3_equals_plain_training(
     tmp_path: Path, plain: Callable[..., Path], ranks: int, more: list[str]
@@ -157,7 +158,7 @@ def test_recomputing_and_profiling_change_nothing(tmp_path: Path, plain: Callabl
     rows_of_table = re.findall(
         r"^ +[0-9.]+ ?\w*B +(\d+) +([0-9.]+)", (tmp_path / "communication.txt").read_text(), re.MULTILINE
     )
-    assert sum(int(count) for count, _ in rows_of_table) > 20 * 8, "gathers in every block of every step"
+    assert sum(int(count) for count, _ in rows_of_table) > 20 * 4, "gathers of every block in every step"
     seconds = sum(float(milliseconds) for _, milliseconds in rows_of_table) / 1e3
     assert 0 < sharded["communication_share"] < 1
     assert seconds < seconds / sharded["communication_share"] < wall, "a share of the time of those steps"

@@ -145,7 +145,6 @@ WRONG = [
     ),
     Wrong("aio", "[1]", "JSON object", top={"aio": [1]}),
     Wrong("compile", "'compile'", "engine.compile", top={"compile": {"deepcompile": True}}),
-    Wrong("engine.compile", "true", "stage to 2", {"engine": {"compile": True}}, zero={"stage": 3}),
     # DeepSpeed's JSON: contradictions
     Wrong(
         "stage3_max_live_parameters", "5", "stage to 3", zero={"stage": 2, "stage3_max_live_parameters": 5}

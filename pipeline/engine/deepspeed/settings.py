@@ -23,6 +23,7 @@ from pipeline.base.errors import UserError, nearest
 from pipeline.config import Config
 from pipeline.config.checks import require
 from pipeline.engine.module import precision_of
+from pipeline.model.transformer import Block
 from pipeline.ranks import Ranks
 
 # DeepSpeed silently ignores unknown top-level keys; these are the known ones.
@@ -65,6 +66,7 @@ YAML_KEYS = {
 DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
 # Of gradients: bf16 keeps 8 bits, so that a sum over many micro-batches or ranks loses the small ones.
 GRADIENT_DTYPE = "fp32"
+BLOCK = f"{Block.__module__}.{Block.__qualname__}"
 CHECKPOINT = (*CHECKPOINT_DEFAULT_DICT, "load_universal", "use_node_local_storage", "parallel_write")
 SECTIONS: dict[str, type[BaseModel] | Collection[str]] = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -226,11 +228,6 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
                 f"{key} needs the weights in memory, but {path} has offload_{part}.device = 'nvme': set it "
                 f"to 'cpu', or {key} to null.",
             )
-    require(
-        not config.engine.compile or zero["stage"] < 3,
-        f"engine.compile is true, but {path} has zero_optimization.stage = 3, which gathers the weights of "
-        "each layer and would cut every block into pieces: set the stage to 2, or engine.compile to false.",
-    )
     group = zero.get("zero_hpz_partition_size", 1)
     require(
         world_size is None or group <= 1 or world_size % group == 0,
@@ -279,11 +276,19 @@ def compatible_ops(names: Sequence[str]) -> dict[str, bool]:
 def complete_settings(settings: dict[str, Any], config: Config, ranks: Ranks) -> dict[str, Any]:
     """Return DeepSpeed's settings: those of the JSON, and those that follow from the run's YAML.
 
-    Gradients are summed and accumulated in fp32 unless the JSON says otherwise. DeepSpeed's own default is
-    the precision of the weights.
+    Unless the JSON says otherwise, gradients are summed and accumulated in fp32, where DeepSpeed has the
+    precision of the weights. Stage 3 gathers the weights of a whole block at a time, where DeepSpeed has
+    those of each layer: a tenth of the hooks, fewer and larger collectives, and a block can be compiled.
     """
+    zero = settings["zero_optimization"]
+    if zero["stage"] == 3:
+        # DeepSpeed's own product, which keeps no gathered weight alive, holds a different number in each
+        # parameter. A compiled block would be compiled for each, and keeps none alive by itself.
+        own_product = not config.engine.compile
+        zero = {"leaf_module": {"classes": [BLOCK]}, "memory_efficient_linear": own_product} | zero
     defaults = {"communication_data_type": GRADIENT_DTYPE}
     own = {
+        "zero_optimization": zero,
         "data_types": {"grad_accum_dtype": GRADIENT_DTYPE} | settings.get("data_types", {}),
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.accumulation(ranks.data_size),
