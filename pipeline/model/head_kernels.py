@@ -88,24 +88,22 @@ def gradient(
     weights: Tensor,
     highest: Tensor,
     total: Tensor,
-    dtype: torch.dtype,
+    out: Tensor,
     vocabulary: Vocabulary,
-) -> Tensor:
-    """Return the gradient of sum(weights * NLL) with respect to the logits, [C, V] of `dtype`.
+) -> None:
+    """Write the gradient of sum(weights * NLL) with respect to the logits.
 
     Args:
-        logits: [C, V] float32; overwritten by the result if that is float32.
+        logits: [C, V] float32.
         targets: [C] int64.
         weights: [C] float32.
         highest: [C] float32, of `score`.
         total: [C] float32, of `score`.
-        dtype: of the operands of the products that follow.
+        out: [C, V], room for the gradient, in the dtype of the products that follow; may be `logits`.
         vocabulary: says which tokens are never predicted; their gradient is 0.
     """
-    out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
     rows, columns = logits.shape
     _gradient[(rows, triton.cdiv(columns, BLOCK))](
         logits, logits.stride(0), targets, weights, highest, total, out, out.stride(0), columns,
         vocabulary.tokens, vocabulary.mask_id, BLOCK, num_warps=8,
     )  # fmt: skip
-    return out

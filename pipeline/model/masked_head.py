@@ -133,6 +133,8 @@ def _computed(
     if need_gradients:
         grad_hidden = torch.empty_like(h, dtype=hidden.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # Chunks share it as they share the logits: two of them would be as large as the logits of one.
+        of_logits = buffer if w.dtype == torch.float32 else torch.empty_like(buffer, dtype=w.dtype)
     for start in range(0, len(h), chunk):
         part = slice(start, start + chunk)
         target, factor, of_part = targets[part, None], weights[part, None], values.at(part)
@@ -143,15 +145,22 @@ def _computed(
         else:
             total = _score(_forbidding(logits, vocabulary), target, of_part)
         if need_gradients:
+            grad_logits = of_logits[: len(target)]
             if fused:
-                grad_logits = head_kernels.gradient(logits, target, factor, *sums, w.dtype, vocabulary)
+                head_kernels.gradient(logits, target, factor, *sums, grad_logits, vocabulary)
             else:  # logits has become exp(logits - highest)
-                grad_logits = logits.mul_(factor / total).scatter_add_(1, target, -factor).to(w.dtype)
+                logits.mul_(factor / total).scatter_add_(1, target, -factor)
+                if grad_logits.dtype != logits.dtype:
+                    grad_logits.copy_(logits)
             grad_hidden[part] = _product(grad_logits, w)
             _add_product(grad_weight, grad_logits.T, h[part])
+            del grad_logits
     values = values.at(slice(rows))
     loss = (values.nll * weights[:rows]).sum()
-    return loss, values, (grad_hidden[:rows], grad_weight.to(weight.dtype)) if need_gradients else None
+    if not need_gradients:
+        return loss, values, None
+    del of_logits  # before the weight's gradient in its dtype needs room
+    return loss, values, (grad_hidden[:rows], grad_weight.to(weight.dtype))
 
 
 def _has_kernels(device: torch.device) -> bool:

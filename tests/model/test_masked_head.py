@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.base.errors import UserError
 from pipeline.model import masked_head
 from pipeline.model.batch import HeadOutput, Vocabulary
-from pipeline.model.masked_head import MaskedHead
+from pipeline.model.masked_head import MaskedHead, chunk_rows
+from pipeline.planning.activations import head_memory
+from pipeline.planning.live_memory import LiveStorages
 from support import oracles
 
 ROWS, WIDTH, SIZE, MASK, TOKENS = 23, 16, 40, 3, 37
@@ -168,9 +171,9 @@ def test_kernels_write_gradients_in_bf16_and_pass_on_what_is_no_number() -> None
     logits = hidden @ weight.T
     nll, confidence = torch.empty(2, ROWS).unbind(0)
     sums = kernels.score(logits, targets, nll, confidence, VOCABULARY)
-    found = kernels.gradient(logits, targets, weights, *sums, torch.bfloat16, VOCABULARY)
-    assert found.dtype == torch.bfloat16
-    exact = kernels.gradient(logits.clone(), targets, weights, *sums, torch.float32, VOCABULARY)
+    found, exact = torch.empty_like(logits, dtype=torch.bfloat16), torch.empty_like(logits)
+    for out in (found, exact):
+        kernels.gradient(logits, targets, weights, *sums, out, VOCABULARY)
     torch.testing.assert_close(found.float(), exact, rtol=2**-6, atol=1e-6)
     arrays = [x.double().numpy() for x in (hidden, weight)]
     expected = oracles.full_logit_head(*arrays, targets.numpy(), weights.double().numpy(), FORBIDDEN)
@@ -178,6 +181,33 @@ def test_kernels_write_gradients_in_bf16_and_pass_on_what_is_no_number() -> None
     logits[4, 20] = torch.nan
     kernels.score(logits, targets, nll, confidence, VOCABULARY)
     assert nll.isnan().nonzero().flatten().tolist() == [4]
+
+
+def test_chunks_of_a_gpu_take_the_planned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 with products in fp32, the logits and gradients of all chunks share one chunk's room."""
+    rows, vocabulary, width, memory = 400, 5000, 16, 32 * 6 * 5000 * 128
+
+    def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        with _disable_current_modes():  # one kernel there
+            result = a.float() @ b.float()
+            return result if out is None else out.copy_(result)
+
+    def add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        with _disable_current_modes():  # one kernel there
+            total += a.float() @ b.float()
+
+    monkeypatch.setattr(masked_head, "_operands", lambda hidden, weight: (hidden, weight))
+    monkeypatch.setattr(masked_head, "memory_of", lambda device: memory)
+    monkeypatch.setattr(masked_head, "_product", product)
+    monkeypatch.setattr(masked_head, "_add_product", add)
+    hidden = torch.randn(rows, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(vocabulary, width, dtype=torch.bfloat16))
+    head = MaskedHead(weight, Vocabulary(vocabulary, vocabulary, 3))
+    inputs = hidden, torch.randint(4, vocabulary, (rows,)), torch.rand(rows)
+    assert chunk_rows(vocabulary, memory) == 128
+    with LiveStorages([weight, *inputs]) as live:
+        head(*inputs)
+        assert live.peak == pytest.approx(head_memory(rows, width, vocabulary, 2, memory).peak, rel=0.02)
 
 
 def test_scores_are_there_only_when_asked_for() -> None:
