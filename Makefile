@@ -44,7 +44,7 @@ test-slurm: $(VENV)/.installed-dev ## Run the job chain on a real two-node SLURM
 	    { echo "SLURM is missing: apt-get install slurm-wlm munge, or, as root, make test-slurm SLURM_INSTALL=1"; exit 2; }
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-gpu-proof: $(VENV)/.installed-dev ## Measure this machine's GPU in eight minutes: rates, numerics, MFU, memory, resume; writes runs/gpu_proof.
+gpu-proof: $(VENV)/.installed-dev ## Measure this machine's GPU in a quarter of an hour: rates, numerics, MFU, memory, resume; writes runs/gpu_proof.
 	$(BIN)/python -m benchmarks.gpu_proof
 
 lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy), imports (import-linter) and shell scripts (shellcheck).

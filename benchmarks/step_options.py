@@ -144,7 +144,7 @@ def head_options(work: Work) -> dict[str, Option]:
     options |= {f"chunks of {chunk:,} rows": work.head(chunk) for chunk in CHUNKS if chunk <= rows}
     options["rows sorted by target"] = work.head(order=work.batch.targets.argsort())
     if work.device.type == "cuda":
-        options["Triton's kernels"] = work.head(options=HeadOptions(fused=True))
+        options["without Triton's kernels"] = work.head(options=HeadOptions(fused=False))
     options["1 row fewer"] = work.head(fewer=1)
     return options | {"1 row fewer, padded to 128": work.head(options=HeadOptions(row_multiple=128), fewer=1)}
 

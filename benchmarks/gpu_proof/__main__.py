@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="names or kinds of parts")
     parser.add_argument("--list", action="store_true", help="print the parts and their seconds on one H100")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in miniature, to try it")
-    parser.add_argument("--limit", type=int, default=480, help="seconds in total; later parts are left out")
+    parser.add_argument("--limit", type=int, default=900, help="seconds in total; later parts are left out")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu_proof"), help="folder of the report")
     parser.add_argument("--logs", type=Path, help="folder of the logs (default: logs in that of the report)")
     options = parser.parse_args(arguments)

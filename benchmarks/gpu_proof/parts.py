@@ -72,15 +72,15 @@ def all_parts(gpus: int = 1, dry: bool = False) -> list[Part]:
     step = [*shape(dry), "--repetitions", "1" if dry else "5"]
     options = [*step, "--only", "head"] if dry else step  # the other groups are tested by themselves
     return [
-        _part("ceilings", "rates of the card", 15, 60, "-m", f"{HERE}.ceilings"),
-        _part("numerics", "head and attention against float64", 25, 90, "-m", f"{HERE}.numerics"),
+        _part("ceilings", "rates of the card", 10, 60, "-m", f"{HERE}.ceilings"),
+        _part("numerics", "head and attention against float64", 55, 120, "-m", f"{HERE}.numerics"),
         *links(gpus),
         *trainings(gpus, dry),
         resume(gpus, dry),
-        _part("step", "a step beside full logits", 40, 90, "benchmarks/train_step.py", *step),
-        _part("tests", "tests marked gpu", 40, 120, "-m", f"{HERE}.tests"),
-        _part("options", "options of a step", 55, 120, "benchmarks/step_options.py", *options),
-        _part("sampling", "sampling with and without cache", 30, 70, "benchmarks/sampling.py", *sampled),
+        _part("step", "a step beside full logits", 50, 120, "benchmarks/train_step.py", *step),
+        _part("tests", "tests marked gpu", 60, 150, "-m", f"{HERE}.tests"),
+        _part("options", "options of a step", 80, 150, "benchmarks/step_options.py", *options),
+        _part("sampling", "sampling with and without cache", 40, 90, "benchmarks/sampling.py", *sampled),
     ]
 
 
@@ -104,8 +104,8 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
     """Yield the trainings of the presets: the smallest with everything, the others as they are shipped."""
     json = "--engine.deepspeed_config"
     zero2, zero3 = (json, "ds_configs/zero2.json"), (json, "ds_configs/zero3.json")
-    plain, compiled = ("--engine.kind", "plain"), ("--engine.compile_functions", "true")
-    fused = (*compiled, "--engine.fused_head", "true")
+    plain = ("--engine.kind", "plain")
+    compiled = ("--engine.compile", "true", "--engine.compile_functions", "true")
     one_card = [("125M_plain", "PUMA, plain engine", plain)] if gpus == 1 else []
     several = [] if gpus == 1 else [
         ("1B_zero3", "PUMA, ZeRO-3", zero3),
@@ -115,14 +115,13 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
         several.append(("1B_zeropp_int", "PUMA, ZeRO++, int8 and int4", (json, "{folder}/zeropp_int.json")))
     cases: list[tuple[str, str, Sequence[str]]] = [
         ("125M_zero2", "PUMA, ZeRO-2", zero2),
-        ("125M_zero2_random", "random masking, ZeRO-2", (*zero2, *RANDOM_MASKING)),
         ("125M_zero3", "PUMA, ZeRO-3", zero3),
+        ("125M_compiled", "PUMA, ZeRO-2, compiled", (*zero2, *compiled)),
+        ("125M_zero3_compiled", "PUMA, ZeRO-3, compiled", (*zero3, *compiled)),
+        ("1B_compiled", "PUMA, ZeRO-3, compiled", (*zero3, *compiled)),
+        ("125M_zero2_random", "random masking, ZeRO-2", (*zero2, *RANDOM_MASKING)),
+        ("350M_compiled", "PUMA, ZeRO-2, compiled", (*zero2, *compiled)),
         *one_card,
-        ("125M_compiled", "PUMA, ZeRO-2, compiled functions", (*zero2, *compiled)),
-        ("125M_fused", "PUMA, ZeRO-2, compiled functions, fused head", (*zero2, *fused)),
-        ("350M_zero2", "PUMA, ZeRO-2", zero2),
-        ("1B_zero2", "PUMA, ZeRO-2", zero2),
-        ("1B_fused", "PUMA, ZeRO-2, compiled functions, fused head", (*zero2, *fused)),
         *several,
     ]
     for name, how, settings in cases:
@@ -130,8 +129,8 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
         steps = ["--warmup", "1", "--steps", "1"] if dry else ["--steps", "10" if size == "1B" else "30"]
         arguments = ["-m", f"{HERE}.training", "--output", "{output}", *steps, "--"]
         arguments += ["--config", f"configs/{PRESETS[size]}.yaml", *settings, *(MINIATURE if dry else [])]
-        seconds = (25 if size == "1B" else 15) + (10 if "compile_functions" in " ".join(settings) else 0)
-        yield Part(name, f"{size}: {how}", tuple(arguments), seconds, 90, gpus, "training")
+        seconds = (40 if size == "1B" else 30) + (30 if "--engine.compile" in settings else 0)
+        yield Part(name, f"{size}: {how}", tuple(arguments), seconds, 120, gpus, "training")
 
 
 def resume(gpus: int, dry: bool) -> Part:
@@ -139,7 +138,7 @@ def resume(gpus: int, dry: bool) -> Part:
     size = MINIATURE_RESUMED if dry else RESUMED
     if dry and gpus == 1:
         size = ["engine.kind=plain", *size]  # starts in half of the time
-    arguments = ["benchmarks/kill_resume.py", "--kills", "1", "--steps", "40" if dry else "120"]
+    arguments = ["benchmarks/kill_resume.py", "--kills", "1", "--steps", "40" if dry else "60"]
     arguments += ["--ranks", str(gpus), "--folder", "{folder}/kill_resume", "--output", "{output}"]
     arguments += ["--set", "engine.deterministic=true", *size]
-    return Part("resume", "killed and resumed, bit for bit", tuple(arguments), 80, 150, 1, "resume")
+    return Part("resume", "killed and resumed, bit for bit", tuple(arguments), 100, 200, 1, "resume")

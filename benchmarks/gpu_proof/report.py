@@ -143,7 +143,21 @@ def trainings(found: Mapping[str, Entry]) -> list[str]:
         "What takes longest in a step, profiled:",
         "",
         *table(("training", "kernels", "operations of the host"), kernels),
+        *largest_allocations(found),
     ]
+
+
+def largest_allocations(found: Mapping[str, Entry]) -> list[str]:
+    """Return what the memory holds at the peak of a step, where that was recorded."""
+    rows = []
+    for name, run in found.items():
+        first = list(run["memory"].get("at_peak", {}).items())[:LONGEST]
+        if first:
+            rows.append((name, "; ".join(f"{size / 2**20:,.0f} MiB `{clean(line)}`" for line, size in first)))
+    if not rows:
+        return []
+    heads = ("training", "allocations")
+    return ["", "Allocated since the start of a step, at its peak:", "", *table(heads, rows)]
 
 
 def listed(seconds: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ rank has one micro-batch a step. On CPUs memory is that of live tensors.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_proof.measuring import wait, write
+from benchmarks.gpu_proof.peak import at_peak
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.chains.slots import SlotGroup
@@ -41,7 +43,7 @@ RATE = 1e-4
 BLOCK = 5  # steps between two looks at the clock
 UPDATES = 3  # that are timed by themselves
 TRACED = 2  # steps in the profile
-LONGEST = 12  # kernels, and operations of the host, that the profile names
+LONGEST = 12  # kernels, operations of the host and allocations that are named
 
 
 class Run:
@@ -166,14 +168,17 @@ def planned_step(config: Config, gpu: Gpu, world_size: int, masked_share: float)
 
 
 def measure(config: Config, warm_up: int, steps: int, path: Path) -> None:
-    """Train, and write what was measured; the profile comes last, since it may fail by itself."""
+    """Train, and write what was measured; the profiles come last, since they may fail by themselves."""
+    began = time.monotonic()
     with ExitStack() as stack:
         live = None if torch.cuda.is_available() else stack.enter_context(LiveStorages())
         length = config.data.sequence_length
         running = engine_on_random_text(config, vocabulary_of(config), length)
         run = Run(config, *stack.enter_context(running))
         ranks = run.engine.ranks
+        started = time.monotonic()
         run.steps(warm_up)
+        warm = time.monotonic()
         run.rows.clear()
         if live is not None:
             live.peak = live.now
@@ -185,16 +190,21 @@ def measure(config: Config, warm_up: int, steps: int, path: Path) -> None:
             "gpu": torch.cuda.get_device_name(run.device) if live is None else "cpu",
             "ranks": ranks.world_size,
             "zero": asdict(Zero.of(engine_settings(config))),
+            "compiled": config.engine.compile,
             "objective": config.objective.kind,
             "layers": config.model.layers,
             "micro_batch": config.train.micro_batch_size,
             "length": length,
+            "start_seconds": started - began,
+            "warm_up_seconds": warm - started,
             "memory": memory_of(run, live),
         }
         figures |= speed_of(run, blocks, [run.update() for _ in range(UPDATES)], ranks.world_size)
         if ranks.is_first:
             write(path, figures)
         figures["trace"] = run.trace()
+        if live is None:
+            figures["memory"]["at_peak"] = dict(list(at_peak(lambda: run.steps(1)).items())[:LONGEST])
         if ranks.is_first:
             path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -167,7 +167,8 @@ def check_devices() -> Iterator[Finding]:
 def check_compilers() -> Iterator[Finding]:
     """Look for the compilers of DeepSpeed's kernels and of flex_attention."""
     for program, needed in (
-        ("g++", "offloading (DeepSpeedCPUAdam) and engine.compile"),
+        ("gcc", "engine.fused_head and engine.compile on a GPU"),
+        ("g++", "offloading (DeepSpeedCPUAdam) and engine.compile on a CPU"),
         ("ninja", "offloading"),
         ("nvcc", "DeepSpeed's CUDA kernels (quantised collectives)"),
     ):

@@ -170,8 +170,8 @@ class EngineConfig:
             With every ZeRO stage. Takes up to a minute at the start and when shapes change. Needs a compiler.
         compile_functions: Compile what holds no weights: rotary embedding, product inside SwiGLU, chains and
             their statistics. With every ZeRO stage. Needs a compiler.
-        fused_head: On a GPU, compute loss, confidence and gradient of the logits by two Triton kernels, where
-            objective.policy needs no other score. Needs Triton, which torch brings on a GPU machine.
+        fused_head: Compute loss, confidence and gradient of the logits by two Triton kernels: on a GPU with
+            Triton, which torch brings, and a C compiler, where objective.policy needs no other score.
         head_row_multiple: Pad the masked positions of a micro-batch to a multiple of this in the output
             layer, such as 128, so that shapes repeat. 1 = off.
         deterministic: Use deterministic kernels alone: on GPUs, the same run then repeats bit for bit, and so
@@ -187,7 +187,7 @@ class EngineConfig:
     activation_checkpointing: Recompute = "swiglu"
     compile: bool = False
     compile_functions: bool = False
-    fused_head: bool = False
+    fused_head: bool = True
     head_row_multiple: int = 1
     deterministic: bool = False
     sequence_parallel_size: int = 1

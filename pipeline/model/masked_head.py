@@ -8,6 +8,9 @@ probabilities and sums are fp32 for any dtype of the weights.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 from typing import Any, NamedTuple
 
 import torch
@@ -45,11 +48,12 @@ class HeadOptions(NamedTuple):
     """How the head computes; the results are the same up to rounding.
 
     Attributes:
-        fused: on a GPU, take the kernels of head_kernels.py where no score besides the confidence is wanted.
+        fused: on a GPU with Triton and a C compiler, take the kernels of head_kernels.py where no score
+            besides the confidence is wanted.
         row_multiple: pad the rows to a multiple of this, so that shapes repeat.
     """
 
-    fused: bool = False
+    fused: bool = True
     row_multiple: int = 1
 
 
@@ -163,9 +167,12 @@ def _computed(
     return loss, values, (grad_hidden[:rows], grad_weight.to(weight.dtype))
 
 
+@functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    """Return whether Triton's kernels run on the device."""
-    return device.type == "cuda"
+    """Return whether Triton's kernels run on the device: Triton compiles their launchers by a C compiler."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    found = importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+    return device.type == "cuda" and found
 
 
 def _score(logits: Tensor, target: Tensor, values: Values) -> Tensor:

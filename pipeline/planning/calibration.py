@@ -14,6 +14,7 @@ from pipeline.planning.assumptions import UPDATE_BYTES, Assumptions
 from pipeline.planning.gpus import GIB, GPUS, Gpu, gpu_of_device
 
 SCHEMA = 1  # of proof.json
+BUSY = 0.9  # share of a step in which a device runs kernels; below, the host is what takes the time
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,19 @@ class Proof:
         }
         return cls(path, card, gpu, figures, alone)
 
-    def nearest(self, parameters: int, stage: int) -> str | None:
-        """Return the training of the most similar size, if possible of this ZeRO stage; None without any."""
+    def nearest(self, parameters: int, stage: int, compiled: bool) -> str | None:
+        """Return the training of the most similar size, if possible of this kind; None without any."""
 
-        def distance(name: str) -> tuple[float, bool, bool]:
+        def distance(name: str) -> tuple[float, bool, bool, bool]:
             run = self.trainings[name]
             size = abs(math.log(run["parameters"] / parameters))
-            return round(size, 6), run["zero"]["stage"] != stage, run["objective"] != "puma"
+            other = run["zero"]["stage"] != stage, run.get("compiled", False) != compiled
+            return round(size, 6), *other, run["objective"] != "puma"
 
         return min(self.trainings, key=distance, default=None)
 
 
-def measured(proof: Proof, parameters: int, stage: int) -> dict[str, Measured]:
+def measured(proof: Proof, parameters: int, stage: int, compiled: bool) -> dict[str, Measured]:
     """Return the measured values of `Assumptions`, by name.
 
     With the efficiency and the share of an update, the plan of the nearest training takes as long as that
@@ -93,9 +95,10 @@ def measured(proof: Proof, parameters: int, stage: int) -> dict[str, Measured]:
         proof: what was measured.
         parameters: of the planned run.
         stage: of its ZeRO.
+        compiled: whether its blocks are (``engine.compile``).
     """
     gpu, found = proof.gpu, {}
-    name = proof.nearest(parameters, stage)
+    name = proof.nearest(parameters, stage, compiled)
     if name is not None:
         values, source = _of(proof.trainings[name], gpu), f"{proof.card}, {name}"
         found = {key: Measured(value, source) for key, value in values.items()}
@@ -112,10 +115,12 @@ def measured(proof: Proof, parameters: int, stage: int) -> dict[str, Measured]:
 def _of(run: Mapping[str, Any], gpu: Gpu) -> dict[str, float]:
     """Return what one training on one GPU says of the assumptions."""
     computation = run["step_seconds"] - run["update_seconds"]
-    memory = run["memory"]
-    values = {"efficiency": run["executed_flops"] / computation / gpu.flops}
+    memory, trace = run["memory"], run.get("trace")
+    busy = min(1.0, trace["device_seconds"] / run["step_seconds"]) if trace else 1.0
+    waits = busy < BUSY  # for the host, whose time does not shrink with the micro-batch
+    values = {"efficiency": run["executed_flops"] / computation / (busy if waits else 1.0) / gpu.flops}
     of_block = 1e3 * computation / run["layers"]
-    if of_block < Assumptions.host_milliseconds:  # a block took less than is assumed to be the least
+    if waits or of_block < Assumptions.host_milliseconds:  # a block took less than is assumed to be the least
         values["host_milliseconds"] = of_block
     if run["zero"]["optimizer"] == "gpu":
         rate = run["parameters"] * UPDATE_BYTES / run["update_seconds"]
@@ -125,9 +130,11 @@ def _of(run: Mapping[str, Any], gpu: Gpu) -> dict[str, float]:
     return values
 
 
-def calibrated(proofs: Sequence[Proof], parameters: int, stage: int) -> dict[str, Measured]:
+def calibrated(
+    proofs: Sequence[Proof], parameters: int, stage: int, compiled: bool
+) -> dict[str, Measured]:
     """Return what several proofs of the same GPU measured; the last one counts."""
     found: dict[str, Measured] = {}
     for proof in proofs:
-        found |= measured(proof, parameters, stage)
+        found |= measured(proof, parameters, stage, compiled)
     return found

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from benchmarks.gpu_proof import __main__ as program
-from benchmarks.gpu_proof import prepare, report
+from benchmarks.gpu_proof import peak, prepare, report
 from benchmarks.gpu_proof.aims import aims
 from benchmarks.gpu_proof.parts import Part, all_parts
 from benchmarks.gpu_proof.runner import run_part
@@ -84,8 +84,8 @@ def test_the_settings_of_every_training_are_valid(gpus: int, dry: bool, tmp_path
     assert ("links" in names) == (gpus > 1)
 
 
-def test_one_card_takes_less_than_eight_minutes() -> None:
-    assert sum(each.seconds for each in all_parts()) + program.MACHINE.seconds < 480
+def test_one_card_takes_less_than_a_quarter_of_an_hour() -> None:
+    assert sum(each.seconds for each in all_parts()) + program.MACHINE.seconds < 900
 
 
 def test_a_part_that_fails_leaves_its_last_lines_and_its_figures(tmp_path: Path) -> None:
@@ -206,7 +206,12 @@ def test_carried_wheels_are_found_offline(tmp_path: Path) -> None:
 def test_the_report_of_a_gpu_names_time_memory_and_links() -> None:
     """Figures that only a GPU has, by hand."""
     gib = 2**30
-    memory = {"allocated": 10 * gib, "reserved": 12 * gib, "planned / allocated": 1.05}
+    memory = {
+        "allocated": 10 * gib,
+        "reserved": 12 * gib,
+        "planned / allocated": 1.05,
+        "at_peak": {"pipeline/model/masked_head.py:135 _computed": 3 * gib},
+    }
     run = {
         "memory": memory,
         "step_seconds": 0.04,
@@ -230,6 +235,33 @@ def test_the_report_of_a_gpu_names_time_memory_and_links() -> None:
     cells = "125M_zero2|40.0 ms|30.0 ms|5.0 ms|409,600|0.310|0.50|0.80|2,300|10.00|1.050|12.00".split("|")
     assert f"| {' | '.join(cells)} |" in sections["training"]
     assert "2.00 ms `a\\|b'c`" in sections["training"], "a kernel's name breaks no table"
+    assert "3,072 MiB `pipeline/model/masked_head.py:135 _computed`" in sections["training"]
     assert "| all-gather | 50.0 | 300.0 |" in sections["links"]
     proof = {"parts": {"125M_zero2": {"figures": run}}, "dry_run": False}
     assert ("MFU, 125M_zero2", "0.310", "at least 0.25", "yes") in report.aims_rows(proof)
+
+
+def test_the_peak_names_the_lines_that_hold_memory_then() -> None:
+    """A snapshot by hand: at the peak the second line holds two blocks; the first was released before."""
+
+    def event(action: str, address: int, size: int, *frames: tuple[str, int]) -> dict[str, Any]:
+        named = [{"filename": file, "line": line, "name": "f"} for file, line in frames]
+        return {"action": action, "addr": address, "size": size, "frames": named}
+
+    head, torch_file = ("/a/pipeline/pipeline/model/masked_head.py", 7), ("/a/torch/nn/functional.py", 1)
+    events = [
+        event("alloc", 1, 50, head),
+        event("free_requested", 99, 10),  # of before
+        event("free_requested", 1, 50),
+        event("free_completed", 1, 50),
+        event("alloc", 1, 40, torch_file, head),
+        event("alloc", 2, 20, ("/b/deepspeed/runtime/zero/stage3.py", 3)),
+        event("alloc", 3, 5),
+        event("free_requested", 2, 20),
+        event("alloc", 4, 10, head),
+    ]
+    assert peak.largest(events) == {
+        "pipeline/model/masked_head.py:7 f": 40,
+        "deepspeed/runtime/zero/stage3.py:3 f": 20,
+        "elsewhere (backward)": 5,
+    }

@@ -102,15 +102,28 @@ def test_a_step_shorter_than_the_assumed_launches_is_repeated_too(call: Any) -> 
     assert basis["host_milliseconds"]["value"] == pytest.approx(0.4)
 
 
+def test_a_step_that_waits_for_the_host_does_not_shrink_with_its_micro_batch(call: Any) -> None:
+    """Busy for a quarter of the step: the rest is the host's time, the same for every micro-batch."""
+    waiting = training(STEP, trace={"device_seconds": STEP / 4})
+    plan, basis = plan_of(call(proof({"1B_zero3": waiting}), more=("--gpus", "1", "--json")))
+    assert plan["seconds"]["step"] == pytest.approx(STEP)
+    assert basis["efficiency"]["value"] == pytest.approx(4 * EXECUTED / (STEP - UPDATE) / FLOPS)
+    assert basis["host_milliseconds"]["value"] == pytest.approx(1e3 * (STEP - UPDATE) / LAYERS)
+    small, _ = plan_of(call(proof({"1B_zero3": waiting}), more=("--gpus", "8", "--json")))
+    assert small["micro_batch"] == BATCH // 8
+    assert small["seconds"]["computation"] == pytest.approx(STEP - UPDATE)
+
+
 @pytest.mark.parametrize(
     ("others", "expected"),
     [
         ({"far": training(1.0, PARAMETERS * 4), "near": training(STEP, PARAMETERS * 2)}, "near"),
         ({"stage2": training(1.0, stage=2), "stage3": training(STEP)}, "stage3"),
+        ({"compiled": training(1.0, compiled=True), "eager": training(STEP)}, "eager"),
         ({"random": training(1.0, objective="random_masking"), "puma": training(STEP)}, "puma"),
         ({"many": training(1.0, ranks=8), "alone": training(STEP, PARAMETERS * 9)}, "alone"),
     ],
-    ids=["size", "stage", "objective", "ranks"],
+    ids=["size", "stage", "compiled", "objective", "ranks"],
 )
 def test_the_nearest_training_counts(call: Any, others: dict[str, Any], expected: str) -> None:
     _, basis = plan_of(call(proof(others), more=("--gpus", "1", "--json")))
