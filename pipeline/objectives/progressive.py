@@ -17,9 +17,9 @@ class ProgressiveUnmasking:
 
     At stage j, round(r L_eff) answer positions of a chain are unmasked, r ~ U[j/K, (j+1)/K), at most L_eff -
     1. A step reveals the masked positions that the policy ranks highest, always with the true tokens. With a
-    threshold it also reveals every position of a higher confidence, and the stage follows the unmasked
-    fraction. Stages only grow, so a chain ends within K steps, whatever L_eff, K and the threshold. A
-    sequence ends when its last chain does; chains that end earlier have no masks from then on.
+    threshold it also reveals every position of a higher confidence; where there is one, the stage follows
+    the unmasked fraction. Stages only grow, so a chain ends within K steps, whatever L_eff, K and the
+    threshold. A sequence ends when its last chain does; chains that end earlier have no masks from then on.
     """
 
     def __init__(
@@ -76,8 +76,10 @@ class ProgressiveUnmasking:
         masked = ranked = state.masked & ~chains.take_highest(state.masked, ranking, count)
         if self.threshold is not None:
             masked = masked & ~(scores.confidence > self.threshold)
-            unmasked = length - chains.sums(masked)
-            stage = torch.maximum(stage, unmasked * final // length.clamp(min=1))
+            left = chains.sums(masked)  # [B, N]
+            reached = torch.maximum(stage, (length - left) * final // length.clamp(min=1))
+            # A count that is rounded up may lie in the next stage already, and would skip it by itself.
+            stage = torch.where(left < chains.sums(ranked), reached, stage)
         ended = (stage >= final) | (length == 0)  # [B, N]
         going_on = ~chains.spread(ended)  # [B, L]
         reveals = Reveals(

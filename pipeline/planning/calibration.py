@@ -130,9 +130,7 @@ def _of(run: Mapping[str, Any], gpu: Gpu) -> dict[str, float]:
     return values
 
 
-def calibrated(
-    proofs: Sequence[Proof], parameters: int, stage: int, compiled: bool
-) -> dict[str, Measured]:
+def calibrated(proofs: Sequence[Proof], parameters: int, stage: int, compiled: bool) -> dict[str, Measured]:
     """Return what several proofs of the same GPU measured; the last one counts."""
     found: dict[str, Measured] = {}
     for proof in proofs:

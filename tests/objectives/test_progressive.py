@@ -163,6 +163,31 @@ def test_stage_targets_stay_in_their_stage(length: int, stages: int) -> None:
             assert len(target.unique()) == length, "one stage covers every count"
 
 
+def test_a_threshold_that_reveals_nothing_changes_nothing() -> None:
+    """Chains last K steps, also where a rounded count reaches the next stage (L_eff no multiple of K)."""
+    count, length, stages = 200, 37, 6
+    roles = torch.full((count, length), ANSWER, dtype=torch.int8)
+    examples = Examples(torch.zeros(count, length, dtype=torch.int64), roles, torch.arange(count))
+    chains = LAYOUT.chains(examples)
+    plain, with_threshold = (
+        ProgressiveUnmasking(3, LAYOUT, StageSchedule(stages), POLICIES["confidence"], threshold)
+        for threshold in (None, 0.9)
+    )
+    states = [
+        each.begin(chains, torch.zeros(count, 1, dtype=torch.int64), 1) for each in (plain, with_threshold)
+    ]
+    for step in range(1, stages + 1):
+        unsure = Scores(torch.rand(count, length, generator=torch.Generator().manual_seed(step)) * 0.8)
+        (first, ended, _), (second, also_ended, _) = (
+            objective.advance(chains, state, unsure, step, step + 1)
+            for objective, state in zip((plain, with_threshold), states, strict=True)
+        )
+        assert second.stage.equal(first.stage)
+        assert second.masked.equal(first.masked)
+        assert ended.all() == also_ended.all() == (step == stages)
+        states = [first, second]
+
+
 def test_first_chains_are_staggered() -> None:
     """Every stage is present in a micro-batch of at least K slots, from the first step."""
     objective = ProgressiveUnmasking(0, LAYOUT, StageSchedule(8), POLICIES["confidence"])

@@ -79,7 +79,8 @@ class Chain:
             self.revealed = len(ranked), sum(confidence[i] > self.threshold for i in self.masked)
             self.masked = {i for i in self.masked if not confidence[i] > self.threshold}
             unmasked = len(self.answer) - len(self.masked)
-            self.stage = max(self.stage, unmasked * after // len(self.answer))
+            if self.revealed[1]:
+                self.stage = max(self.stage, unmasked * after // len(self.answer))
         self.ended = self.stage >= after
 
 
