@@ -32,12 +32,23 @@ class ObjectiveConfig:
         stages_interval: Steps between two increases of K.
         stages_maximum: Upper limit of K; null = no limit.
         threshold: Also reveal every position with a confidence above this probability; null = standard mode.
+        stages_skipped: Most stages that a PUMA chain skips at a step; how many is drawn anew at each, evenly.
+            Chains become shorter, and their inputs less alike. 0 = none.
+        reveal_pool: Reveal random positions among this share of a PUMA chain's masked positions, those that
+            the policy ranks highest. 0 = reveal the highest ranked, near 1 = nearly random.
         random_share: Share of PUMA chains that use a fresh random mask at every stage instead.
         turns: Keep turns x train.global_batch_size PUMA chains in flight and train each of them every
             turns-th step, so that consecutive steps share no example. 1 = train every chain at every step.
         mask_count: Number of positions that random masking masks: uniform = n drawn uniformly from 1 to the
             answer length L, loss weight 1/n per position; bernoulli = each position with probability t, t
             uniform in (0, 1), loss weight 1/(t L).
+        mask_ratio_std: Draw the mask ratio, n/L, from a normal distribution of this standard deviation, cut
+            off to the range below; PUMA's stages follow it, too. null = evenly.
+        mask_ratio_mean: Mean of that normal distribution.
+        mask_ratio_minimum: Lowest mask ratio.
+        mask_ratio_maximum: Highest mask ratio.
+        mask_ratio_weighted: Weigh random masks so that the loss is the bound in spite of mask_ratio_std.
+            false = each mask weighs the same.
         stratified: Spread t (or n/L) evenly over the global batch, which lowers the variance of the loss.
         complementary: Train on each random mask and, at the next step, on its complement.
         block_size: Block diffusion: split answers into blocks of this many tokens, each with its own chain
@@ -57,9 +68,16 @@ class ObjectiveConfig:
     stages_interval: int | None = None
     stages_maximum: int | None = None
     threshold: float | None = None
+    stages_skipped: int = 0
+    reveal_pool: float = 0.0
     random_share: float = 0.0
     turns: int = 1
     mask_count: Literal["uniform", "bernoulli"] = "uniform"
+    mask_ratio_std: float | None = None
+    mask_ratio_mean: float = 0.5
+    mask_ratio_minimum: float = 0.0
+    mask_ratio_maximum: float = 1.0
+    mask_ratio_weighted: bool = False
     stratified: bool = False
     complementary: bool = False
     block_size: int | None = None
@@ -83,6 +101,7 @@ class ObjectiveConfig:
         self._check_stages()
         self._check_chains()
         self._check_random_masks()
+        self._check_mask_ratio()
         self._check_visibility(prediction, sequence_length)
 
     def _check_switch(self, steps: int) -> None:
@@ -138,10 +157,23 @@ class ObjectiveConfig:
             f"objective.random_share is {self.random_share}: give a share from 0 to below 1 (for 1, set "
             "objective.kind to random_masking).",
         )
+        require_not_negative("objective", self, "stages_skipped")
+        require(
+            0 <= self.reveal_pool < 1,
+            f"objective.reveal_pool is {self.reveal_pool}: give a share from 0 to below 1 (for 1, set "
+            "objective.policy to random).",
+        )
+        require(
+            self.reveal_pool == 0 or self.policy not in UNSCORED,
+            f"objective.reveal_pool is {self.reveal_pool}, which has no effect with objective.policy = "
+            f"{self.policy!r}: set it to 0, or choose a policy that reads scores.",
+        )
         for key, unset in (
             ("threshold", None),
             ("random_share", 0),
             ("stages_increment", 0),
+            ("stages_skipped", 0),
+            ("reveal_pool", 0),
             ("turns", 1),
             ("policy", "confidence"),
         ):
@@ -155,6 +187,52 @@ class ObjectiveConfig:
             not self.complementary or self.mask_count == "uniform",
             "objective.complementary with objective.mask_count = 'bernoulli': pairs are drawn by "
             "their number of masked positions. Set objective.mask_count to uniform.",
+        )
+
+    def _check_mask_ratio(self) -> None:
+        low, high, std = self.mask_ratio_minimum, self.mask_ratio_maximum, self.mask_ratio_std
+        require(
+            0 <= low < high <= 1,
+            f"objective.mask_ratio_minimum is {low} and objective.mask_ratio_maximum is {high}: give 0 <= "
+            "minimum < maximum <= 1.",
+        )
+        require(
+            std is None or std > 0,
+            f"objective.mask_ratio_std is {std}: give a standard deviation above 0, or null for even ratios.",
+        )
+        require(
+            std is not None or self.mask_ratio_mean == 0.5,
+            f"objective.mask_ratio_mean is {self.mask_ratio_mean}, which has no effect without "
+            "objective.mask_ratio_std: set both, or leave both out.",
+        )
+        require(
+            std is None or low - 4 * std <= self.mask_ratio_mean <= high + 4 * std,
+            f"objective.mask_ratio_mean is {self.mask_ratio_mean}, more than 4 standard deviations from the "
+            "range of the mask ratio: move it closer.",
+        )
+        even, masked = std is None and (low, high) == (0, 1), self.kinds != ("autoregressive",)
+        for key, unset in (("mask_ratio_std", None), ("mask_ratio_minimum", 0), ("mask_ratio_maximum", 1)):
+            self._require_kind(key, getattr(self, key) != unset, masked, "puma or random_masking")
+        require(
+            even or self.mask_count == "uniform",
+            "objective.mask_ratio_std, mask_ratio_minimum or mask_ratio_maximum with objective.mask_count = "
+            f"{self.mask_count!r}: they set the distribution of n. Set objective.mask_count to uniform.",
+        )
+        require(
+            not self.mask_ratio_weighted or (std is not None and (low, high) == (0, 1)),
+            "objective.mask_ratio_weighted is true: weights keep the bound only where every mask ratio occurs"
+            ", and change nothing where all are alike. Set objective.mask_ratio_std, without a range.",
+        )
+        require(
+            not (self.mask_ratio_weighted and self.complementary),
+            "objective.mask_ratio_weighted with objective.complementary: a complement is drawn from another "
+            "distribution. Set one of them to false.",
+        )
+        self._require_kind(
+            "mask_ratio_weighted",
+            self.mask_ratio_weighted,
+            "random_masking" in self.kinds or self.random_share > 0,
+            "random_masking",
         )
 
     def _check_visibility(self, prediction: str, sequence_length: int) -> None:

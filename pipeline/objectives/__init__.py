@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.config import Config, ObjectiveConfig
 from pipeline.objectives.autoregressive import Autoregressive
 from pipeline.objectives.layouts import Blocks, LeftToRight, Whole
+from pipeline.objectives.mask_ratio import MaskRatio
 from pipeline.objectives.mixture import Mixture
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
@@ -59,11 +60,28 @@ def _objective(kind: str, config: Config, mask_id: int, has_padding: bool) -> Ob
     if settings.block_size is not None:
         layout = Blocks(mask_id, has_padding, first_given, size=settings.block_size)
     strata = config.train.global_batch_size if settings.stratified else None
-    random = RandomMasking(seed, layout, settings.mask_count, strata, settings.complementary)
+    ratios = MaskRatio(
+        settings.mask_ratio_minimum,
+        settings.mask_ratio_maximum,
+        settings.mask_ratio_mean,
+        settings.mask_ratio_std,
+    )
+    random = RandomMasking(
+        seed,
+        layout,
+        settings.mask_count,
+        strata,
+        settings.complementary,
+        ratios,
+        settings.mask_ratio_weighted,
+    )
     if kind == "random_masking":
         return random
     policy = POLICIES[settings.policy]
-    chains = ProgressiveUnmasking(seed, layout, stage_schedule(settings), policy, settings.threshold)
+    chains = ProgressiveUnmasking(
+        seed, layout, stage_schedule(settings), policy, settings.threshold, ratios, settings.stages_skipped,
+        settings.reveal_pool,
+    )  # fmt: skip
     return Mixture(chains, random, settings.random_share) if settings.random_share else chains
 
 

@@ -51,7 +51,7 @@ class Mixture:
         """Advance the chains, and draw the random masks of the next stage."""
         progressive, ended, reveals = self.progressive.advance(chains, state, scores, step, next_step)
         stages = self.progressive.stages
-        stage = stages.following(state.stage, step, next_step)
+        stage = self.progressive.following(chains, state.stage, step, next_step)
         random = self.random.begin(chains, stage, next_step)
         where = self.is_random(chains.examples)
         ended = torch.where(where, stage[:, 0] >= stages(next_step), ended)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives import noise
+from pipeline.objectives.mask_ratio import UNIFORM, MaskRatio
 from pipeline.objectives.seam import (
     Chains,
     ChainState,
@@ -29,6 +30,9 @@ class RandomMasking:
     An empty Bernoulli mask would waste a forward. Masks are therefore drawn given that they are not empty,
     and weigh P(not empty) = 1 - (1 - t)^L_eff times as much. An empty mask has no loss, so the expectation is
     the same, and no weight exceeds 1.
+
+    With another distribution of the mask ratio, n = uniform is drawn from that; the loss is the bound again
+    when each n weighs as much as it has become rarer (`weighted`).
     """
 
     needs: tuple[str, ...] = ()
@@ -40,6 +44,8 @@ class RandomMasking:
         count: Literal["uniform", "bernoulli"] = "uniform",
         strata: int | None = None,
         complementary: bool = False,
+        ratios: MaskRatio = UNIFORM,
+        weighted: bool = False,
     ) -> None:
         """Make the objective.
 
@@ -49,12 +55,16 @@ class RandomMasking:
             count: distribution of the number of masked positions.
             strata: slots of the global batch, over which t is stratified; None = independent draws.
             complementary: train on each mask and, in the next step, on its complement.
+            ratios: distribution of n / L_eff, for count = uniform.
+            weighted: let the loss be the bound whatever the distribution; it must cover 0 to 1.
         """
         self.seed = seed
         self.layout = layout
         self.count = count
         self.strata = strata
         self.complementary = complementary
+        self.ratios = ratios
+        self.weighted = weighted
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return zeros [B]: there are no stages."""
@@ -80,7 +90,10 @@ class RandomMasking:
             self.seed, noise.MASK_POSITIONS, chains.examples.ids[:, None], positions, stages
         )
         if self.count == "uniform":
-            return chains.take_highest(chains.answer, order, 1 + (ratio * chains.length).to(torch.int64))
+            before_last = (self.ratios.quantile(ratio) * chains.length).to(torch.int64)
+            return chains.take_highest(
+                chains.answer, order, 1 + torch.minimum(before_last, chains.length - 1)
+            )
         # The first masked position is geometric, cut off at L_eff; each behind it is masked independently.
         u = noise.uniform(
             self.seed, noise.FIRST_MASKED, chains.examples.ids[:, None], chain_numbers(chains), stage
@@ -109,10 +122,17 @@ class RandomMasking:
     def weights(self, chains: Chains, state: ChainState) -> Tensor:
         """Return the weights that belong to the distribution `count`."""
         if self.count == "uniform":
-            return mean_over_chains(chains, state.masked)
+            factor = self.rarity(chains, state.masked) if self.weighted else None
+            return mean_over_chains(chains, state.masked, factor)
         ratio, length = self.ratio(chains, state.stage), chains.length.clamp(min=1)
         not_empty = -torch.expm1(length * torch.log(ratio))  # 1 - (1 - t)^L_eff
         return mean_over_chains(chains, state.masked, not_empty / ((1 - ratio) * length))
+
+    def rarity(self, chains: Chains, masked: Tensor) -> Tensor:
+        """Return 1 / (n L_eff P(n)) of each chain, [B, N], with n masked positions; uniform: 1/n."""
+        count, length = chains.sums(masked).clamp(min=1).double(), chains.length.clamp(min=1).double()
+        chance = self.ratios.below(count / length) - self.ratios.below((count - 1) / length)
+        return 1.0 / (count * length * chance)
 
     def advance(
         self, chains: Chains, state: ChainState, scores: Scores, step: int, next_step: int

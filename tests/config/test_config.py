@@ -159,6 +159,40 @@ def test_no_unknown_key_of_a_file_passes(
             "--objective.complementary true".split(),
             ["objective.complementary", "objective.mask_count", "uniform"],
         ),
+        (
+            ["--objective.mask_ratio_minimum", "0.6", "--objective.mask_ratio_maximum", "0.5"],
+            ["objective.mask_ratio_minimum is 0.6", "objective.mask_ratio_maximum is 0.5"],
+        ),
+        (["--objective.mask_ratio_std", "0"], ["objective.mask_ratio_std is 0.0", "null"]),
+        (["--objective.mask_ratio_mean", "0.4"], ["objective.mask_ratio_mean is 0.4", "mask_ratio_std"]),
+        (
+            ["--objective.mask_ratio_mean", "3", "--objective.mask_ratio_std", "0.2"],
+            ["objective.mask_ratio_mean is 3.0", "closer"],
+        ),
+        (
+            "--objective.kind random_masking --objective.mask_count bernoulli "
+            "--objective.mask_ratio_std 0.2".split(),
+            ["objective.mask_ratio_std", "objective.mask_count = 'bernoulli'", "uniform"],
+        ),
+        (
+            "--objective.kind random_masking --objective.mask_ratio_weighted true".split(),
+            ["objective.mask_ratio_weighted is true", "objective.mask_ratio_std"],
+        ),
+        (
+            "--objective.kind random_masking --objective.mask_ratio_weighted true "
+            "--objective.mask_ratio_std 0.2 --objective.complementary true".split(),
+            ["objective.mask_ratio_weighted", "objective.complementary"],
+        ),
+        (
+            "--objective.mask_ratio_weighted true --objective.mask_ratio_std 0.2".split(),
+            ["objective.mask_ratio_weighted is True", "no effect"],
+        ),
+        (["--objective.stages_skipped", "-1"], ["objective.stages_skipped is -1"]),
+        (["--objective.reveal_pool", "1"], ["objective.reveal_pool is 1.0", "random"]),
+        (
+            ["--objective.reveal_pool", "0.5", "--objective.policy", "random"],
+            ["objective.reveal_pool is 0.5", "'random'"],
+        ),
         (["--objective.switch_to", "random_masking"], ["objective.switch_step is None", "give both"]),
         (
             ["--objective.switch_to", "puma", "--objective.switch_step", "5"],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.objectives.layouts import Whole
+from pipeline.objectives.mask_ratio import MaskRatio
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.progressive import ProgressiveUnmasking
 from pipeline.objectives.seam import ChainState, Scores, take_highest
@@ -43,11 +44,18 @@ class Case:
     policy: str
     seed: int
     kind: str
+    bell: tuple[float, float] | None
+    skipped: int
+    pool: float
 
     def objective(self) -> ProgressiveUnmasking:
         """Return what is tested."""
-        policy = POLICIES[self.policy]
-        return ProgressiveUnmasking(self.seed, LAYOUT, self.stages, policy, self.threshold)
+        policy, ratios = POLICIES[self.policy], MaskRatio()
+        if self.bell:
+            ratios = MaskRatio(mean=self.bell[0], std=self.bell[1])
+        return ProgressiveUnmasking(
+            self.seed, LAYOUT, self.stages, policy, self.threshold, ratios, self.skipped, self.pool
+        )
 
 
 @st.composite
@@ -73,6 +81,9 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(sorted(POLICIES))),
         draw(st.integers(0, 1000)),
         draw(st.sampled_from(KINDS)),
+        draw(st.none() | st.sampled_from([(0.5, 0.2), (0.3, 0.1), (0.8, 0.5)])),
+        draw(st.integers(0, 3)),
+        draw(st.sampled_from([0.0, 0.25, 0.9])),
     )
 
 
@@ -120,7 +131,17 @@ def test_chains_equal_the_oracle(case: Case, data: st.DataObject) -> None:
     first = [data.draw(st.integers(0, case.stages(first_step) - 1)) for _ in case.answers]
     state = objective.begin(LAYOUT.chains(case.examples), torch.tensor(first)[:, None], first_step)
     chains = [
-        oracles.Chain(case.seed, example, answer, case.stages, case.threshold, case.policy)
+        oracles.Chain(
+            case.seed,
+            example,
+            answer,
+            case.stages,
+            case.threshold,
+            case.policy,
+            bell=case.bell,
+            skipped=case.skipped,
+            pool=case.pool,
+        )
         for example, answer in zip(case.examples.ids.tolist(), case.answers, strict=True)
     ]
     for chain, stage in zip(chains, first, strict=True):

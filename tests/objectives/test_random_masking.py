@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from pipeline.config import Config, ObjectiveConfig, TrainConfig
 from pipeline.data.examples import ANSWER, PROMPT, Examples
 from pipeline.objectives import build, held_out_objective
 from pipeline.objectives.layouts import Blocks, Whole
+from pipeline.objectives.mask_ratio import UNIFORM, MaskRatio
 from pipeline.objectives.random_masking import RandomMasking
 from pipeline.objectives.seam import ChainState, Scores
 from support import oracles
 
 LAYOUT = Whole(mask_id=3, has_padding=False)
+BELL = MaskRatio(mean=0.6, std=0.2)
 
 
 def zeros(count: int) -> torch.Tensor:
@@ -85,6 +88,29 @@ def test_blocks_are_masked_independently(length: int, size: int, seed: int) -> N
         assert positions(state, row) == expected
 
 
+@pytest.mark.parametrize("ratios", [BELL, MaskRatio(0.3, 0.8), MaskRatio(0.2, 1.0, 0.5, 0.1)])
+def test_counts_follow_the_distribution_of_the_mask_ratio(ratios: MaskRatio) -> None:
+    """Each n is as frequent as the distribution says, to 5 standard deviations; a mask weighs 1/n."""
+    rows, length = 50_000, 10
+    chains = LAYOUT.chains(answers_only(rows, length))
+    objective = RandomMasking(1, LAYOUT, ratios=ratios)
+    state = objective.begin(chains, zeros(rows), 1)
+    found = np.bincount(state.masked.sum(dim=1).numpy(), minlength=length + 1)[1:]
+
+    def below(ratio: float) -> float:
+        ratio = min(max(ratio, ratios.low), ratios.high)
+        if ratios.std is None:
+            return (ratio - ratios.low) / (ratios.high - ratios.low)
+        normal = NormalDist(ratios.mean, ratios.std)
+        low, high = normal.cdf(ratios.low), normal.cdf(ratios.high)
+        return (normal.cdf(ratio) - low) / (high - low)
+
+    expected = np.array([below(n / length) - below((n - 1) / length) for n in range(1, length + 1)])
+    assert (np.abs(found - rows * expected) <= 5 * np.sqrt(rows * expected * (1 - expected)) + 1e-6).all()
+    weights = objective.weights(chains, state) * state.masked
+    torch.testing.assert_close(weights.sum(dim=1), torch.full((rows,), 1 / rows))
+
+
 def exact_bound(length: int, loss: dict[frozenset[int], float]) -> float:
     """Return the mean over n of the mean over masks of n positions of the mean loss of a position."""
     means = [
@@ -95,12 +121,15 @@ def exact_bound(length: int, loss: dict[frozenset[int], float]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("count", "strata", "complementary"),
-    [("uniform", None, False), ("uniform", 50, False), ("uniform", None, True), ("uniform", 50, True),
-     ("bernoulli", None, False), ("bernoulli", 50, False)],
+    ("count", "strata", "complementary", "ratios"),
+    [("uniform", None, False, UNIFORM), ("uniform", 50, False, UNIFORM), ("uniform", None, True, UNIFORM),
+     ("uniform", 50, True, UNIFORM), ("bernoulli", None, False, UNIFORM), ("bernoulli", 50, False, UNIFORM),
+     ("uniform", None, False, BELL), ("uniform", 50, False, BELL)],
 )  # fmt: skip
 @pytest.mark.parametrize("length", [1, 4])
-def test_every_form_is_unbiased(count: str, strata: int | None, complementary: bool, length: int) -> None:
+def test_every_form_is_unbiased(
+    count: str, strata: int | None, complementary: bool, ratios: MaskRatio, length: int
+) -> None:
     """The expected loss is the bound / L_eff, for a loss that depends on the whole mask in any way.
 
     Also where an empty mask is the likeliest (L_eff = 1), and where a full one has no complement.
@@ -112,7 +141,7 @@ def test_every_form_is_unbiased(count: str, strata: int | None, complementary: b
     for mask, value in table.items():
         lookup[sum(1 << (i - 1) for i in mask)] = value / len(mask)  # of each masked position
     chains = LAYOUT.chains(answers_only(100_000, length))
-    objective = RandomMasking(2, LAYOUT, count, strata, complementary)  # type: ignore[arg-type]
+    objective = RandomMasking(2, LAYOUT, count, strata, complementary, ratios, True)  # type: ignore[arg-type]
     state = objective.begin(chains, zeros(100_000), 1)
     losses, rounds = np.zeros(100_000), 0
     while True:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 REVEAL_ORDER, STAGE_TARGET, MASK_RATIO, MASK_POSITIONS, FIRST_MASKED = 1, 2, 3, 4, 5
+SKIPPED_STAGES = 10
 
 
 def splitmix64(x: int) -> int:
@@ -42,15 +44,21 @@ class Chain:
         threshold: float | None,
         policy: str = "confidence",
         number: int = 0,
+        bell: tuple[float, float] | None = None,
+        skipped: int = 0,
+        pool: float = 0.0,
     ) -> None:
         self.seed, self.example, self.number, self.answer = seed, example, number, answer
         self.stages, self.threshold, self.policy = stages, threshold, policy
+        self.bell, self.skipped, self.pool = bell, skipped, pool
         self.ended = False
 
     def target(self, stage: int, step: int) -> int:
         """Return the unmasked count of a stage: round(r L_eff), one masked token stays."""
         jitter = uniform(self.seed, STAGE_TARGET, self.example, self.number, stage)
         r = (stage + jitter) / self.stages(step)
+        if self.bell:
+            r = 1 - bell_quantile(1 - r, *self.bell)
         return min(int(np.floor(r * len(self.answer) + 0.5)), len(self.answer) - 1)
 
     def order(self) -> dict[int, float]:
@@ -71,8 +79,15 @@ class Chain:
         before, after = self.stages(step), self.stages(step + 1)
         done = self.stage + 1  # parts of 1/before
         self.stage = next(j for j in range(2 * after + done) if j * before >= done * after)
+        if self.skipped:
+            drawn = uniform(self.seed, SKIPPED_STAGES, self.example, self.number, done - 1)
+            self.stage += int(drawn * (self.skipped + 1))
         wanted = self.target(self.stage, step + 1) - (len(self.answer) - len(self.masked))
-        ranked = set(best(sorted(self.masked), ranking, wanted))
+        if self.pool:
+            size = max(wanted, int(np.ceil(self.pool * len(self.masked))))
+            ranked = set(best(best(sorted(self.masked), ranking, size), self.order(), wanted))
+        else:
+            ranked = set(best(sorted(self.masked), ranking, wanted))
         self.masked -= ranked
         self.revealed = len(ranked), 0  # by rank, by threshold
         if self.threshold is not None:
@@ -80,8 +95,26 @@ class Chain:
             self.masked = {i for i in self.masked if not confidence[i] > self.threshold}
             unmasked = len(self.answer) - len(self.masked)
             if self.revealed[1]:
-                self.stage = max(self.stage, unmasked * after // len(self.answer))
+                part = unmasked / len(self.answer)
+                if self.bell:
+                    part = 1 - bell_share(1 - part, *self.bell)
+                self.stage = max(self.stage, int(part * after + 1e-9))
         self.ended = self.stage >= after
+
+
+def bell_share(ratio: float, mean: float, std: float) -> float:
+    """Return the share below `ratio` of a normal distribution that is cut off to [0, 1]."""
+    normal = NormalDist(mean, std)
+    return (normal.cdf(ratio) - normal.cdf(0)) / (normal.cdf(1) - normal.cdf(0))
+
+
+def bell_quantile(share: float, mean: float, std: float) -> float:
+    """Return the ratio below which `share` of that distribution lies."""
+    normal = NormalDist(mean, std)
+    between = normal.cdf(0) + share * (normal.cdf(1) - normal.cdf(0))
+    if not 0 < between < 1:
+        return round(between)
+    return min(1.0, max(0.0, normal.inv_cdf(between)))
 
 
 def random_mask(
