@@ -1,17 +1,19 @@
 """Record every start of a run and how it ended in RUN/history.jsonl, for people and for the report.
 
 One line per start:
-``{"started": 1764000000.0, "step": 200, "ranks": 2, "lost_steps": 17, "last_sign": 1763990000.0}``,
-and one per end: ``{"ended": 1764003600.0, "outcome": "done"}``. A start without an end was killed, or stopped
-by the watchdog; the next start records when it last wrote metrics.
+``{"started": 1764000000.0, "step": 200, "ranks": 2, "lost_steps": 17, "last_sign": 1763990000.0, "command":
+"python -m pipeline.train --config X.yaml", "machine": {"hosts": ["node1"], ...}}``, and one per end:
+``{"ended": 1764003600.0, "outcome": "done"}``. A start without an end was killed, or stopped by the watchdog;
+the next start records when it last wrote metrics.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ class Start:
         ranks: number of ranks.
         lost_steps: steps that an earlier start had trained beyond `step`, and that are trained again.
         last_sign: when the previous start last wrote metrics; 0 for the first start.
+        command: command line of the first rank's process; empty in the history of an older version.
+        machine: see `machine_of`; empty in the history of an older version.
         ended: when it ended or last wrote metrics; None for the latest start, until its end is recorded.
         outcome: how it ended.
     """
@@ -43,13 +47,21 @@ class Start:
     ranks: int
     lost_steps: int
     last_sign: float = 0.0
+    command: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
     ended: float | None = None
     outcome: str = KILLED
 
 
 @contextmanager
 def noted(
-    run_dir: Path, step: int, ranks: int, lost_steps: int, last_sign: float, outcome: Callable[[], str]
+    run_dir: Path,
+    step: int,
+    ranks: int,
+    lost_steps: int,
+    last_sign: float,
+    machine: dict[str, Any],
+    outcome: Callable[[], str],
 ) -> Iterator[None]:
     """Record a start, and its end after the block; only the first rank calls this.
 
@@ -59,13 +71,15 @@ def noted(
         ranks: number of ranks.
         lost_steps: see `Start`.
         last_sign: see `Start`.
+        machine: see `Start`.
         outcome: called to describe the end of a block that raised no error.
     """
     path = run_dir / HISTORY_FILE
     keep_lines(path, lambda _: True)  # drops the partial line of a killed process
-    started = psutil.Process().create_time()
-    facts = {"step": step, "ranks": ranks, "lost_steps": lost_steps, "last_sign": last_sign}
-    _append(path, {"started": started, **facts})
+    process = psutil.Process()
+    facts: dict[str, Any] = {"step": step, "ranks": ranks, "lost_steps": lost_steps, "last_sign": last_sign}
+    facts |= {"command": shlex.join(process.cmdline()), "machine": machine}
+    _append(path, {"started": process.create_time(), **facts})
     ending = ""
     try:
         yield

@@ -29,6 +29,7 @@ from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.example_log import ExampleLog
 from pipeline.monitor.history import noted
+from pipeline.monitor.machine import machine_of
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.writers import require_wandb
@@ -172,9 +173,10 @@ def _assemble(
     training = Training(
         config, engine, turns, state, guard, stop, watchdog, log, recovery, evaluations, checkpoints
     )
+    machine = machine_of(ranks)
     if ranks.is_first:
         before = log.recorder.lost_steps, log.recorder.last_sign
-        stack.enter_context(noted(run_dir, state.step, ranks.world_size, *before, training.outcome))
+        stack.enter_context(noted(run_dir, state.step, ranks.world_size, *before, machine, training.outcome))
     return training
 
 

@@ -167,22 +167,22 @@ def test_a_run_that_is_given_twice(report: Report, run_dir: Path) -> None:
 
 def test_an_end_that_cannot_be_noted_changes_no_exit_code(tmp_path: Path) -> None:
     """The disk is full, and the run has been saved before: it must not count as failed."""
-    with noted(tmp_path, 0, 2, 0, 0.0, lambda: "done"):
+    with noted(tmp_path, 0, 2, 0, 0.0, {}, lambda: "done"):
         (tmp_path / "history.jsonl").unlink()
         (tmp_path / "history.jsonl").mkdir()
 
 
 def test_history_tells_how_each_start_ended(tmp_path: Path) -> None:
     """Done, failed, or killed: then half a line may be left."""
-    with noted(tmp_path, 0, 2, 0, 0.0, lambda: "done"):
+    with noted(tmp_path, 0, 2, 0, 0.0, {}, lambda: "done"):
         pass
-    with pytest.raises(RuntimeError), noted(tmp_path, 5, 2, 3, 0.0, lambda: "done"):
+    with pytest.raises(RuntimeError), noted(tmp_path, 5, 2, 3, 0.0, {}, lambda: "done"):
         raise RuntimeError("out of memory")
-    killed = noted(tmp_path, 6, 4, 0, 0.0, lambda: "never asked")
+    killed = noted(tmp_path, 6, 4, 0, 0.0, {}, lambda: "never asked")
     killed.__enter__()
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"ended": 17')
-    with noted(tmp_path, 7, 4, 1, 4e9, lambda: "stopped"):
+    with noted(tmp_path, 7, 4, 1, 4e9, {}, lambda: "stopped"):
         running = read_history(tmp_path)
     starts = read_history(tmp_path)
     assert [start.outcome for start in starts] == [
