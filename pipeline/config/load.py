@@ -238,6 +238,13 @@ def described(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
+def defaults() -> dict[str, Any]:
+    """Return the default of every setting, by dotted key; `run_dir`, which has none, is left out."""
+    found = flatten(dataclasses.asdict(Config(run_dir="")))
+    del found["run_dir"]
+    return found
+
+
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML; `load` reads it back to an equal `Config`."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -38,6 +38,11 @@ def is_measured(name: str) -> bool:
     )
 
 
+def tag_of(name: str) -> str:
+    """Return the TensorBoard tag of a metric of metrics.jsonl."""
+    return name if "/" in name else f"train/{name}"
+
+
 @dataclass
 class Point:
     """The metrics of one step.
@@ -56,7 +61,7 @@ class Point:
 
     def tagged(self) -> dict[str, float]:
         """Return all scalars and bins, by TensorBoard tag."""
-        tags = {name if "/" in name else f"train/{name}": value for name, value in self.scalars.items()}
+        tags = {tag_of(name): value for name, value in self.scalars.items()}
         return tags | {
             f"{name}/{key}": value for name, bins in self.bins.items() for key, value in bins.items()
         }

@@ -167,7 +167,7 @@ def test_evaluate(run: Run, checkout: Path) -> None:
     likelihood, exact, *_ = commands(text_of("docs/howto/evaluate.md"))
     assert "nats" in run(likelihood)
     assert "of 8 items" in run(exact)
-    assert len(json.loads((checkout / "results/exact.json").read_text())["items"]) == 8
+    assert len(json.loads((checkout / "runs/mine/evaluation/exact.json").read_text())["items"]) == 8
 
 
 def test_generate(run: Run, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
