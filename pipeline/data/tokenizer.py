@@ -289,7 +289,7 @@ class Tokenizer:
 def _require(folder: Path, path: Path) -> None:
     if folder.is_file():
         remedy = "name a folder that tools/train_tokenizer.py made"
-        if _is_own(folder.parent / FACTS_FILE):
+        if is_own(folder.parent / FACTS_FILE):
             remedy = f"name the folder {folder.parent}"
         elif folder.suffix in (".json", ".model"):
             remedy = _import(folder)
@@ -304,7 +304,8 @@ def _require(folder: Path, path: Path) -> None:
     raise UserError(f"tokenizer {folder}: {path} is missing; make one with tools/train_tokenizer.py.")
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
+    """Return whether a file is the FACTS_FILE of a tokenizer in our format."""
     try:
         return path.is_file() and "mask_id" in json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

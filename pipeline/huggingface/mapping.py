@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.huggingface import llada
 from pipeline.model.attention import FAST, SLOW
 from pipeline.model.batch import Vocabulary
 
 MODEL_TYPE = "masked_diffusion"
-FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+class Family(NamedTuple):
+    """What a model_type says about a network besides its settings.
+
+    Attributes:
+        attention_bias: biases on queries, keys and values; None = by the setting.
+        qk_norm: RMSNorm of each head's queries and keys.
+        prediction: see `ModelConfig`; None = the folder does not say.
+        is_diffusion: trained to fill in masks; otherwise causal.
+    """
+
+    attention_bias: bool | None = False
+    qk_norm: bool = False
+    prediction: Literal["same", "shifted"] | None = "same"
+    is_diffusion: bool = True
+
+
+QWEN2, QWEN3, LLAMA = Family(True, prediction=None), Family(False, True, None), Family(prediction=None)
+FAMILIES = {
+    "qwen2": QWEN2._replace(is_diffusion=False),
+    "qwen3": QWEN3._replace(is_diffusion=False),
+    "llama": LLAMA._replace(is_diffusion=False),
+    "llada": Family(None),  # LLaDA (arXiv 2502.09992)
+    "Dream": Family(True, prediction="shifted"),  # Dream 7B (arXiv 2508.15487)
+    "sdar": Family(False, True),  # SDAR (arXiv 2510.06303)
+    "a2d-qwen2": QWEN2,  # dllm
+    "a2d-qwen3": QWEN3,
+    "a2d-llama": LLAMA,
+}
 # Our names of the model settings -> names in config.json.
 NAMES = {
     "layers": "num_hidden_layers",
@@ -33,6 +63,7 @@ NAMES = {
     "init_std": "initializer_range",
     "prediction": "prediction",
 }
+SHIFTED = "right_shift_logits"  # dllm's name of a setting that its folders do not have; ours do
 NEEDED = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
 
 
@@ -83,19 +114,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
-def from_json(settings: dict[str, Any], where: Path) -> ModelConfig:
+def in_llama_keys(settings: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Return the content of a config.json in the keys of Llama and Qwen; only LLaDA has others."""
+    return llada.as_llama(settings, where) if settings.get("model_type") == llada.MODEL_TYPE else settings
+
+
+def from_json(
+    settings: dict[str, Any], where: Path, prediction: Literal["same", "shifted"] | None = None
+) -> ModelConfig:
     """Return the model section that is equivalent to a config.json, apart from the attention mask.
 
     Args:
         settings: content of config.json, of a family in FAMILIES or of an exported model.
         where: path of the file, for error messages.
+        prediction: of a family that leaves it open; None = shifted for a causal one, else same.
 
     Raises:
         UserError: if the architecture is not supported.
     """
-    family = settings.get("model_type")
-    if family not in (*FAMILIES, MODEL_TYPE):
-        raise UserError(f"{where}: model_type is {family!r}: choose one of {', '.join(FAMILIES)}.")
+    kind = settings.get("model_type")
+    if kind not in (*FAMILIES, MODEL_TYPE):
+        raise UserError(f"{where}: model_type is {kind!r}: choose one of {', '.join(FAMILIES)}.")
+    settings = in_llama_keys(settings, where)
     found = {ours: settings[theirs] for ours, theirs in NAMES.items() if settings.get(theirs) is not None}
     for ours in NEEDED:
         if ours not in found:
@@ -103,12 +143,15 @@ def from_json(settings: dict[str, Any], where: Path) -> ModelConfig:
     for ours, value in found.items():
         if ours != "prediction" and not isinstance(value, int | float):
             raise UserError(f"{where}: {NAMES[ours]} is {value!r}, not a number: download the folder again.")
-    if family != MODEL_TYPE:
-        _check_family(settings, where)
-        found |= {"attention_bias": family == "qwen2", "qk_norm": family == "qwen3", "prediction": "shifted"}
+    if kind != MODEL_TYPE:
+        family = FAMILIES[kind]
+        _check_family(settings, family, where)
+        if family.attention_bias is not None:
+            found["attention_bias"] = family.attention_bias
+        found |= {"qk_norm": family.qk_norm, "prediction": _prediction(settings, family, where, prediction)}
         found |= _rope(settings, where)
         found.setdefault("tie_embeddings", False)  # the families' own defaults
-        if family == "qwen3":
+        if family.qk_norm:
             found.setdefault("head_size", 128)
     config = ModelConfig(**found)
     if config.head_size == config.hidden_size / config.heads:
@@ -117,20 +160,39 @@ def from_json(settings: dict[str, Any], where: Path) -> ModelConfig:
     return config
 
 
-def _check_family(settings: dict[str, Any], where: Path) -> None:
+def _prediction(settings: dict[str, Any], family: Family, where: Path, given: str | None) -> str:
+    """Return which hidden state predicts a position; raise a `UserError` if the family contradicts."""
+    if family.prediction is not None:
+        if given not in (None, family.prediction):
+            raise UserError(
+                f"--prediction is {given}, but {where} is of the kind {settings['model_type']}, which "
+                f"predicts {family.prediction}: leave the option out."
+            )
+        return family.prediction
+    shifted = bool(settings.get(SHIFTED)) or not family.is_diffusion
+    return given or ("shifted" if shifted else "same")
+
+
+def _check_family(settings: dict[str, Any], family: Family, where: Path) -> None:
     """Raise a `UserError` for a variant of a family that our blocks do not implement."""
     layer_types = set(settings.get("layer_types") or ["full_attention"])
+    biased = family.attention_bias is False and bool(settings.get("attention_bias"))
     wrong = {
-        "hidden_act": settings.get("hidden_act", "silu") != "silu",
-        "attention_bias": settings["model_type"] != "qwen2" and bool(settings.get("attention_bias")),
-        "mlp_bias": bool(settings.get("mlp_bias")),
-        "use_sliding_window": bool(settings.get("use_sliding_window")),
-        "layer_types": layer_types != {"full_attention"},
-        "quantization_config": settings.get("quantization_config") is not None,
+        "hidden_act": (settings.get("hidden_act", "silu") != "silu", "our MLP is a SwiGLU"),
+        "attention_bias": (biased, "it adds a bias to the output projection, too"),
+        "mlp_bias": (bool(settings.get("mlp_bias")), "our SwiGLU has no biases"),
+        "use_sliding_window": (bool(settings.get("use_sliding_window")), "our attention has no window"),
+        "layer_types": (layer_types != {"full_attention"}, "our layers all attend to everything"),
+        "quantization_config": (
+            settings.get("quantization_config") is not None,
+            "our weights are not quantized",
+        ),
     }
-    for key, is_wrong in wrong.items():
+    for key, (is_wrong, reason) in wrong.items():
         if is_wrong:
-            raise UserError(f"{where}: {key} = {settings[key]!r} is not supported: choose another model.")
+            raise UserError(
+                f"{where}: {key} = {settings[key]!r} is not supported ({reason}): choose another model."
+            )
 
 
 def _rope(settings: dict[str, Any], where: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write the tokenizer of a run in a format that transformers' AutoTokenizer loads."""
+"""Tokenizers in folders of transformers: written for AutoTokenizer, and imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.tokenizer import FACTS_FILE, MODEL_FILE, Tokenizer, read_facts
+import tokenizers
+
+from pipeline.base.errors import UserError
+from pipeline.corpus.tokenizer_making import import_tokenizer
+from pipeline.data.tokenizer import FACTS_FILE, MODEL_FILE, Tokenizer, is_own, read_facts
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
+    """Copy a tokenizer in our format to a new folder, and return it."""
+    tokenizer = Tokenizer.load(source)
+    folder.mkdir()
+    # Only what was just read and checked: a folder from someone else may hold links to files of this machine.
+    for name in (FACTS_FILE, read_facts(source).model_file):
+        shutil.copyfile(source / name, folder / name)
+    return tokenizer
 
 
 def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokenizer:
@@ -17,11 +33,7 @@ def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokeniz
     Hugging Face tokenizer, so the ids are the same. One difference is intended: transformers recognises
     special tokens in a text, such as "<mask>".
     """
-    tokenizer, model_file = Tokenizer.load(source), read_facts(source).model_file
-    (folder / "tokenizer").mkdir()
-    # Only what was just read and checked: a folder from someone else may hold links to files of this machine.
-    for name in (FACTS_FILE, model_file):
-        shutil.copyfile(source / name, folder / "tokenizer" / name)
+    tokenizer, model_file = copy_tokenizer(source, folder / "tokenizer"), read_facts(source).model_file
     settings: dict[str, Any] = {"model_max_length": sequence_length, "clean_up_tokenization_spaces": False}
     for use, token in tokenizer.special_ids.items():
         if token >= 0:
@@ -39,3 +51,69 @@ def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokeniz
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return tokenizer
+
+
+def import_tokenizer_of(
+    source: Path,
+    settings: dict[str, Any],
+    names: dict[str, str | None],
+    is_diffusion: bool,
+    folder: Path,
+) -> tuple[Tokenizer, list[str]]:
+    """Write the tokenizer of a model folder to FOLDER/tokenizer.
+
+    Args:
+        source: the model folder. If we have exported it, our own tokenizer in it is copied.
+        settings: its config.json, in the keys of Llama.
+        names: the tokens for mask, pad and eos; None for those that a diffusion model's folder names, else
+            for usual ones.
+        is_diffusion: the model has learned to fill in a mask token, so there must be one.
+        folder: the folder that is written.
+
+    Returns:
+        The tokenizer, and the added tokens.
+
+    Raises:
+        UserError: if there is no tokenizer, or a diffusion model's folder does not name its mask token.
+    """
+    path = source / TOKENIZER_FILE
+    if is_own(source / "tokenizer" / FACTS_FILE):
+        given = next((use for use, name in names.items() if name is not None), None)
+        if given is not None:
+            raise UserError(
+                f"--{given}-token is {names[given]}, but {source / 'tokenizer'} already names the special "
+                "tokens: leave the option out."
+            )
+        return copy_tokenizer(source / "tokenizer", folder / "tokenizer"), []
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: create it with transformers, by "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), or for Dream and SDAR by "
+            "Qwen2TokenizerFast.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+    if is_diffusion:
+        names = _named_by_folder(source, settings) | {use: name for use, name in names.items() if name}
+        if names.get("mask") is None:
+            raise UserError(f"{source} does not name its mask token: name it with --mask-token.")
+    return import_tokenizer(path, names, folder / "tokenizer")
+
+
+def _named_by_folder(source: Path, settings: dict[str, Any]) -> dict[str, str | None]:
+    """Return the mask, pad and eos tokens that config.json and tokenizer_config.json name."""
+    path = source / "tokenizer_config.json"
+    texts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    model = tokenizers.Tokenizer.from_file(str(source / TOKENIZER_FILE))
+    names: dict[str, str | None] = {}
+    for use in ("mask", "eos", "pad"):
+        number, text = settings.get(f"{use}_token_id"), texts.get(f"{use}_token")
+        number = number[0] if isinstance(number, list) and number else number
+        text = text.get("content") if isinstance(text, dict) else text
+        known = model.id_to_token(number) if isinstance(number, int) else None
+        if use == "mask" and isinstance(number, int) and known is None:
+            raise UserError(
+                f"{source / 'config.json'}: mask_token_id is {number}, which {source / TOKENIZER_FILE} does "
+                "not have: download the folder again."
+            )
+        name = text if known is None else known
+        names[use] = None if name in names.values() else name  # many pad with eos; ours are three tokens
+    return names
