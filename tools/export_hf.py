@@ -1,7 +1,8 @@
 """Export a checkpoint to a Hugging Face transformers folder: safetensors, config, tokenizer, model card.
 
 A single CPU process exports a checkpoint of any number of ranks; memory is about one shard. Load the folder
-with AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True).
+with AutoModelForMaskedLM.from_pretrained(FOLDER, trust_remote_code=True), or choose the format of another
+project with --format.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="data type of the weights"
     )
+    parser.add_argument(
+        "--format",
+        choices=["own", "llada", "dream", "sdar", "a2d"],
+        default="own",
+        help="names of settings and weights: our own, with code for transformers, or those of LLaDA, Dream, "
+        "SDAR or dllm's A2D models, for code that knows these",
+    )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
@@ -29,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     limit = options.max_shard_size
     verify = not options.no_verify
-    step = export(options.checkpoint, options.output, options.weights, options.dtype, limit, verify)
-    print(f"wrote {options.output}: step {step}, {options.dtype}")
+    chosen = (options.weights, options.dtype, limit, verify, options.format)
+    step = export(options.checkpoint, options.output, *chosen)
+    print(f"wrote {options.output}: step {step}, {options.dtype}, format {options.format}")
 
 
 if __name__ == "__main__":

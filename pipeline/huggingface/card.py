@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.checkpoint.manifest import Manifest
 from pipeline.config import Config
+from pipeline.huggingface.formats import PROJECTS, Exported, Format
 
 _CARD = """\
 ---
@@ -20,21 +21,13 @@ tags:
 
 # {name}
 
-A masked diffusion language model: a transformer that fills in masked tokens. It has no `generate` method;
-call it from a sampler on partly masked sequences.
+A masked diffusion language model: a transformer that fills in masked tokens. {sampling}
 
 ```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
-inputs = tokenizer("any text with {mask} in it", return_tensors="pt", return_token_type_ids=False)
-logits = model(**inputs).logits  # [1, length, {rows}]; -inf for the mask token and for padding rows
+{usage}
 ```
 
-`AutoModel` returns the hidden states. The model never predicts the mask token or rows of the output matrix
-beyond the {tokens} tokens of the tokenizer. Training used sequences of {sequence_length} tokens; pass an
-attention mask for padded batches.
+{facts}
 
 ## Model
 
@@ -53,16 +46,81 @@ This card describes neither the licence nor the data: add both before you share 
 """
 
 
+_OWN = """\
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer("any text with {mask} in it", return_tensors="pt", return_token_type_ids=False)
+logits = model(**inputs).logits  # [1, length, {rows}]; -inf for the mask token and for padding rows"""
+# The prompt is block 0, and the blocks after it are counted from 1.
+_OWN_BLOCKS = """\
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
+prompt = tokenizer("any text", return_tensors="pt")["input_ids"]
+ids = torch.cat([prompt, torch.full([1, {block_size}], tokenizer.mask_token_id)], dim=1)
+blocks = (torch.arange(ids.shape[1])[None] - prompt.shape[1]).clamp(min=-1) // {block_size} + 1
+logits = model(ids, blocks=blocks).logits  # [1, length, {rows}]; -inf for the mask token and padding rows"""
+_OTHER = """\
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)  # with the code of {code}"""
+_DLLM = """\
+import dllm
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained("{name}")"""
+_OWN_FACTS = """\
+`AutoModel` returns the hidden states. The model never predicts the mask token or rows of the output matrix
+beyond the {tokens} tokens of the tokenizer. Training used sequences of {sequence_length} tokens; pass an
+attention mask for padded batches."""
+_OTHER_FACTS = """\
+Settings and weights are in the format of {project}. Its code is not in this folder. Training never had the
+mask token or the rows of the output matrix beyond the {tokens} tokens of the tokenizer as targets: exclude
+them when you sample (`suppress_tokens` in generation_config.json). Training used sequences of
+{sequence_length} tokens. Position i is predicted at {prediction}."""
+_PREDICTED = {"same": "i", "shifted": "i - 1 (position 0 is always given)"}
+
+
+def _usage(name: str, exported: Exported, form: Format) -> dict[str, str]:
+    """Return the texts of the card that depend on the format."""
+    tokenizer, vocabulary, project = exported.tokenizer, exported.vocabulary, PROJECTS.get(form)
+    values = {
+        "name": name,
+        "mask": tokenizer.model.token(tokenizer.mask),
+        "rows": vocabulary.rows,
+        "tokens": vocabulary.tokens,
+        "block_size": exported.block_size,
+        "sequence_length": exported.sequence_length,
+        "prediction": _PREDICTED[exported.model.prediction],
+        "project": project and project.name,
+        "code": project and project.code,
+    }
+    if project is None:
+        usage, facts = (_OWN_BLOCKS if exported.attention == "blocks" else _OWN), _OWN_FACTS
+        sampling = "It has no `generate` method;\ncall it from a sampler on partly masked sequences."
+    else:
+        usage, facts = (_DLLM if project.code is None else _OTHER), _OTHER_FACTS
+        sampling = f"Load it with the code of {project.name}:"
+    if project is not None and project.mask not in (None, values["mask"]):
+        facts += f" dllm takes {project.mask} for the mask token: tell it that it is {{mask}}."
+    return {"usage": usage.format(**values), "facts": facts.format(**values), "sampling": sampling}
+
+
 def model_card(
     name: str,
     config: Config,
     manifest: Manifest,
+    exported: Exported,
+    form: Format,
     *,
     parameters: int,
     weights: str,
-    dtype: str,
-    mask: str,
-    attention: str,
 ) -> str:
     """Return the text of README.md.
 
@@ -70,11 +128,10 @@ def model_card(
         name: name of the exported folder.
         config: configuration of the run.
         manifest: manifest of the checkpoint.
+        exported: what config.json says.
+        form: format of the folder.
         parameters: number of parameters, with tied ones counted once.
         weights: "ema" or "raw".
-        dtype: data type of the exported weights.
-        mask: text of the mask token.
-        attention: attention pattern, as in config.json.
     """
     model, train, objective = config.model, config.train, config.objective
     shape = {
@@ -86,10 +143,8 @@ def model_card(
         "vocabulary": f"{manifest.vocabulary['tokens']:,} tokens, {manifest.vocabulary['rows']:,} rows",
         "embeddings tied": "yes" if model.tie_embeddings else "no",
         "rotary base": f"{model.rope_theta:g}",
-        "position i is predicted at": {"same": "i", "shifted": "i - 1 (position 0 is always given)"}[
-            model.prediction
-        ],
-        "attention": attention,
+        "position i is predicted at": _PREDICTED[model.prediction],
+        "attention": exported.attention,
     }
     examples, loss = manifest.step * train.global_batch_size, manifest.held_out_loss
     facts = {
@@ -111,14 +166,11 @@ def model_card(
     long = {"ema": "the exponential moving average of the trained weights", "raw": "those of the last step"}
     return _CARD.format(
         name=name,
-        mask=mask,
-        rows=manifest.vocabulary["rows"],
-        tokens=manifest.vocabulary["tokens"],
-        sequence_length=config.data.sequence_length,
+        **_usage(name, exported, form),
         model=_table(shape),
         training=_table(facts),
         weights=long[weights],
-        dtype=dtype,
+        dtype=exported.dtype,
     )
 
 

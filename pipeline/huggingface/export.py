@@ -16,11 +16,13 @@ from pipeline.base.files import creating_folder
 from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
 from pipeline.checkpoint.manifest import check_hashes, find
 from pipeline.config import Config
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import HUGGING_FACE, Tokenizer
 from pipeline.engine.build import open_weights
+from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
 from pipeline.huggingface.folders import write_weights
+from pipeline.huggingface.formats import Exported, Format, check, generation_settings, name_of, settings
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
 from pipeline.objectives import decoding_layout
@@ -37,6 +39,7 @@ def export(
     dtype: DType,
     max_shard_size: int,
     verify: bool = True,
+    form: Format = "own",
 ) -> int:
     """Export a checkpoint to `output`, completely or not at all, in one process on the CPU.
 
@@ -50,12 +53,14 @@ def export(
         dtype: data type of the exported weights.
         max_shard_size: maximum bytes per file, unless a single weight is larger.
         verify: compare the hashes of the files that are read.
+        form: names of settings and weights; "own" comes with code.
 
     Returns:
         The step of the exported checkpoint.
 
     Raises:
-        UserError: if there is no checkpoint, it is damaged, it lacks the weights, or `output` exists.
+        UserError: if there is no checkpoint, it is damaged, it lacks the weights, the model does not fit the
+            format, or `output` exists.
     """
     if output.exists():
         raise UserError(f"--output {output} exists: remove it, or choose another folder.")
@@ -64,34 +69,58 @@ def export(
     averaged = takes_average(folder, weights)
     if verify:
         check_hashes(folder, manifest, needed_for(averaged), Ranks())
+    exported = describe(config, Vocabulary(**manifest.vocabulary), folder / "tokenizer", manifest.step, dtype)
+    check(form, exported)
     stored = dict(open_weights(folder / "model", averaged))
     if config.model.tie_embeddings:  # one tensor with two names; a checkpoint may hold either or both
         stored.pop("lm_head.weight", None)
     with creating_folder(output) as writing:
-        write_weights(stored, writing, max_shard_size, getattr(torch, dtype))
-        length = config.data.sequence_length
-        tokenizer = write_tokenizer(folder / "tokenizer", writing, length)
-        settings = mapping.to_json(config.model, Vocabulary(**manifest.vocabulary), tokenizer, length, dtype)
-        settings |= attention(config, tokenizer, manifest.step)
-        (writing / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        for code in CODE.glob("*_masked_diffusion.py"):
-            shutil.copyfile(code, writing / code.name)
+        write_model(writing, form, exported, stored, max_shard_size)
+        write_tokenizer(folder / "tokenizer", writing, exported.sequence_length)
         card = model_card(
             output.name,
             config,
             manifest,
+            exported,
+            form,
             parameters=sum(math.prod(weight.shape) for weight in stored.values()),
             weights="ema" if averaged else "raw",
-            dtype=dtype,
-            mask=tokenizer.model.token(tokenizer.mask),
-            attention=settings["attention"],
         )
         (writing / "README.md").write_text(card, encoding="utf-8")
     return manifest.step
 
 
-def attention(config: Config, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
-    """Return the attention pattern for config.json, the one used for decoding after `step` steps."""
-    pattern = decoding_layout(config, tokenizer.mask, step).attention
-    blocks = {"block_size": config.objective.block_size} if pattern == "blocks" else {}
-    return {"attention": pattern, **blocks}
+def describe(config: Config, vocabulary: Vocabulary, tokenizer: Path, step: int, dtype: DType) -> Exported:
+    """Return what an export says about its model; the attention is that of decoding at `step`."""
+    loaded = Tokenizer.load(tokenizer)
+    pattern = decoding_layout(config, loaded.mask, step).attention
+    size = config.objective.block_size if pattern == "blocks" else None
+    length = config.data.sequence_length
+    return Exported(config.model, vocabulary, loaded, length, dtype, pattern, size)
+
+
+def write_model(
+    folder: Path, form: Format, exported: Exported, stored: StoredWeights, max_shard_size: int
+) -> None:
+    """Write weights, config.json, and the code or the settings of generation that belong to the format."""
+    name = name_of(form)
+    renamed = {name(ours): weight for ours, weight in stored.items()}
+    write_weights(renamed, folder, max_shard_size, getattr(torch, exported.dtype))
+    found = own_settings(exported) if form == "own" else settings(form, exported)
+    _write_json(folder / "config.json", found)
+    if form != "own":
+        _write_json(folder / "generation_config.json", generation_settings(form, exported))
+    for code in CODE.glob("*_masked_diffusion.py" if form == "own" else "tokenization_*.py"):
+        if form == "own" or exported.tokenizer.model_type != HUGGING_FACE:
+            shutil.copyfile(code, folder / code.name)
+
+
+def own_settings(exported: Exported) -> dict[str, Any]:
+    """Return the config.json for the code in `remote_code`."""
+    model, vocabulary, tokenizer, length, dtype, pattern, size = exported
+    found = mapping.to_json(model, vocabulary, tokenizer, length, dtype) | {"attention": pattern}
+    return found if size is None else found | {"block_size": size}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -21,9 +21,9 @@ from pipeline.config import Config, ModelConfig, ObjectiveConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.engine.build import read_weights
 from pipeline.engine.weights import StoredWeight
-from pipeline.huggingface.export import attention as attention_of
+from pipeline.huggingface.export import own_settings
 from pipeline.huggingface.folders import divide, write_weights
-from pipeline.huggingface.mapping import to_json
+from pipeline.huggingface.formats import Exported
 from pipeline.huggingface.remote_code import modeling_masked_diffusion
 from pipeline.huggingface.remote_code.configuration_masked_diffusion import MaskedDiffusionConfig
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
@@ -179,7 +179,9 @@ def test_every_way_of_attention(
     ours = MaskedDiffusionModel(model, vocabulary).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3)
-    settings = to_json(model, vocabulary, tokenizer, 16, "float32") | attention_of(config, tokenizer, 9)
+    pattern = objectives.decoding_layout(config, 3, 9).attention
+    exported = Exported(model, vocabulary, tokenizer, 16, "float32", pattern, attention.get("block_size"))
+    settings = own_settings(exported)
     assert settings.items() >= attention.items()
     theirs = MaskedDiffusionForMaskedLM(MaskedDiffusionConfig(**settings)).eval()
     theirs.load_state_dict(ours.state_dict())

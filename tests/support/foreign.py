@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -64,3 +66,45 @@ def rewrite(folder: Path, **more: Any) -> None:
     """Change settings in a folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+def llada_logits(weights: dict[str, torch.Tensor], config: dict[str, Any], ids: np.ndarray[Any, Any]) -> Any:
+    """Return LLaDA's logits [L, V] of one sequence, in float64, from its description."""
+    w = {name.removeprefix("model.transformer."): x.double().numpy() for name, x in weights.items()}
+
+    def norm(x: Any, name: str) -> Any:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * w[f"{name}.weight"]
+
+    def linear(x: Any, name: str) -> Any:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def turned(x: Any) -> Any:  # [L, heads, 8]: pairs (i, i + 4) are complex numbers that rotate
+        angle = np.arange(len(x))[:, None] * config["rope_theta"] ** (-np.arange(4) / 4)
+        z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, None]
+        return np.concatenate([z.real, z.imag], -1)
+
+    def silu(x: Any) -> Any:
+        return x / (1 + np.exp(-x))
+
+    x = w["wte.weight"][ids]
+    for layer in (f"blocks.{number}" for number in range(config["n_layers"])):
+        y = norm(x, f"{layer}.attn_norm")
+        if config["block_type"] == "llama":
+            q, k, v = (linear(y, f"{layer}.{part}_proj") for part in "qkv")
+        else:
+            q, k, v = np.split(linear(y, f"{layer}.att_proj"), (32, 48), -1)
+        q, k, v = (part.reshape(len(ids), -1, 8) for part in (q, k, v))
+        q, k = turned(q), turned(k)
+        heads = []
+        for head in range(4):
+            scores = np.exp(q[:, head] @ k[:, head // 2].T / math.sqrt(8))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, head // 2])
+        x = x + linear(np.concatenate(heads, -1), f"{layer}.attn_out")
+        y = norm(x, f"{layer}.ff_norm")
+        if config["block_type"] == "llama":
+            inner = silu(linear(y, f"{layer}.ff_proj")) * linear(y, f"{layer}.up_proj")
+        else:
+            up, gate = np.split(linear(y, f"{layer}.ff_proj"), 2, -1)
+            inner = silu(gate) * up
+        x = x + linear(inner, f"{layer}.ff_out")
+    return norm(x, "ln_f") @ w["wte.weight" if config["weight_tying"] else "ff_out.weight"].T
