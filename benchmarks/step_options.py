@@ -13,7 +13,7 @@ import contextlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from pipeline.config import Config, EngineConfig, ObjectiveConfig, Recompute
 from pipeline.engine.module import compile_parts
 from pipeline.engine.optimizer import adamw_kernel
 from pipeline.model import masked_head
-from pipeline.model.batch import HeadOutput, masked_batch
+from pipeline.model.batch import HeadOutput, Visibility, masked_batch
 from pipeline.model.masked_head import HeadOptions
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import MaskedDiffusionModel
-from pipeline.model.visibility import block_mask, sees
+from pipeline.model.visibility import attention_mask, block_mask, sees
 from train_step import MASK, SHAPES, RandomTokens, Shape, machine, peak_of, seconds
 
 CHUNKS = (64, 256, 1024, 4096)
@@ -75,11 +75,11 @@ class Work:
             model = MaskedDiffusionModel(self.shape.model(), self.shape.tokens(), recompute).to(self.dtype)
         return with_gradients(model)
 
-    def step(self, model: MaskedDiffusionModel) -> Option:
+    def step(self, model: MaskedDiffusionModel, visibility: Visibility = Visibility()) -> Option:  # noqa: B008
         """Return forward and backward of all."""
+        batch = self.batch._replace(visibility=visibility)
         return Option(
-            lambda: model(self.batch).loss.backward(),
-            lambda: peak_of(lambda: model(self.batch).loss, model, self.batch),
+            lambda: model(batch).loss.backward(), lambda: peak_of(lambda: model(batch).loss, model, batch)
         )
 
     def head(
@@ -194,6 +194,17 @@ def chains_options(work: Work) -> dict[str, Option]:
     return {"not compiled (default)": move(False), "chains compiled": move(True)}
 
 
+def documents_options(work: Work) -> dict[str, Option]:
+    """Return rows seen whole, and of 4 documents on average that are kept apart (data.isolate_documents)."""
+    ends = torch.rand(work.batch_size, work.shape.length, device=work.device) < 4 / work.shape.length
+    apart = Visibility(documents=ends.cumsum(dim=1, dtype=torch.int32))
+    return {
+        "together (default)": work.step(work.model),
+        "documents kept apart": work.step(work.model, apart),
+        "their mask alone": Option(lambda: attention_mask(None, apart)),
+    }
+
+
 def mask_options(work: Work) -> dict[str, Option]:
     """Return the two ways to make flex_attention's block mask of block diffusion."""
     length = work.shape.length
@@ -269,6 +280,7 @@ GROUPS = {
     "compile": compile_options,
     "functions": functions_options,
     "chains": chains_options,
+    "documents": documents_options,
     "masks": mask_options,
     "optimizer": optimizer_options,
     "precision": precision_options,
@@ -309,6 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the command line names, print a table and write the figures."""
     parser = cli.ToolParser(description="What single choices inside a training step cost, in turns.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="network and sequences")
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: those of the shape)")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences of the micro-batch")
     parser.add_argument("--repetitions", type=int, default=5, help="turns of the options")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups")
@@ -325,6 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cpu" and not options.wall_clock:
         torch.set_num_threads(1)
     shape = SHAPES[options.shape]
+    if options.length is not None:
+        shape = replace(shape, length=options.length)
     work = Work(shape, options.batch_size, device)
     results = {"shape": asdict(shape), "batch_size": options.batch_size, "machine": machine(device)}
     for group in options.only:

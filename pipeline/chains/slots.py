@@ -178,8 +178,7 @@ class SlotGroup:
             fresh = self._read(rows, self.next_cursors[rows])
             where = torch.tensor(rows, pin_memory=self.device.type == "cuda")
             where = where.to(self.device, non_blocking=True)  # a copy from pageable memory would wait
-            for old, new in zip(vars(self.following).values(), vars(fresh).values(), strict=True):
-                old.index_copy_(0, where, new)
+            self.following.mapped(lambda old, new: old.index_copy_(0, where, new), fresh)
             self._report[:-1] = 0
         return int(masked)
 

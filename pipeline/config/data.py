@@ -23,6 +23,8 @@ class DataConfig:
             by size; higher values favour small datasets; null = off.
         max_epochs: For each prefix, the maximum number of times that one epoch of the blend repeats its
             examples; the other prefixes fill the gap. Requires weights or temperature; null = no limit.
+        isolate_documents: With packed, no position sees a position of another document: each document is
+            trained as if it were alone in its example.
         split: Shares of the documents for training, validation and test.
         padding: What follows an answer shorter than its example: ignored = padding that the model never
             sees; eos_targets = end-of-sequence tokens that count as part of the answer, so that the model
@@ -39,6 +41,7 @@ class DataConfig:
     weights: list[float] | None = None
     temperature: float | None = None
     max_epochs: list[float] | None = None
+    isolate_documents: bool = False
     split: str = "98,2,0"
     padding: Literal["ignored", "eos_targets"] = "ignored"
     too_long: Literal["error", "drop"] = "error"
@@ -66,6 +69,11 @@ class DataConfig:
                 f"data.{key} is {value!r}, which has no effect with data.kind = {self.kind!r}: leave it out, "
                 "or set data.kind to 'pairs'.",
             )
+        require(
+            self.kind == "packed" or not self.isolate_documents,
+            f"data.isolate_documents is true, which has no effect with data.kind = {self.kind!r}, where each "
+            "example is one document: leave it out.",
+        )
         for key in ("weights", "max_epochs"):
             values = getattr(self, key)
             require(

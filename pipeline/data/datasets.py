@@ -33,10 +33,11 @@ from pipeline.ranks import Ranks
 
 @dataclass
 class ExampleConfig(GPTDatasetConfig):
-    """megatron-core's configuration with two settings of `PairDataset`; see `DataConfig`."""
+    """megatron-core's configuration with settings of the datasets below; see `DataConfig`."""
 
     padding: str = "ignored"
     too_long: str = "error"
+    isolate_documents: bool = False
 
 
 class PackedDataset(GPTDataset):
@@ -45,7 +46,20 @@ class PackedDataset(GPTDataset):
     def __getitem__(self, index: int) -> dict[str, Array]:
         """Return an example as `ExampleDataset` does."""
         tokens = super().__getitem__(index)["tokens"].numpy()
-        return {"tokens": tokens, "roles": np.full(len(tokens), ANSWER, np.int8)}
+        example = {"tokens": tokens, "roles": np.full(len(tokens), ANSWER, np.int8)}
+        if self.config.isolate_documents:
+            example["documents"] = self._documents(index)
+        return example
+
+    def _documents(self, index: int) -> Array:
+        """Return the document of each position, [L] int32, from 0; see `sample_index` in GPTDataset."""
+        place = self.shuffle_index[index]
+        (first, begin), (last, end) = self.sample_index[place : place + 2].tolist()
+        lengths = self.dataset.sequence_lengths[self.document_index[first : last + 1]].astype(np.int64)
+        lengths[-1] = end
+        lengths[0] -= begin
+        lengths = lengths[lengths > 0]  # the last document may give no token
+        return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
 
 
 class PairDataset(MegatronDataset):
@@ -182,6 +196,8 @@ def data_fingerprint(
     identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
                      config.weights, config.temperature, config.max_epochs, config.split, config.padding,
                      config.too_long, seed])  # fmt: skip
+    if config.isolate_documents:  # an addition only: the fingerprints of other runs stay as they were
+        identity += " isolate_documents"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -236,6 +252,7 @@ def _build(
         add_extra_token_to_sequence=False,
         padding=config.padding,
         too_long=config.too_long,
+        isolate_documents=config.isolate_documents,
     )
     train, valid = _build_splits(config, settings, [None, None, None])
     parts = getattr(train, "datasets", [train]) if train is not None else []

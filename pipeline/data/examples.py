@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ PADDING, PROMPT, ANSWER = 0, 1, 2
 
 
 class ExampleDataset(Protocol):
-    """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}."""
+    """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}; see `Examples` for further keys."""
 
     def __len__(self) -> int:
         """Return the number of examples in one epoch."""
@@ -33,11 +33,14 @@ class Examples:
         tokens: [B, L] int64, x0.
         roles: [B, L] int8, PADDING, PROMPT or ANSWER; each row has at least one ANSWER.
         ids: [B] int64, unique for each example and epoch; they seed the noise.
+        documents: [B, L] int32, the document of each position, counted from 0 in each row; positions of
+            different documents do not see each other. None = an example is one document.
     """
 
     tokens: Tensor
     roles: Tensor
     ids: Tensor
+    documents: Tensor | None = None
 
     @property
     def answer(self) -> Tensor:
@@ -49,25 +52,40 @@ class Examples:
         """[B] int64: L_eff."""
         return self.answer.sum(dim=1)
 
+    @property
+    def starts(self) -> Tensor:
+        """[B, L] bool: the first position of each document."""
+        starts = torch.zeros_like(self.roles, dtype=torch.bool)
+        starts[:, 0] = True
+        if self.documents is not None:
+            starts[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        return starts
+
+    def mapped(self, change: Callable[..., Tensor], *others: Examples) -> Examples:
+        """Return the examples with every tensor changed; `change` also gets the same one of `others`."""
+        fields = zip(*(vars(examples).values() for examples in (self, *others)), strict=True)
+        return Examples(*(None if tensors[0] is None else change(*tensors) for tensors in fields))
+
     def replaced(self, where: Tensor, other: Examples) -> Examples:
         """Return the examples with rows `where` [B] bool taken from `other`."""
         rows = where[:, None]
-        return Examples(
-            torch.where(rows, other.tokens, self.tokens),
-            torch.where(rows, other.roles, self.roles),
-            torch.where(where, other.ids, self.ids),
-        )
+        return self.mapped(lambda own, new: torch.where(rows if own.ndim == 2 else where, new, own), other)
 
     def to(self, device: torch.device) -> Examples:
         """Return the examples on `device`; a copy to a GPU is asynchronous."""
-        tensors = [x.pin_memory() if device.type == "cuda" else x for x in vars(self).values()]
-        return Examples(*(x.to(device, non_blocking=True) for x in tensors))
+        on_gpu = device.type == "cuda"
+        return self.mapped(lambda x: (x.pin_memory() if on_gpu else x).to(device, non_blocking=True))
 
 
 def stack_examples(rows: Sequence[dict[str, Array]], ids: Sequence[int]) -> Examples:
     """Stack rows of a dataset into tensors on the CPU, with these ids."""
+
+    def stacked(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([row[name] for row in rows]))
+
     return Examples(
-        torch.from_numpy(np.stack([row["tokens"] for row in rows]).astype(np.int64)),
-        torch.from_numpy(np.stack([row["roles"] for row in rows])),
+        stacked("tokens").long(),
+        stacked("roles"),
         torch.tensor(ids, dtype=torch.int64),
+        stacked("documents") if "documents" in rows[0] else None,
     )

@@ -81,9 +81,8 @@ class Sequences:
 
     def kept(self, keep: Tensor) -> Sequences:
         """Return a copy of the rows where `keep` [B] bool is True."""
-        tokens, roles, ids = (x[keep] for x in (self.examples.tokens, self.examples.roles, self.examples.ids))
         rows, answer, masked, order, blocks, began = (
             x[keep] for x in (self.rows, self.answer, self.masked, self.order, self.blocks, self.began)
         )
-        examples = Examples(tokens, roles, ids)
+        examples = self.examples.mapped(lambda x: x[keep])
         return Sequences(rows, examples, answer, masked, order, blocks, began, self.step)

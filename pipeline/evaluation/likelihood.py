@@ -146,7 +146,7 @@ def estimate(
     for start in range(0, count * each, batch_size):
         place = torch.arange(start, min(start + batch_size, count * each), device=device)
         row = place // each
-        part = Examples(examples.tokens[row], examples.roles[row], examples.ids[row])
+        part = examples.mapped(lambda x, row=row: x[row])
         chains = layout.chains(part)
         if scored is not None:
             chains = chains.restricted(scored[row])

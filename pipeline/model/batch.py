@@ -31,11 +31,13 @@ class Visibility(NamedTuple):
         clean_ids: [B, L] int64, x0 (block diffusion, arXiv 2503.09573). The model's input is then [xt ; x0]:
             a position of xt sees its own block of xt and the lower blocks of x0.
         also_visible: [L, L] bool, (query, key) pairs that are visible in addition.
+        documents: [B, L] int32; of all that, a position sees only what is in its own document.
     """
 
     blocks: Tensor | None = None
     clean_ids: Tensor | None = None
     also_visible: Tensor | None = None
+    documents: Tensor | None = None
 
 
 class MaskedBatch(NamedTuple):

@@ -25,7 +25,7 @@ def sees(query_block: Tensor, key_block: Tensor, query_noisy: Tensor, key_noisy:
 
 
 def takes_flex(device: torch.device, head_width: int) -> bool:
-    """Return whether attention by blocks is computed by flex_attention instead of under a dense mask."""
+    """Return whether attention by blocks or documents takes flex_attention instead of a dense mask."""
     return device.type == "cuda" and head_width >= SMALLEST_HEAD
 
 
@@ -42,26 +42,33 @@ def attention_mask(
     Returns:
         A block mask, a bool tensor that broadcasts to [B, heads, N, N], or None if every position sees all.
     """
-    blocks, clean_ids, also_visible = visibility
+    blocks, clean_ids, also_visible, documents = visibility
     if blocks is None:
-        return None if present is None else present[:, None, None, :]
+        if documents is None:
+            return None if present is None else present[:, None, None, :]
+        blocks = torch.zeros_like(documents[:1])  # a single block: every position sees its whole document
     length = blocks.shape[1]
     if clean_ids is not None:
-        blocks = torch.cat([blocks, blocks], dim=1)  # [B, N]
-        present = None if present is None else torch.cat([present, present], dim=1)
+        blocks = blocks.repeat(1, 2)  # [B, N]
+        present = None if present is None else present.repeat(1, 2)
+        documents = None if documents is None else documents.repeat(1, 2)
     noisy = torch.arange(blocks.shape[1], device=blocks.device) < (length if clean_ids is not None else 0)
     if also_visible is None and takes_flex(blocks.device, head_width):
-        return block_mask(blocks, noisy, present)
+        return block_mask(blocks, noisy, present, documents)
     dense = sees(blocks[:, :, None], blocks[:, None, :], noisy[:, None], noisy)  # [B, N, N]
     if also_visible is not None:
         dense = dense | also_visible
+    if documents is not None:
+        dense = dense & (documents[:, :, None] == documents[:, None, :])
     if present is not None:
         dense = dense & present[:, None, :]
     return dense[:, None]
 
 
-def block_mask(blocks: Tensor, noisy: Tensor, present: Tensor | None) -> BlockMask:
-    """Return flex_attention's block mask for blocks [B or 1, N], noisy [N] and present [B, N] or None.
+def block_mask(
+    blocks: Tensor, noisy: Tensor, present: Tensor | None, documents: Tensor | None = None
+) -> BlockMask:
+    """Return flex_attention's block mask for blocks [B or 1, N], noisy [N], present and documents [B, N].
 
     Which tiles hold visible pairs follows from the lowest and highest block of each: some 40 operations,
     where torch's create_block_mask looks at all N^2 pairs, and takes 20 ms of the host's time.
@@ -70,20 +77,25 @@ def block_mask(blocks: Tensor, noisy: Tensor, present: Tensor | None) -> BlockMa
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         row = batch if len(blocks) > 1 else batch * 0
         seen = sees(blocks[row, query], blocks[row, key], noisy[query], noisy[key])
+        if documents is not None:
+            seen = seen & (documents[batch, query] == documents[batch, key])
         return seen if present is None else seen & present[batch, key]
 
-    some, every = visible_tiles(blocks, noisy, present)
+    some, every = visible_tiles(blocks, noisy, present, documents)
     length = blocks.shape[1]
     return BlockMask.from_kv_blocks(
         *_listed(some & ~every), *_listed(every), TILE, mask_mod=rule, seq_lengths=(length, length)
     )
 
 
-def visible_tiles(blocks: Tensor, noisy: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+def visible_tiles(
+    blocks: Tensor, noisy: Tensor, present: Tensor | None, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the tiles with any visible pair, and those with visible pairs alone, [B, N / 128, N / 128] bool.
 
-    The first may hold a tile without a visible pair, the second may miss a tile, if the blocks do not grow
-    with the position or a tile holds both copies. The mask's rule then decides pair by pair.
+    The first may hold a tile without a visible pair, the second may miss a tile, if blocks or documents do
+    not grow with the position or a tile holds both copies. The mask's rule then decides pair by pair. The
+    arguments are those of `block_mask`.
     """
     length = blocks.shape[1]
     tiles = -(-length // TILE)
@@ -100,6 +112,10 @@ def visible_tiles(blocks: Tensor, noisy: Tensor, present: Tensor | None) -> tupl
     every = one_block & all_noisy[:, None] & all_noisy
     every = every | (~any_noisy & (high_k < low_q + (~any_noisy[:, None]).long()))
     every = every & whole & whole[:, None]
+    if documents is not None:
+        first, last = documents[:, place].aminmax(dim=2)  # [B, T]
+        some = some & (first[:, None] <= last[:, :, None]) & (first[:, :, None] <= last[:, None])
+        every = every & (first[:, None] == last[:, :, None]) & (first[:, :, None] == last[:, None])
     if present is not None:
         some = some & present[:, place].any(dim=2)[:, None]
         every = every & present[:, place].all(dim=2)[:, None]

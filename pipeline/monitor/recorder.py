@@ -21,6 +21,7 @@ from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import JsonLines, Point, TensorBoard, WeightsAndBiases, Writer
 from pipeline.objectives import stages_at
+from pipeline.planning.documents import document_pairs
 from pipeline.planning.flops import step_flops
 from pipeline.planning.gpus import gpu_of_device
 
@@ -51,6 +52,7 @@ class Recorder:
         """
         self.config = config
         self.vocabulary_rows = vocabulary_rows
+        self.within = document_pairs(config.data)
         self.engine = engine
         self.groups = groups
         self.stragglers = stragglers
@@ -151,7 +153,7 @@ class Recorder:
         """Return rates over the last `steps` steps up to `step`, which took `elapsed` seconds."""
         rate, examples = steps / elapsed, self.config.train.global_batch_size
         rows, prompt = chains.masked_rows, chains.prompt_length
-        flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt).model
+        flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt, self.within).model
         of_rank = flops * rate / self.engine.ranks.world_size
         figures = {
             "samples_per_second": rate * examples,

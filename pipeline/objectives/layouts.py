@@ -1,4 +1,7 @@
-"""Layouts: sequences as one chain, in blocks, or from left to right."""
+"""Layouts: sequences as one chain, in blocks, or from left to right.
+
+Documents that are kept apart (`Examples.documents`) are laid out as if each were a sequence of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class Whole:
     Attributes:
         mask_id: the mask token M.
         has_padding: whether the model needs a padding mask.
-        first_given: position 0 is never masked, since a shifted model predicts a token at the one before.
+        first_given: the first position of a document is never masked, since a shifted model predicts a token
+            at the one before.
         annealing_steps: steps from causal to bidirectional attention (DiffuLLaMA, arXiv 2410.17891).
         annealing_start: first of these steps.
         seed: seed of the attention during annealing.
@@ -40,12 +44,12 @@ class Whole:
 
     def answer(self, examples: Examples) -> Tensor:
         """Return the positions that may be masked, [B, L] bool."""
-        return examples.answer & (positions_like(examples.tokens) >= int(self.first_given))
+        return examples.answer & ~examples.starts if self.first_given else examples.answer
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         padding = examples.roles == PADDING if self.has_padding else None
         batch = masked_batch(examples.tokens, masked, rows, self.mask_id, padding, weights)
-        return batch._replace(visibility=self.annealed(examples, step))
+        return batch._replace(visibility=self.annealed(examples, step)._replace(documents=examples.documents))
 
     def annealed(self, examples: Examples, step: int) -> Visibility:
         """Return the attention at `step` of the annealing.
@@ -62,7 +66,7 @@ class Whole:
         return Visibility(positions, also_visible=drawn < done / self.annealing_steps)
 
     def decoding(self, examples: Examples) -> Visibility:
-        return Visibility()
+        return Visibility(documents=examples.documents)
 
 
 @dataclass(frozen=True)
@@ -72,25 +76,32 @@ class Blocks(Whole):
     All blocks are trained in one forward on [xt ; x0] (BD3-LM, arXiv 2503.09573).
 
     Attributes:
-        size: tokens of a block; the last block of an answer may be shorter.
+        size: tokens of a block; the last block of an answer, or of a document, may be shorter.
     """
 
     size: int = 1
     attention: ClassVar[Attention] = "blocks"
 
     def chains(self, examples: Examples) -> Chains:
-        answer, count = self.answer(examples), -(-examples.tokens.shape[1] // self.size)
-        return Chains(examples, torch.where(answer, (answer.cumsum(dim=1) - 1) // self.size, count), count)
+        answer, length = self.answer(examples), examples.tokens.shape[1]
+        count = -(-length // self.size) if examples.documents is None else length  # one token a document
+        before = answer.cumsum(dim=1) - answer.long()  # answer positions before each position
+        if examples.documents is not None:  # those of its document alone
+            before = before - torch.where(examples.starts, before, 0).cummax(dim=1).values
+        begins = answer & (before % self.size == 0)
+        return Chains(examples, torch.where(answer, begins.cumsum(dim=1) - 1, count), count)
 
     def batch(self, examples: Examples, masked: Tensor, weights: Tensor, rows: int, step: int) -> MaskedBatch:
         batch = super().batch(examples, masked, weights, rows, step)
-        return batch._replace(visibility=self.decoding(examples)._replace(clean_ids=examples.tokens))
+        visibility = self.decoding(examples)._replace(clean_ids=examples.tokens)
+        return batch._replace(visibility=visibility)
 
     def decoding(self, examples: Examples) -> Visibility:
         """See `Layout`; the prompt is one block before the others, the padding one after them."""
         chains = self.chains(examples)
         outside = torch.where(examples.roles == PADDING, chains.count + 1, 0)
-        return Visibility(torch.where(chains.answer, chains.index + 1, outside))
+        blocks = torch.where(chains.answer, chains.index + 1, outside)
+        return Visibility(blocks, documents=examples.documents)
 
 
 @dataclass(frozen=True)
@@ -105,4 +116,4 @@ class LeftToRight(Whole):
         return batch._replace(input_ids=examples.tokens, visibility=self.decoding(examples))
 
     def decoding(self, examples: Examples) -> Visibility:
-        return Visibility(positions_like(examples.tokens))
+        return Visibility(positions_like(examples.tokens), documents=examples.documents)

@@ -46,7 +46,12 @@ class Flops:
 
 
 def step_flops(
-    config: Config, vocabulary_rows: int, masked_rows: float, step: int = 1, prompt_length: float = 0
+    config: Config,
+    vocabulary_rows: int,
+    masked_rows: float,
+    step: int = 1,
+    prompt_length: float = 0,
+    within: float | None = None,
 ) -> Flops:
     """Return the FLOPs of optimizer step `step`, over all ranks and micro-batches.
 
@@ -60,10 +65,11 @@ def step_flops(
         masked_rows: positions with logits in the global batch; may be a mean.
         step: optimizer step, from 1; selects the objective if the run switches.
         prompt_length: mean prompt length in tokens; in block diffusion the prompt is its own block.
+        within: pairs of a sequence that lie in one document, see `document_pairs`; None = all.
     """
     model, sequences, length = config.model, config.train.global_batch_size, config.data.sequence_length
     inputs = sequences * length * copies(config.objective, step)
-    pairs = sequences * visible_pairs(config.objective, step, length, prompt_length)
+    pairs = sequences * visible_pairs(config.objective, step, length, prompt_length, within)
     width, kv_width = model.heads * model.head_width, (model.kv_heads or model.heads) * model.head_width
     forward = {
         "projections": 2 * inputs * model.hidden_size * (2 * width + 2 * kv_width) * model.layers,
@@ -89,21 +95,32 @@ def copies(settings: ObjectiveConfig, step: int) -> int:
     return 2 if settings.block_size is not None and not is_autoregressive(settings, step) else 1
 
 
-def visible_pairs(settings: ObjectiveConfig, step: int, length: int, prompt_length: float = 0) -> float:
+def visible_pairs(
+    settings: ObjectiveConfig,
+    step: int,
+    length: int,
+    prompt_length: float = 0,
+    within: float | None = None,
+) -> float:
     """Return the number of visible query-key pairs in one sequence of `length` tokens.
 
-    With annealed attention this is the expected number. Padding is computed, so it counts as visible.
+    With annealed attention this is the expected number. Padding is computed, so it counts as visible. With
+    documents kept apart, the last block of each counts as if it were full. The arguments are those of
+    `step_flops`.
     """
-    causal = length * (length + 1) / 2
+    everything = length**2 if within is None else within
+    causal = (everything + length) / 2
     if is_autoregressive(settings, step):
         return causal
     if settings.block_size is not None:
+        if within is not None:
+            return within + length * settings.block_size
         return 2 * _block_causal_pairs(settings.block_size, length, prompt_length)
     first = (settings.switch_step or 1) if settings.kind == "autoregressive" else 1
     done = min(1.0, (step - first) / max(1, settings.attention_annealing_steps))
     if settings.attention_annealing_steps == 0:
         done = 1.0
-    return causal + done * (length**2 - causal)
+    return causal + done * (everything - causal)
 
 
 def _block_causal_pairs(size: int, length: int, prompt_length: float) -> float:

@@ -150,6 +150,11 @@ def basis(planner: Planner, sources: Mapping[str, str]) -> list[tuple[str, float
         "network, GB/s": gpu.network / GIGA,
     }
     rows = [(name, value, "data sheet") for name, value in sheet.items()]
+    if planner.config.data.isolate_documents:
+        pairs, source = planner.within, "index of data.prefixes"
+        if pairs is None:
+            pairs, source = float(planner.config.data.sequence_length**2), "assumed, without data"
+        rows.append(("pairs in one document", pairs, source))
     assumed = dataclasses.asdict(planner.assumed)
     return rows + [(name, value, sources.get(name, "assumed")) for name, value in assumed.items()]
 

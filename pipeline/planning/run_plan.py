@@ -8,6 +8,7 @@ from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.planning.assumptions import UPDATE_BYTES, Assumptions
 from pipeline.planning.communication import Communication, step_communication
+from pipeline.planning.documents import document_pairs
 from pipeline.planning.flops import Flops, is_autoregressive, step_flops
 from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import FULL, HALF, Memory, Zero, count_parameters, plan_memory
@@ -72,6 +73,7 @@ class Planner:
         self.vocabulary_rows = vocabulary_rows
         self.parameters = count_parameters(config, vocabulary_rows)
         self.width = FULL if config.engine.precision == "fp32" else HALF
+        self.within = document_pairs(config.data)
         self.usable = int(gpu.memory * (1 - assumptions.fragmentation) - assumptions.reserved_gib * GIB)
 
     def plan(self, gpus: int, price: float | None = None, largest: bool = False) -> RunPlan:
@@ -149,7 +151,7 @@ class Planner:
     def _flops(self, config: Config, step: int) -> Flops:
         share = 1.0 if is_autoregressive(config.objective, step) else self.assumed.masked_share
         rows = share * config.train.global_batch_size * config.data.sequence_length
-        return step_flops(config, self.vocabulary_rows, rows, step)
+        return step_flops(config, self.vocabulary_rows, rows, step, within=self.within)
 
     def _memory(self, config: Config, gpus: int) -> Memory:
         rows = config.train.micro_batch_size * config.data.sequence_length  # all may be masked

@@ -127,6 +127,25 @@ def test_packed_text_is_the_text(corpus: Corpus) -> None:
             assert documents[whole] > 0
 
 
+def test_documents_are_told_apart_without_looking_at_tokens(corpus: Corpus) -> None:
+    """Documents end behind each end-of-sequence token; without isolate_documents nothing is told."""
+    together = corpus.build("t", kind="packed", sequence_length=32, split="100,0,0")
+    apart = corpus.build("t", kind="packed", sequence_length=32, split="100,0,0", isolate_documents=True)
+    assert apart.fingerprint != together.fingerprint
+    assert len(apart.train) == len(together.train)
+    boundaries = 0
+    for index in range(len(apart.train)):
+        example = apart.train[index]
+        assert "documents" not in together.train[index]
+        assert (example["tokens"] == together.train[index]["tokens"]).all()
+        ends = (example["tokens"] == corpus.tokenizer.eos).astype(np.int32)
+        assert (example["documents"] == np.cumsum(ends) - ends).all()
+        boundaries += int(ends.sum())
+    assert boundaries > 40
+    with pytest.raises(UserError, match=r"data.isolate_documents is true, .* data.kind = 'pairs'.*leave it"):
+        DataConfig(prefixes=["x"], kind="pairs", isolate_documents=True).check()
+
+
 def test_a_blend_without_weights_uses_everything_once(corpus: Corpus) -> None:
     data = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0")
     found = Counter(corpus.decoded(data.train[index])[:2] for index in range(len(data.train)))

@@ -69,9 +69,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             ["--engine.sequence_parallel_size", "2", "--engine.activation_checkpointing", "blocks",
              "--model.kv_heads", "2", "--objective.block_size", "3", "--model.prediction", "shifted"],
         ),
+        (
+            2,
+            ["--engine.sequence_parallel_size", "2", "--data.isolate_documents", "true",
+             "--objective.block_size", "3", "--model.prediction", "shifted"],
+        ),
     ],
     ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "blocks", "random-masking",
-         "compiled", "sequence-parallel", "sequence-and-data-parallel"],
+         "compiled", "sequence-parallel", "sequence-and-data-parallel", "documents-sequence-parallel"],
 )  # fmt: skip
 def test_zero3_equals_plain_training(
     tmp_path: Path, plain: Callable[..., Path], ranks: int, more: list[str]

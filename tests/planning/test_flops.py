@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,10 +16,12 @@ from pipeline import objectives
 from pipeline.base.errors import UserError
 from pipeline.config import Config, DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from pipeline.data.examples import ANSWER, PROMPT, Examples
+from pipeline.data.indexed import write_dataset
 from pipeline.model.batch import MaskedBatch, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask
 from pipeline.objectives.seam import model_input
+from pipeline.planning.documents import document_pairs, pairs_within
 from pipeline.planning.flops import Flops, step_flops, visible_pairs
 from pipeline.planning.gpus import GPUS, find_gpu, gpu_of_device
 
@@ -129,3 +133,47 @@ def test_gpus_are_found_by_their_names() -> None:
     assert gpu_of_device("Tesla V100-SXM2-16GB") is None
     with pytest.raises(UserError, match=r"--gpu h10 is not known. Did you mean 'h100'\?"):
         find_gpu("h10")
+
+
+def test_pairs_within_documents_are_those_of_all_offsets() -> None:
+    """Every document at every offset in the rows, pair by pair."""
+    limit = 12
+    lengths = np.array([0, 1, 2, 5, 12, 13, 40])
+    for length, found in zip(lengths, pairs_within(lengths.astype(float), limit), strict=True):
+        counts = [
+            sum((i + offset) // limit == (j + offset) // limit for i in range(length) for j in range(length))
+            for offset in range(limit)
+        ]
+        assert found == pytest.approx(np.mean(counts))
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), CAUSAL, ObjectiveConfig("puma", block_size=4)])
+def test_visible_pairs_of_documents_are_those_of_the_mask(objective: ObjectiveConfig) -> None:
+    """Documents of whole blocks, for which the count of block diffusion is exact."""
+    config = config_of(objective=objective)
+    documents = torch.tensor([0] * 4 + [1] * 12 + [2] * 8, dtype=torch.int32).repeat(SEQUENCES, 1)
+    roles = torch.full((SEQUENCES, LENGTH), ANSWER, dtype=torch.int8)
+    examples = Examples(torch.randint(5, ROWS, roles.shape), roles, torch.arange(SEQUENCES), documents)
+    layout = objectives.build(config, MASK, False).at(1).layout
+    batch = layout.batch(examples, roles > ANSWER, roles.float(), 0, 1)
+    mask = attention_mask(batch.attention_mask, batch.visibility)
+    assert mask is not None
+    assert visible_pairs(objective, 1, LENGTH, within=4**2 + 12**2 + 8**2) == int(mask[0].sum())
+
+
+def test_pairs_come_from_the_indices_of_the_blend(tmp_path: Path) -> None:
+    """Datasets of documents of one length each, by weights, tokens and temperature."""
+    prefixes = []
+    for name, length, count in (("short", 3, 40), ("long", 8, 5)):
+        prefixes.append(str(tmp_path / name))
+        tokens, lengths = np.full(length * count, 5, np.uint16), np.full(count, length, np.int32)
+        write_dataset([(tokens, lengths)], tmp_path / name, np.dtype(np.uint16), pairs=False)
+    data = DataConfig(prefixes=prefixes, sequence_length=12, isolate_documents=True)
+    short, long = 12 * pairs_within(np.array([3.0, 8.0]), 12) / [3, 8]  # of an example of such documents
+    assert document_pairs(data) == pytest.approx((3 * short + long) / 4)  # 120 and 40 tokens
+    weighted = dataclasses.replace(data, weights=[1.0, 3.0])
+    assert document_pairs(weighted) == pytest.approx((short + 3 * long) / 4)
+    hot = dataclasses.replace(data, temperature=2.0)
+    assert document_pairs(hot) == pytest.approx((3**0.5 * short + long) / (3**0.5 + 1))
+    assert document_pairs(dataclasses.replace(data, isolate_documents=False)) is None
+    assert document_pairs(dataclasses.replace(data, prefixes=[str(tmp_path / "none")])) is None

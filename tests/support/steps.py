@@ -36,7 +36,13 @@ LENGTH, VOCABULARY, MASK = 12, 24, 3
 
 
 class SyntheticPairs:
-    """37 random prompts of 4 tokens with an answer of 4 to 8, the prompt again and again, and padding."""
+    """37 random prompts of 4 tokens with an answer of 4 to 8, the prompt again and again, and padding.
+
+    Kept apart, each half is a document of its own.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        self.apart = apart
 
     def __len__(self) -> int:
         return 37
@@ -45,7 +51,8 @@ class SyntheticPairs:
         prompt = np.random.default_rng(index).integers(4, VOCABULARY, 4)
         answer = 4 + index % 5
         roles = np.array([PROMPT] * 4 + [ANSWER] * answer + [PADDING] * (8 - answer), np.int8)
-        return {"tokens": np.tile(prompt, 3), "roles": roles}
+        example = {"tokens": np.tile(prompt, 3), "roles": roles}
+        return example | {"documents": np.repeat(np.int32([0, 1]), 6)} if self.apart else example
 
 
 def weights_of(engine: PlainEngine) -> dict[str, torch.Tensor]:
@@ -92,7 +99,8 @@ def main(output: str, steps: int, leader: str, arguments: list[str]) -> None:
     ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
     ranks.connect()
     engine = build_engine(config, ranks, Vocabulary(VOCABULARY, VOCABULARY, MASK))
-    stream = SlotStream(SyntheticPairs(), config.slots, config.train.seed, workers=1)
+    data = SyntheticPairs(config.data.isolate_documents)
+    stream = SlotStream(data, config.slots, config.train.seed, workers=1)
     groups = make_groups(config, ranks, stream, objectives.build(config, MASK, True))[0]
     led_by = None if leader == "-" else torch.load(leader, weights_only=True)["notes"][0]
     notes = Notes(steps, config.slots, led_by)
@@ -115,7 +123,7 @@ def main(output: str, steps: int, leader: str, arguments: list[str]) -> None:
     assert torch.equal(engine.evaluate(batch).nll, before), "the weights are back, bit for bit"
     assert not torch.equal(averaged, before)
     few = range(4)
-    examples = stack_examples([SyntheticPairs()[i] for i in few], few).to(ranks.device)
+    examples = stack_examples([data[i] for i in few], few).to(ranks.device)
     layout = objectives.build(config, MASK, True).at(steps).layout
     likelihood = estimate(engine.evaluate, layout, examples, steps, draws=16, batch_size=20)
     folder = Path(output + ".model")
