@@ -25,6 +25,9 @@ class DataConfig:
             examples; the other prefixes fill the gap. Requires weights or temperature; null = no limit.
         isolate_documents: With packed, no position sees a position of another document: each document is
             trained as if it were alone in its example.
+        random_length_share: With packed, the share of the training examples that are cut to a random length,
+            uniform from 2 tokens to sequence_length; the rest of the example is padding that the model never
+            sees. LLaDA takes 0.01, so that the model also knows short texts.
         split: Shares of the documents for training, validation and test.
         padding: What follows an answer shorter than its example: ignored = padding that the model never
             sees; eos_targets = end-of-sequence tokens that count as part of the answer, so that the model
@@ -42,6 +45,7 @@ class DataConfig:
     temperature: float | None = None
     max_epochs: list[float] | None = None
     isolate_documents: bool = False
+    random_length_share: float = 0.0
     split: str = "98,2,0"
     padding: Literal["ignored", "eos_targets"] = "ignored"
     too_long: Literal["error", "drop"] = "error"
@@ -69,10 +73,16 @@ class DataConfig:
                 f"data.{key} is {value!r}, which has no effect with data.kind = {self.kind!r}: leave it out, "
                 "or set data.kind to 'pairs'.",
             )
+        for key in ("isolate_documents", "random_length_share"):
+            value = getattr(self, key)
+            require(
+                self.kind == "packed" or not value,
+                f"data.{key} is {value}, which has no effect with data.kind = {self.kind!r}, where each "
+                "example is one document: leave it out.",
+            )
         require(
-            self.kind == "packed" or not self.isolate_documents,
-            f"data.isolate_documents is true, which has no effect with data.kind = {self.kind!r}, where each "
-            "example is one document: leave it out.",
+            0 <= self.random_length_share <= 1,
+            f"data.random_length_share is {self.random_length_share}: give a share from 0 to 1.",
         )
         for key in ("weights", "max_epochs"):
             values = getattr(self, key)

@@ -27,6 +27,7 @@ from pipeline.config import DataConfig
 from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, ExampleDataset
 from pipeline.data.facts import DatasetFacts
+from pipeline.data.lengths import RandomLengths
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.ranks import Ranks
 
@@ -198,6 +199,8 @@ def data_fingerprint(
                      config.too_long, seed])  # fmt: skip
     if config.isolate_documents:  # an addition only: the fingerprints of other runs stay as they were
         identity += " isolate_documents"
+    if config.random_length_share:
+        identity += f" random_length_share {config.random_length_share}"
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -223,6 +226,8 @@ def build_datasets(
     with as_if_alone():
         train, valid, shares = _build(config, facts, tokenizer, seed, folder)
     has_padding = any(_has_padding(dataset) for dataset in (train, valid) if dataset is not None)
+    if config.random_length_share:
+        train, has_padding = RandomLengths(train, config.random_length_share, seed, tokenizer.pad), True
     return Datasets(train, valid, has_padding, fingerprint, shares)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -64,7 +64,8 @@ class Examples:
     def mapped(self, change: Callable[..., Tensor], *others: Examples) -> Examples:
         """Return the examples with every tensor changed; `change` also gets the same one of `others`."""
         fields = zip(*(vars(examples).values() for examples in (self, *others)), strict=True)
-        return Examples(*(None if tensors[0] is None else change(*tensors) for tensors in fields))
+        changed: list[Any] = [None if tensors[0] is None else change(*tensors) for tensors in fields]
+        return Examples(*changed)
 
     def replaced(self, where: Tensor, other: Examples) -> Examples:
         """Return the examples with rows `where` [B] bool taken from `other`."""

@@ -142,8 +142,20 @@ def test_documents_are_told_apart_without_looking_at_tokens(corpus: Corpus) -> N
         assert (example["documents"] == np.cumsum(ends) - ends).all()
         boundaries += int(ends.sum())
     assert boundaries > 40
-    with pytest.raises(UserError, match=r"data.isolate_documents is true, .* data.kind = 'pairs'.*leave it"):
+    with pytest.raises(UserError, match=r"data.isolate_documents is True, .* data.kind = 'pairs'.*leave it"):
         DataConfig(prefixes=["x"], kind="pairs", isolate_documents=True).check()
+
+
+def test_training_examples_alone_are_cut_to_random_lengths(corpus: Corpus) -> None:
+    whole = corpus.build("t", kind="packed", sequence_length=32, split="60,40,0")
+    cut = corpus.build("t", kind="packed", sequence_length=32, split="60,40,0", random_length_share=0.5)
+    assert (whole.has_padding, cut.has_padding) == (False, True)
+    assert cut.fingerprint != whole.fingerprint
+    assert cut.valid is not None
+    assert not any((cut.valid[index]["roles"] == PADDING).any() for index in range(len(cut.valid)))
+    padded = [index for index in range(len(cut.train)) if (cut.train[index]["roles"] == PADDING).any()]
+    assert 0 < len(padded) < len(cut.train) == len(whole.train)
+    assert cut.train[padded[0]]["tokens"][-1] == corpus.tokenizer.pad
 
 
 def test_a_blend_without_weights_uses_everything_once(corpus: Corpus) -> None:
