@@ -26,7 +26,8 @@ MASK, BLOCK = 3, 32
 # bf16 has 8 bits: results round by up to 2^-9 = 0.002. Loss and confidence are computed in fp32.
 TOLERANCES = {"loss": 1e-4, "confidence": 1e-4, "hidden": 0.01, "weight": 0.01, "attention": 0.02}
 HEADS = ("head", "fused head")
-KINDS = ("all seen", "padding", "dense block mask", "block mask")
+KINDS = ("all seen", "padding", "dense block mask", "block mask", "documents")
+DOCUMENT = 50  # tokens
 LENGTHS = (256, 192)  # explicit masks have failed on some cards at 64 modulo 128
 
 
@@ -95,6 +96,10 @@ def attention_errors(device: torch.device, kind: str, length: int, width: int = 
         present = positions < torch.tensor([[length], [length - 40]], device=device)  # [B, L]
         mask = present[:, None, None, :]
         seen = mask.expand_as(seen)
+    if kind == "documents":
+        documents = (positions + torch.tensor([[0], [17]], device=device)) // DOCUMENT  # [B, L]
+        seen = (documents[:, :, None] == documents[:, None])[:, None].expand_as(seen)
+        mask = block_mask(torch.zeros_like(positions)[None], positions < 0, None, documents)
     if "block" in kind:
         noisy, blocks = positions < length // 2, positions[None] % (length // 2) // BLOCK
         dense = sees(blocks[:, :, None], blocks[:, None, :], noisy[:, None], noisy)[:, None]
@@ -113,7 +118,7 @@ def attention_errors(device: torch.device, kind: str, length: int, width: int = 
 
 def kinds(device: torch.device) -> tuple[str, ...]:
     """Return the kinds of attention that a device has: compiled flex_attention has no backward on a CPU."""
-    return KINDS if device.type == "cuda" else KINDS[:-1]
+    return KINDS if device.type == "cuda" else KINDS[:-2]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -44,9 +44,13 @@ def attention_mask(
     """
     blocks, clean_ids, also_visible, documents = visibility
     if blocks is None:
-        if documents is None:
-            return None if present is None else present[:, None, None, :]
-        blocks = torch.zeros_like(documents[:1])  # a single block: every position sees its whole document
+        if documents is None and present is None:
+            return None
+        # Decoding changes its shapes, and flex_attention would be compiled for each.
+        if documents is None and not (torch.is_grad_enabled() and takes_flex(present.device, head_width)):
+            return present[:, None, None, :]
+        shape = present if documents is None else documents
+        blocks = torch.zeros_like(shape[:1], dtype=torch.int32)  # a single block
     length = blocks.shape[1]
     if clean_ids is not None:
         blocks = blocks.repeat(1, 2)  # [B, N]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from pipeline.config import ModelConfig
 from pipeline.data.examples import ANSWER, PADDING, Examples
+from pipeline.model import visibility
 from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask, block_mask, visible_tiles
@@ -184,6 +185,24 @@ def test_a_packed_row_equals_each_document_alone(kind: Kind, shifted: bool) -> N
     # Not kept apart, the same rows give another loss: the test would see a leak.
     together = model(layout.batch(rows(documents=False), masked, weights, int(masked.sum()), 1))
     assert (together.nll[: int(masked[0].sum())] - packed.nll[: int(masked[0].sum())]).abs().max() > 1e-2
+
+
+def test_padding_takes_flex_attention_where_a_gpu_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its block mask shows what the dense mask does; decoding keeps the dense one, as a CPU does."""
+    present = torch.arange(300) < torch.tensor([[300], [140], [17]])
+    dense = attention_mask(present, Visibility())
+    assert isinstance(dense, Tensor)
+    monkeypatch.setattr(visibility, "takes_flex", lambda *_: True)
+    flex = attention_mask(present, Visibility())
+    assert isinstance(flex, BlockMask)
+    for row, query, key in ((0, 299, 1), (1, 0, 139), (1, 0, 140), (2, 299, 16), (2, 3, 17)):
+        rule = flex.mask_mod(*(torch.tensor(i) for i in (row, 0, query, key)))
+        assert bool(rule) == bool(dense[row, 0, 0, key])
+    assert flex.full_kv_num_blocks is not None
+    assert flex.full_kv_num_blocks[:, 0].tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 0]]
+    assert flex.kv_num_blocks[:, 0].tolist() == [[1, 1, 3], [1, 1, 2], [1, 1, 1]]  # the last tile is cut off
+    with torch.no_grad():
+        assert isinstance(attention_mask(present, Visibility()), Tensor)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
