@@ -108,8 +108,8 @@ class TrainConfig:
         seed: Seed of the initial weights, the example order and all masks.
         log_interval: Steps between two log lines and two writes of the metrics.
         log_samples: Write the examples that each step was trained on to samples/ in the run folder; slower.
-        initial_weights: Start from the weights in this folder, written by tools/import_hf.py or
-            tools/export_hf.py; null = random weights.
+        initial_weights: Start from the weights in this folder, written by tools/import_hf.py,
+            tools/export_hf.py or tools/average_checkpoints.py; null = random weights.
     """
 
     steps: int = 1000

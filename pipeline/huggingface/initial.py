@@ -1,12 +1,17 @@
-"""Open the initial weights of a run, a folder written by tools/import_hf.py or tools/export_hf.py."""
+"""Open the initial weights of a run: those of an exported or imported folder, or of a checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from pipeline import config as configuration
 from pipeline.base.errors import UserError
+from pipeline.checkpoint.load_model import takes_average
+from pipeline.checkpoint.manifest import MANIFEST, find
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.engine.build import open_weights as open_saved_weights
 from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import open_weights
@@ -16,24 +21,13 @@ from pipeline.model.batch import Vocabulary
 def open_initial_weights(
     folder: Path, model: ModelConfig, vocabulary: Vocabulary, tokenizer: Path
 ) -> StoredWeights:
-    """Return the weights in `folder`, memory-mapped.
+    """Return the weights in `folder`, memory-mapped; of a checkpoint the moving average, if it has one.
 
     Raises:
         UserError: if model, vocabulary or tokenizer differ from the run's, or a file is damaged.
     """
-    where = folder / "config.json"
-    if not where.exists():
-        raise UserError(
-            f"train.initial_weights: {where} is missing: give a folder written by "
-            "tools/import_hf.py or tools/export_hf.py. A run must be exported first."
-        )
-    settings = mapping.read_json(where)
-    if settings.get("model_type") != mapping.MODEL_TYPE:
-        raise UserError(
-            f"train.initial_weights: {where} has model_type {settings.get('model_type')!r}, without a mask "
-            "token: convert it with tools/import_hf.py."
-        )
-    theirs = mapping.from_json(settings, where)
+    is_checkpoint = (folder / MANIFEST).is_file()
+    theirs = _of_checkpoint(folder) if is_checkpoint else _of_export(folder)
     pairs = {
         f"model.{key}": (getattr(theirs, key), getattr(model, key))
         for key in mapping.NAMES
@@ -54,4 +48,30 @@ def open_initial_weights(
             f"train.initial_weights: {folder} has another tokenizer than data.tokenizer = {tokenizer}: "
             f"set it to {own}, and preprocess the data with it."
         )
+    if is_checkpoint:
+        return open_saved_weights(folder / "model", takes_average(folder, None))
     return open_weights(folder)
+
+
+def _of_checkpoint(folder: Path) -> ModelConfig:
+    """Return the model of a checkpoint, such as one of tools/average_checkpoints.py."""
+    folder, manifest = find(folder)
+    config = configuration.load(["--config", str(folder / "config.yaml")])
+    return dataclasses.replace(config.model, vocab_size=manifest.vocabulary["rows"])
+
+
+def _of_export(folder: Path) -> ModelConfig:
+    """Return the model of a folder in the format of transformers."""
+    where = folder / "config.json"
+    if not where.exists():
+        raise UserError(
+            f"train.initial_weights: {where} is missing: give a folder written by "
+            "tools/import_hf.py or tools/export_hf.py. A run must be exported first."
+        )
+    settings = mapping.read_json(where)
+    if settings.get("model_type") != mapping.MODEL_TYPE:
+        raise UserError(
+            f"train.initial_weights: {where} has model_type {settings.get('model_type')!r}, without a mask "
+            "token: convert it with tools/import_hf.py."
+        )
+    return mapping.from_json(settings, where)

@@ -1,0 +1,184 @@
+"""The average of several checkpoints' weights, as a checkpoint to evaluate, to export or to start from."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import config as configuration
+from pipeline.base.errors import UserError
+from pipeline.base.files import FileFacts, creating_folder, sha256_of, write_hashed
+from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
+from pipeline.checkpoint.manifest import MANIFEST, Manifest, check_hashes, find
+from pipeline.config import Config
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.engine.build import open_weights
+from pipeline.engine.plain import PLAIN_FILE
+from pipeline.engine.weights import StoredWeights
+from pipeline.ranks import Ranks
+
+ORIGIN = "average.json"
+SHARDING = "the average of several checkpoints, without optimizer states"  # no run resumes from it
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to average.
+
+    Attributes:
+        folder: of the checkpoint.
+        manifest: its manifest.
+        config: of its run.
+        share: of its weights in the average.
+        averaged: whether the weights are its moving average.
+    """
+
+    folder: Path
+    manifest: Manifest
+    config: Config
+    share: float
+    averaged: bool
+
+    @classmethod
+    def of(cls, path: Path, share: float, weights: Weights | None, verify: bool) -> Source:
+        """Find and check a checkpoint; raise a `UserError` if it is missing or damaged."""
+        folder, manifest = find(path)
+        averaged = takes_average(folder, weights)
+        if verify:
+            check_hashes(folder, manifest, needed_for(averaged), Ranks())
+        config = configuration.load(["--config", str(folder / "config.yaml")])
+        return cls(folder, manifest, config, share, averaged)
+
+    def open(self) -> StoredWeights:
+        """Return its weights by name; of tied embeddings, which have two names, under one."""
+        stored = dict(open_weights(self.folder / "model", self.averaged))
+        if self.config.model.tie_embeddings:
+            stored.pop("lm_head.weight", None)
+        return stored
+
+
+def average(
+    paths: Sequence[Path], shares: Sequence[float] | None, output: Path, weights: Weights | None, verify: bool
+) -> int:
+    """Write the average of checkpoints to `output`, completely or not at all, in one process on the CPU.
+
+    Sums are float64 in a file beside the result, one weight in memory at a time; only checkpoints of ZeRO-1
+    and ZeRO-2 are assembled in memory, one after another (4 bytes per parameter). Settings and tokenizer are
+    those of the checkpoint with the most steps.
+
+    Args:
+        paths: checkpoints, as `find` takes them.
+        shares: of each, with any sum; None = equal.
+        output: folder to create; it must not exist.
+        weights: see `load_model`.
+        verify: compare the hashes of the files that are read.
+
+    Returns:
+        The step of the result.
+
+    Raises:
+        UserError: if checkpoints do not fit together, one is damaged, or `output` exists.
+    """
+    if output.exists():
+        raise UserError(f"--output {output} exists: remove it, or choose another folder.")
+    shares = [1.0] * len(paths) if shares is None else shares
+    if len(paths) < 2 or len(shares) != len(paths) or min(shares) <= 0:
+        raise UserError(
+            f"{len(paths)} checkpoints and --shares {list(shares)}: give two checkpoints or more, and one "
+            "share above 0 for each, or none."
+        )
+    sources = [
+        Source.of(path, share / sum(shares), weights, verify)
+        for path, share in zip(paths, shares, strict=True)
+    ]
+    for source in sources[1:]:
+        _check_alike(sources[0], source)
+    newest = max(sources, key=lambda source: source.manifest.step)
+    with creating_folder(output) as writing:
+        files = _copied(newest, writing)
+        (writing / "model").mkdir()
+        with TemporaryDirectory(dir=writing) as scratch:
+            state = {"model": _summed(sources, Path(scratch)), "optimizer": {}}
+            files[f"model/{PLAIN_FILE}"] = write_hashed(
+                writing / "model" / PLAIN_FILE, partial(torch.save, state)
+            )
+        files[ORIGIN] = write_hashed(writing / ORIGIN, lambda file: file.write(_origin(sources)))
+        manifest = replace(
+            newest.manifest, world_size=1, sharding=SHARDING, held_out_loss=None, guard={}, files=files
+        )
+        (writing / MANIFEST).write_bytes(manifest.to_json())
+    return newest.manifest.step
+
+
+def _check_alike(first: Source, other: Source) -> None:
+    """Raise a `UserError` unless two checkpoints are of one network, vocabulary and tokenizer."""
+    between = f"--checkpoint {first.folder} and {other.folder}"
+    tokenizers = [Tokenizer.load(source.folder / "tokenizer").sha256[:12] for source in (first, other)]
+    pairs = [("tokenizers (sha256)", *tokenizers)]
+    pairs += [("vocabularies", str(first.manifest.vocabulary), str(other.manifest.vocabulary))]
+    shapes = [{name: w.shape for name, w in source.open().items()} for source in (first, other)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        pairs.append((f"shapes of {name}", *(str(shape.get(name, "missing")) for shape in shapes)))
+    settings = [vars(source.config.model) for source in (first, other)]
+    pairs += [
+        (f"values of model.{key}", str(value), str(settings[1][key]))
+        for key, value in settings[0].items()
+        if key != "init_std"
+    ]
+    for what, one, two in pairs:
+        if one != two:
+            raise UserError(
+                f"{between} have different {what}, {one} and {two}: average checkpoints of one model."
+            )
+
+
+def _summed(sources: Sequence[Source], scratch: Path) -> dict[str, Tensor]:
+    """Return the average by name, fp32 and mapped from a file in `scratch`."""
+    shapes = {name: weight.shape for name, weight in sources[0].open().items()}
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    places = {
+        name: slice(int(end) - math.prod(shape), int(end))
+        for (name, shape), end in zip(shapes.items(), ends, strict=True)
+    }
+    total = np.memmap(scratch / "sums", np.float64, "w+", shape=(int(ends[-1]),))
+    for source in sources:
+        for name, weight in source.open().items():
+            total[places[name]] += source.share * weight.read().double().flatten().numpy()
+    result = np.memmap(scratch / "weights", np.float32, "w+", shape=total.shape)
+    for place in places.values():
+        result[place] = total[place]
+    return {name: torch.from_numpy(result[place]).view(shapes[name]) for name, place in places.items()}
+
+
+def _copied(source: Source, folder: Path) -> dict[str, FileFacts]:
+    """Copy settings and tokenizer of a checkpoint to `folder`; return the files."""
+    names = [name for name in source.manifest.files if needed_for(None)(name)]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.folder / name, folder / name)
+    return {name: FileFacts((folder / name).stat().st_size, sha256_of(folder / name)) for name in names}
+
+
+def _origin(sources: Sequence[Source]) -> bytes:
+    """Return what the average was made of, as JSON."""
+    facts = [
+        {
+            "checkpoint": str(source.folder),
+            "step": source.manifest.step,
+            "share": source.share,
+            "weights": "ema" if source.averaged else "raw",
+            "manifest_sha256": sha256_of(source.folder / MANIFEST),
+        }
+        for source in sources
+    ]
+    return (json.dumps(facts, indent=2) + "\n").encode()

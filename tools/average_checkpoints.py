@@ -1,0 +1,42 @@
+"""Average the weights of several checkpoints of one model into a checkpoint of its own.
+
+The result is a --checkpoint for tools/evaluate.py, tools/generate.py and tools/export_hf.py, and the
+train.initial_weights of a new run. It holds no optimizer states, so no run resumes from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.base.cli import ToolParser, run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Average checkpoints."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument(
+        "--checkpoint", required=True, nargs="+", type=Path, help="run folders, RUN:STEP, or checkpoints"
+    )
+    parser.add_argument("--shares", nargs="+", type=float, help="share of each checkpoint (default: equal)")
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
+    parser.add_argument(
+        "--weights",
+        choices=["ema", "raw"],
+        help="ema = the moving averages, raw = the weights of the last steps; default: ema if there is one",
+    )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare the hashes of the checkpoints' files: faster, but damage goes unnoticed",
+    )
+    options = parser.parse_args(arguments)
+    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    from pipeline.checkpoint.averaging import average
+
+    step = average(options.checkpoint, options.shares, options.output, options.weights, not options.no_verify)
+    print(f"wrote {options.output}: {len(options.checkpoint)} checkpoints, settings of step {step}")
+
+
+if __name__ == "__main__":
+    run(main)
