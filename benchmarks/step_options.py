@@ -189,7 +189,8 @@ def chains_options(work: Work) -> dict[str, Option]:
         slots_now = Slots(group.chains, group.state, group.age, group.following, group.numbers)
         move = torch.compile(moved) if compiled else moved
         now = group.objectives.at(1)
-        return Option(lambda: move(now, now, group.statistics, slots_now, batch.rows, output, 1, 2))
+        given = now, now, group.statistics, slots_now, batch.rows, batch.weights, output
+        return Option(lambda: move(*given, 1, 2))
 
     return {"not compiled (default)": move(False), "chains compiled": move(True)}
 

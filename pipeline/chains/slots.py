@@ -57,6 +57,7 @@ def moved(
     statistics: ChainStatistics,
     slots: Slots,
     rows: Tensor,
+    weights: Tensor,
     output: HeadOutput,
     step: int,
     next_step: int,
@@ -69,6 +70,7 @@ def moved(
         statistics: of the group; nothing is added here.
         slots: before the step.
         rows: [R] int64, the masked positions as indices into the flattened [B * L].
+        weights: [R] float32, their weights in the loss.
         output: scores of `rows`.
         step: the optimizer step, 1 is the first.
         next_step: the one that trains these slots next.
@@ -83,7 +85,7 @@ def moved(
         ended, begin_at = torch.ones_like(ended), then.first_stage(slots.numbers, next_step)
     fresh = then.begin(then.layout.chains(slots.following), begin_at[:, None], next_step)
     walk = Walk(slots.chains, slots.state, slots.age, ended, reveals)
-    sums = statistics.of_step(walk, rows, output)
+    sums = statistics.of_step(walk, rows, weights, output)
     age = torch.where(ended, 0, slots.age + 1)
     state = fresh if then is not now else state.replaced(ended, fresh)
     chains = then.layout.chains(slots.chains.examples.replaced(ended, slots.following))
@@ -108,6 +110,7 @@ class SlotGroup:
         first_step: int = 1,
         interval: int = 1,
         compiled: bool = False,
+        sources: Sequence[str] = (),
     ) -> None:
         """Begin the first chains of each slot, at staggered stages.
 
@@ -119,6 +122,7 @@ class SlotGroup:
             first_step: first optimizer step that trains these slots.
             interval: steps between two trainings of these slots, ``objective.turns``.
             compiled: advance the chains by a compiled program (``engine.compile_functions``).
+            sources: names of the datasets, for metrics (`DataConfig.sources`).
         """
         self.slots = np.asarray(slots, dtype=np.int64)
         self.stream = stream
@@ -126,7 +130,7 @@ class SlotGroup:
         self.objectives = objectives
         self.device = device
         self.first_step, self.interval, self.compiled = first_step, interval, compiled
-        self.statistics = ChainStatistics(objectives.longest, device)
+        self.statistics = ChainStatistics(objectives.longest, device, sources)
         self.trained = np.zeros_like(self.slots)  # examples that each slot has been trained on
         self.age = torch.zeros_like(self.numbers)  # steps that the current examples have been trained on
         self._begin(np.zeros(len(slots), dtype=np.int64), first_step)
@@ -196,7 +200,7 @@ class SlotGroup:
         slots = Slots(self.chains, self.state, self.age, self.following, self.numbers)
         scored = output._replace(loss=output.loss.detach())
         chains, state, self.age, ended, sums = move(
-            now, then, self.statistics, slots, batch.rows, scored, step, next_step
+            now, then, self.statistics, slots, batch.rows, batch.weights, scored, step, next_step
         )
         self.statistics.add(sums)
         self.trained_ids = self.examples.ids
@@ -254,7 +258,7 @@ def make_groups(
             SlotGroup(
                 [turn * train.global_batch_size + slot for slot in part],
                 stream, objectives, ranks.device, first_step=turn + 1, interval=turns,
-                compiled=config.engine.compile_functions,
+                compiled=config.engine.compile_functions, sources=config.data.sources,
             )
             for part in parts
         ]

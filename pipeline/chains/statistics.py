@@ -7,7 +7,7 @@ the order in which a GPU's threads arrive, and round differently each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -86,14 +86,16 @@ class ChainFigures(NamedTuple):
 class ChainStatistics:
     """Sums over one group of slots since they were last taken."""
 
-    def __init__(self, longest: int, device: torch.device) -> None:
+    def __init__(self, longest: int, device: torch.device, sources: Sequence[str] = ()) -> None:
         """Begin with zeros.
 
         Args:
             longest: most steps that an example is trained on, which is also the largest number of stages.
             device: device of the chains.
+            sources: names of the datasets, if the examples tell theirs.
         """
         self.longest = longest
+        self.sources = list(sources)
         self.bins = min(longest, MOST_BINS)
         sizes = {  # in the order of `of_step`
             **dict.fromkeys(TOTALS, 1),
@@ -106,6 +108,8 @@ class ChainStatistics:
             "confidence_correct": TENTHS,
             "age": self.bins,
             "length": self.bins,
+            "source_count": len(self.sources),
+            "source_loss": len(self.sources),
         }
         self.places: dict[str, slice] = {}
         total = 0
@@ -114,12 +118,13 @@ class ChainStatistics:
             total += size
         self.sums = torch.zeros(total, dtype=torch.float64, device=device)
 
-    def of_step(self, walk: Walk, rows: Tensor, output: HeadOutput) -> Tensor:
+    def of_step(self, walk: Walk, rows: Tensor, weights: Tensor, output: HeadOutput) -> Tensor:
         """Return the sums of one step of the group, for `add`, without waiting for the device.
 
         Args:
             walk: the step of the chains.
             rows: [R] int64, the masked positions as indices into the flattened [B * L].
+            weights: [R] float32, their weights in the loss.
             output: loss and scores of `rows`.
         """
         chains, state = walk.chains, walk.state
@@ -147,6 +152,12 @@ class ChainStatistics:
         bins = (confidence * TENTHS).long().clamp(0, TENTHS - 1)
         parts += _sums(bins, TENTHS, one, confidence, right)
         parts += _sums(self._bin(walk.age), self.bins, torch.ones_like(walk.age), walk.ended)
+        if self.sources:
+            sources = chains.examples.sources
+            assert sources is not None
+            losses = nll * weights * len(sources)  # the mean over sequences becomes a sum
+            parts += _sums(sources, len(self.sources), torch.ones_like(sources))
+            parts += _sums(sources[rows // width], len(self.sources), losses)
         return torch.cat(parts)
 
     def add(self, sums: Tensor) -> None:
@@ -194,6 +205,8 @@ class ChainStatistics:
             "loss_by_stage": _means(stages, part["stage_nll"], part["stage_count"]),
             "accuracy_by_confidence": _means(tenths, right, part["confidence_count"]),
         }
+        if self.sources:
+            bins["loss_by_source"] = _means(self.sources, part["source_loss"], part["source_count"])
         lasted = [float(start + 1) for start in starts]  # an age of 0 is the first step
         histograms = {
             "confidence": Histogram([n / TENTHS for n in range(TENTHS + 1)], part["confidence_count"]),

@@ -52,6 +52,13 @@ class DataConfig:
     cache: str | None = None
     workers: int = 2
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the prefixes in metrics: their last parts, if these differ; none for a single prefix."""
+        short = [prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in self.prefixes]
+        names = short if len(set(short)) == len(short) else self.prefixes
+        return names if len(names) > 1 else []
+
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
         require_positive("data", self, "sequence_length")

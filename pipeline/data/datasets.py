@@ -39,6 +39,13 @@ class ExampleConfig(GPTDatasetConfig):
     padding: str = "ignored"
     too_long: str = "error"
     isolate_documents: bool = False
+    prefixes: Sequence[str] = ()
+
+    def source(self, prefix: str | None) -> dict[str, Array]:
+        """Return what an example of the dataset `prefix` says of its source; nothing without others."""
+        if len(self.prefixes) < 2:
+            return {}
+        return {"source": np.array(self.prefixes.index(str(prefix)))}
 
 
 class PackedDataset(GPTDataset):
@@ -50,7 +57,7 @@ class PackedDataset(GPTDataset):
         example = {"tokens": tokens, "roles": np.full(len(tokens), ANSWER, np.int8)}
         if self.config.isolate_documents:
             example["documents"] = self._documents(index)
-        return example
+        return example | self.config.source(self.dataset_path)
 
     def _documents(self, index: int) -> Array:
         """Return the document of each position, [L] int32, from 0; see `sample_index` in GPTDataset."""
@@ -132,7 +139,7 @@ class PairDataset(MegatronDataset):
         tokens[len(prompt) : used], roles[len(prompt) : used] = answer, ANSWER
         if self.config.padding == "eos_targets":
             tokens[used:], roles[used:] = self.config.tokenizer.eos, ANSWER
-        return {"tokens": tokens, "roles": roles}
+        return {"tokens": tokens, "roles": roles} | self.config.source(self.dataset_path)
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
@@ -258,6 +265,7 @@ def _build(
         padding=config.padding,
         too_long=config.too_long,
         isolate_documents=config.isolate_documents,
+        prefixes=config.prefixes,
     )
     train, valid = _build_splits(config, settings, [None, None, None])
     parts = getattr(train, "datasets", [train]) if train is not None else []

@@ -16,7 +16,10 @@ PADDING, PROMPT, ANSWER = 0, 1, 2
 
 
 class ExampleDataset(Protocol):
-    """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}; see `Examples` for further keys."""
+    """A map-style dataset of {"tokens": [L] int64, "roles": [L] int8}.
+
+    Also "documents" [L] int32 and "source" int, where `Examples` has them.
+    """
 
     def __len__(self) -> int:
         """Return the number of examples in one epoch."""
@@ -35,12 +38,14 @@ class Examples:
         ids: [B] int64, unique for each example and epoch; they seed the noise.
         documents: [B, L] int32, the document of each position, counted from 0 in each row; positions of
             different documents do not see each other. None = an example is one document.
+        sources: [B] int64, the dataset of each example, by its place in ``data.prefixes``; None = only one.
     """
 
     tokens: Tensor
     roles: Tensor
     ids: Tensor
     documents: Tensor | None = None
+    sources: Tensor | None = None
 
     @property
     def answer(self) -> Tensor:
@@ -89,4 +94,5 @@ def stack_examples(rows: Sequence[dict[str, Array]], ids: Sequence[int]) -> Exam
         stacked("roles"),
         torch.tensor(ids, dtype=torch.int64),
         stacked("documents") if "documents" in rows[0] else None,
+        stacked("source") if "source" in rows[0] else None,
     )

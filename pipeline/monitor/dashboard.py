@@ -8,6 +8,8 @@ LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
         "loss": ["Multiline", [r"train/loss$", r"held_out/.*"]],
         "loss by mask ratio": ["Multiline", [r"loss_by_mask_ratio/.*"]],
         "loss by stage": ["Multiline", [r"loss_by_stage/.*"]],
+        "loss by source": ["Multiline", [r"loss_by_source/.*"]],
+        "held-out loss by source": ["Multiline", [r"held_out_by_source/.*"]],
         "accuracy on tasks": ["Multiline", [r"evaluation/.*/accuracy$"]],
     },
     "2 Is it stable?": {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from pipeline.objectives.seam import Layout, model_input
 from pipeline.ranks import Ranks
 
 
+class HeldOutLoss(NamedTuple):
+    """Held-out loss, nats.
+
+    Attributes:
+        loss: mean over all examples.
+        by_source: mean over the examples of each dataset that has any.
+    """
+
+    loss: float
+    by_source: dict[str, float]
+
+
 def held_out_loss(
     engine: Engine,
     dataset: ExampleDataset,
@@ -24,7 +37,8 @@ def held_out_loss(
     layout: Layout,
     step: int,
     stopped: Callable[[], bool] = lambda: False,
-) -> float | None:
+    sources: Sequence[str] = (),
+) -> HeldOutLoss | None:
     """Return the mean over sequences of the mean NLL (nats) at the positions that `held_out_objective` masks.
 
     With n ~ U{1..L_eff} random positions its expectation over masks is the bound on the negative
@@ -39,12 +53,14 @@ def held_out_loss(
         layout: shows sequences to the model.
         step: current optimizer step.
         stopped: whether to stop, asked before every forward; all ranks must agree.
+        sources: names of the datasets, if the examples tell theirs.
 
     Returns:
         The loss; None after a stop.
     """
     ranks, objective = engine.ranks, held_out_objective(layout)
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    total = torch.zeros(2, 1 + len(sources), dtype=torch.float64, device=ranks.device)
+    number = torch.arange(len(sources), device=ranks.device)[:, None]  # [sources, 1]
     for batch, counted in _batches(ranks, dataset, examples, batch_size):
         if stopped():
             return None
@@ -55,10 +71,18 @@ def held_out_loss(
         inputs = model_input(objective, chains, state, rows, step)
         nll = engine.evaluate(inputs).nll.double()
         weights = inputs.weights.double() * counted.double()[inputs.rows // state.masked.shape[1]]
-        total[0] += (nll * weights).sum() * batch_size
-        total[1] += counted.sum()
-    total = ranks.sum(total)
-    return float(total[0] / total[1])
+        losses = nll * weights * batch_size  # [R]
+        total[0, 0] += losses.sum()
+        total[1, 0] += counted.sum()
+        if sources:
+            of_example = chains.examples.sources
+            assert of_example is not None
+            total[0, 1:] += (losses * (of_example[inputs.rows // state.masked.shape[1]] == number)).sum(dim=1)
+            total[1, 1:] += (counted & (of_example == number)).sum(dim=1)
+    losses, counts = (part.tolist() for part in ranks.sum(total.flatten()).view_as(total))
+    means = [loss / count if count else None for loss, count in zip(losses, counts, strict=True)]
+    by_source = {name: mean for name, mean in zip(sources, means[1:], strict=True) if mean is not None}
+    return HeldOutLoss(losses[0] / counts[0], by_source)
 
 
 def held_out_bound(

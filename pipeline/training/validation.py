@@ -48,18 +48,22 @@ class Validation:
         if len(measured) == len(losses):
             self.state.held_out_loss = measured.get("held_out/ema_loss", measured["held_out/loss"])
             recorder.write(step, measured)
-            facts = ", ".join(f"{name} {loss:.4f}" for name, loss in measured.items())
+            shown = {name: loss for name, loss in measured.items() if name.startswith("held_out/")}
+            facts = ", ".join(f"{name} {loss:.4f}" for name, loss in shown.items())
             self.log.progress.say(f"step {step}: {facts} nats a masked token")
 
     def _measure(self, valid: ExampleDataset, prefix: str = "") -> dict[str, float | None]:
-        """Return loss and bound with the current weights; None after a stop."""
+        """Return losses and bound with the current weights; None after a stop."""
         settings, step = self.config.evaluation, self.state.step
         batch_size, layout = self.config.train.micro_batch_size, self.objectives.at(step).layout
         common = self.engine, valid, settings.samples, batch_size, layout, step
-        found = {"loss": held_out_loss(*common, self.stopped)}
+        found = held_out_loss(*common, self.stopped, self.config.data.sources)
+        measured = {f"held_out/{prefix}loss": None if found is None else found.loss}
         if settings.bound_draws:
-            found["bound"] = held_out_bound(*common, settings.bound_draws, self.stopped)
-        return {f"held_out/{prefix}{name}": value for name, value in found.items()}
+            measured[f"held_out/{prefix}bound"] = held_out_bound(*common, settings.bound_draws, self.stopped)
+        if found is not None:
+            measured |= {f"held_out_by_source/{prefix}{name}": x for name, x in found.by_source.items()}
+        return measured
 
     def _write_texts(self, valid: ExampleDataset) -> None:
         """Let the model rewrite some validation examples; write nothing after a stop."""

@@ -70,7 +70,7 @@ def test_a_step_stays_on_its_device(objective: ObjectiveConfig, prediction: str,
     with DEVICE:
         model = MaskedDiffusionModel(config.model, Vocabulary(160, 150, MASK), "none").to(dtype)
     read = stack_examples([Pairs(20)[number] for number in range(SLOTS)], range(SLOTS))
-    examples = Examples(*(values.to(DEVICE) for values in vars(read).values()))
+    examples = read.to(DEVICE)
     for tensor in walk(model, examples, objectives.build(config, MASK, has_padding=True)):
         assert tensor.device == DEVICE
     assert all(w.grad is not None and w.grad.dtype == dtype for w in model.parameters())
@@ -92,7 +92,7 @@ def walk(model: MaskedDiffusionModel, examples: Examples, schedule: ObjectiveSch
         stage = then.first_stage(numbers, step + 1) if then is not now else torch.zeros_like(numbers)
         fresh = then.begin(then.layout.chains(examples), stage[:, None], step + 1)
         walked = Walk(now.layout.chains(examples), state, age, ended, reveals)
-        statistics.add(statistics.of_step(walked, batch.rows, output))
+        statistics.add(statistics.of_step(walked, batch.rows, batch.weights, output))
         state = fresh if then is not now else following.replaced(ended, fresh)
     assert output.confidence.dtype == output.nll.dtype == torch.float32
     return [state.masked, state.stage, statistics.sums, output.nll, output.confidence]
