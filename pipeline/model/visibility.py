@@ -44,13 +44,14 @@ def attention_mask(
     """
     blocks, clean_ids, also_visible, documents = visibility
     if blocks is None:
-        if documents is None and present is None:
+        within = documents if documents is not None else present
+        if within is None:
             return None
         # Decoding changes its shapes, and flex_attention would be compiled for each.
-        if documents is None and not (torch.is_grad_enabled() and takes_flex(present.device, head_width)):
-            return present[:, None, None, :]
-        shape = present if documents is None else documents
-        blocks = torch.zeros_like(shape[:1], dtype=torch.int32)  # a single block
+        flex = torch.is_grad_enabled() and takes_flex(within.device, head_width)
+        if documents is None and not flex:
+            return within[:, None, None, :]
+        blocks = torch.zeros_like(within[:1], dtype=torch.int32)  # a single block
     length = blocks.shape[1]
     if clean_ids is not None:
         blocks = blocks.repeat(1, 2)  # [B, N]

@@ -87,7 +87,9 @@ class Blocks(Whole):
         count = -(-length // self.size) if examples.documents is None else length  # one token a document
         before = answer.cumsum(dim=1) - answer.long()  # answer positions before each position
         if examples.documents is not None:  # those of its document alone
-            before = before - torch.where(examples.starts, before, 0).cummax(dim=1).values
+            documents = examples.documents.long()
+            each = torch.zeros_like(before).scatter_add_(1, documents, answer.long())  # of each document
+            before = before - (each.cumsum(dim=1) - each).gather(1, documents)
         begins = answer & (before % self.size == 0)
         return Chains(examples, torch.where(answer, begins.cumsum(dim=1) - 1, count), count)
 

@@ -107,7 +107,7 @@ def test_step_options_write_their_figures(
     """Every option of a group beside the default; smaller chunks of the head hold less."""
     monkeypatch.setitem(train_step.SHAPES, "small", SHAPE)
     path = tmp_path / "figures.json"
-    groups = "head checkpointing precision attention masks optimizer".split()
+    groups = "head checkpointing precision attention masks optimizer documents".split()
     arguments = ["--batch-size", "8", "--repetitions", "1", "--output", str(path)]
     step_options.main([*arguments, "--only", *groups])
     figures = json.loads(path.read_text())
