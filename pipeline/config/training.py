@@ -66,15 +66,20 @@ class ScheduleConfig:
     """Learning rate schedule.
 
     Args:
-        kind: cosine = warm-up, then cosine decay; wsd = warm-up, constant, then linear decay at the end.
+        kind: cosine = warm-up, then cosine decay; wsd = warm-up, constant, then a final decay; inverse_sqrt =
+            warm-up, then peak x sqrt(warmup_steps / step), with a final decay if decay_steps is set.
         warmup_steps: Steps of linear warm-up.
-        decay_steps: Steps of the final decay (wsd only).
-        final_ratio: Learning rate at the last step, as a fraction of the peak.
+        decay_steps: Steps of the final decay (wsd and inverse_sqrt).
+        decay_shape: How the final decay falls over its share p of done steps: linear = 1 - p; cosine =
+            (1 + cos(pi p)) / 2; 1-sqrt = 1 - sqrt(p).
+        final_ratio: Learning rate at the last step, as a fraction of the peak; without a final decay, wsd and
+            inverse_sqrt do not use it.
     """
 
-    kind: Literal["cosine", "wsd"] = "cosine"
+    kind: Literal["cosine", "wsd", "inverse_sqrt"] = "cosine"
     warmup_steps: int = 100
     decay_steps: int = 0
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
     final_ratio: float = 0.1
 
     def check(self, steps: int) -> None:
@@ -85,14 +90,32 @@ class ScheduleConfig:
             f"schedule.warmup_steps + schedule.decay_steps is {self.warmup_steps} + {self.decay_steps}, more "
             f"than train.steps = {steps}: shorten them or train longer.",
         )
-        require(
-            self.kind == "wsd" or self.decay_steps == 0,
-            f"schedule.decay_steps is {self.decay_steps}, which has no effect with schedule.kind = "
-            f"{self.kind!r}: leave it out, or set schedule.kind to 'wsd'.",
-        )
+        for key, default in (("decay_steps", 0), ("decay_shape", "linear")):
+            value = getattr(self, key)
+            require(
+                self.kind != "cosine" or value == default,
+                f"schedule.{key} is {value}, which has no effect with schedule.kind = {self.kind!r}: leave "
+                "it out, or set schedule.kind to 'wsd'.",
+            )
         require(
             0 <= self.final_ratio <= 1,
             f"schedule.final_ratio is {self.final_ratio}: it must be between 0 and 1.",
+        )
+        if self.kind == "inverse_sqrt":
+            self._check_inverse_sqrt(steps)
+
+    def _check_inverse_sqrt(self, steps: int) -> None:
+        require(
+            self.warmup_steps > 0,
+            "schedule.warmup_steps is 0, but the length of the warm-up sets how fast schedule.kind = "
+            "'inverse_sqrt' falls: give some steps.",
+        )
+        lowest = (self.warmup_steps / steps) ** 0.5
+        require(
+            self.decay_steps == 0 or self.final_ratio <= lowest,
+            f"schedule.final_ratio is {self.final_ratio}, but inverse_sqrt falls to {lowest:.4g} of the peak "
+            f"in train.steps = {steps} without a final decay: give {lowest:.4g} or less, or leave out "
+            "schedule.decay_steps.",
         )
 
 

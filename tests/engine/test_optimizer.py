@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,34 @@ def test_warmup_stable_decay() -> None:
 def test_no_warmup_and_no_decay() -> None:
     schedule = ScheduleConfig(kind="wsd", warmup_steps=0, decay_steps=0)
     assert {learning_rate(step, 50, 3.0, schedule) for step in range(1, 51)} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "at_quarters"),
+    [
+        ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0]),
+        ("1-sqrt", [1.0, 0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0]),
+    ],
+)
+def test_shapes_of_the_final_decay(shape: Any, at_quarters: list[float]) -> None:
+    """Values that a table of sines and roots gives at each quarter, between the peak and a fifth of it."""
+    schedule = ScheduleConfig("wsd", warmup_steps=10, decay_steps=20, decay_shape=shape, final_ratio=0.2)
+    rates = [learning_rate(step, 100, 2.0, schedule) for step in (80, 85, 90, 95, 100)]
+    assert rates == pytest.approx([0.4 + 1.6 * share for share in at_quarters])
+    assert {learning_rate(step, 100, 2.0, schedule) for step in range(10, 81)} == {2.0}
+
+
+def test_inverse_square_root() -> None:
+    """Twice the warm-up's length gives 1 / sqrt(2), four times its length a half."""
+    schedule = ScheduleConfig("inverse_sqrt", warmup_steps=25, final_ratio=0.5)
+    rates = {step: learning_rate(step, 400, 3.0, schedule) for step in (5, 24, 25, 50, 100, 400)}
+    expected = {5: 0.6, 24: 2.88, 25: 3.0, 50: 3.0 / math.sqrt(2), 100: 1.5, 400: 0.75}
+    assert rates == pytest.approx(expected)
+
+
+def test_inverse_square_root_with_a_final_decay() -> None:
+    schedule = ScheduleConfig("inverse_sqrt", warmup_steps=25, decay_steps=200, final_ratio=0.0)
+    rates = {step: learning_rate(step, 400, 3.0, schedule) for step in (100, 200, 225, 300, 400)}
+    expected = {100: 1.5, 200: 3 / math.sqrt(8), 225: 0.875, 300: 0.5 * 3 / math.sqrt(12), 400: 0.0}
+    assert rates == pytest.approx(expected)

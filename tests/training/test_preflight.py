@@ -66,6 +66,16 @@ WRONG = [
     Wrong("optimizer.beta1", "1.0", "below 1", {"optimizer": {"beta1": 1}}),
     Wrong("schedule.warmup_steps", "90", "train longer", {"schedule": {"warmup_steps": 90}}),
     Wrong("schedule.decay_steps", "5", "'wsd'", {"schedule": {"decay_steps": 5}}),
+    Wrong("schedule.decay_shape", "1-sqrt", "'wsd'", {"schedule": {"decay_shape": "1-sqrt"}}),
+    Wrong(
+        "schedule.warmup_steps", "0", "give some", {"schedule": {"kind": "inverse_sqrt", "warmup_steps": 0}}
+    ),
+    Wrong(
+        "schedule.final_ratio",
+        "0.6",
+        "or less",
+        {"schedule": {"kind": "inverse_sqrt", "warmup_steps": 1, "decay_steps": 1, "final_ratio": 0.6}},
+    ),
     Wrong("schedule.final_ratio", "1.5", "between 0 and 1", {"schedule": {"final_ratio": 1.5}}),
     Wrong("model.init_std", "1.0", "0.02", {"model": {"init_std": 1.0}}),
     Wrong("watchdog.factor", "0.5", "more than 1", {"watchdog": {"factor": 0.5}}),
