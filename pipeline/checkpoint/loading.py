@@ -1,4 +1,4 @@
-"""Resume a run from its newest complete checkpoint, at any world size."""
+"""Resume a run from its newest complete checkpoint, under any ZeRO stage and world size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.checkpoint.manifest import (
 )
 from pipeline.checkpoint.saving import merge_states
 from pipeline.config import Config
-from pipeline.engine.protocol import Engine
+from pipeline.engine.protocol import Engine, FileLayout
 from pipeline.ranks import Ranks
 
 
@@ -77,7 +77,7 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
         )
     before = configuration.load(["--config", str(folder / "config.yaml")])
     pairs = [
-        ("the sharding (engine.kind, engine.deepspeed_config)", saved.sharding, now.sharding),
+        ("engine.kind", kind_of_engine(saved.sharding), kind_of_engine(now.sharding)),
         ("train.global_batch_size", saved.global_batch_size, now.global_batch_size),
         ("train.seed", before.train.seed, config.train.seed),
         *_differences("model", before.model, config.model),
@@ -104,6 +104,11 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
         )
 
 
+def kind_of_engine(sharding: str) -> str:
+    """Return ``engine.kind`` of a sharding; DeepSpeed's shardings are converted into each other."""
+    return "plain" if sharding == "none" else "deepspeed"
+
+
 def _differences(section: str, before: Any, now: Any) -> list[tuple[str, Any, Any]]:
     """Return the settings of a section as (name, saved value, current value)."""
     keys = [item.name for item in dataclasses.fields(now)]
@@ -111,7 +116,7 @@ def _differences(section: str, before: Any, now: Any) -> list[tuple[str, Any, An
 
 
 def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[SlotGroup]) -> None:
-    """Restore engine and slots from a checkpoint written at any world size; every rank calls this.
+    """Restore engine and slots from a checkpoint of any ZeRO stage and world size; every rank calls this.
 
     Raises:
         UserError: when a file cannot be read.
@@ -123,7 +128,7 @@ def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[Slot
             raise UserError(
                 f"the slots in {folder} cannot be read ({error}): remove it to resume from an older one."
             ) from None
-    engine.load(folder / "model", manifest.world_size)
+    engine.load(folder / "model", FileLayout(manifest.sharding, manifest.world_size), folder.parent)
     for group, state in zip(groups, states, strict=True):
         group.load_state_dict(state, manifest.step + 1)
 

@@ -21,6 +21,7 @@ from pipeline.engine.optimizer import (
     parameter_groups,
     set_hyper_parameters,
 )
+from pipeline.engine.protocol import FileLayout
 from pipeline.engine.snapshot import HostCopy
 from pipeline.engine.tensor_files import read_tensors
 from pipeline.engine.weights import Piece, StoredWeight, StoredWeights, copy_pieces, squared_norm
@@ -118,7 +119,7 @@ class PlainEngine:
             states[file_name(0)] = self.average.state_dict()
         return {name: self.host_copy(name, state) for name, state in states.items()}
 
-    def load(self, folder: Path, world_size: int) -> None:
+    def load(self, folder: Path, layout: FileLayout, place: Path) -> None:
         # To the CPU: AdamW moves its step counters to where its kernel reads them, but never back.
         state = read_tensors(folder / PLAIN_FILE, KEYS, torch.device("cpu"), mmap=False)
         self.model.load_state_dict(state["model"])

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from pipeline.engine.weights import StoredWeights
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.ranks import Ranks
+
+
+class FileLayout(NamedTuple):
+    """How a snapshot is split into files.
+
+    Attributes:
+        sharding: none for the plain engine, or zero1, zero2 or zero3.
+        world_size: ranks that wrote it.
+    """
+
+    sharding: str
+    world_size: int
 
 
 class Engine(Protocol):
@@ -21,7 +33,7 @@ class Engine(Protocol):
 
     Attributes:
         ranks: this process among its peers.
-        sharding: layout of the files of a snapshot: none, zero1, zero2 or zero3.
+        sharding: see `FileLayout`.
     """
 
     ranks: Ranks
@@ -77,13 +89,14 @@ class Engine(Protocol):
             What torch.save is to write, by file name in `folder`. The next snapshot overwrites it.
         """
 
-    def load(self, folder: Path, world_size: int) -> None:
+    def load(self, folder: Path, layout: FileLayout, place: Path) -> None:
         """Resume from the files of a snapshot.
 
         Args:
             folder: folder of the files.
-            world_size: number of ranks that wrote them, under the same sharding. If it differs from the
-                current one, the files are converted first; the conversion is kept beside the checkpoint.
+            layout: of the files. One of another ZeRO stage or world size than this engine's is converted
+                first.
+            place: folder in which a conversion is kept for the next load.
 
         Raises:
             UserError: for files that cannot be converted.

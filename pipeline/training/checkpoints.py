@@ -29,7 +29,8 @@ def resume(
     if engine.ranks.is_first:
         other = saved.world_size != engine.ranks.world_size
         ranks = f", written by {saved.world_size} ranks" if other else ""
-        print(f"resumed from {folder} (step {saved.step}{ranks})", flush=True)
+        stage = f", under {saved.sharding}" if saved.sharding != engine.sharding else ""
+        print(f"resumed from {folder} (step {saved.step}{ranks}{stage})", flush=True)
 
 
 @dataclass(eq=False)

@@ -170,5 +170,5 @@ def test_deepspeed_itself_runs_nothing(data: Path, sharded: Path, tmp_path: Path
         with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir"):
             checkpointing.open_sharded_weights(model)
     with pytest.raises(UserError, match="cannot be converted"):
-        checkpointing.make_universal(model, Ranks())
+        checkpointing.make_universal(model, tmp_path, Ranks())
     assert not made.exists()

@@ -147,11 +147,10 @@ def test_an_unknown_format_is_refused(train: Train, run_dir: Path) -> None:
     assert f"{path} has format 99, this program reads" in train(run_dir, *SHORT).complaint()
 
 
-def test_another_sharding_is_refused(train: Train, run_dir: Path) -> None:
+def test_another_engine_is_refused(train: Train, run_dir: Path) -> None:
     path = run_dir / NEWEST / "manifest.json"
     change_manifest(path, sharding="zero2")
-    complaint = train(run_dir, *SHORT).complaint()
-    assert "(engine.kind, engine.deepspeed_config) = zero2, the run has none" in complaint
+    assert "engine.kind = deepspeed, the run has plain" in train(run_dir, *SHORT).complaint()
 
 
 def test_damaged_lines_of_the_curves_do_not_keep_a_run_from_going_on(train: Train, run_dir: Path) -> None:

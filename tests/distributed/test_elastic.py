@@ -1,4 +1,4 @@
-"""A run resumes at any world size: the plain engine in one process, uninterrupted, is the oracle."""
+"""A run resumes at any world size and ZeRO stage: the plain engine in one process is the oracle."""
 
 from __future__ import annotations
 
@@ -76,18 +76,27 @@ def test_world_sizes_are_interchangeable(data: Path, train: Train, tmp_path: Pat
     assert left == [f"step_{step:08d}" for step in (4, 8, 12, 16)], "no converted form is left behind"
 
 
-def test_zero_2_saves_and_loads(data: Path, train: Train, tmp_path: Path) -> None:
-    """At the same world size and at another one."""
-    stage_2 = tmp_path / "zero2.json"
-    stage_2.write_text('{"zero_optimization": {"stage": 2}}')
+def test_zero_stages_are_interchangeable(data: Path, train: Train, tmp_path: Path) -> None:
+    """3, 2, 2 again, 3 and 1 in turn, on 2, 1 and 2 ranks, with a lower gradient clip from step 9 on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(whole, *SETTINGS).code == 0
-    for ranks, steps in ((2, 4), (2, 8), (1, 12)):
-        more = ["--engine.deepspeed_config", str(stage_2), "--train.steps", str(steps)]
-        train_on(ranks, data, parts, *SETTINGS, *more)
-    for key in ("loss", "held_out/ema_loss"):
-        expected = {step: value for step, value in curve(whole, key) if step <= 12}
-        assert dict(curve(parts, key)) == pytest.approx(expected, abs=1e-5), key
+    for steps, clip in (("8", "1.0"), ("20", "0.2")):
+        more = ["--train.steps", steps, "--optimizer.gradient_clip", clip]
+        assert train(whole, *SETTINGS, *more).code == 0
+    before = "zero3"
+    for ranks, stage, steps in ((2, 3, 4), (2, 2, 8), (2, 2, 12), (1, 3, 16), (2, 1, 20)):
+        zero = tmp_path / f"zero{stage}.json"
+        zero.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        more = ["--engine.deepspeed_config", str(zero), "--train.steps", str(steps)]
+        more += ["--engine.precision", "fp32"]  # ZeRO-1 asks for it
+        more += ["--optimizer.gradient_clip", "1.0" if steps <= 8 else "0.2"]
+        output = train_on(ranks, data, parts, *SETTINGS, *more)
+        assert (f", under {before})" in output) == (before != f"zero{stage}")
+        before = f"zero{stage}"
+    norms = dict(curve(whole, "gradient_norm"))
+    assert min(norms[step] for step in (12, 16, 20)) > 0.2, "the clip is at work"
+    for key in ("loss", "gradient_norm", "held_out/loss", "held_out/ema_loss"):
+        expected, found = dict(curve(whole, key)), dict(curve(parts, key))
+        assert found == pytest.approx(expected, abs=1e-5), key
 
 
 CONVERTER = """#!{python}
@@ -107,5 +116,5 @@ def test_a_signal_to_the_ranks_leaves_the_conversion_alone(
     program.chmod(0o755)
     (folder / checkpointing.TAG).mkdir(parents=True)
     monkeypatch.setattr(checkpointing.sys, "executable", str(program))
-    converted = checkpointing.make_universal(folder, Ranks())
+    converted = checkpointing.make_universal(folder, tmp_path, Ranks())
     assert int((converted / checkpointing.TAG / "group").read_text()) != os.getpgrp()

@@ -67,20 +67,15 @@ def check_files(folder: Path, ranks: Ranks) -> None:
             read_tensors(path)
 
 
-def universal_folder(folder: Path) -> Path:
-    """Return the folder of the universal form of a snapshot in STEP/model: beside STEP."""
-    step = folder.parent
-    return step.with_name(f"universal_{step.name}")
-
-
-def make_universal(folder: Path, ranks: Ranks) -> Path:
-    """Convert the files of a sharded snapshot by DeepSpeed's ds_to_universal, once; every rank calls this.
+def make_universal(folder: Path, place: Path, ranks: Ranks) -> Path:
+    """Convert the files of a sharded snapshot for any layout, once; every rank calls this.
 
     The first rank converts in a separate process, and the ranks exchange its state every second. A single
     collective that waited for the end would run into its time limit.
 
     Args:
-        folder: the files of a snapshot.
+        folder: the files of a snapshot, in STEP/model.
+        place: folder for the result, universal_STEP.
         ranks: the processes that load it.
 
     Returns:
@@ -89,7 +84,7 @@ def make_universal(folder: Path, ranks: Ranks) -> Path:
     Raises:
         UserError: when the disk is too small, or DeepSpeed fails.
     """
-    final = universal_folder(folder)
+    final = place / f"universal_{folder.parent.name}"
     if ranks.all_gather(final.is_dir())[0]:
         return final
     with ThreadPoolExecutor(1) as pool:
@@ -108,14 +103,14 @@ def make_universal(folder: Path, ranks: Ranks) -> Path:
 def _convert(folder: Path, final: Path) -> str | None:
     """Convert; return the problem, if any."""
     size = sum(path.stat().st_size for path in (folder / TAG).iterdir())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(final.parent).free
     if free < 3 * size:  # fragments, their merged form, and this snapshot's small files again
         return (
-            f"{folder.parent} was written by another number of ranks, and converting it needs "
+            f"{folder.parent} was written by another number of ranks or ZeRO stage, and converting it needs "
             f"{tqdm.format_sizeof(3 * size, 'B')}, but {final.parent} has {tqdm.format_sizeof(free, 'B')} "
-            "free: make room, or start as many ranks as wrote it."
+            "free: make room, or start as many ranks as wrote it, with that stage."
         )
-    print(f"converting {folder.parent} for another number of ranks", flush=True)
+    print(f"converting {folder.parent} for another number of ranks or ZeRO stage", flush=True)
     writing = final.with_name(f".writing_{final.name}")
     shutil.rmtree(writing, ignore_errors=True)
     command = [sys.executable, "-m", "pipeline.engine.deepspeed.conversion", "--inject_missing_state"]
@@ -128,8 +123,8 @@ def _convert(folder: Path, final: Path) -> str | None:
         shutil.rmtree(writing, ignore_errors=True)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return (
-            f"{folder.parent} cannot be converted for another number of ranks ({last}): start as many ranks "
-            "as wrote it."
+            f"{folder.parent} cannot be converted for another number of ranks or ZeRO stage ({last}): start "
+            "as many ranks as wrote it, with that stage."
         )
     sync_tree(writing)
     writing.rename(final)

@@ -19,6 +19,7 @@ from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, check_f
 from pipeline.engine.deepspeed.private import (
     check_names,
     find_shards,
+    keeping_gradient_clip,
     leave_out_op,
     loading_universal,
     without_foreign_code,
@@ -35,6 +36,7 @@ from pipeline.engine.optimizer import (
     parameter_groups,
     set_hyper_parameters,
 )
+from pipeline.engine.protocol import FileLayout
 from pipeline.engine.weights import StoredWeights, copy_pieces, squared_norm
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.model.sequence import WHOLE
@@ -152,17 +154,18 @@ class DeepSpeedEngine:
             self.snapshots.keep(file_name(self.ranks.rank), self.average.state_dict())
         return self.snapshots.take()
 
-    def load(self, folder: Path, world_size: int) -> None:
+    def load(self, folder: Path, layout: FileLayout, place: Path) -> None:
         settings = hyper_parameters(self.engine.optimizer)
         check_files(folder, self.ranks)
-        if world_size == self.ranks.world_size:
-            with without_foreign_code():
-                path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
-        else:
-            universal = make_universal(folder, self.ranks)
-            check_files(universal, self.ranks)
-            with without_foreign_code(), loading_universal(self.engine):
-                path, _ = self.engine.load_checkpoint(str(universal), tag=TAG)
+        with keeping_gradient_clip(self.engine):
+            if layout == (self.sharding, self.ranks.world_size):
+                with without_foreign_code():
+                    path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
+            else:
+                universal = make_universal(folder, place, self.ranks)
+                check_files(universal, self.ranks)
+                with without_foreign_code(), loading_universal(self.engine):
+                    path, _ = self.engine.load_checkpoint(str(universal), tag=TAG)
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to resume from an older one.")
         set_hyper_parameters(self.engine.optimizer, settings)

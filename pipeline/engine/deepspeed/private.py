@@ -13,8 +13,10 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 import deepspeed
+import deepspeed.checkpoint.ds_to_universal
 import deepspeed.comm
 import deepspeed.profiling.flops_profiler.profiler
+from deepspeed.checkpoint.constants import PARAM
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -30,6 +32,7 @@ from pipeline.engine.weights import Piece
 CLASSES_IN_FILES = (LossScaler, ZeroStageEnum, fragment_address)
 # torch's own switch: every torch.load is a restricted one, also where DeepSpeed asks for weights_only=False.
 RESTRICTED = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+STEP_FILE = "step.pt"  # the step counter of a weight in a universal checkpoint
 REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it skips the step
 
 MODULE_NAMES = (
@@ -39,11 +42,13 @@ MODULE_NAMES = (
     "comm.comm.comms_logger.log_all",
     "profiling.flops_profiler.profiler._matmul_flops_compute",
     "profiling.flops_profiler.profiler._addmm_flops_compute",
+    "checkpoint.ds_to_universal._save_checkpoint",
 )
 ENGINE_NAMES = (
     "checkpoint_engine",
     "_copy_recovery_script",
     "_config.load_universal_checkpoint",
+    "optimizer.clip_grad",
     "optimizer.optimizer.state",
 )
 OPTIMIZER_NAMES = {
@@ -129,6 +134,38 @@ def loading_universal(engine: Any) -> Iterator[None]:
     for state in engine.optimizer.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
+
+
+@contextlib.contextmanager
+def keeping_gradient_clip(engine: Any) -> Iterator[None]:
+    """Keep the run's gradient clipping inside the block; ZeRO-1 and 2 load that of the checkpoint."""
+    limit = engine.optimizer.clip_grad
+    yield
+    engine.optimizer.clip_grad = limit
+
+
+@contextlib.contextmanager
+def converting_for_every_stage(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Let ds_to_universal write each state of a weight as ZeRO-1 and 2 read it: in its shape, by a key.
+
+    From files of ZeRO-3 it writes flat tensors, which only ZeRO-3 reads; that reads both.
+
+    Args:
+        shapes: of the weights, by name.
+    """
+    save = deepspeed.checkpoint.ds_to_universal._save_checkpoint
+
+    def shaped(path: str, content: Any) -> None:
+        shape = shapes.get(os.path.basename(os.path.dirname(path)))
+        if shape is not None and isinstance(content, Tensor) and os.path.basename(path) != STEP_FILE:
+            content = {PARAM: content.view(shape)}
+        save(path, content)
+
+    deepspeed.checkpoint.ds_to_universal._save_checkpoint = shaped
+    try:
+        yield
+    finally:
+        deepspeed.checkpoint.ds_to_universal._save_checkpoint = save
 
 
 def time_collectives_with(timers: Any) -> None:
