@@ -66,7 +66,8 @@ def train(run: Training) -> bool:
             run.guard.forget()  # its window is of the last objective's losses
         groups = run.groups_of(step)
         run.log.begin_step(groups)
-        rate = learning_rate(step, config.train.steps, config.optimizer.learning_rate, config.schedule)
+        peak = config.optimizer.learning_rate
+        rate = learning_rate(step, config.train.steps, peak, config.schedule, state.branched_at)
         loss, gradient_norm = train_step(run.engine, groups, rate, step, run.guard)
         run.watchdog.enter("bookkeeping")
         state.advance(config.train.global_batch_size * config.data.sequence_length)

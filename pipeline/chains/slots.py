@@ -248,16 +248,19 @@ class SlotGroup:
 
 
 def make_groups(
-    config: Config, ranks: Ranks, stream: SlotStream, objectives: ObjectiveSchedule
+    config: Config, ranks: Ranks, stream: SlotStream, objectives: ObjectiveSchedule, first_step: int = 1
 ) -> list[list[SlotGroup]]:
-    """Return this rank's chains: for each turn (``objective.turns``) one group per micro-batch."""
+    """Return this rank's chains: for each turn (``objective.turns``) one group per micro-batch.
+
+    They begin at `first_step`, which is not 1 in a run that branched off another one.
+    """
     train, turns = config.train, config.objective.turns
     parts = slots_of_rank(ranks.data_rank, train.accumulation(ranks.data_size), train.micro_batch_size)
     return [
         [
             SlotGroup(
                 [turn * train.global_batch_size + slot for slot in part],
-                stream, objectives, ranks.device, first_step=turn + 1, interval=turns,
+                stream, objectives, ranks.device, first_step + (turn - first_step + 1) % turns, turns,
                 compiled=config.engine.compile_functions, sources=config.data.sources,
             )
             for part in parts

@@ -20,12 +20,15 @@ from pipeline.checkpoint.manifest import (
     check_files,
     check_sizes,
     read_manifest,
+    split_step,
     step_folders,
 )
 from pipeline.checkpoint.saving import merge_states
 from pipeline.config import Config
 from pipeline.engine.protocol import Engine, FileLayout
 from pipeline.ranks import Ranks
+
+GROUPS = "optimizer.decay_norms_and_embeddings"  # orders the optimizer's states
 
 
 def newest(run_dir: Path, ranks: Ranks, hashes: bool) -> tuple[Path, Manifest] | None:
@@ -80,6 +83,7 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
         ("engine.kind", kind_of_engine(saved.sharding), kind_of_engine(now.sharding)),
         ("train.global_batch_size", saved.global_batch_size, now.global_batch_size),
         ("train.seed", before.train.seed, config.train.seed),
+        (GROUPS, before.optimizer.decay_norms_and_embeddings, config.optimizer.decay_norms_and_embeddings),
         *_differences("model", before.model, config.model),
         *_differences("objective", before.objective, config.objective),
         ("the vocabulary", saved.vocabulary, now.vocabulary),
@@ -90,17 +94,32 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
         pairs.append(("the content of data.prefixes", saved.data_fingerprint[:12], now.data_fingerprint[:12]))
     for what, then, new in pairs:
         if then != new:
-            keeps_weights = not what.startswith(("model.", "the vocabulary"))
-            start = ", from these weights: tools/export_hf.py, train.initial_weights" if keeps_weights else ""
+            branches = not what.startswith(("model.", "the vocabulary", "engine.", "optimizer."))
+            start = f" and train.branch_from = {config.run_dir}" if branches else ""
             raise UserError(
                 f"{folder} was written with {what} = {then}, the run has {new}: set it back, or start a new "
                 f"run with another run_dir{start}."
             )
+    _check_same_parent(folder, saved, before, config)
     start_from = config.train.initial_weights
     if start_from is not None and before.train.initial_weights is None:
         raise UserError(
             f"train.initial_weights is {start_from}, but the run resumes from {folder}, which was trained "
             "without it: remove the setting, or start a new run with another run_dir."
+        )
+
+
+def _check_same_parent(folder: Path, saved: Manifest, before: Config, config: Config) -> None:
+    """Raise a `UserError` if ``train.branch_from`` names other than the parent of the run in `folder`."""
+    given, parent = config.train.branch_from, saved.parent
+    if given is None or (parent is not None and given == before.train.branch_from):
+        return
+    run, step = split_step(given)
+    if parent is None or str(run.resolve()) != parent.run or step not in (None, parent.step):
+        began = "is no branch" if parent is None else f"branched from {parent}"
+        raise UserError(
+            f"train.branch_from is {given}, but the run resumes from {folder}, which {began}: remove the "
+            "setting, or start a new run with another run_dir."
         )
 
 

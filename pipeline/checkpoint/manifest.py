@@ -42,6 +42,24 @@ class Identity(NamedTuple):
     data_fingerprint: str
 
 
+class Parent(NamedTuple):
+    """The checkpoint that a run branched from.
+
+    Attributes:
+        run: the run folder, an absolute path.
+        step: of the checkpoint.
+        manifest_sha256: hash of its manifest.json.
+    """
+
+    run: str
+    step: int
+    manifest_sha256: str
+
+    def __str__(self) -> str:
+        """Name it in a line."""
+        return f"{self.run}, step {self.step} (manifest {self.manifest_sha256[:12]})"
+
+
 @dataclass
 class Manifest:
     """Metadata of a checkpoint.
@@ -57,6 +75,7 @@ class Manifest:
         data_fingerprint: see `Identity`.
         held_out_loss: measured at this step; None = not measured.
         guard: the guard's window of past steps, see `Window.to_json`.
+        parent: where the run branched from; None for a run of its own.
         versions: versions of `PACKAGES` that wrote it.
         files: every other file of the folder, by its relative path.
     """
@@ -71,12 +90,13 @@ class Manifest:
     data_fingerprint: str
     held_out_loss: float | None = None
     guard: dict[str, Any] = field(default_factory=dict)
+    parent: Parent | None = None
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
     files: dict[str, FileFacts] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """Return the manifest as JSON for `read_manifest`, with a hash of its content."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"parent": self.parent and self.parent._asdict()}
         return (json.dumps(values | {"sha256": _sha256(values)}, indent=2) + "\n").encode()
 
 
@@ -126,7 +146,8 @@ def read_manifest(folder: Path) -> Manifest:
         if written is not None and written != _sha256(values):
             raise Damaged(f"the content of its {MANIFEST} has changed since it was written (sha256)")
         files = {_inside(name): FileFacts(**facts) for name, facts in values.pop("files").items()}
-        return Manifest(**values, files=files)
+        parent = values.pop("parent", None)  # missing in older checkpoints
+        return Manifest(**values, parent=parent and Parent(**parent), files=files)
     except FileNotFoundError:
         raise Damaged(f"it has no {MANIFEST}: it was never finished, or was copied in part") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -184,6 +205,14 @@ def check_hashes(folder: Path, manifest: Manifest, needed: Callable[[str], bool]
         ) from None
 
 
+def split_step(text: str) -> tuple[Path, int | None]:
+    """Return the path and the step of RUN:STEP; the step is None in any other path."""
+    run, colon, step = text.rpartition(":")
+    if colon and step.isdecimal() and not Path(text).exists():
+        return Path(run), int(step)
+    return Path(text), None
+
+
 def find(path: Path) -> tuple[Path, Manifest]:
     """Return the checkpoint at `path`: a checkpoint folder, RUN:STEP, or a run (its newest complete one).
 
@@ -192,10 +221,10 @@ def find(path: Path) -> tuple[Path, Manifest]:
     Raises:
         UserError: when it is missing or damaged.
     """
-    run, colon, step = str(path).rpartition(":")
-    if colon and step.isdecimal() and not path.exists():
-        path = Path(run) / "checkpoints" / f"step_{int(step):08d}"
-        there = [str(int(folder.name.removeprefix("step_"))) for folder in step_folders(Path(run))]
+    run, step = split_step(str(path))
+    if step is not None:
+        path = run / "checkpoints" / f"step_{step:08d}"
+        there = [str(int(folder.name.removeprefix("step_"))) for folder in step_folders(run)]
         if not path.exists() and there:
             raise UserError(f"{run} has no checkpoint of step {step}: choose from {', '.join(there)}.")
     given = (path / MANIFEST).is_file() or STEP_FOLDER.fullmatch(path.name)  # a copy may have any name

@@ -46,7 +46,12 @@ def prune(run_dir: Path, step: int, config: CheckpointConfig) -> None:
     for folder, manifest in manifests.items():
         if manifest.step not in stay:
             discard(folder)
-    for folder in (run_dir / "checkpoints").glob("universal_*"):
+    remove_conversions(run_dir / "checkpoints")
+
+
+def remove_conversions(place: Path) -> None:
+    """Remove the universal checkpoints in a folder of checkpoints."""
+    for folder in place.glob("universal_*"):
         discard(folder)
 
 

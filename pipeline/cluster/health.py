@@ -26,6 +26,7 @@ import torch.distributed as dist
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
+from pipeline.checkpoint.manifest import checkpoints, split_step
 from pipeline.data.paths import bin_path, facts_path, idx_path
 
 IDLE_MEBIBYTES = 1024
@@ -87,6 +88,8 @@ def training_inputs(settings: Sequence[str]) -> list[Path]:
         paths += [Path(task.data) for task in config.evaluation.tasks]
         if config.train.initial_weights is not None:
             paths.append(Path(config.train.initial_weights))
+        if config.train.branch_from is not None and not checkpoints(Path(config.run_dir)):
+            paths.append(split_step(config.train.branch_from)[0])
     return paths
 
 

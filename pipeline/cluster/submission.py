@@ -91,6 +91,7 @@ def absolute_paths(config: Config, base: Path) -> Config:
     data.tokenizer, data.prefixes = absolute(data.tokenizer), [absolute(prefix) for prefix in data.prefixes]
     data.cache = data.cache and absolute(data.cache)
     train.initial_weights = train.initial_weights and absolute(train.initial_weights)
+    train.branch_from = train.branch_from and absolute(train.branch_from)
     for task in config.evaluation.tasks:
         task.data = absolute(task.data)
     return config

@@ -61,6 +61,11 @@ class Config:
             section.check()
         self.objective.check(self.model.prediction, self.data.sequence_length, self.train.steps)
         self.schedule.check(self.train.steps)
+        require(
+            self.schedule.rewarm_steps == 0 or self.train.branch_from is not None,
+            f"schedule.rewarm_steps is {self.schedule.rewarm_steps}, which has no effect without "
+            "train.branch_from: leave it out, or set schedule.warmup_steps.",
+        )
         self.checkpoint.check(self.evaluation.interval)
         self.evaluation.check()
         self.engine.check(self.model, self.data.sequence_length)

@@ -74,6 +74,7 @@ class ScheduleConfig:
             (1 + cos(pi p)) / 2; 1-sqrt = 1 - sqrt(p).
         final_ratio: Learning rate at the last step, as a fraction of the peak; without a final decay, wsd and
             inverse_sqrt do not use it.
+        rewarm_steps: Steps after train.branch_from over which the rate climbs from 0 to that of the schedule.
     """
 
     kind: Literal["cosine", "wsd", "inverse_sqrt"] = "cosine"
@@ -81,10 +82,11 @@ class ScheduleConfig:
     decay_steps: int = 0
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
     final_ratio: float = 0.1
+    rewarm_steps: int = 0
 
     def check(self, steps: int) -> None:
         """Raise a `UserError` for the first setting that is invalid in a run of `steps` steps."""
-        require_not_negative("schedule", self, "warmup_steps", "decay_steps")
+        require_not_negative("schedule", self, "warmup_steps", "decay_steps", "rewarm_steps")
         require(
             self.warmup_steps + self.decay_steps <= steps,
             f"schedule.warmup_steps + schedule.decay_steps is {self.warmup_steps} + {self.decay_steps}, more "
@@ -133,6 +135,9 @@ class TrainConfig:
         log_samples: Write the examples that each step was trained on to samples/ in the run folder; slower.
         initial_weights: Start from the weights in this folder, written by tools/import_hf.py,
             tools/export_hf.py or tools/average_checkpoints.py; null = random weights.
+        branch_from: Begin the run as a branch of RUN or RUN:STEP, another run folder: weights, optimizer
+            state, moving average and step are those of its newest checkpoint or that of STEP, all else is
+            as configured. Only read while this run has no checkpoint.
     """
 
     steps: int = 1000
@@ -142,9 +147,15 @@ class TrainConfig:
     log_interval: int = 10
     log_samples: bool = False
     initial_weights: str | None = None
+    branch_from: str | None = None
 
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
+        require(
+            self.branch_from is None or self.initial_weights is None,
+            f"train.branch_from is {self.branch_from} and train.initial_weights is {self.initial_weights}: a "
+            "run begins from one of them; remove the other.",
+        )
         require_positive("train", self, "steps", "global_batch_size", "micro_batch_size", "log_interval")
         require(0 <= self.seed < 2**31, f"train.seed is {self.seed}: it must be at least 0 and below 2^31.")
 

@@ -40,6 +40,7 @@ class Start:
         machine: see `machine_of`; empty in the history of an older version.
         ended: when it ended or last wrote metrics; None for the latest start, until its end is recorded.
         outcome: how it ended.
+        parent: the checkpoint that the run branched from; empty for a run of its own.
     """
 
     started: float
@@ -51,6 +52,7 @@ class Start:
     machine: dict[str, Any] = field(default_factory=dict)
     ended: float | None = None
     outcome: str = KILLED
+    parent: str = ""
 
 
 @contextmanager
@@ -62,6 +64,7 @@ def noted(
     last_sign: float,
     machine: dict[str, Any],
     outcome: Callable[[], str],
+    parent: str = "",
 ) -> Iterator[None]:
     """Record a start, and its end after the block; only the first rank calls this.
 
@@ -73,12 +76,14 @@ def noted(
         last_sign: see `Start`.
         machine: see `Start`.
         outcome: called to describe the end of a block that raised no error.
+        parent: see `Start`.
     """
     path = run_dir / HISTORY_FILE
     keep_lines(path, lambda _: True)  # drops the partial line of a killed process
     process = psutil.Process()
     facts: dict[str, Any] = {"step": step, "ranks": ranks, "lost_steps": lost_steps, "last_sign": last_sign}
     facts |= {"command": shlex.join(process.cmdline()), "machine": machine}
+    facts |= {"parent": parent} if parent else {}
     _append(path, {"started": process.create_time(), **facts})
     ending = ""
     try:

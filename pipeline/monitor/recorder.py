@@ -84,13 +84,14 @@ class Recorder:
         """Collect a step; `loss` [] is the mean over this rank's micro-batches, still on the device."""
         self.pending.append((step, loss, gradient_norm, learning_rate))
 
-    def flush(self, skipped: int) -> dict[str, float]:
+    def flush(self, skipped: int, tokens: int) -> dict[str, float]:
         """Write the steps collected since the last flush, and return the metrics of the last one.
 
         Every rank must call this: it synchronises with the device and all-reduces one sum and one maximum.
 
         Args:
             skipped: steps skipped by the guard since the run began.
+            tokens: seen by the weights up to the last step.
         """
         numbers, losses, norms, learning_rates = zip(*self.pending, strict=True)
         sums = self._sums(torch.stack(losses), len(numbers))
@@ -101,6 +102,7 @@ class Recorder:
         chains = self.groups[0].statistics.figures(sums["chains"], len(numbers), ranks.sequence_size)
         interval = {
             **chains.scalars,
+            "progress/tokens": tokens,
             **self._progress(numbers[-1], *sums["begun"]),
             **self._speed(numbers[-1], len(numbers), elapsed, chains),
             **self._memory(),
@@ -140,9 +142,8 @@ class Recorder:
 
     def _progress(self, step: int, begun: float, begun_in_first_epoch: float) -> dict[str, float]:
         """Return the progress of the run at `step`."""
-        train, examples = self.config.train, self.groups[0].stream.size
+        examples = self.groups[0].stream.size
         figures = {
-            "progress/tokens": step * train.global_batch_size * self.config.data.sequence_length,
             "progress/epochs": begun / examples,
             "progress/unique_samples": begun_in_first_epoch,
         }

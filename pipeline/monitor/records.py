@@ -64,17 +64,26 @@ class Record:
         """Return the sum of a metric over the run."""
         return sum(value for _, value in self.curve(key))
 
+    @property
+    def begun_at(self) -> int:
+        """The step before the first one; not 0 in a run that branched off another one."""
+        return self.curve("loss")[0][0] - 1
+
     def running_total(self, values: Mapping[int, float]) -> Callable[[float], float]:
         """Return a function of the step: the cumulative sum of `values`, interpolated between their steps."""
         steps = sorted(values)
-        places = np.array([0.0, *steps])  # converted once: per point it would take hours for a long run
+        places = np.array([self.begun_at, *steps])  # converted once, and not for every point of a long run
         sums = np.cumsum([0.0, *(values[step] for step in steps)])
         return lambda step: float(np.interp(step, places, sums))
 
     def axes(self) -> dict[str, Callable[[float], float]]:
-        """Return the possible x-axes, as functions of the step."""
-        a_step = self.settings["train.global_batch_size"] * self.settings["data.sequence_length"]
-        flops, before = {}, 0
+        """Return the possible x-axes, as functions of the step.
+
+        FLOPs and hours are those of the run alone; steps and tokens include those before a branch.
+        """
+        tokens = ({} if self.begun_at else {0: 0.0}) | dict(self.curve("progress/tokens"))
+        places, counts = np.array([*tokens]), np.array([*tokens.values()])
+        flops, before = {}, self.begun_at
         for step, each in self.curve("progress/flops_per_step"):
             flops[step] = each * (step - before)
             before = step
@@ -84,7 +93,7 @@ class Record:
                 hours[step] = hours.get(step, 0.0) + seconds / 3600
         return {
             "steps": lambda step: step,
-            "tokens": lambda step: step * a_step,
+            "tokens": lambda step: float(np.interp(step, places, counts)),
             "FLOPs": self.running_total(flops),
             "hours": self.running_total(hours),
         }

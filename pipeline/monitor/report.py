@@ -137,6 +137,7 @@ def _summary(records: Sequence[Record]) -> list[list[str]]:
         if key.startswith("evaluation/") and key.endswith(suffix)
     }
     facts: list[tuple[str, Callable[[Record], str]]] = [
+        ("branched from", lambda r: next((start.parent for start in r.history if start.parent), "-")),
         ("steps", lambda r: f"{r.last_step:,} of {r.settings['train.steps']:,}"),
         ("tokens", lambda r: last(r, "progress/tokens", "{:,}")),
         ("epochs", lambda r: last(r, "progress/epochs", "{:.2f}")),

@@ -7,8 +7,21 @@ import math
 from pipeline.config import ScheduleConfig
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float, schedule: ScheduleConfig, branched_at: int = 0
+) -> float:
     """Return the learning rate of `step` (1 is the first) in a run of `steps` steps.
+
+    A run that branched off another one at step `branched_at` climbs from 0 to this rate over
+    ``rewarm_steps``.
+    """
+    rate = _scheduled(step, steps, peak, schedule)
+    since = step - branched_at
+    return rate * since / schedule.rewarm_steps if since < schedule.rewarm_steps else rate
+
+
+def _scheduled(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Return the rate of `step`, apart from a climb after a branch.
 
     Linear warm-up reaches `peak` at step ``warmup_steps``. Then
 

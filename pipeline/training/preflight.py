@@ -1,4 +1,4 @@
-"""Checks before a run starts: data, initial weights, DeepSpeed's settings, disk space."""
+"""Checks before a run starts: data, initial weights, parent, DeepSpeed's settings, disk space."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.base.errors import UserError
+from pipeline.checkpoint.branching import find_parent
 from pipeline.checkpoint.manifest import checkpoints
 from pipeline.config import Config
 from pipeline.data.facts import DatasetFacts, check_data
@@ -48,7 +49,7 @@ def check_engine(
                 "of the items, or leave the task out."
             )
     vocabulary = read_vocabulary(config, tokenizer)
-    check_initial_weights(config, vocabulary)
+    check_beginning(config, vocabulary)
     settings = engine_settings(config, world_size)
     if disk:
         check_disk(config, Zero.of(settings), vocabulary.rows)
@@ -66,10 +67,14 @@ def read_vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(rows, tokens, tokenizer.mask)
 
 
-def check_initial_weights(config: Config, vocabulary: Vocabulary) -> None:
-    """Raise a `UserError` if a run without checkpoints cannot start from its initial weights."""
+def check_beginning(config: Config, vocabulary: Vocabulary) -> None:
+    """Raise a `UserError` if a run without checkpoints cannot begin from its initial weights or parent."""
+    if checkpoints(Path(config.run_dir)):
+        return
+    if config.train.branch_from is not None:
+        find_parent(config, vocabulary)
     folder = config.train.initial_weights
-    if folder is not None and not checkpoints(Path(config.run_dir)):
+    if folder is not None:
         open_initial_weights(Path(folder), config.model, vocabulary, Path(config.data.tokenizer))
 
 

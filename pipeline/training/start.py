@@ -39,7 +39,7 @@ from pipeline.resilience.signals import StopSignals
 from pipeline.resilience.skipped import SkipLog
 from pipeline.resilience.stop import Stop
 from pipeline.resilience.watchdog import Watchdog
-from pipeline.training.checkpoints import Checkpoints, resume
+from pipeline.training.checkpoints import Checkpoints, branch, resume
 from pipeline.training.preflight import check_run, check_validation, read_vocabulary
 from pipeline.training.recovery import Recovery
 from pipeline.training.scheduled import ScheduledTask, Tasks, read_tasks
@@ -119,13 +119,16 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
     batch_size = config.train.global_batch_size
     identity = Identity(engine.sharding, batch_size, vocabulary._asdict(), fingerprint)
     found = newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
+    state = TrainState(config.train.steps)
     if found is not None:
         check_continues(*found, identity, config)
+    elif config.train.branch_from is not None:
+        branch(config, vocabulary, engine, state)
     elif config.train.initial_weights is not None:
         _start_from(Path(config.train.initial_weights), config, vocabulary, engine)
     tasks = read_tasks(config, tokenizer, ranks)
     data = _open_data(config, facts, tokenizer, ranks)
-    return _assemble(config, tokenizer, engine, identity, found, tasks, data, signals, stack)
+    return _assemble(config, tokenizer, engine, identity, state, found, tasks, data, signals, stack)
 
 
 def _assemble(
@@ -133,6 +136,7 @@ def _assemble(
     tokenizer: Tokenizer,
     engine: Engine,
     identity: Identity,
+    state: TrainState,
     found: tuple[Path, Manifest] | None,
     tasks: Sequence[ScheduledTask],
     data: Datasets,
@@ -140,13 +144,13 @@ def _assemble(
     stack: ExitStack,
 ) -> Training:
     """Begin the chains or resume them from the checkpoint `found`, and build what surrounds the loop."""
-    run_dir, ranks, state = Path(config.run_dir), engine.ranks, TrainState(config.train.steps)
+    run_dir, ranks = Path(config.run_dir), engine.ranks
     stream = SlotStream(data.train, config.slots, config.train.seed, config.data.workers)
     stack.callback(stream.close)
     skipped = SkipLog(run_dir, ranks)
     stream.exclude(skipped.excluded())
     schedule = objectives.build(config, tokenizer.mask, data.has_padding)
-    turns = make_groups(config, ranks, stream, schedule)
+    turns = make_groups(config, ranks, stream, schedule, state.step + 1)
     groups = [group for turn in turns for group in turn]
     if found is not None:
         resume(*found, engine, groups, state)
@@ -176,7 +180,10 @@ def _assemble(
     machine = machine_of(ranks)
     if ranks.is_first:
         before = log.recorder.lost_steps, log.recorder.last_sign
-        stack.enter_context(noted(run_dir, state.step, ranks.world_size, *before, machine, training.outcome))
+        parent = str(state.parent or "")
+        stack.enter_context(
+            noted(run_dir, state.step, ranks.world_size, *before, machine, training.outcome, parent)
+        )
     return training
 
 

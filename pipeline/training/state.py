@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipeline.checkpoint.manifest import Parent
 from pipeline.resilience.guard import Window
 
 
@@ -17,6 +18,7 @@ class TrainState:
         tokens: tokens seen, over all steps and ranks.
         held_out_loss: measured after this step; None if it was not.
         window: what the guard compares the next steps with.
+        parent: the checkpoint that the run branched from, if any.
     """
 
     last_step: int
@@ -24,6 +26,12 @@ class TrainState:
     tokens: int = 0
     held_out_loss: float | None = None
     window: Window = field(default_factory=Window)
+    parent: Parent | None = None
+
+    @property
+    def branched_at(self) -> int:
+        """The step at which the run branched off another one; 0 for a run of its own."""
+        return 0 if self.parent is None else self.parent.step
 
     @property
     def is_done(self) -> bool:

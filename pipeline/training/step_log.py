@@ -54,7 +54,7 @@ class StepLog:
         """Fetch, write and show the figures since the last flush; every rank calls this."""
         if not self.recorder.pending:
             return
-        values = self.recorder.flush(self.skipped.skipped())
+        values = self.recorder.flush(self.skipped.skipped(), self.state.tokens)
         self.progress.report(
             f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
             f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"

@@ -121,6 +121,19 @@ def test_turns_share_out_the_samples() -> None:
     assert set(range(2 * SIZE)) <= set(visits), "two epochs, each example at a stream position of its own"
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3, 5])
+def test_turns_begin_after_a_branch(turns: int) -> None:
+    """Each turn begins at its first step from the given one on, counted by hand."""
+    train = TrainConfig(global_batch_size=4, micro_batch_size=2, seed=SEED)
+    config = Config("unused", objective=replace(PUMA, turns=turns), train=train)
+    stream = SlotStream(Pairs(SIZE), config.slots, SEED, workers=0)
+    for begin in range(1, 12):
+        found = make_groups(config, Ranks(), stream, build(config, MASK, True), begin)
+        for turn, groups in enumerate(found):
+            first = next(number for number in range(begin, 99) if (number - 1) % turns == turn)
+            assert [(group.first_step, group.interval) for group in groups] == [(first, turns)] * 2
+
+
 def test_random_masking_uses_every_sample_once_an_epoch() -> None:
     group = make(list(range(8)), 8, RANDOM)
     seen: Counter[int] = Counter()

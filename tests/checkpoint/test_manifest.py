@@ -166,11 +166,13 @@ def test_damaged_lines_of_the_curves_do_not_keep_a_run_from_going_on(train: Trai
 
 @pytest.mark.parametrize(
     ("key", "then", "now"),
-    [("data.split", "80,20,0", "50,50,0"), ("data.padding", "ignored", "eos_targets")],
+    [
+        ("data.split", "80,20,0", "50,50,0"),
+        ("data.padding", "ignored", "eos_targets"),
+        ("optimizer.decay_norms_and_embeddings", "False", "True"),
+    ],
 )
-def test_another_setting_of_the_data_is_named(
-    train: Train, run_dir: Path, key: str, then: str, now: str
-) -> None:
+def test_another_setting_is_named(train: Train, run_dir: Path, key: str, then: str, now: str) -> None:
     """The refused start changes nothing in the folder."""
     order = (run_dir / "data_order.json").read_bytes()
     assert f"{key} = {then}, the run has {now}" in train(run_dir, *SHORT, f"--{key}", now).complaint()

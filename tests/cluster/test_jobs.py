@@ -245,6 +245,8 @@ def test_every_path_becomes_absolute(made: Path) -> None:
         "run_dir": "/base/r", "data.tokenizer": "/base/t", "data.prefixes": ["/base/p", "/q"],
         "data.cache": "/base/c", "engine.deepspeed_config": "/base/d", "train.initial_weights": "/base/w",
     }  # fmt: skip
+    branch = configuration.load(["--config", str(made / "run.yaml"), "--train.branch_from", "b:8"])
+    assert absolute_paths(branch, Path("/base")).train.branch_from == "/base/b:8"
 
 
 def test_status_and_help_import_neither_torch_nor_megatron(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_blend(run: Run) -> None:
 
 
 def test_another_run_from_the_weights(run: Run) -> None:
-    for command in commands(text_of("docs/howto/resume.md"), "Change what a run must keep"):
+    for command in commands(text_of("docs/howto/resume.md"), "Start from weights alone"):
         printed = run(command)
     assert "done: 4 steps" in printed
 
