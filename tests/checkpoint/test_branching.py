@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.monitor.report import read_record
 from support.programs import Outcome, run_here
 from support.runs import curve, metrics, not_measured
 from tools import report
@@ -152,6 +153,11 @@ def test_puma_after_random_masking(
     assert [line["step"] for line in lines[1]] == list(range(9, 17))
     masked = [[value for _, value in curve(tmp_path / name, "masked_fraction")] for name in ("new", "run")]
     assert masked[0] == masked[1]
+    axes = read_record(tmp_path / "run", "run").axes()
+    assert axes["tokens"](16) == 8 * 16 * 12 + 8 * 8 * 12, "with those before the branch"
+    each = [value for _, value in curve(tmp_path / "run", "progress/flops_per_step")]
+    assert len(each) == 8
+    assert axes["FLOPs"](16) == pytest.approx(sum(each)), "of the branch alone"
     output = tmp_path / "report.html"
     assert run_here(report.main, [str(tmp_path / "run"), "--output", str(output)], capsys).code == 0
     assert f"<td>branched from</td><td>{parent.resolve()}, step 8 (manifest " in output.read_text()

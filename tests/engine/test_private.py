@@ -56,7 +56,9 @@ def test_this_version_has_every_name(tmp_path: Path, stage: int) -> None:
 
 def test_a_name_that_is_missing_is_named() -> None:
     state = SimpleNamespace(state={})
-    optimizer = SimpleNamespace(**dict.fromkeys(private.OPTIMIZER_NAMES[3], 0), optimizer=state)
+    optimizer = SimpleNamespace(
+        **dict.fromkeys((*private.OPTIMIZER_NAMES[3], "clip_grad"), 0), optimizer=state
+    )
     engine = SimpleNamespace(checkpoint_engine=0, _copy_recovery_script=0, optimizer=optimizer)
     engine._config = SimpleNamespace(load_universal_checkpoint=False)
     private.check_names(engine, 3)
