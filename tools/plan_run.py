@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = configuration.load(["--config", options.config, *overrides(options)])
     # Imported now: torch takes seconds, and neither help nor a wrong setting needs it.
     from pipeline.engine.build import engine_settings
+    from pipeline.planning.data_use import planned_use
     from pipeline.planning.memory import Zero, count_parameters
     from pipeline.planning.plan_report import as_json, basis, describe, describe_table, table
     from pipeline.planning.run_plan import Planner
@@ -73,13 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assumed, sources = assumptions(options, measured)
     planner = Planner(config, zero, rows, find_gpu(name), assumed)
     plan = planner.plan(options.gpus, options.cost_per_gpu_hour)
-    plans = table(planner, price=options.cost_per_gpu_hour)
+    plans, uses = table(planner, price=options.cost_per_gpu_hour), planned_use(config)
     if options.json:
         rests_on = {key: {"value": value, "source": of} for key, value, of in basis(planner, sources)}
         content = {"plan": as_json(plan), "table": [as_json(each) for each in plans], "basis": rests_on}
+        content["data"] = [use.to_json() for use in uses]
         print(json.dumps(content, indent=2))
         return
     print(describe(planner, plan, name, sources))
+    print("\n".join(["\nwhat the run uses of its data", *(f"  {use.describe()}" for use in uses)]))
     print("\nwith the largest micro-batch that fits:")
     print(describe_table(plans))
 

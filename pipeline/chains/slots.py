@@ -133,7 +133,8 @@ class SlotGroup:
         self.statistics = ChainStatistics(objectives.longest, device, sources)
         self.trained = np.zeros_like(self.slots)  # examples that each slot has been trained on
         self.age = torch.zeros_like(self.numbers)  # steps that the current examples have been trained on
-        self._begin(np.zeros(len(slots), dtype=np.int64), first_step)
+        phase = stream.phase_at(first_step)
+        self._begin(np.full(len(slots), stream.first_cursor(phase), dtype=np.int64), first_step)
         objective = objectives.at(first_step)
         first = objective.first_stage(self.numbers, first_step)
         state = objective.begin(self.chains, first[:, None], first_step)
@@ -145,12 +146,22 @@ class SlotGroup:
         return self.chains.examples
 
     def _begin(self, cursors: np.ndarray, step: int) -> None:
-        """Read the examples at `cursors` [B], or the next ones not left out; prefetch the following ones."""
+        """Read the examples at `cursors` [B], or the next ones not left out; prefetch the following ones.
+
+        `step` trains them next.
+        """
         rows = range(len(self.slots))
+        self.next_step = step
+        self.phase = self.stream.phase_at(step + self.interval)  # of the following examples
         self.cursors = self._admitted(rows, cursors)
-        self.next_cursors = self._admitted(rows, self.cursors + 1)
+        self.next_cursors = self._after(rows)
         self.chains = self.objectives.at(step).layout.chains(self._read(rows, self.cursors))
         self.following = self._read(rows, self.next_cursors)
+
+    def _after(self, rows: Sequence[int]) -> np.ndarray:
+        """Return the cursors of the examples that follow the current ones of `rows`."""
+        following = [self.stream.following(cursor, self.phase) for cursor in self.cursors[rows].tolist()]
+        return self._admitted(rows, np.asarray(following))
 
     def _admitted(self, rows: Sequence[int], cursors: np.ndarray) -> np.ndarray:
         slots = self.slots[list(rows)].tolist()
@@ -171,14 +182,20 @@ class SlotGroup:
             self._arrived.record()
 
     def _settle(self) -> int:
-        """Prefetch for the slots whose chain has ended; return the number of masked positions."""
+        """Prefetch for the slots whose chain has ended; return the number of masked positions.
+
+        Once, for all slots: when those that end at the next step begin their examples in a new phase.
+        """
         if self._arrived is not None:
             self._arrived.synchronize()  # recorded before the last backward pass: already done
         *ended, masked = self._report.tolist()
         rows = [row for row, flag in enumerate(ended) if flag]
+        self.cursors[rows] = self.next_cursors[rows]
+        phase = self.stream.phase_at(self.next_step + self.interval)
+        if phase != self.phase:
+            rows, self.phase = list(range(len(ended))), phase
         if rows:
-            self.cursors[rows] = self.next_cursors[rows]
-            self.next_cursors[rows] = self._admitted(rows, self.cursors[rows] + 1)
+            self.next_cursors[rows] = self._after(rows)
             fresh = self._read(rows, self.next_cursors[rows])
             where = torch.tensor(rows, pin_memory=self.device.type == "cuda")
             where = where.to(self.device, non_blocking=True)  # a copy from pageable memory would wait
@@ -204,13 +221,12 @@ class SlotGroup:
         )
         self.statistics.add(sums)
         self.trained_ids = self.examples.ids
-        self.chains = chains
+        self.chains, self.next_step = chains, next_step
         self._enter(state, ended)
 
-    def begun(self) -> tuple[int, int]:
-        """Return how many examples these slots were trained on, and how many of them in the first epoch."""
-        of_slot = -(-(self.stream.size - self.slots) // self.stream.slots)  # examples of each in an epoch
-        return int(self.trained.sum()), int(np.minimum(self.trained, of_slot).sum())
+    def begun(self, step: int) -> tuple[int, int]:
+        """Return how many examples of the phase of `step` were trained on, and those of its first epoch."""
+        return self.stream.begun(self.slots, self.trained, self.stream.phase_at(step))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the state, a slot a row; a resumed run reads the examples again by their cursors."""

@@ -89,7 +89,7 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
         ("the vocabulary", saved.vocabulary, now.vocabulary),
     ]
     if saved.data_fingerprint != now.data_fingerprint:
-        harmless = {"data.tokenizer", "data.cache", "data.workers"}
+        harmless = {"data.tokenizer", "data.cache", "data.workers", "data.phases"}
         pairs += [pair for pair in _differences("data", before.data, config.data) if pair[0] not in harmless]
         pairs.append(("the content of data.prefixes", saved.data_fingerprint[:12], now.data_fingerprint[:12]))
     for what, then, new in pairs:
@@ -101,12 +101,35 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
                 f"run with another run_dir{start}."
             )
     _check_same_parent(folder, saved, before, config)
+    _check_phases(folder, saved, now, before, config)
     start_from = config.train.initial_weights
     if start_from is not None and before.train.initial_weights is None:
         raise UserError(
             f"train.initial_weights is {start_from}, but the run resumes from {folder}, which was trained "
             "without it: remove the setting, or start a new run with another run_dir."
         )
+
+
+def _check_phases(folder: Path, saved: Manifest, now: Identity, before: Config, config: Config) -> None:
+    """Raise a `UserError` unless the phases of the data that have begun are those of the checkpoint."""
+    # A chain that ended at the saved step has begun an example for its next step already.
+    begun = saved.step + config.objective.turns
+    then, new = (
+        [(int(step), sha256) for step, sha256 in phases.items() if int(step) <= begun]
+        for phases in (saved.phases, now.phases)
+    )
+    if then == new:
+        return
+    number = next(n for n in range(len(then) + len(new)) if then[n : n + 1] != new[n : n + 1])
+    settings = [run.data.phases[number : number + 1] if found[number:] else []
+                for run, found in ((before, then), (config, new))]  # fmt: skip
+    was, is_now = (vars(found[0]) if found else "none" for found in settings)
+    what = f"{folder} was written with data.phases[{number}] = {was}, the run has "
+    what += "datasets of other content" if was == is_now else str(is_now)
+    raise UserError(
+        f"{what}: a phase that has begun cannot change. Set it back, or give new phases a first_step of "
+        f"{begun + 1} or more."
+    )
 
 
 def _check_same_parent(folder: Path, saved: Manifest, before: Config, config: Config) -> None:

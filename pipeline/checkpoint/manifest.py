@@ -33,13 +33,15 @@ class Identity(NamedTuple):
         sharding: how the engine's state is split into files, see `Engine.sharding`.
         global_batch_size: sequences per step.
         vocabulary: the fields of a Vocabulary.
-        data_fingerprint: identity of the examples and their order.
+        data_fingerprint: identity of the examples and their order, in the first phase of the data.
+        phases: the same of each later phase, by its first step; a later run may have other future ones.
     """
 
     sharding: str
     global_batch_size: int
     vocabulary: dict[str, int]
     data_fingerprint: str
+    phases: dict[str, str]
 
 
 class Parent(NamedTuple):
@@ -73,6 +75,7 @@ class Manifest:
         global_batch_size: see `Identity`.
         vocabulary: see `Identity`.
         data_fingerprint: see `Identity`.
+        phases: see `Identity`.
         held_out_loss: measured at this step; None = not measured.
         guard: the guard's window of past steps, see `Window.to_json`.
         parent: where the run branched from; None for a run of its own.
@@ -88,6 +91,7 @@ class Manifest:
     global_batch_size: int
     vocabulary: dict[str, int]
     data_fingerprint: str
+    phases: dict[str, str] = field(default_factory=dict)
     held_out_loss: float | None = None
     guard: dict[str, Any] = field(default_factory=dict)
     parent: Parent | None = None

@@ -83,7 +83,7 @@ def training_inputs(settings: Sequence[str]) -> list[Path]:
     with contextlib.suppress(UserError):
         config = configuration.load(settings)
         paths += [Path(config.data.tokenizer), Path(config.engine.deepspeed_config)]
-        for prefix in map(Path, config.data.prefixes):
+        for prefix in map(Path, config.data.all_prefixes):
             paths += [bin_path(prefix), idx_path(prefix), facts_path(prefix)]
         paths += [Path(task.data) for task in config.evaluation.tasks]
         if config.train.initial_weights is not None:

@@ -89,9 +89,10 @@ def check_request(request: Request, site: Site) -> None:
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     if "preprocess" in stages or "merge" in stages:
         require(
-            len(config.data.prefixes) == 1,
-            f"data.prefixes names {len(config.data.prefixes)} datasets: the preprocess and merge stages "
-            "build only one. Submit these two stages once per dataset, then pretrain with all of them.",
+            len(config.data.all_prefixes) == 1,
+            f"data.prefixes and data.phases name {len(config.data.all_prefixes)} datasets: the preprocess "
+            "and merge stages build only one. Submit these two stages once per dataset, then pretrain with "
+            "all of them.",
         )
     if "preprocess" in stages:
         require(

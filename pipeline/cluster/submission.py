@@ -89,6 +89,8 @@ def absolute_paths(config: Config, base: Path) -> Config:
     config.run_dir = absolute(config.run_dir)
     config.engine.deepspeed_config = absolute(config.engine.deepspeed_config)
     data.tokenizer, data.prefixes = absolute(data.tokenizer), [absolute(prefix) for prefix in data.prefixes]
+    for phase in data.phases:
+        phase.prefixes = [absolute(prefix) for prefix in phase.prefixes]
     data.cache = data.cache and absolute(data.cache)
     train.initial_weights = train.initial_weights and absolute(train.initial_weights)
     train.branch_from = train.branch_from and absolute(train.branch_from)

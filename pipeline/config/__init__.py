@@ -5,7 +5,7 @@ A YAML file describes a run, with one section per dataclass below. The command l
 value and the remedy.
 """
 
-from pipeline.config.data import DataConfig
+from pipeline.config.data import DataConfig, Phase, PhaseConfig
 from pipeline.config.load import Config, build_parser, load, to_yaml
 from pipeline.config.model import ModelConfig
 from pipeline.config.monitor import MonitorConfig
@@ -25,6 +25,8 @@ __all__ = [
     "MonitorConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "Phase",
+    "PhaseConfig",
     "ProfilingConfig",
     "Recompute",
     "ScheduleConfig",

@@ -57,8 +57,9 @@ class Config:
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
         require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")
-        for section in (self.data, self.model, self.optimizer, self.train):
+        for section in (self.model, self.optimizer, self.train):
             section.check()
+        self.data.check(self.train.steps)
         self.objective.check(self.model.prediction, self.data.sequence_length, self.train.steps)
         self.schedule.check(self.train.steps)
         require(

@@ -10,6 +10,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from pipeline.config.data import PhaseConfig
 from pipeline.config.load import Config, described
 from pipeline.config.run import TaskConfig
 
@@ -29,7 +30,7 @@ def page() -> str:
     sections = typing.get_type_hints(Config)
     parts = [HEAD, _section("run", Config)]
     parts += [_section(name, hint) for name, hint in sections.items() if dataclasses.is_dataclass(hint)]
-    parts.append(_section("evaluation.tasks", TaskConfig))
+    parts += [_section("data.phases", PhaseConfig), _section("evaluation.tasks", TaskConfig)]
     return "\n".join(parts)
 
 

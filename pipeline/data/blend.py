@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.base.files import creating_folder, remove_left_overs, replacing
+from pipeline.config import DataConfig
+from pipeline.data.facts import DatasetFacts
 from pipeline.ranks import Ranks
 
 ORDER_FILE = "data_order.json"
@@ -40,7 +43,37 @@ class Share:
     @property
     def epochs(self) -> float:
         """How often an example is used in an epoch of the blend, on average."""
-        return self.used / self.examples
+        return self.used / self.examples if self.examples else 0.0
+
+
+def used_examples(
+    config: DataConfig, examples: Sequence[int], facts: Mapping[str, DatasetFacts]
+) -> list[int] | None:
+    """Return how many examples of each dataset are in an epoch; None if it uses each example once.
+
+    Args:
+        config: the data of a phase.
+        examples: training examples of each dataset.
+        facts: of the datasets, by prefix.
+    """
+    weights = config.weights
+    if config.temperature is not None:
+        weights = [float(facts[prefix].tokens ** (1 / config.temperature)) for prefix in config.prefixes]
+    return None if weights is None else blend_sizes(examples, weights, config.max_epochs)
+
+
+def estimated_shares(config: DataConfig, facts: Mapping[str, DatasetFacts]) -> list[Share]:
+    """Return about what each dataset will contribute, without building examples; the arguments as above."""
+    train, valid, test = (float(share) for share in config.split.split(","))
+    part, examples = train / (train + valid + test), []
+    for prefix in config.prefixes:
+        packed = facts[prefix].tokens * part // config.sequence_length
+        examples.append(int(facts[prefix].documents * part if config.kind == "pairs" else packed))
+    used = used_examples(config, examples, facts) or examples
+    return [
+        Share(prefix, facts[prefix].tokens, *counts)
+        for prefix, *counts in zip(config.prefixes, examples, used, strict=True)
+    ]
 
 
 def blend_sizes(examples: Sequence[int], weights: Sequence[float], caps: Sequence[float] | None) -> list[int]:
@@ -116,14 +149,33 @@ def as_if_alone() -> Iterator[None]:
             setattr(torch.distributed, name, function)
 
 
-def write_order(folder: Path, shares: Sequence[Share], fingerprint: str) -> None:
-    """Write the shares of the blend to RUN/data_order.json."""
-    values = {
-        "fingerprint": fingerprint,
-        "datasets": [dataclasses.asdict(s) | {"epochs": s.epochs} for s in shares],
-    }
+@dataclass(frozen=True)
+class Order:
+    """What a phase of the data uses, and in what order.
+
+    Attributes:
+        first_step: from which on new examples are drawn from it.
+        first_example: number of its first example; those of all phases are numbered one after the other.
+        fingerprint: of its examples and their order, see `data_fingerprint`.
+        shares: what each dataset contributes to an epoch.
+    """
+
+    first_step: int
+    first_example: int
+    fingerprint: str
+    shares: Sequence[Share]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the order as nested dictionaries."""
+        datasets = [dataclasses.asdict(share) | {"epochs": share.epochs} for share in self.shares]
+        own = {"first_step": self.first_step, "first_example": self.first_example}
+        return own | {"fingerprint": self.fingerprint, "datasets": datasets}
+
+
+def write_order(folder: Path, orders: Sequence[Order]) -> None:
+    """Write the order of each phase to RUN/data_order.json."""
     with replacing(folder / ORDER_FILE) as file:
-        file.write(json.dumps(values, indent=2).encode() + b"\n")
+        file.write(json.dumps({"phases": [order.to_json() for order in orders]}, indent=2).encode() + b"\n")
 
 
 def describe_order(shares: Sequence[Share]) -> str:

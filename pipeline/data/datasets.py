@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ with warnings.catch_warnings():  # megatron-core warns about optional packages t
 
 from pipeline.base.errors import UserError
 from pipeline.config import DataConfig
-from pipeline.data.blend import Share, as_if_alone, blend_sizes, build_once
+from pipeline.data.blend import Share, as_if_alone, build_once, used_examples
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, ExampleDataset
 from pipeline.data.facts import DatasetFacts
 from pipeline.data.lengths import RandomLengths
@@ -173,7 +173,7 @@ def _no_training_example(prefixes: Sequence[str], config: DataConfig | ExampleCo
 
 @dataclass
 class Datasets:
-    """Training and validation examples.
+    """Training and validation examples of a phase.
 
     Attributes:
         train: one epoch of training examples.
@@ -191,19 +191,20 @@ class Datasets:
 
 
 def data_fingerprint(
-    config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int
+    config: DataConfig, facts: Mapping[str, DatasetFacts], tokenizer: Tokenizer, seed: int
 ) -> str:
-    """Return a hash that changes whenever the examples or their order do; nothing is built.
+    """Return a hash that changes whenever the examples of a phase or their order do; nothing is built.
 
     Args:
-        config: the data of the run.
+        config: the data of the phase.
         facts: of its datasets, from `check_data`.
         tokenizer: of the run.
         seed: of the order.
     """
-    identity = repr([[fact.sha256 for fact in facts], tokenizer.sha256, config.kind, config.sequence_length,
-                     config.weights, config.temperature, config.max_epochs, config.split, config.padding,
-                     config.too_long, seed])  # fmt: skip
+    contents = [facts[prefix].sha256 for prefix in config.prefixes]
+    identity = repr([contents, tokenizer.sha256, config.kind, config.sequence_length, config.weights,
+                     config.temperature, config.max_epochs, config.split, config.padding, config.too_long,
+                     seed])  # fmt: skip
     if config.isolate_documents:  # an addition only: the fingerprints of other runs stay as they were
         identity += " isolate_documents"
     if config.random_length_share:
@@ -213,13 +214,13 @@ def data_fingerprint(
 
 def build_datasets(
     config: DataConfig,
-    facts: Sequence[DatasetFacts],
+    facts: Mapping[str, DatasetFacts],
     tokenizer: Tokenizer,
     seed: int,
     cache: Path,
     ranks: Ranks,
 ) -> Datasets:
-    """Build the examples of a run, or load their indices from `cache`; every rank calls this.
+    """Build the examples of a phase, or load their indices from `cache`; every rank calls this.
 
     The other arguments are those of `data_fingerprint`.
 
@@ -247,7 +248,7 @@ def _check_indices(folder: Path) -> None:
 
 
 def _build(
-    config: DataConfig, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, seed: int, folder: Path
+    config: DataConfig, facts: Mapping[str, DatasetFacts], tokenizer: Tokenizer, seed: int, folder: Path
 ) -> tuple[ExampleDataset, ExampleDataset | None, list[Share]]:
     """Build the examples with their indices in `folder`, or load existing indices."""
     settings = ExampleConfig(
@@ -265,7 +266,7 @@ def _build(
         padding=config.padding,
         too_long=config.too_long,
         isolate_documents=config.isolate_documents,
-        prefixes=config.prefixes,
+        prefixes=list(facts),
     )
     train, valid = _build_splits(config, settings, [None, None, None])
     parts = getattr(train, "datasets", [train]) if train is not None else []
@@ -273,18 +274,15 @@ def _build(
     left_out = [getattr(part, "left_out", 0) for part in parts]
     if train is None or len(train) == 0:
         raise _no_training_example(config.prefixes, config)
-    weights, used = config.weights, examples
-    if config.temperature is not None:
-        weights = [float(fact.tokens ** (1 / config.temperature)) for fact in facts]
-    if weights is not None:
-        used = blend_sizes(examples, weights, config.max_epochs)
+    used = used_examples(config, examples, facts)
+    if used is not None:
         settings.blend = (config.prefixes, [float(count) for count in used])
         settings.__post_init__()  # normalises the weights
         train, _ = _build_splits(config, settings, [sum(used), 0, 0])
         assert train is not None
     shares = [
-        Share(prefix, fact.tokens, *counts)
-        for prefix, fact, *counts in zip(config.prefixes, facts, examples, used, left_out, strict=True)
+        Share(prefix, facts[prefix].tokens, *counts)
+        for prefix, *counts in zip(config.prefixes, examples, used or examples, left_out, strict=True)
     ]
     return train, valid if valid is not None and len(valid) else None, shares
 

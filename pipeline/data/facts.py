@@ -262,13 +262,13 @@ def check_same(facts: Sequence[DatasetFacts], names: Sequence[str], what: str) -
                 )
 
 
-def check_data(config: DataConfig, tokenizer: Tokenizer) -> list[DatasetFacts]:
-    """Return the facts of every dataset; raise a `UserError` if one does not fit the run.
+def check_data(config: DataConfig, tokenizer: Tokenizer) -> dict[str, DatasetFacts]:
+    """Return the facts of every dataset, of all phases; raise a `UserError` if one does not fit the run.
 
     A start of a run calls this once and passes the facts on: their histograms are large.
     """
-    facts = [read_facts(prefix) for prefix in config.prefixes]
-    for prefix, fact in zip(config.prefixes, facts, strict=True):
+    facts = {prefix: read_facts(prefix) for prefix in config.all_prefixes}
+    for prefix, fact in facts.items():
         if fact.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
                 f"{prefix} was made with another tokenizer (sha256 {fact.tokenizer_sha256[:12]}) than "

@@ -152,7 +152,7 @@ def model_card(
         "sequences seen": f"{examples:,} of {config.data.sequence_length} tokens",
         "tokens seen": f"{manifest.tokens:,}",
         "held-out loss": "not measured at this step" if loss is None else f"{loss:.4f} nats per masked token",
-        "datasets": ", ".join(Path(prefix).name for prefix in config.data.prefixes),
+        "datasets": ", ".join(Path(prefix).name for prefix in config.data.all_prefixes),
         "kind of examples": config.data.kind,
         "data fingerprint": f"`{manifest.data_fingerprint[:16]}`",
         "objective": _settings(objective),

@@ -20,7 +20,8 @@ class ExampleLog:
     """Writes one file per rank, one line per step: ``{"step": 3, "samples": [[epoch, example], ...]}``.
 
     A line has one pair per slot. An example stays in its slot until its chain ends. Its number is the index
-    in the training split (tools/inspect_data.py). Reading the numbers synchronises with the device at every
+    in the training split (tools/inspect_data.py); those of a later phase of the data follow those of the
+    phase before it, and its epochs count from 0. Reading the numbers synchronises with the device at every
     step.
     """
 
@@ -47,8 +48,8 @@ class ExampleLog:
 
     def write(self, step: int, groups: Sequence[SlotGroup]) -> None:
         """Write the examples in `groups`, on which `step` is about to train."""
-        positions = [position for group in groups for position in group.examples.ids.tolist()]
-        examples = [[position // self.stream.size, self.stream.index(position)] for position in positions]
+        ids = [id for group in groups for id in group.examples.ids.tolist()]
+        examples = [(self.stream.epoch(id), self.stream.index(id)) for id in ids]
         assert self.file is not None
         self.file.write(orjson.dumps({"step": step, "samples": examples}) + b"\n")
         self.file.flush()

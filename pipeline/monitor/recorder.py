@@ -94,7 +94,7 @@ class Recorder:
             tokens: seen by the weights up to the last step.
         """
         numbers, losses, norms, learning_rates = zip(*self.pending, strict=True)
-        sums = self._sums(torch.stack(losses), len(numbers))
+        sums = self._sums(torch.stack(losses), numbers)
         gradient_norms = torch.stack(norms).tolist()
         elapsed = time.monotonic() - self.since
         self.since += elapsed
@@ -126,15 +126,15 @@ class Recorder:
         self.pending.clear()
         return last
 
-    def _sums(self, losses: Tensor, steps: int) -> dict[str, list[float]]:
+    def _sums(self, losses: Tensor, steps: Sequence[int]) -> dict[str, list[float]]:
         """Sum over groups and ranks, with one reduction and one device synchronisation."""
-        begun = np.sum([group.begun() for group in self.groups], axis=0) / self.engine.ranks.sequence_size
+        begun = np.sum([group.begun(steps[-1]) for group in self.groups], axis=0)
         parts = {
             "losses": losses.double(),
             "chains": torch.stack([group.statistics.take() for group in self.groups]).sum(dim=0),
-            "ranks": self.stragglers.measure(steps),
+            "ranks": self.stragglers.measure(len(steps)),
             "norm": self.engine.squared_norm().reshape(1),
-            "begun": torch.from_numpy(begun).to(losses.device),
+            "begun": torch.from_numpy(begun / self.engine.ranks.sequence_size).to(losses.device),
         }
         total = self.engine.ranks.sum(torch.cat(list(parts.values())))
         sizes = [len(part) for part in parts.values()]
@@ -142,11 +142,14 @@ class Recorder:
 
     def _progress(self, step: int, begun: float, begun_in_first_epoch: float) -> dict[str, float]:
         """Return the progress of the run at `step`."""
-        examples = self.groups[0].stream.size
+        stream = self.groups[0].stream
+        phase = stream.phase_at(step)
         figures = {
-            "progress/epochs": begun / examples,
+            "progress/epochs": begun / stream.phases[phase].size,
             "progress/unique_samples": begun_in_first_epoch,
         }
+        if len(stream.phases) > 1:
+            figures["progress/phase"] = phase
         stages = stages_at(self.config.objective, step)
         return figures if stages is None else figures | {"chains/stages": stages}
 

@@ -2,7 +2,8 @@
 
 One line per skipped step: ``{"step": 120, "problem": "the loss is not finite", "samples": [3, 17]}``. One
 line per rollback: ``{"step": 124, "rollback_to": 100, "excluded": [3, 17]}``. Examples are indices into the
-training split (tools/inspect_data.py). The file is not part of checkpoints, so a rollback keeps exclusions.
+training split (tools/inspect_data.py); those of a later phase of the data follow those before it. The file is
+not part of checkpoints, so a rollback keeps exclusions.
 """
 
 from __future__ import annotations

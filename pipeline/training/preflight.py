@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +12,7 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint.branching import find_parent
 from pipeline.checkpoint.manifest import checkpoints
 from pipeline.config import Config
+from pipeline.data.blend import estimated_shares
 from pipeline.data.facts import DatasetFacts, check_data
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import engine_settings
@@ -23,8 +24,8 @@ from pipeline.planning.run_plan import checkpoint_bytes, kept_checkpoints
 
 def check_run(
     config: Config, tokenizer: Tokenizer, world_size: int | None = None, disk: bool = True
-) -> list[DatasetFacts]:
-    """Return the facts of the data; raise a `UserError` for the first problem that would end the run.
+) -> dict[str, DatasetFacts]:
+    """Return the facts of the data, by prefix; raise a `UserError` for the first problem.
 
     Args:
         config: the run.
@@ -78,21 +79,17 @@ def check_beginning(config: Config, vocabulary: Vocabulary) -> None:
         open_initial_weights(Path(folder), config.model, vocabulary, Path(config.data.tokenizer))
 
 
-def check_samples(config: Config, facts: Sequence[DatasetFacts]) -> None:
-    """Raise a `UserError` for fewer training examples than slots, or no validation examples."""
-    train, valid, test = (float(share) for share in config.data.split.split(","))
-    check_validation(config, valid > 0)
-    share, length = train / (train + valid + test), config.data.sequence_length
-    if config.data.kind == "pairs":
-        examples = sum(int(fact.documents * share) for fact in facts)
-    else:
-        examples = sum(int(fact.tokens * share) // length for fact in facts)
-    if examples < config.slots:
-        raise UserError(
-            f"data.prefixes = {', '.join(config.data.prefixes)} give about {examples} training examples of "
-            f"data.sequence_length = {length}, fewer than train.global_batch_size x objective.turns = "
-            f"{config.slots}: bring more text, or lower the batch."
-        )
+def check_samples(config: Config, facts: Mapping[str, DatasetFacts]) -> None:
+    """Raise a `UserError` for fewer training examples in a phase than slots, or no validation examples."""
+    check_validation(config, float(config.data.split.split(",")[1]) > 0)
+    for section, _, data in config.data.by_phase():
+        examples = sum(share.examples for share in estimated_shares(data, facts))
+        if examples < config.slots:
+            raise UserError(
+                f"{section}.prefixes = {', '.join(data.prefixes)} give about {examples} training examples of "
+                f"data.sequence_length = {data.sequence_length}, fewer than train.global_batch_size x "
+                f"objective.turns = {config.slots}: bring more text, or lower the batch."
+            )
 
 
 def check_validation(config: Config, exists: bool) -> None:

@@ -68,7 +68,7 @@ class Recovery:
         ids = torch.full((self.stream.slots,), -1, device=ranks.device)
         for group in trained:
             ids[group.numbers] = group.trained_ids
-        return [self.stream.index(position) for position in ranks.max(ids).tolist() if position >= 0]
+        return [self.stream.index(id) for id in ranks.max(ids).tolist() if id >= 0]
 
     def _roll_back(self) -> None:
         """Resume from the newest checkpoint, without the examples of the refused steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.checkpoint.manifest import Identity, Manifest
 from pipeline.checkpoint.retention import clear
 from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config
-from pipeline.data.blend import describe_order, write_order
+from pipeline.data.blend import Order, describe_order, write_order
 from pipeline.data.datasets import Datasets, build_datasets, data_fingerprint
 from pipeline.data.facts import DatasetFacts
 from pipeline.data.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ from pipeline.monitor.machine import machine_of
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.writers import require_wandb
+from pipeline.planning.data_use import data_use
 from pipeline.ranks import Ranks
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.signals import StopSignals
@@ -115,9 +116,12 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
     engine = build_engine(config, ranks, vocabulary)
     stack.callback(engine.close)
     _take_folder(Path(config.run_dir), ranks, stack)
-    fingerprint = data_fingerprint(config.data, facts, tokenizer, config.train.seed)
+    fingerprint, *later = (
+        (str(step), data_fingerprint(settings, facts, tokenizer, config.train.seed))
+        for _, step, settings in config.data.by_phase()
+    )
     batch_size = config.train.global_batch_size
-    identity = Identity(engine.sharding, batch_size, vocabulary._asdict(), fingerprint)
+    identity = Identity(engine.sharding, batch_size, vocabulary._asdict(), fingerprint[1], dict(later))
     found = newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
     state = TrainState(config.train.steps)
     if found is not None:
@@ -139,17 +143,18 @@ def _assemble(
     state: TrainState,
     found: tuple[Path, Manifest] | None,
     tasks: Sequence[ScheduledTask],
-    data: Datasets,
+    data: Mapping[int, Datasets],
     signals: StopSignals,
     stack: ExitStack,
 ) -> Training:
     """Begin the chains or resume them from the checkpoint `found`, and build what surrounds the loop."""
     run_dir, ranks = Path(config.run_dir), engine.ranks
-    stream = SlotStream(data.train, config.slots, config.train.seed, config.data.workers)
+    first, later = data[1], {step: phase.train for step, phase in data.items() if step > 1}
+    stream = SlotStream(first.train, config.slots, config.train.seed, config.data.workers, later)
     stack.callback(stream.close)
     skipped = SkipLog(run_dir, ranks)
     stream.exclude(skipped.excluded())
-    schedule = objectives.build(config, tokenizer.mask, data.has_padding)
+    schedule = objectives.build(config, tokenizer.mask, any(phase.has_padding for phase in data.values()))
     turns = make_groups(config, ranks, stream, schedule, state.step + 1)
     groups = [group for turn in turns for group in turn]
     if found is not None:
@@ -170,7 +175,7 @@ def _assemble(
 
     averaged = config.optimizer.ema_decay is not None
     evaluations = (
-        Validation(config, engine, data.valid, schedule, tokenizer, state, log, stopped),
+        Validation(config, engine, first.valid, schedule, tokenizer, state, log, stopped),
         Tasks(tasks, engine, averaged, state, log, stop, stopped),
     )
     recovery = Recovery(config, state, guard, stream, skipped, groups, checkpoints)
@@ -216,15 +221,23 @@ def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: En
         print(f"starting from the weights in {folder}", flush=True)
 
 
-def _open_data(config: Config, facts: Sequence[DatasetFacts], tokenizer: Tokenizer, ranks: Ranks) -> Datasets:
-    """Build or load the example indices; print and write each dataset's share of an epoch."""
+def _open_data(
+    config: Config, facts: Mapping[str, DatasetFacts], tokenizer: Tokenizer, ranks: Ranks
+) -> dict[int, Datasets]:
+    """Build or load the example indices of each phase, by its first step; print and write what it uses."""
     run_dir = Path(config.run_dir)
     cache = Path(config.data.cache) if config.data.cache else run_dir / "dataset_cache"
-    data = build_datasets(config.data, facts, tokenizer, config.train.seed, cache, ranks)
-    check_validation(config, data.valid is not None)
+    data: dict[int, Datasets] = {}
+    orders: list[Order] = []
+    for _, step, settings in config.data.by_phase():
+        data[step] = built = build_datasets(settings, facts, tokenizer, config.train.seed, cache, ranks)
+        before = sum(len(data[order.first_step].train) for order in orders)
+        orders.append(Order(step, before, built.fingerprint, built.shares))
+    check_validation(config, data[1].valid is not None)
     if ranks.is_first:
-        write_order(run_dir, data.shares, data.fingerprint)
-        print(describe_order(data.shares), flush=True)
+        write_order(run_dir, orders)
+        for order, use in zip(orders, data_use(config, [order.shares for order in orders]), strict=True):
+            print(f"{describe_order(order.shares)}\n{use.describe()}", flush=True)
     return data
 
 

@@ -20,7 +20,7 @@ from pipeline.base.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.corpus.records import Keys
 from pipeline.corpus.tokenizer_making import train_tokenizer
-from pipeline.data.blend import blend_sizes, build_once, describe_order, write_order
+from pipeline.data.blend import Order, blend_sizes, build_once, describe_order, write_order
 from pipeline.data.datasets import Datasets, build_datasets
 from pipeline.data.examples import ANSWER, PADDING, PROMPT
 from pipeline.data.facts import check_data
@@ -302,8 +302,8 @@ def test_pairs_that_are_too_long_are_counted(corpus: Corpus) -> None:
 
 def test_the_order_is_written_into_the_run_folder(corpus: Corpus, tmp_path: Path) -> None:
     data = corpus.build("pq", kind="pairs", sequence_length=16, split="100,0,0")
-    write_order(tmp_path, data.shares, data.fingerprint)
-    values = json.loads((tmp_path / "data_order.json").read_text())
+    write_order(tmp_path, [Order(1, 0, data.fingerprint, data.shares)])
+    (values,) = json.loads((tmp_path / "data_order.json").read_text())["phases"]
     assert values["fingerprint"] == data.fingerprint
     assert [(d["examples"], d["used"], d["epochs"]) for d in values["datasets"]] == [
         (40, 40, 1.0),

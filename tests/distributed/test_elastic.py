@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -14,7 +13,7 @@ import pytest
 from pipeline.engine.deepspeed import checkpointing
 from pipeline.ranks import Ranks
 from support.programs import Outcome
-from support.runs import curve, train_on
+from support.runs import curve, examples_of, train_on
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("elastic")]
 
@@ -28,16 +27,6 @@ SETTINGS = f"""
     --optimizer.weight_decay 0.5 --optimizer.ema_decay 0.9 --schedule.kind wsd
     --train.log_samples true --evaluation.interval 4 --data.workers 0 --objective.turns {TURNS}
 """.split()
-
-
-def examples_of(run_dir: Path) -> dict[int, list[tuple[int, int]]]:
-    """Return the (epoch, example) pairs of every step, from the files of all ranks."""
-    steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for path in (run_dir / "samples").iterdir():
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            steps[entry["step"]] += [(epoch, example) for epoch, example in entry["samples"]]
-    return steps
 
 
 def check_each_sample_once(steps: dict[int, list[tuple[int, int]]], size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 def curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
     """Return (step, value) of one metric."""
     return [(int(line["step"]), line[key]) for line in metrics(run_dir) if key in line]
+
+
+def examples_of(run_dir: Path) -> dict[int, list[tuple[int, int]]]:
+    """Return the (epoch, example) pairs of every step, from the files of all ranks."""
+    steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for path in (run_dir / "samples").iterdir():
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            steps[entry["step"]] += [(epoch, example) for epoch, example in entry["samples"]]
+    return steps
