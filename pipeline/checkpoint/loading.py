@@ -82,6 +82,7 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
     pairs = [
         ("engine.kind", kind_of_engine(saved.sharding), kind_of_engine(now.sharding)),
         ("train.global_batch_size", saved.global_batch_size, now.global_batch_size),
+        ("optimizer.kind", before.optimizer.kind, config.optimizer.kind),
         ("train.seed", before.train.seed, config.train.seed),
         (GROUPS, before.optimizer.decay_norms_and_embeddings, config.optimizer.decay_norms_and_embeddings),
         *_differences("model", before.model, config.model),

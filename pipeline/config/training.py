@@ -14,10 +14,15 @@ Recompute = Literal["none", "swiglu", "blocks"]
 
 @dataclass
 class OptimizerConfig:
-    """AdamW optimizer.
+    """Optimizer.
 
     Args:
+        kind: adamw; or muon = Muon for the matrices inside the blocks, AdamW for the embedding, output layer,
+            norms and biases. Muon keeps no second moment: less memory. Not with offload_optimizer.
         learning_rate: Peak learning rate.
+        muon_learning_rate: Peak learning rate of Muon's matrices; null = learning_rate. Muon's updates are
+            scaled to the size of AdamW's, so a rate tuned for AdamW is a good start.
+        muon_momentum: Decay rate of Muon's momentum.
         weight_decay: Decoupled weight decay.
         decay_norms_and_embeddings: Also decay norm weights, biases and the embedding.
         beta1: Decay rate of the first moment.
@@ -28,7 +33,10 @@ class OptimizerConfig:
             0.9999; null = no average.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
+    muon_learning_rate: float | None = None
+    muon_momentum: float = 0.95
     weight_decay: float = 0.01
     decay_norms_and_embeddings: bool = False
     beta1: float = 0.9
@@ -40,17 +48,22 @@ class OptimizerConfig:
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
         require_positive("optimizer", self, "learning_rate", "eps")
-        require(
-            self.learning_rate <= HIGHEST_LEARNING_RATE,
-            f"optimizer.learning_rate is {self.learning_rate}: AdamW moves every weight by about that much "
-            f"per step; give {HIGHEST_LEARNING_RATE} or less, such as 3e-4.",
-        )
-        require(
-            self.learning_rate * self.weight_decay < HIGHEST_LEARNING_RATE,
-            f"optimizer.weight_decay is {self.weight_decay}: with optimizer.learning_rate = "
-            f"{self.learning_rate}, each step would shrink every weight by more than a tenth. Lower it.",
-        )
-        for key in ("beta1", "beta2"):
+        self._check_muon()
+        for key in ("learning_rate", "muon_learning_rate"):
+            rate = getattr(self, key)
+            if rate is None:
+                continue
+            require(
+                rate <= HIGHEST_LEARNING_RATE,
+                f"optimizer.{key} is {rate}: the optimizer moves every weight by about that much per step; "
+                f"give {HIGHEST_LEARNING_RATE} or less, such as 3e-4.",
+            )
+            require(
+                rate * self.weight_decay < HIGHEST_LEARNING_RATE,
+                f"optimizer.weight_decay is {self.weight_decay}: with optimizer.{key} = {rate}, each step "
+                "would shrink every weight by more than a tenth. Lower it.",
+            )
+        for key in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, key)
             require(0 <= value < 1, f"optimizer.{key} is {value}: it must be at least 0 and below 1.")
         require_not_negative("optimizer", self, "weight_decay", "gradient_clip")
@@ -59,6 +72,19 @@ class OptimizerConfig:
             f"optimizer.ema_decay is {self.ema_decay}: give a value between 0 and 1, such as 0.9999, or null "
             "for no average.",
         )
+
+    def _check_muon(self) -> None:
+        """Raise a `UserError` for a setting of Muon that is invalid or has no effect."""
+        default = type(self)()
+        for key in ("muon_learning_rate", "muon_momentum"):
+            value = getattr(self, key)
+            require(
+                self.kind == "muon" or value == getattr(default, key),
+                f"optimizer.{key} is {value}, which has no effect with optimizer.kind = {self.kind!r}: leave "
+                "it out, or set optimizer.kind to 'muon'.",
+            )
+        if self.muon_learning_rate is not None:
+            require_positive("optimizer", self, "muon_learning_rate")
 
 
 @dataclass

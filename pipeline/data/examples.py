@@ -38,7 +38,7 @@ class Examples:
         ids: [B] int64, unique for each example and epoch; they seed the noise.
         documents: [B, L] int32, the document of each position, counted from 0 in each row; positions of
             different documents do not see each other. None = an example is one document.
-        sources: [B] int64, the dataset of each example, by its place among those of all phases; None = only one.
+        sources: [B] int64, the dataset of each example, by its place among all prefixes; None = only one.
     """
 
     tokens: Tensor

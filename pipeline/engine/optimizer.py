@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and settings."""
+"""Parameter groups and settings of AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -18,17 +18,47 @@ def is_decayed(name: str) -> bool:
     return not (name.endswith(".bias") or "norm." in name or "embed_tokens." in name)
 
 
+def is_hidden_matrix(name: str) -> bool:
+    """Return whether a parameter is a matrix inside a block, which Muon may update."""
+    return is_decayed(name) and not name.startswith("lm_head.")
+
+
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: with weight decay, and without."""
+    """Return the parameter groups: Muon's matrices, others with weight decay, and without; none is empty.
+
+    Every group has the same keys. ``lr_ratio`` is its learning rate over that of the step; ``momentum`` is
+    Muon's, and None in the groups of AdamW.
+    """
+    matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (decayed if config.decay_norms_and_embeddings or is_decayed(name) else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        if config.kind == "muon" and is_hidden_matrix(name):
+            matrices.append(parameter)
+        elif config.decay_norms_and_embeddings or is_decayed(name):
+            decayed.append(parameter)
+        else:
+            others.append(parameter)
+    ratio = (config.muon_learning_rate or config.learning_rate) / config.learning_rate
+    decay = config.weight_decay
+    adamw: dict[str, Any] = {"lr_ratio": 1.0, "momentum": None}
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": decay, "lr_ratio": ratio, "momentum": config.muon_momentum},
+        {"params": decayed, "weight_decay": decay, **adamw},
+        {"params": others, "weight_decay": 0.0, **adamw},
     ]
     return [group for group in groups if group["params"]]
+
+
+def is_muon(group: dict[str, Any]) -> bool:
+    """Return whether Muon updates a group of `parameter_groups`."""
+    return group["momentum"] is not None
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the learning rate of each group of an optimizer from that of the step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_ratio"]
 
 
 def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:

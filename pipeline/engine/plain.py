@@ -18,8 +18,10 @@ from pipeline.engine.optimizer import (
     adamw_kernel,
     adamw_settings,
     hyper_parameters,
+    is_muon,
     parameter_groups,
     set_hyper_parameters,
+    set_learning_rate,
 )
 from pipeline.engine.protocol import FileLayout
 from pipeline.engine.snapshot import HostCopy
@@ -29,7 +31,6 @@ from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.ranks import Ranks
 
 PLAIN_FILE = "plain.pt"
-KEYS = ("model", "optimizer")  # of that file
 
 
 class PlainEngine:
@@ -50,11 +51,15 @@ class PlainEngine:
         model = make_model(config, vocabulary).to(ranks.device)
         compile_parts(config, model, ranks.device)
         self.model: nn.Module = model
+        groups = parameter_groups(self.model, config.optimizer)
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.optimizer),
+            [group for group in groups if not is_muon(group)],
             **adamw_settings(config.optimizer),
             **adamw_kernel(ranks.device),
         )
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"optimizer": self.optimizer}  # as in the file
+        if matrices := [group for group in groups if is_muon(group)]:
+            self.optimizers["muon"] = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
         self.host_copy = HostCopy()
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
@@ -84,13 +89,13 @@ class PlainEngine:
     def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         limit = self.clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         if accept is None or accept(norm):
-            self.optimizer.step()
+            for optimizer in self.optimizers.values():
+                set_learning_rate(optimizer, learning_rate)
+                optimizer.step()
             if self.average is not None:
                 self.average.update()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         return norm
 
     @torch.no_grad()
@@ -113,7 +118,8 @@ class PlainEngine:
         return None
 
     def snapshot(self, folder: Path) -> dict[str, Any]:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        state["model"] = self.model.state_dict()
         states: dict[str, Any] = {PLAIN_FILE: state}
         if self.average is not None:
             states[file_name(0)] = self.average.state_dict()
@@ -121,11 +127,13 @@ class PlainEngine:
 
     def load(self, folder: Path, layout: FileLayout, place: Path) -> None:
         # To the CPU: AdamW moves its step counters to where its kernel reads them, but never back.
-        state = read_tensors(folder / PLAIN_FILE, KEYS, torch.device("cpu"), mmap=False)
+        keys = ("model", *self.optimizers)
+        state = read_tensors(folder / PLAIN_FILE, keys, torch.device("cpu"), mmap=False)
         self.model.load_state_dict(state["model"])
-        settings = hyper_parameters(self.optimizer)
-        self.optimizer.load_state_dict(state["optimizer"])
-        set_hyper_parameters(self.optimizer, settings)
+        for name, optimizer in self.optimizers.items():
+            settings = hyper_parameters(optimizer)
+            optimizer.load_state_dict(state[name])
+            set_hyper_parameters(optimizer, settings)
         if self.average is not None:
             self.average.load(folder, 0)
 
@@ -138,4 +146,4 @@ def open_plain_weights(folder: Path) -> StoredWeights | None:
     path = folder / PLAIN_FILE
     if not path.exists():
         return None
-    return {name: StoredWeight.of(tensor) for name, tensor in read_tensors(path, KEYS)["model"].items()}
+    return {name: StoredWeight.of(tensor) for name, tensor in read_tensors(path, ("model",))["model"].items()}

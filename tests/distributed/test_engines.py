@@ -6,6 +6,7 @@ The sharded run reveals by the oracle's scores, and its own are compared with th
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ SETTINGS = """
     --optimizer.gradient_clip 0.3 --schedule.warmup_steps 3 --train.steps 20 --train.global_batch_size 8
     --train.micro_batch_size 2 --objective.stages 4 --optimizer.ema_decay 0.5
 """.split()
+MUON = ["--optimizer.kind", "muon", "--optimizer.muon_learning_rate", "6e-3"]
 
 
 def train(output: Path, leader: Path | str, ranks: int, *more: str) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         (2, [*"--objective.block_size 3 --objective.policy margin --model.prediction shifted".split()]),
         (2, ["--objective.kind", "random_masking", "--engine.deepspeed_config", "ds_configs/cpu_debug.json"]),
         (2, ["--engine.compile", "true"]),
+        (3, [*MUON, "--model.tie_embeddings", "false", "--train.global_batch_size", "6"]),
         (2, ["--engine.sequence_parallel_size", "2"]),
         (
             4,
@@ -76,7 +79,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         ),
     ],
     ids=["puma", "puma-4-ranks", "threshold", "untied-gqa-bias", "blocks", "random-masking",
-         "compiled", "sequence-parallel", "sequence-and-data-parallel", "documents-sequence-parallel"],
+         "compiled", "muon-3-ranks", "sequence-parallel", "sequence-and-data-parallel",
+         "documents-sequence-parallel"],
 )  # fmt: skip
 def test_zero3_equals_plain_training(
     tmp_path: Path, plain: Callable[..., Path], ranks: int, more: list[str]
@@ -134,6 +138,21 @@ def test_zero2_equals_plain_training(tmp_path: Path, plain: Callable[..., Path])
     assert_equal(
         train(tmp_path / "sharded.pt", plain(), 2, "--engine.deepspeed_config", str(settings)), plain()
     )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "micro_batch"), [(1, 4), (2, 1)])
+def test_muon_equals_torch_muon(
+    tmp_path: Path, plain: Callable[..., Path], stage: int, micro_batch: int
+) -> None:
+    """ZeRO cuts through matrices, and micro-batches do not change the update; the oracle has 2 a micro-batch."""
+    settings = tmp_path / "zero.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    sharded = train(
+        tmp_path / "sharded.pt", plain(*MUON), 2, *MUON, "--engine.deepspeed_config", str(settings),
+        "--engine.precision", "fp32", "--train.micro_batch_size", str(micro_batch),
+    )  # fmt: skip
+    assert_equal(sharded, plain(*MUON))
 
 
 @pytest.mark.distributed

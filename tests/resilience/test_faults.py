@@ -63,11 +63,12 @@ def test_unsound_steps_are_skipped_by_all(data: Path, tmp_path: Path) -> None:
     assert set(slowest) <= {0, 1}
 
 
-def test_zero2_skips_alike(data: Path, tmp_path: Path) -> None:
-    """ZeRO-2 calls the guard from another place in DeepSpeed than ZeRO-3."""
-    settings = tmp_path / "zero2.json"
-    settings.write_text('{"zero_optimization": {"stage": 2}}')
-    more = ["--engine.deepspeed_config", str(settings), "--train.steps", "8"]
+@pytest.mark.parametrize(("stage", "kind"), [(2, "adamw"), (2, "muon"), (3, "muon")])
+def test_other_stages_and_optimizers_skip_alike(data: Path, tmp_path: Path, stage: int, kind: str) -> None:
+    """ZeRO-2 calls the guard from another place in DeepSpeed than ZeRO-3; Muon has states of its own."""
+    settings = tmp_path / "zero.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    more = ["--engine.deepspeed_config", str(settings), "--train.steps", "8", "--optimizer.kind", kind]
     result = start_faulty({"nan": {"rank": 1, "steps": [3, 6]}}, data, tmp_path, *more)
     assert result.returncode == 0, result.stderr
     assert [entry["step"] for entry in entries(tmp_path)] == [3, 6]

@@ -94,11 +94,30 @@ class Notes:
         group.advance = noted  # type: ignore[method-assign]
 
 
+def orthogonalise_in_fp32() -> None:
+    """Let Muon's Newton-Schulz run in fp32, in torch's own and in the engine's.
+
+    It multiplies the smallest singular values by hundreds, and with them bf16's rounding of a gradient whose
+    last bit differs between two engines. In bf16 they are compared on equal gradients (test_muon.py).
+    """
+
+    def whitened(grad: torch.Tensor, abc: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+        x = grad / grad.norm().clamp(min=eps)
+        for _ in range(steps):
+            x = abc[0] * x + abc[1] * (x @ x.T) @ x + abc[2] * (x @ x.T) @ (x @ x.T) @ x
+        return x
+
+    torch.optim._muon._zeropower_via_newtonschulz = whitened
+    if "pipeline.engine.deepspeed.muon" in sys.modules:
+        sys.modules["pipeline.engine.deepspeed.muon"].PRECISION = torch.float32
+
+
 def main(output: str, steps: int, leader: str, arguments: list[str]) -> None:
     config = configuration.load(["--run_dir", "unused", "--data.prefixes", "[unused]", *arguments])
     ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
     ranks.connect()
     engine = build_engine(config, ranks, Vocabulary(VOCABULARY, VOCABULARY, MASK))
+    orthogonalise_in_fp32()
     data = SyntheticPairs(config.data.isolate_documents)
     stream = SlotStream(data, config.slots, config.train.seed, workers=1)
     groups = make_groups(config, ranks, stream, objectives.build(config, MASK, True))[0]

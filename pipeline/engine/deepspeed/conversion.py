@@ -17,7 +17,12 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import DS_VERSION, OPTIMIZER_STATE_DICT, PARAM_GROUPS, PARAM_SHAPES
 
-from pipeline.engine.deepspeed.private import STEP_FILE, converting_for_every_stage, without_foreign_code
+from pipeline.engine.deepspeed.private import (
+    STEP_FILE,
+    adding_second_moments,
+    converting_for_every_stage,
+    without_foreign_code,
+)
 from pipeline.engine.tensor_files import read_tensors
 
 METADATA = "*model_states.pt"
@@ -60,8 +65,9 @@ def complete(folder: Path) -> None:
 def main() -> None:
     """Convert as the command line says."""
     arguments = ds_to_universal.parse_arguments()
-    with without_foreign_code():  # its worker processes are forked, so they inherit both
-        with converting_for_every_stage(shapes_of_weights(Path(arguments.input_folder))):
+    with without_foreign_code():  # its worker processes are forked, so they inherit all three
+        shapes = shapes_of_weights(Path(arguments.input_folder))
+        with adding_second_moments(), converting_for_every_stage(shapes):
             ds_to_universal.main(arguments)
         complete(Path(arguments.output_folder))
 

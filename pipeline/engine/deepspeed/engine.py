@@ -11,12 +11,14 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, check_files, make_universal
+from pipeline.engine.deepspeed.muon import ShardedMuon
 from pipeline.engine.deepspeed.private import (
+    allow_optimizer,
     check_names,
     find_shards,
     keeping_gradient_clip,
@@ -33,8 +35,10 @@ from pipeline.engine.optimizer import (
     adamw_kernel,
     adamw_settings,
     hyper_parameters,
+    is_hidden_matrix,
     parameter_groups,
     set_hyper_parameters,
+    set_learning_rate,
 )
 from pipeline.engine.protocol import FileLayout
 from pipeline.engine.weights import StoredWeights, copy_pieces, squared_norm
@@ -66,10 +70,7 @@ class DeepSpeedEngine:
                 model = make_model(config, vocabulary, sequence)
             compile_parts(config, model, ranks.device)
             self.names = {parameter: name for name, parameter in model.named_parameters()}
-            offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-            adamw = deepspeed.ops.adam.DeepSpeedCPUAdam if offload else torch.optim.AdamW
-            arguments = adamw_settings(config.optimizer) | ({} if offload else adamw_kernel(ranks.device))
-            optimizer = adamw(parameter_groups(model, config.optimizer), **arguments)
+            optimizer = self._make_optimizer(config, model)
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
             raise UserError(f"{path}: DeepSpeed refuses these settings: {error}") from error
@@ -79,10 +80,25 @@ class DeepSpeedEngine:
         self.sharding = f"zero{self.engine.zero_optimization_stage()}"
         self.shards = find_shards(self.engine.optimizer, zero["stage"])
         self.shards.judge(self._accept)
+        self.muon = optimizer if isinstance(optimizer, ShardedMuon) else None
+        if self.muon is not None:
+            pieces = [p for p in self.shards.pieces(self.names) if is_hidden_matrix(p.name)]
+            self.muon.assign(self.shards.weights(), ranks.all_gather(pieces), ranks.rank)
         self.average: WeightAverage | None = None
         if config.optimizer.ema_decay is not None:
             weights, pieces = self.shards.weights(), self.shards.pieces(self.names)
             self.average = WeightAverage(config.optimizer.ema_decay, weights, pieces)
+
+    def _make_optimizer(self, config: Config, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer that DeepSpeed is to run on its shards."""
+        groups, arguments = parameter_groups(model, config.optimizer), adamw_settings(config.optimizer)
+        if (self.zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments)
+        arguments |= adamw_kernel(self.ranks.device)
+        if config.optimizer.kind == "muon":
+            allow_optimizer(ShardedMuon)
+            return ShardedMuon(groups, **arguments)
+        return torch.optim.AdamW(groups, **arguments)
 
     def _on_nvme(self) -> bool:
         """Return whether weights or optimizer states are offloaded to NVMe."""
@@ -110,8 +126,7 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         self.accept = accept
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.engine.optimizer, learning_rate)
         self.engine.step()
         if self.average is not None and self.engine.was_step_applied():
             self.average.update()
@@ -169,6 +184,8 @@ class DeepSpeedEngine:
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint: remove it to resume from an older one.")
         set_hyper_parameters(self.engine.optimizer, settings)
+        if self.muon is not None:
+            self.muon.drop_second_moments()
         if self.average is not None:
             self.average.load(folder, self.ranks.rank)
 

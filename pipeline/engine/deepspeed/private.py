@@ -16,6 +16,8 @@ import deepspeed
 import deepspeed.checkpoint.ds_to_universal
 import deepspeed.comm
 import deepspeed.profiling.flops_profiler.profiler
+import deepspeed.runtime.zero.utils
+import torch
 from deepspeed.checkpoint.constants import PARAM
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -37,6 +39,7 @@ REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it skips the s
 
 MODULE_NAMES = (
     "ops.__compatible_ops__",
+    "runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS",
     "comm.comm.timers",
     "comm.comm.comms_logger.comms_dict",
     "comm.comm.comms_logger.log_all",
@@ -97,6 +100,12 @@ def leave_out_op(name: str) -> None:
     deepspeed.ops.__compatible_ops__[name] = False
 
 
+def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
+    """Let ZeRO run an optimizer of this class; it asks for a list of classes, and warns of any other."""
+    if kind not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
+        deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
 def save_through(engine: Any, writer: TorchCheckpointEngine) -> None:
     """Let `engine.save_checkpoint` hand its states to `writer`, and write nothing itself."""
     engine.checkpoint_engine = writer
@@ -120,6 +129,31 @@ def without_foreign_code() -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def adding_second_moments() -> Iterator[None]:
+    """Let ds_to_universal convert states that have no second moment, as Muon's; it knows those of Adam alone.
+
+    It then writes zeros in their place, which nobody may use.
+    """
+    load = torch.load
+
+    def completed(*arguments: Any, **options: Any) -> Any:
+        content = load(*arguments, **options)
+        optimizer = content.get("optimizer_state_dict") if isinstance(content, dict) else None
+        for key in ("base_optimizer_state", "optimizer_state_dict"):  # of ZeRO-1 and 2, of ZeRO-3
+            states = (optimizer or {}).get(key) or {}
+            for state in states.get("state", {}).values():
+                if "exp_avg" in state:
+                    state.setdefault("exp_avg_sq", torch.zeros(()).expand_as(state["exp_avg"]))
+        return content
+
+    torch.load = completed
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 @contextlib.contextmanager

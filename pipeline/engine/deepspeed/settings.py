@@ -228,6 +228,13 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
                 f"{key} needs the weights in memory, but {path} has offload_{part}.device = 'nvme': set it "
                 f"to 'cpu', or {key} to null.",
             )
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    require(
+        config.optimizer.kind == "adamw" or offload == "none",
+        f"optimizer.kind is {config.optimizer.kind!r}, but {path} has offload_optimizer.device = "
+        f"{offload!r}: Muon multiplies matrices, for which a host is too slow. Remove offload_optimizer, or set "
+        "optimizer.kind to 'adamw'.",
+    )
     group = zero.get("zero_hpz_partition_size", 1)
     require(
         world_size is None or group <= 1 or world_size % group == 0,
