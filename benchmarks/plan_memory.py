@@ -62,6 +62,7 @@ class Case:
 
 
 SCARCE = {"stage3_max_live_parameters": 300_000, "stage3_max_reuse_distance": 100_000}
+MUON = ("--optimizer.kind", "muon")
 BF16 = ("--engine.precision", "bf16")
 BF16_GRADIENTS = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
 CASES = {
@@ -88,6 +89,8 @@ CASES = {
     "a vocabulary of 20,000": Case(
         ["--train.global_batch_size", "16", "--train.micro_batch_size", "8"], tokens=20_000
     ),
+    "Muon": Case(MUON, SCARCE),
+    "Muon, bf16, ZeRO-2": Case([*MUON, *BF16], {"stage": 2}),
     "block diffusion, untied": Case(
         ["--objective.block_size", "16", "--model.tie_embeddings", "false", "--optimizer.ema_decay", "0.99"]
     ),
@@ -174,7 +177,7 @@ def plan(case: Case, folder: Path, ranks: int, rows: int) -> dict[str, Any]:
         "phase": memory.phase,
         "all_gather": traffic.all_gather + traffic.group_all_gather,
         "reduce": traffic.reduce_scatter,
-        "checkpoint": checkpoint_bytes(config, zero, parameters.count, width),
+        "checkpoint": checkpoint_bytes(config, zero, parameters, width),
     }
 
 

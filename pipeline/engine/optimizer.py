@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from pipeline.config import OptimizerConfig
 
+MUON_ROUND = 2**26  # elements that a rank orthogonalises between two exchanges, or one larger matrix
+
 
 def is_decayed(name: str) -> bool:
     """Return whether weight decay applies to a parameter: to matrices other than the embedding.

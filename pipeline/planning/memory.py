@@ -5,13 +5,14 @@ The formulas follow DeepSpeed 0.19.8 and are checked against it on two ranks (be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipeline.config import Config
+from pipeline.engine.optimizer import MUON_ROUND, is_hidden_matrix
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.planning.activations import body_memory, head_memory
@@ -45,6 +46,11 @@ class Parameters:
     def count(self) -> int:
         """The total number of elements."""
         return sum(self.sizes.values())
+
+    def muon(self, config: Config) -> list[int]:
+        """Return the elements of each matrix that Muon updates in a run; none if AdamW updates all."""
+        by_muon = config.optimizer.kind == "muon"
+        return [size for name, size in self.sizes.items() if by_muon and is_hidden_matrix(name)]
 
 
 def count_parameters(config: Config, vocabulary_rows: int) -> Parameters:
@@ -180,7 +186,7 @@ def plan_memory(
     width = {"auto": HALF if on_gpu else FULL, "bf16": HALF, "fp32": FULL}[config.engine.precision]
     if zero.stage == 0:
         width = FULL  # autocast keeps the weights in fp32
-    states, host, nvme = _states(config, zero, parameters.count, ranks, width)
+    states, host, nvme = _states(config, zero, parameters, ranks, width)
     share = config.engine.sequence_parallel_size
     # The objective may switch.
     inputs = max(copies(config.objective, step) for step in (1, config.train.steps))
@@ -209,23 +215,24 @@ def plan_memory(
     phases = {
         "forward": live | {"activations": body.kept, "head": head.peak},
         "backward": live | {"activations": body.peak, "head": head.kept, "reduction of gradients": reduction},
-        "update": later | {"update": _update(zero, parameters.count, ranks, on_gpu)},
+        "update": later | {"update": _update(config, zero, parameters, ranks, on_gpu)},
     }
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     return Memory(states | phases[phase], phase, host, nvme)
 
 
 def _states(
-    config: Config, zero: Zero, count: int, ranks: int, width: int
+    config: Config, zero: Zero, parameters: Parameters, ranks: int, width: int
 ) -> tuple[dict[str, int], int, int]:
     """Return the memory held all the time: on the device by part, on the host, on NVMe."""
-    part = -(-count // ranks) if zero.stage else count
+    count, shards = parameters.count, ranks if zero.stage else 1
+    part, of_muon = -(-count // shards), sum(parameters.muon(config)) // shards
     accumulation = FULL if width == FULL else zero.accumulation
     sizes = {
         "weights": (part if zero.stage == 3 else count) * width,
         "gradients": (part if zero.stage in (2, 3) else count) * accumulation,
-        # AdamW's two states and the fp32 weights
-        "optimizer states": part * FULL * (2 if zero.stage == 0 else 3),
+        # AdamW's two states, or Muon's momentum, and the fp32 weights
+        "optimizer states": (part * (2 if zero.stage == 0 else 3) - of_muon) * FULL,
         "fp32 gradients": 0 if zero.optimizer == "gpu" else part * FULL,  # for the offloaded optimizer
     }
     if config.optimizer.ema_decay is not None:
@@ -247,15 +254,34 @@ def _states(
     return on_gpu, host, nvme
 
 
-def _update(zero: Zero, count: int, ranks: int, fused: bool) -> int:
-    """Return the temporary memory of AdamW for one tile of elements: the fp32 gradient, and two terms.
+def _update(config: Config, zero: Zero, parameters: Parameters, ranks: int, fused: bool) -> int:
+    """Return the temporary memory of the optimizer for one tile of elements: AdamW's, or Muon's if larger.
 
-    The fused kernel of GPUs has no terms in memory.
+    AdamW has the fp32 gradient and two terms; the fused kernel of GPUs has no terms in memory.
     """
     terms = 0 if fused else 2
     if zero.optimizer != "gpu":
         return 0
+    matrices = parameters.muon(config)
+    of_muon, others = sum(matrices), parameters.count - sum(matrices)
     if zero.stage == 0:
-        return terms * count * FULL
-    tile = min(-(-count // ranks), zero.tile if zero.stage == 3 else count)
-    return tile * (1 + terms) * FULL
+        whole = max(matrices, default=0)
+        return max(terms * others * FULL, whole * FULL + _newton_schulz(config, matrices, whole))
+    parts = (-(-count // ranks) for count in (others, of_muon))
+    of_adamw, of_muon = (min(part, zero.tile) if zero.stage == 3 else part for part in parts)
+    return max(of_adamw * (1 + terms) * FULL, of_muon * FULL + _newton_schulz(config, matrices, of_muon))
+
+
+def _newton_schulz(config: Config, matrices: Sequence[int], tile: int) -> int:
+    """Return the temporary memory of Muon in bf16: the elements of a round, then a matrix and its iteration.
+
+    Args:
+        config: the run.
+        matrices: elements of each matrix.
+        tile: elements of this rank's shard that are updated at once.
+    """
+    if not matrices:
+        return 0
+    largest, rows = max(matrices), min(config.model.hidden_size, config.model.intermediate_size)
+    together = min(tile, max(MUON_ROUND, largest))
+    return HALF * (together + max(together, 4 * largest + 2 * rows**2))

@@ -11,7 +11,7 @@ from pipeline.planning.communication import Communication, step_communication
 from pipeline.planning.documents import document_pairs
 from pipeline.planning.flops import Flops, is_autoregressive, step_flops
 from pipeline.planning.gpus import GIB, Gpu
-from pipeline.planning.memory import FULL, HALF, Memory, Zero, count_parameters, plan_memory
+from pipeline.planning.memory import FULL, HALF, Memory, Parameters, Zero, count_parameters, plan_memory
 
 SECONDS_A_DAY = 86_400
 
@@ -107,7 +107,7 @@ class Planner:
         if switch is not None:
             after = self._seconds(gpus, accumulation, self._flops(config, switch), communication)
             days += (after["step"] - seconds["step"]) * (train.steps - switch + 1) / SECONDS_A_DAY
-        checkpoint = checkpoint_bytes(config, self.zero, self.parameters.count, self.width)
+        checkpoint = checkpoint_bytes(config, self.zero, self.parameters, self.width)
         nodes = -(-gpus // self.gpu.node_size)
         return RunPlan(
             gpus,
@@ -189,10 +189,11 @@ class Planner:
         return elements * (28 + 2 * self.width) / bandwidth
 
 
-def checkpoint_bytes(config: Config, zero: Zero, parameters: int, width: int) -> int:
-    """Return the bytes of a checkpoint: fp32 weights, two AdamW states, EMA; ZeRO-1 and 2 add the weights."""
+def checkpoint_bytes(config: Config, zero: Zero, parameters: Parameters, width: int) -> int:
+    """Return the bytes of a checkpoint: fp32 weights, optimizer states, EMA; ZeRO-1 and 2 add the weights."""
     each = 3 * FULL + (FULL if config.optimizer.ema_decay is not None else 0)
-    return parameters * (each + (width if 0 < zero.stage < 3 else 0))
+    each += width if 0 < zero.stage < 3 else 0
+    return parameters.count * each - sum(parameters.muon(config)) * FULL  # no second moment
 
 
 def kept_checkpoints(config: Config) -> int:

@@ -114,8 +114,8 @@ def check_disk(config: Config, zero: Zero, vocabulary_rows: int) -> None:
         return
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     width = FULL if config.engine.precision == "fp32" else HALF
-    count = count_parameters(config, vocabulary_rows).count
-    each, number = checkpoint_bytes(config, zero, count, width), kept_checkpoints(config)
+    parameters = count_parameters(config, vocabulary_rows)
+    each, number = checkpoint_bytes(config, zero, parameters, width), kept_checkpoints(config)
     free, needed = shutil.disk_usage(existing).free, number * each
     if needed > free:
         raise UserError(

@@ -91,14 +91,11 @@ def test_zero_stages_are_interchangeable(data: Path, train: Train, tmp_path: Pat
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_muon_resumes(data: Path, tmp_path: Path, stage: int) -> None:
-    """Bit for bit on as many ranks; with its momentum on fewer.
-
-    Newton-Schulz in bf16 amplifies the last bits of a gradient, which another number of ranks rounds otherwise.
-    """
+    """Bit for bit on as many ranks; with its momentum, whose loss would show in the third digit, on fewer."""
     settings = tmp_path / "zero.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     more = [*SETTINGS, "--optimizer.kind", "muon", "--engine.deepspeed_config", str(settings)]
-    more += ["--engine.precision", "fp32"]
+    more += ["--engine.precision", "fp32", "--optimizer.learning_rate", "3e-3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_on(2, data, whole, *more, "--train.steps", "8")
     for ranks, steps in ((2, 4), (2, 6), (1, 8)):
@@ -106,7 +103,7 @@ def test_muon_resumes(data: Path, tmp_path: Path, stage: int) -> None:
     for key in ("loss", "gradient_norm", "held_out/ema_loss"):
         expected, resumed = dict(curve(whole, key)), dict(curve(parts, key))
         for step, value in expected.items():
-            assert resumed[step] == (value if step <= 6 else pytest.approx(value, abs=2e-4)), (key, step)
+            assert resumed[step] == (value if step <= 6 else pytest.approx(value, abs=1e-5)), (key, step)
 
 
 CONVERTER = """#!{python}

@@ -145,7 +145,7 @@ def test_zero2_equals_plain_training(tmp_path: Path, plain: Callable[..., Path])
 def test_muon_equals_torch_muon(
     tmp_path: Path, plain: Callable[..., Path], stage: int, micro_batch: int
 ) -> None:
-    """ZeRO cuts through matrices, and micro-batches do not change the update; the oracle has 2 a micro-batch."""
+    """ZeRO cuts through matrices. Micro-batches do not change the update: the oracle's have 2 examples."""
     settings = tmp_path / "zero.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     sharded = train(

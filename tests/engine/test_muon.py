@@ -154,12 +154,12 @@ def train_shards(ranks: list[list[Piece]], monkeypatch: pytest.MonkeyPatch) -> d
     [cut([]), cut([100, 300]), cut([5, 6, 200]), split_each(2), split_each(4)],
     ids=["whole", "cut", "cut-often", "each-in-2", "each-in-4"],
 )
-@pytest.mark.parametrize("room", [1, 300, muon.ROUND])
+@pytest.mark.parametrize("room", [1, 300, muon.MUON_ROUND])
 def test_shards_equal_torch_muon(
     ranks: list[list[Piece]], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 steps in bf16 from equal gradients: the same bits, in any number of rounds."""
-    monkeypatch.setattr(muon, "ROUND", room)
+    monkeypatch.setattr(muon, "MUON_ROUND", room)
     expected = by_torch()
     for name, weight in train_shards(ranks, monkeypatch).items():
         assert torch.equal(weight, expected[name]), name

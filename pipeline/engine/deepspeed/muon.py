@@ -20,7 +20,7 @@ import deepspeed.comm
 import torch
 from torch import Tensor
 
-from pipeline.engine.optimizer import is_muon
+from pipeline.engine.optimizer import MUON_ROUND, is_muon
 from pipeline.engine.weights import Piece
 
 RMS = 0.2  # of AdamW's updates over the learning rate, which Muon's are scaled to
@@ -28,7 +28,6 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon, as are the next
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
 PRECISION = torch.bfloat16  # of the iteration, and so of what is sent
-ROUND = 2**26  # elements that a rank orthogonalises between two exchanges, or one larger matrix
 
 
 class ShardedMuon(torch.optim.AdamW):
@@ -39,7 +38,9 @@ class ShardedMuon(torch.optim.AdamW):
         super().__init__(groups, **settings)
         self.rounds: dict[Tensor, list[Round]] = {}
 
-    def assign(self, weights: Sequence[Tensor], pieces_of_ranks: Sequence[Sequence[Piece]], rank: int) -> None:
+    def assign(
+        self, weights: Sequence[Tensor], pieces_of_ranks: Sequence[Sequence[Piece]], rank: int
+    ) -> None:
         """Say where the pieces of Muon's matrices are.
 
         Args:
@@ -118,16 +119,18 @@ class Round:
 
     def updates(self, ahead: Tensor) -> list[tuple[slice, float, Tensor]]:
         """Return place, factor and orthogonalised elements of each part of the shard `ahead` [elements]."""
-        shards = [ahead[part.place] for part in self.parts]
-        buffer = torch.cat(shards) if shards else ahead.new_empty(0)
-        buffer = _exchange(buffer.to(PRECISION), self.sent, self.received)
+        shards = [ahead[part.place].to(PRECISION) for part in self.parts]
+        lengths = [len(shard) for shard in shards]
+        buffer = torch.cat(shards) if shards else ahead.new_empty(0, dtype=PRECISION)
+        del shards
+        buffer = _exchange(buffer, self.sent, self.received)
         for shape, fragments in self.matrices:
             matrix = torch.cat([buffer[fragment.place] for fragment in fragments]).view(shape)
             whole = orthogonalised(matrix).reshape(-1)
             for offset, place in fragments:
                 buffer[place] = whole[offset : offset + place.stop - place.start]
         buffer = _exchange(buffer, self.received, self.sent)
-        updates = buffer.split([len(shard) for shard in shards]) if shards else ()
+        updates = buffer.split(lengths) if lengths else ()
         return [(*part, update) for part, update in zip(self.parts, updates, strict=True)]
 
 
@@ -157,7 +160,7 @@ def plan_rounds(pieces_of_ranks: Sequence[Sequence[Piece]], rank: int) -> list[R
         room[owner] -= math.prod(shape)
         if room[owner] < 0:
             turns[owner].append([])
-            room[owner] = max(0, ROUND - math.prod(shape))
+            room[owner] = max(0, MUON_ROUND - math.prod(shape))
         turns[owner][-1].append(name)
     return [_round(names, holders, rank) for names in zip_longest(*turns, fillvalue=[])]
 

@@ -232,8 +232,8 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
     require(
         config.optimizer.kind == "adamw" or offload == "none",
         f"optimizer.kind is {config.optimizer.kind!r}, but {path} has offload_optimizer.device = "
-        f"{offload!r}: Muon multiplies matrices, for which a host is too slow. Remove offload_optimizer, or set "
-        "optimizer.kind to 'adamw'.",
+        f"{offload!r}: Muon multiplies matrices, for which a host is too slow. Remove offload_optimizer, or "
+        "set optimizer.kind to 'adamw'.",
     )
     group = zero.get("zero_hpz_partition_size", 1)
     require(
