@@ -251,6 +251,12 @@ def defaults() -> dict[str, Any]:
     return found
 
 
+def in_yaml(value: Any) -> str:
+    """Return the value of a setting as a configuration file has it, on one line."""
+    shown = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    return shown.removesuffix("\n").removesuffix("\n...")
+
+
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML; `load` reads it back to an equal `Config`."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -14,6 +14,7 @@ from pipeline.base.files import replacing
 from pipeline.decoding.frames import Cell, Frame
 
 WIDTH, MARGIN, FONT_SIZE = 800, 12, 18  # of a GIF, pixels
+STILL_WIDTH = 350  # of a picture: that of TensorBoard's cards, which would shrink a wider one
 MOST_FRAMES, SECONDS, LAST_SECONDS = 150, 8.0, 2.5  # of a GIF
 MASK_WIDTH = 14  # pixels
 
@@ -164,11 +165,11 @@ def gif_pictures(sequences: Sequence[Sequence[Frame]], font: Font) -> list[Image
         ]
         for step in steps
     ]
-    height = max(_draw(None, one, font) for one in found)
+    height = max(_draw(None, one, font, WIDTH) for one in found)
     pictures = []
     for one in found:
         picture = Image.new("RGB", (WIDTH, height), "white")
-        _draw(ImageDraw.Draw(picture), one, font)
+        _draw(ImageDraw.Draw(picture), one, font, WIDTH)
         pictures.append(picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
     return pictures
 
@@ -176,13 +177,17 @@ def gif_pictures(sequences: Sequence[Sequence[Frame]], font: Font) -> list[Image
 def still_picture(cells: Sequence[Cell], steps: int) -> Image.Image:
     """Return one picture of a sequence that was filled in `steps` steps; the font has ASCII only."""
     font, sequences = _font(None), [(cells, steps)]
-    picture = Image.new("RGB", (WIDTH, _draw(None, sequences, font)), "white")
-    _draw(ImageDraw.Draw(picture), sequences, font)
+    height = _draw(None, sequences, font, STILL_WIDTH)
+    picture = Image.new("RGB", (STILL_WIDTH, height), "white")
+    _draw(ImageDraw.Draw(picture), sequences, font, STILL_WIDTH)
     return picture
 
 
 def _draw(
-    draw: ImageDraw.ImageDraw | None, sequences: Sequence[tuple[Sequence[Cell], int]], font: Font
+    draw: ImageDraw.ImageDraw | None,
+    sequences: Sequence[tuple[Sequence[Cell], int]],
+    font: Font,
+    picture_width: int,
 ) -> int:
     """Draw (cells, steps) of each sequence, or only measure without `draw`; return the height in pixels."""
     line, y = int(FONT_SIZE * 1.5), MARGIN
@@ -191,7 +196,7 @@ def _draw(
         for cell in cells:
             for number, part in enumerate(cell.text.split("\n")):
                 width = MASK_WIDTH if cell.masked else font.getlength(part)
-                if number or x + width > WIDTH - MARGIN:
+                if number or x + width > picture_width - MARGIN:
                     x, y = float(MARGIN), y + line
                 box = (x + 1, y + 2, x + width - 1, y + line - 3)
                 if draw is not None and cell.masked:
@@ -199,7 +204,7 @@ def _draw(
                 elif draw is not None and width > 0:
                     if cell.filled is not None:
                         draw.rectangle(box, fill=colour_of(cell.filled, steps))
-                    draw.text((x, y + 2), part, fill="#777777" if cell.filled is None else "black", font=font)
+                    draw.text((x, y + 2), part, fill="#555555" if cell.filled is None else "black", font=font)
                 x += width
         y += 2 * line
     return y - line + MARGIN

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+Layout = dict[str, dict[str, list[str | list[str]]]]
+
 # Category -> chart -> tags, which TensorBoard reads as regular expressions.
-LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
+LAYOUT: Layout = {
     "1 Does it learn?": {
         "loss": ["Multiline", [r"train/loss$", r"held_out/.*"]],
         "loss by mask ratio": ["Multiline", [r"loss_by_mask_ratio/.*"]],
@@ -41,3 +46,17 @@ LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
         "slowest rank and median": ["Multiline", [r"ranks/.*_(slowest|median)$"]],
     },
 }
+
+
+def layout_of(tags: Iterable[str]) -> Layout:
+    """Return the layout without the charts that none of the tags is in."""
+    present = list(tags)
+    charts = {
+        category: {
+            title: [kind, patterns]
+            for title, (kind, patterns) in charts.items()
+            if any(re.match(pattern, tag) for pattern in patterns for tag in present)
+        }
+        for category, charts in LAYOUT.items()
+    }
+    return {category: found for category, found in charts.items() if found}

@@ -75,7 +75,7 @@ class Recorder:
             run_dir = Path(self.config.run_dir)
             lines = JsonLines(run_dir, first_step)
             self.lost_steps, self.last_sign, names = lines.lost_steps, lines.last_sign, lines.last_names
-            self.writers = [lines, TensorBoard(run_dir, first_step, self.config)]
+            self.writers = [lines, TensorBoard(run_dir, first_step, self.config, lines.tags)]
             if self.config.monitor.wandb:
                 self.writers.append(WeightsAndBiases(run_dir, self.config))
         self.written = self.engine.ranks.all_gather(names)[0]

@@ -9,13 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import orjson
-import yaml
 
 from pipeline.base.errors import UserError
-from pipeline.config.load import defaults
+from pipeline.config.load import defaults, in_yaml
 from pipeline.monitor.charts import chart_data
 from pipeline.monitor.history import Start
 from pipeline.monitor.records import TIMES, Record, read_record
@@ -178,7 +176,7 @@ def _differences(records: Sequence[Record]) -> str:
     keys = sorted({key for record in records for key in record.settings} - {"run_dir"})
     rows = [["setting", *(record.name for record in records)]]
     for key in keys:
-        values = [_in_yaml(r.settings[key]) if key in r.settings else "-" for r in records]
+        values = [in_yaml(r.settings[key]) if key in r.settings else "-" for r in records]
         if len(set(values)) > 1:
             rows.append([key, *values])
     return _table(rows) if len(rows) > 1 else "<p>Only the run folder.</p>"
@@ -190,18 +188,12 @@ def _settings(record: Record) -> str:
     changed: list[Sequence[object]] = [("setting", "value", "default")]
     for key, value in record.settings.items():
         if value != usual.get(key):
-            changed.append((key, _in_yaml(value), _in_yaml(usual[key]) if key in usual else "-"))
-    every = [("setting", "value"), *((key, _in_yaml(value)) for key, value in record.settings.items())]
+            changed.append((key, in_yaml(value), in_yaml(usual[key]) if key in usual else "-"))
+    every = [("setting", "value"), *((key, in_yaml(value)) for key, value in record.settings.items())]
     return (
         f"<p>These differ from their defaults:</p>{_table(changed)}"
         f"<details><summary>All {len(every) - 1} settings</summary>{_table(every)}</details>"
     )
-
-
-def _in_yaml(value: Any) -> str:
-    """Return a setting as a configuration file has it."""
-    shown = yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    return shown.removesuffix("\n").removesuffix("\n...")
 
 
 def _time_use(records: Sequence[Record]) -> list[list[str]]:

@@ -6,13 +6,15 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 import orjson
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -21,12 +23,17 @@ from pipeline.base.extras import extra
 from pipeline.base.files import append, keep_lines
 from pipeline.chains.statistics import Histogram
 from pipeline.config import Config
-from pipeline.config.load import flatten
-from pipeline.monitor.dashboard import LAYOUT
+from pipeline.config.load import defaults, flatten, in_yaml
+from pipeline.monitor.dashboard import Layout, layout_of
 from pipeline.monitor.texts import TEXTS_FILE, ShownText, as_html, as_picture, as_plain
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_id"
+# Settings that differ between runs without being what somebody compares.
+_NOT_VARIED = (
+    "run_dir", "data.prefixes", "data.tokenizer", "data.cache", "engine.deepspeed_config", "checkpoint.",
+    "evaluation.", "monitor.", "watchdog.", "profiling.",
+)  # fmt: skip
 
 
 def is_measured(name: str) -> bool:
@@ -90,12 +97,14 @@ class JsonLines:
         lost_steps: training steps dropped from the file, those from `first_step` on.
         last_sign: when the last line was written, in seconds since 1970; 0 for a new file.
         last_names: names of the metrics in the file for the step before `first_step`.
+        tags: TensorBoard tags of all metrics in the file.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
         """Open the files; drop lines from `first_step` on and the partial line of a killed process."""
         self.path, self.texts = run_dir / METRICS_FILE, run_dir / TEXTS_FILE
         self.lost_steps, self.last_sign = 0, 0.0
+        self.tags: set[str] = set()
         names: set[str] = set()
 
         def wanted(line: bytes) -> bool:
@@ -105,6 +114,8 @@ class JsonLines:
             self.lost_steps += "loss" in entry and not keep
             if entry["step"] == first_step - 1:
                 names.update(entry)
+            if keep:
+                self.tags.update(_tags_in(entry))
             return keep
 
         keep_lines(self.path, wanted)
@@ -126,22 +137,48 @@ class JsonLines:
         """See `Writer`."""
 
 
+def _tags_in(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the TensorBoard tags of the metrics in a line of metrics.jsonl."""
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from (f"{name}/{key}" for key in value)
+        else:
+            yield tag_of(name)
+
+
 class TensorBoard:
     """Writes events to RUN/tensorboard, with the settings as text and a custom-scalars page."""
 
-    def __init__(self, run_dir: Path, first_step: int, config: Config) -> None:
-        """Open an event file that makes TensorBoard drop earlier entries from `first_step` on."""
+    def __init__(self, run_dir: Path, first_step: int, config: Config, tags: Iterable[str]) -> None:
+        """Open an event file that makes TensorBoard drop earlier entries from `first_step` on.
+
+        Args:
+            run_dir: run folder.
+            first_step: the next step.
+            config: configuration of the run.
+            tags: tags of what earlier processes wrote before `first_step`.
+        """
         self.folder = str(run_dir / "tensorboard")
         self.writer = SummaryWriter(self.folder, purge_step=first_step)
-        self.writer.add_custom_scalars(LAYOUT)
+        self.tags, self.layout = set(tags), Layout()
+        self._lay_out()
         self.writer.add_text("config", _as_code(configuration.to_yaml(config)), first_step - 1)
-        # add_hparams would write to a separate TensorBoard run.
-        settings = {key: _plain(value) for key, value in flatten(dataclasses.asdict(config)).items()}
-        for summary in hparams(settings, {"train/loss": 0.0, "held_out/loss": 0.0}):
+        for summary in _settings_page(config):
             self.writer.file_writer.add_summary(summary)
 
+    def _lay_out(self) -> None:
+        """Write the custom-scalars page if it has other charts now; TensorBoard shows the last one."""
+        layout = layout_of(self.tags)
+        if layout != self.layout:
+            self.writer.add_custom_scalars(layout)
+            self.layout = layout
+
     def write(self, point: Point) -> None:
-        for tag, value in point.tagged().items():
+        values = point.tagged()
+        if not values.keys() <= self.tags:
+            self.tags |= values.keys()
+            self._lay_out()
+        for tag, value in values.items():
             self.writer.add_scalar(tag, value, point.step)
         for name, histogram in point.histograms.items():
             self._write_histogram(name, histogram, point.step)
@@ -187,9 +224,27 @@ def _as_code(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def _plain(value: Any) -> str | bool | int | float:
-    """Convert a setting to a type that TensorBoard's hparams accept."""
-    return value if isinstance(value, str | bool | int | float) else str(value)
+def _settings_page(config: Config) -> list[Summary]:
+    """Return the summaries of the HParams page; what differs from the defaults of the training comes first.
+
+    TensorBoard orders settings by the flag `differs`, then by name, and shows the first five until asked. It
+    takes the flags of one of the runs that it shows. SummaryWriter.add_hparams would start a run of its own.
+    """
+    settings = flatten(dataclasses.asdict(config))
+    usual = defaults()
+    # Numbers stay numbers; TensorBoard would show true as 1.0000.
+    plain = {
+        key: value if isinstance(value, int | float) and not isinstance(value, bool) else in_yaml(value)
+        for key, value in settings.items()
+    }
+    summaries = hparams(plain, {"train/loss": 0.0, "held_out/loss": 0.0})
+    metadata = summaries[0].value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(metadata.content)
+    for info in content.experiment.hparam_infos:
+        differs = settings[info.name] != usual.get(info.name)
+        info.differs = differs and not info.name.startswith(_NOT_VARIED)
+    metadata.content = content.SerializeToString()
+    return list(summaries)
 
 
 class WeightsAndBiases:

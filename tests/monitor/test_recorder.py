@@ -13,6 +13,12 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.backend_context import _sort_and_reduce_to_hparams_limit
+from tensorboard.plugins.hparams.metadata import (
+    parse_experiment_plugin_data,
+    parse_session_start_info_plugin_data,
+)
 
 from pipeline import config as configuration
 from pipeline.checkpoint.manifest import read_manifest
@@ -20,7 +26,7 @@ from pipeline.config.load import flatten
 from pipeline.engine.build import read_weights
 from pipeline.monitor.dashboard import LAYOUT
 from pipeline.monitor.texts import as_plain, read_texts
-from pipeline.monitor.writers import is_measured
+from pipeline.monitor.writers import JsonLines, Point, TensorBoard, is_measured
 from pipeline.planning.flops import step_flops
 from support.programs import ROOT, Outcome
 from support.runs import curve, metrics
@@ -92,13 +98,60 @@ def test_histograms_settings_and_first_page(run_dir: Path) -> None:
 
 
 def test_the_first_page_shows_what_is_recorded(run_dir: Path) -> None:
-    """No chart of the layout stays empty in a run on a CPU, but for what only a GPU or a profile has."""
-    tags = events(run_dir).Tags()["scalars"]
+    """No chart of the page stays empty, and none is missing, in a run that was resumed."""
+    found = events(run_dir)
+    tags = found.Tags()["scalars"]
+    page = Layout.FromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    shown = {chart.title: list(chart.multiline.tag) for group in page.category for chart in group.chart}
+    for title, patterns in shown.items():
+        assert any(re.match(pattern, tag) for pattern in patterns for tag in tags), title
+    known = {title for charts in LAYOUT.values() for title in charts}
     elsewhere = {"MFU", "accuracy on tasks", "loss by source", "held-out loss by source"}
-    for charts in LAYOUT.values():
-        for chart, (_, patterns) in charts.items():
-            shown = [tag for tag in tags if any(re.match(pattern, tag) for pattern in patterns)]
-            assert bool(shown) == (chart not in elsewhere), chart
+    assert known - set(shown) == elsewhere, "only a GPU, a task or a blend has these"
+
+
+def test_the_first_page_grows_with_the_run(tmp_path: Path) -> None:
+    """A chart appears with its first value, and is there at once after a resume."""
+    config = configuration.Config(run_dir=str(tmp_path))
+
+    def pages() -> list[set[str]]:
+        tensors = events(tmp_path).Tensors("custom_scalars__config__")
+        layouts = [Layout.FromString(each.tensor_proto.string_val[0]) for each in tensors]
+        return [{chart.title for group in page.category for chart in group.chart} for page in layouts]
+
+    writer = TensorBoard(tmp_path, 1, config, ())
+    for step, values in ((1, {"loss": 2.0}), (2, {"loss": 1.0}), (2, {"evaluation/sudoku/accuracy": 0.5})):
+        writer.write(Point(step, values, {"loss_by_stage": {"00": 1.0}} if step == 2 else {}))
+    writer.close()
+    first = [{"loss"}, {"loss", "loss by stage"}, {"loss", "loss by stage", "accuracy on tasks"}]
+    assert pages() == first
+    lines = JsonLines(tmp_path, 1)
+    lines.write(Point(1, {"loss": 2.0, "evaluation/sudoku/accuracy": 0.5}, {"loss_by_stage": {"00": 1.0}}))
+    lines.write(Point(2, {"speed/mfu": 0.5}))
+    resumed = TensorBoard(tmp_path, 2, config, JsonLines(tmp_path, 2).tags)
+    resumed.close()
+    assert pages() == [*first, first[-1]]
+
+
+def test_settings_that_were_varied_come_first(run_dir: Path) -> None:
+    """In the order of TensorBoard's own page, with numbers as numbers and the rest as in the YAML."""
+    metadata = events(run_dir).summary_metadata
+    found = parse_experiment_plugin_data(metadata["_hparams_/experiment"].plugin_data.content)
+    _sort_and_reduce_to_hparams_limit(found)
+    names = [info.name for info in found.hparam_infos]
+    varied = """
+        data.kind data.sequence_length data.split engine.kind model.hidden_size model.intermediate_size
+        model.layers objective.stages objective.threshold optimizer.ema_decay schedule.warmup_steps
+        train.global_batch_size train.log_interval train.log_samples train.micro_batch_size train.steps
+    """.split()
+    assert names[: len(varied)] == varied
+    assert names[len(varied) :] == sorted(names[len(varied) :])
+    assert "run_dir" in names, "which differs from run to run, and is not varied"
+    content = metadata["_hparams_/session_start_info"].plugin_data.content
+    values = parse_session_start_info_plugin_data(content).hparams
+    assert values["objective.threshold"].number_value == 0.3
+    assert values["train.log_samples"].string_value == "true"
+    assert values["model.kv_heads"].string_value == "null"
 
 
 @pytest.mark.parametrize("turns", [1, 3])
