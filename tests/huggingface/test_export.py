@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +204,41 @@ def test_every_way_of_attention(
             theirs(tokens)
 
 
+def test_gradient_checkpointing_and_embeddings_as_inputs() -> None:
+    """The same loss and the same gradients, bit for bit, as by ids and with all activations kept."""
+    torch.manual_seed(0)
+    config = MaskedDiffusionConfig(vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    model = MaskedDiffusionForMaskedLM(config).train()
+    ids = torch.randint(4, 24, (2, 8))
+    labels = ids.masked_fill(torch.arange(8) % 2 == 0, -100)
+    embeddings = model.get_input_embeddings()(ids)
+
+    def gradients(**inputs: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        body = [parameter for name, parameter in model.named_parameters() if "embed" not in name]
+        return [loss.detach(), *(parameter.grad for parameter in body if parameter.grad is not None)]
+
+    expected = gradients(input_ids=ids)
+    runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    model.model.layers[0].register_forward_pre_hook(count)
+    by_embeddings = gradients(inputs_embeds=embeddings.detach())
+    assert runs == 1
+    model.gradient_checkpointing_enable()
+    recomputed = gradients(input_ids=ids)
+    assert runs == 3, "once forward, and once again in the backward pass"
+    for found in (by_embeddings, recomputed):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(ids, inputs_embeds=embeddings)
+
+
 def test_model_card(sharded_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The card has the facts of the training, and a header that the Hub reads."""
     checkpoint = sharded_run / "checkpoints/step_00000004"
@@ -217,6 +255,28 @@ def test_model_card(sharded_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert fact in text
     assert str(tmp_path) not in text
     assert str(sharded_run) not in text
+
+
+@pytest.mark.parametrize("settings", ["", "--objective.block_size 4"], ids=["whole", "blocks"])
+def test_the_script_of_the_card_runs(
+    settings: str, train: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands, in a fresh process beside the folder."""
+    assert train(tmp_path / "run", "--train.steps", "2", *settings.split()).code == 0
+    assert export(capsys, tmp_path / "run", tmp_path / "mine").code == 0
+    script = (tmp_path / "mine/README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(script.strip().splitlines()) <= 10
+    script = script.replace("any text", "abc")  # the tokenizer knows these characters only
+    check = "\nassert logits.isfinite().any() and logits.shape[2] == 16 and len(logits) == 1\n"
+    (tmp_path / "script.py").write_text(script + check)
+    outcome = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == 0, outcome.stderr
 
 
 def test_what_cannot_be_exported(

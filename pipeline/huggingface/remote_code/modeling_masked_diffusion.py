@@ -124,6 +124,7 @@ class MaskedDiffusionPreTrainedModel(PreTrainedModel):
 
     config_class = MaskedDiffusionConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules: ClassVar = ["MaskedDiffusionBlock"]
 
@@ -138,13 +139,15 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MaskedDiffusionBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         blocks: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput | tuple[Tensor]:
@@ -155,22 +158,26 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
             attention_mask: [B, L], 0 at padding.
             blocks: [B or 1, L], block number of each position; a position does not attend to higher blocks.
                 By default attention is bidirectional, or causal if config.attention is "causal".
+            inputs_embeds: [B, L, H], in place of input_ids.
             return_dict: False returns a tuple.
         """
-        x = self.embed_tokens(input_ids)
-        table = rotary_table(input_ids.shape[1], self.config, x.device)
-        visible = self.visible(input_ids, attention_mask, blocks)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        table = rotary_table(x.shape[1], self.config, x.device)
+        visible = self.visible(x, attention_mask, blocks)
         for layer in self.layers:
-            x = layer(x, table, visible)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, table, visible)
+            else:
+                x = layer(x, table, visible)
         x = self.norm(x)
         return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
 
-    def visible(
-        self, input_ids: Tensor, attention_mask: Tensor | None, blocks: Tensor | None
-    ) -> Tensor | None:
+    def visible(self, x: Tensor, attention_mask: Tensor | None, blocks: Tensor | None) -> Tensor | None:
         """Return the attention mask, broadcastable to [B, heads, L, L] bool; None = every key is visible."""
         if blocks is None and self.config.attention == "causal":
-            blocks = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            blocks = torch.arange(x.shape[1], device=x.device)[None]
         elif blocks is None and self.config.attention == "blocks":
             raise ValueError(
                 f"this model was trained in blocks of {self.config.block_size} tokens: give `blocks`, the "
@@ -196,10 +203,11 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         blocks: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
@@ -211,9 +219,10 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
             labels: [B, L], true tokens at the positions of the loss and -100 elsewhere; the loss is the mean
                 NLL in nats.
             blocks: see `MaskedDiffusionModel`.
+            inputs_embeds: [B, L, H], in place of input_ids.
             return_dict: False returns a tuple.
         """
-        hidden = self.model(input_ids, attention_mask, blocks).last_hidden_state
+        hidden = self.model(input_ids, attention_mask, blocks, inputs_embeds).last_hidden_state
         if self.config.prediction == "shifted":  # the state at i - 1 predicts i; position 0 must be given
             hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         logits = fp32_product(hidden, self.lm_head.weight)
