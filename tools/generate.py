@@ -1,7 +1,8 @@
 """Continue prompts with a trained model, or fill in masked spans.
 
 Without --prompt and --prompt-file, each line of standard input is a prompt. A terminal shows the text while
-it is decoded; otherwise, or with --json, only the result is printed.
+it is decoded; otherwise, or with --json, only the result is printed. Several samples are separated by a line
+such as "==> prompt 1, sample 2 <==".
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for done, sample in enumerate(generate(loaded, prompts, settings, *shape, shows), 1):
         if view is not None:
             view.clear()
-        print(as_json(sample) if options.json else sample.text, flush=True)
+        print(as_json(sample) if options.json else as_text(sample, done, shape[0], len(prompts)), flush=True)
         progress.advance(done)
     progress.close()
     if recorder is not None:
@@ -128,6 +129,21 @@ def read_stdin() -> list[str]:
     if not prompts:
         raise UserError("standard input is empty: give one prompt per line.")
     return prompts
+
+
+def as_text(sample: Sample, place: int, samples: int, prompts: int) -> str:
+    """Return a sample as text; one of several has a line above it, since a text may have any lines itself.
+
+    Args:
+        sample: the sample.
+        place: its place among all samples, from 1.
+        samples: samples per prompt.
+        prompts: number of prompts.
+    """
+    if samples * prompts == 1:
+        return sample.text
+    which = f"prompt {(place - 1) // samples + 1}, sample {sample.number + 1}"
+    return f"==> {which} <==\n{sample.text}"
 
 
 def as_json(sample: Sample) -> str:

@@ -52,7 +52,10 @@ def test_prompts_from_everywhere(call: Generate, tmp_path: Path, monkeypatch: py
     found = [json.loads(line) for line in call("--prompt", *prompts, *more, "--json").output.splitlines()]
     assert [(one["prompt"], one["sample"]) for one in found] == [(p, i) for p in prompts for i in range(3)]
     whole = [one["text"] if "[" in one["prompt"] else one["prompt"] + one["text"] for one in found]
-    assert "\n".join(whole) + "\n" == first.output
+    heads = [f"==> prompt {prompt}, sample {sample} <==" for prompt in (1, 2, 3) for sample in (1, 2, 3)]
+    printed = [f"{head}\n{text}\n" for head, text in zip(heads, whole, strict=True)]
+    assert "".join(printed) == first.output
+    assert call("--prompt", "abc", "--length", "4").output.startswith("abc"), "a single one stands alone"
     for one in found:
         length = 3 if "[" in one["prompt"] else 4
         assert len(one["tokens"]) == len(one["order"]) <= length
