@@ -47,14 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--block-size", type=int, help="tokens of a block, for SDAR and A2D models whose config.json lacks it"
     )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the files with the folder's SHA256SUMS"
+    )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
     from pipeline.huggingface.importing import SETTINGS_FILE, import_model
 
     tokens = {use: getattr(options, f"{use}_token") for use in ("mask", "pad", "eos")}
-    limit, prediction = options.max_shard_size, options.prediction
-    imported = import_model(options.input, options.output, tokens, limit, prediction, options.block_size)
+    imported = import_model(
+        options.input,
+        options.output,
+        tokens,
+        options.max_shard_size,
+        options.prediction,
+        options.block_size,
+        verify=not options.no_verify,
+    )
     vocabulary = imported.vocabulary
     print(
         f"wrote {options.output}: {vocabulary.tokens} tokens in {vocabulary.rows} rows of the embedding "

@@ -22,8 +22,8 @@ class CheckpointConfig:
         keep_best: Also keep this many checkpoints with the lowest held-out loss; requires an evaluation at
             every saved step. 0 = none.
         max_failed_saves: Stop after this many failed saves in a row (disk full, permission lost).
-        verify_hashes: Before resuming, read every checkpoint file and compare its hash; false = compare
-            sizes only.
+        verify_hashes: Before resuming, read every checkpoint file and compare its hash, and before a start
+            those of train.initial_weights; false = compare sizes only.
     """
 
     interval: int = 1000

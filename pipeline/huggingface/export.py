@@ -21,7 +21,7 @@ from pipeline.engine.build import open_weights
 from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
-from pipeline.huggingface.folders import write_weights
+from pipeline.huggingface.folders import write_sums, write_weights
 from pipeline.huggingface.formats import Exported, Format, check, generation_settings, name_of, settings
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
@@ -87,6 +87,7 @@ def export(
             weights="ema" if averaged else "raw",
         )
         (writing / "README.md").write_text(card, encoding="utf-8")
+        write_sums(writing)
     return manifest.step
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -12,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.base.errors import Failure, UserError
-from pipeline.base.progress import Progress
+from pipeline.base.files import sha256_of
+from pipeline.base.progress import Progress, ReadingProgress
 from pipeline.engine.weights import StoredWeight, StoredWeights
 from pipeline.huggingface import mapping
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SUMS_FILE = "SHA256SUMS"  # as of sha256sum, which checks it, too
 
 
 def open_weights(folder: Path) -> StoredWeights:
@@ -58,6 +62,43 @@ def _files_in(index: Path) -> list[str]:
                 "folder again, from a source that you trust."
             )
     return sorted(set(places.values()))
+
+
+def write_sums(folder: Path) -> None:
+    """Write the hashes of all files of a folder, in the format of sha256sum."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{sha256_of(path)}  {path.relative_to(folder)}\n" for path in files]
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Raise a `UserError` if a model file of a folder differs from its hash.
+
+    A folder without hashes is accepted: transformers writes none when it saves a model again. README and code
+    may have been changed, and are not read.
+    """
+    path = folder / SUMS_FILE
+    if not path.is_file():
+        return
+    sums: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if match is None or ".." in Path(match[2]).parts or Path(match[2]).is_absolute():
+            raise UserError(f"{path}, line {number} is damaged ({line!r}): copy the folder again.")
+        sums[match[2]] = match[1]
+    needed = [
+        name for name in sums if name.endswith((".safetensors", ".index.json")) or name == "config.json"
+    ]
+    total = sum((folder / name).stat().st_size for name in needed if (folder / name).is_file())
+    with closing(ReadingProgress(f"checking {folder}", total)) as progress:
+        for name in needed:
+            if not (folder / name).is_file():
+                raise UserError(f"{folder / name} is missing, but {path} names it: copy the folder again.")
+            if sha256_of(folder / name, progress.advance) != sums[name]:
+                raise UserError(
+                    f"{folder / name} has changed since it was written ({path}): copy the folder again, or "
+                    f"remove {path} if you changed it yourself."
+                )
 
 
 def divide(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -18,7 +18,7 @@ from pipeline.base.files import creating_folder
 from pipeline.config import ModelConfig
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface import llada, mapping
-from pipeline.huggingface.folders import open_weights, write_weights
+from pipeline.huggingface.folders import check_sums, open_weights, write_sums, write_weights
 from pipeline.huggingface.tokenizer_files import import_tokenizer_of
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
@@ -58,6 +58,7 @@ def import_model(
     max_shard_size: int,
     prediction: Literal["same", "shifted"] | None = None,
     block_size: int | None = None,
+    verify: bool = True,
 ) -> Imported:
     """Import a model to `output`, completely or not at all: an export without code and model card.
 
@@ -73,6 +74,7 @@ def import_model(
         max_shard_size: maximum bytes per file, unless a single weight is larger.
         prediction: see `mapping.from_json`.
         block_size: tokens of a block, of a model trained in blocks whose config.json does not say so.
+        verify: compare the hashes of the files that are read, if the folder has them.
 
     Raises:
         UserError: if the architecture is not supported, the folder is damaged, or `output` exists.
@@ -87,6 +89,8 @@ def import_model(
     is_diffusion = mapping.FAMILIES[settings["model_type"]].is_diffusion
     attention = attention_of(settings, block_size, where)
     settings = mapping.in_llama_keys(settings, where)
+    if verify:
+        check_sums(source)
     stored = parameters_in(source, model)
     with creating_folder(output) as writing:
         tokenizer, added = import_tokenizer_of(source, settings, special_tokens, is_diffusion, writing)
@@ -107,6 +111,7 @@ def import_model(
         (writing / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
         text = sections_of(output, model, attention.get("block_size"))
         (writing / SETTINGS_FILE).write_text(text, encoding="utf-8")
+        write_sums(writing)
     mask = tokenizer.model.token(tokenizer.mask)
     return Imported(text, vocabulary, mask, added, old_rows, is_diffusion, model.prediction)
 

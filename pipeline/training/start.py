@@ -25,6 +25,7 @@ from pipeline.data.facts import DatasetFacts
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
+from pipeline.huggingface.folders import check_sums
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
 from pipeline.monitor.example_log import ExampleLog
@@ -215,6 +216,9 @@ def _take_folder(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
 
 def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: Engine) -> None:
     """Replace the random weights by those in `folder`."""
+    with engine.ranks.agreeing():
+        if config.checkpoint.verify_hashes and engine.ranks.is_first:
+            check_sums(folder)
     weights = open_initial_weights(folder, config.model, vocabulary, Path(config.data.tokenizer))
     engine.start_from(weights)
     if engine.ranks.is_first:

@@ -159,6 +159,7 @@ def test_import_brings_back_every_bit(
         "z",
     ]
     assert "leave the option out" in run_here(import_hf.main, arguments, capsys).complaint()
+    assert (tmp_path / "ours/SHA256SUMS").is_file()
     shutil.rmtree(tmp_path / "theirs/tokenizer")  # and from tokenizer.json, as another project would save it
     bring_in(tmp_path / "theirs", tmp_path / "by_json", capsys)
     again = Tokenizer.load(tmp_path / "by_json/tokenizer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipeline import train
+from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
 from pipeline.engine.build import read_weights
-from pipeline.huggingface.folders import open_weights
+from pipeline.huggingface.folders import check_sums, open_weights
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
@@ -209,6 +211,10 @@ def test_what_a_run_cannot_start_from(
     weights = load_file(path)
     name = "model.layers.1.self_attn.q_norm.weight"
     save_file({key: weight for key, weight in weights.items() if key != name}, path)
+    found = complaint()
+    assert f"{path} has changed since it was written ({imported / 'ours/SHA256SUMS'})" in found
+    assert "is missing" in complaint("--checkpoint.verify_hashes", "false")
+    (imported / "ours/SHA256SUMS").unlink()
     assert f"{name} to start from is missing, the model has [12]" in complaint()
     save_file(weights | {name: torch.ones(3)}, path)
     assert f"{name} to start from is of shape [3]" in complaint()
@@ -300,6 +306,33 @@ def test_settings_of_transformers_4(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (model["rope_theta"], model["rope_factor"], model["rope_original_length"]) == (5000.0, 8.0, 64)
     assert not model["tie_embeddings"]
     assert "head_size" not in model
+
+
+def test_hashes_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """sha256sum agrees; a changed, missing or foreign name is found; no hashes are needed."""
+    save(tmp_path / "theirs", "Llama")
+    bring_in(tmp_path / "theirs", tmp_path / "ours", capsys)
+    folder = tmp_path / "ours"
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
+    written = (folder / "SHA256SUMS").read_text()
+    listed = {line.split("  ")[1] for line in written.splitlines()}
+    assert listed == {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    check_sums(folder)
+    for name in ("config.json", "model.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name} has changed since it was written"):
+            check_sums(folder)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            check_sums(folder)
+        (folder / name).write_bytes(content)
+    for line in ("no hash", f"{'0' * 64}  ../other.safetensors", f"{'0' * 64}  /etc/config.json"):
+        (folder / "SHA256SUMS").write_text(written + line + "\n")
+        with pytest.raises(UserError, match=r"SHA256SUMS, line \d+ is damaged"):
+            check_sums(folder)
+    (folder / "SHA256SUMS").unlink()
+    check_sums(folder)
 
 
 @pytest.mark.parametrize(
