@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+
+import tokenizers
 
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import takes_average
 from pipeline.checkpoint.manifest import MANIFEST, find
 from pipeline.config import ModelConfig
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import FACTS_FILE, HUGGING_FACE, MODEL_FILE, Tokenizer, is_own, read_facts
 from pipeline.engine.build import open_weights as open_saved_weights
 from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import open_weights
+from pipeline.huggingface.tokenizer_files import TOKENIZER_FILE
 from pipeline.model.batch import Vocabulary
 
 
@@ -42,12 +46,7 @@ def open_initial_weights(
                 f"train.initial_weights: the model in {folder} has {key} = {there}, the run has {here}: "
                 f"set it to {there}."
             )
-    own = folder / "tokenizer"
-    if Tokenizer.load(own).sha256 != Tokenizer.load(tokenizer).sha256:
-        raise UserError(
-            f"train.initial_weights: {folder} has another tokenizer than data.tokenizer = {tokenizer}: "
-            f"set it to {own}, and preprocess the data with it."
-        )
+    _check_tokenizer(folder, tokenizer)
     if is_checkpoint:
         return open_saved_weights(folder / "model", takes_average(folder, None))
     return open_weights(folder)
@@ -75,3 +74,43 @@ def _of_export(folder: Path) -> ModelConfig:
             "token: convert it with tools/import_hf.py."
         )
     return mapping.from_json(settings, where)
+
+
+def _check_tokenizer(folder: Path, tokenizer: Path) -> None:
+    """Raise a `UserError` if the tokenizer in `folder` is not the run's.
+
+    A folder that transformers has saved again lacks our own copy; then its files for transformers must have
+    the same model, and config.json the same special tokens.
+    """
+    own, run = folder / "tokenizer", Tokenizer.load(tokenizer)
+    if is_own(own / FACTS_FILE):
+        if Tokenizer.load(own).sha256 != run.sha256:
+            raise UserError(
+                f"train.initial_weights: {folder} has another tokenizer than data.tokenizer = {tokenizer}: "
+                f"set it to {own}, and preprocess the data with it."
+            )
+        return
+    facts = read_facts(tokenizer)
+    saved = folder / (TOKENIZER_FILE if facts.model_type == HUGGING_FACE else MODEL_FILE)
+    if not saved.is_file():
+        raise UserError(
+            f"train.initial_weights: {folder} has neither {own.name}/ nor {saved.name}: save the tokenizer "
+            "there, too, by tokenizer.save_pretrained(FOLDER)."
+        )
+    settings = mapping.read_json(folder / "config.json")
+    pairs = [(settings.get(f"{use}_token_id"), run.special_ids[use]) for use in ("mask", "pad", "eos")]
+    same = _model_of(saved) == _model_of(tokenizer / facts.model_file)
+    if not same or any(there != here for there, here in pairs):
+        raise UserError(
+            f"train.initial_weights: {saved} is another tokenizer than data.tokenizer = {tokenizer}: take "
+            "the folder that it was saved from."
+        )
+
+
+def _model_of(path: Path) -> object:
+    """Return what decides which ids a text has: the bytes of a SentencePiece model, or parts of the JSON."""
+    content = path.read_bytes()
+    if path.suffix == ".model":
+        return content
+    values = json.loads(tokenizers.Tokenizer.from_str(content.decode()).to_str())
+    return [values[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
