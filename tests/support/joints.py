@@ -42,7 +42,7 @@ def known_to(batch: MaskedBatch, row: int, position: int) -> tuple[np.ndarray, l
     """Return what the model may use at a position: the tokens, and those that it sees."""
     tokens = batch.input_ids[row].numpy().copy()
     everywhere = range(len(tokens))
-    blocks, clean_ids, _ = batch.visibility
+    blocks, clean_ids = batch.visibility.blocks, batch.visibility.clean_ids
     if blocks is None:
         return tokens, [i for i in everywhere if tokens[i] != MASK]
     block = blocks.expand_as(batch.input_ids)[row].numpy()
