@@ -47,9 +47,10 @@ def attention_mask(
         within = documents if documents is not None else present
         if within is None:
             return None
-        # Decoding changes its shapes, and flex_attention would be compiled for each.
-        flex = torch.is_grad_enabled() and takes_flex(within.device, head_width)
-        if documents is None and not flex:
+        # Decoding changes its shapes, and flex_attention would be compiled for each. At lengths that do not
+        # fill their tiles it is slower than the dense mask.
+        aligned = torch.is_grad_enabled() and within.shape[1] % TILE == 0
+        if documents is None and not (aligned and takes_flex(within.device, head_width)):
             return within[:, None, None, :]
         blocks = torch.zeros_like(within[:1], dtype=torch.int32)  # a single block
     length = blocks.shape[1]

@@ -189,18 +189,19 @@ def test_a_packed_row_equals_each_document_alone(kind: Kind, shifted: bool) -> N
 
 def test_padding_takes_flex_attention_where_a_gpu_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its block mask shows what the dense mask does; decoding keeps the dense one, as a CPU does."""
-    present = torch.arange(300) < torch.tensor([[300], [140], [17]])
+    present = torch.arange(384) < torch.tensor([[384], [140], [17]])
     dense = attention_mask(present, Visibility())
     assert isinstance(dense, Tensor)
     monkeypatch.setattr(visibility, "takes_flex", lambda *_: True)
     flex = attention_mask(present, Visibility())
     assert isinstance(flex, BlockMask)
-    for row, query, key in ((0, 299, 1), (1, 0, 139), (1, 0, 140), (2, 299, 16), (2, 3, 17)):
+    for row, query, key in ((0, 383, 1), (1, 0, 139), (1, 0, 140), (2, 383, 16), (2, 3, 17)):
         rule = flex.mask_mod(*(torch.tensor(i) for i in (row, 0, query, key)))
         assert bool(rule) == bool(dense[row, 0, 0, key])
     assert flex.full_kv_num_blocks is not None
-    assert flex.full_kv_num_blocks[:, 0].tolist() == [[2, 2, 0], [1, 1, 0], [0, 0, 0]]
-    assert flex.kv_num_blocks[:, 0].tolist() == [[1, 1, 3], [1, 1, 2], [1, 1, 1]]  # the last tile is cut off
+    assert flex.full_kv_num_blocks[:, 0].tolist() == [[3] * 3, [1] * 3, [0] * 3]
+    assert flex.kv_num_blocks[:, 0].tolist() == [[0] * 3, [1] * 3, [1] * 3]
+    assert isinstance(attention_mask(present[:, :300], Visibility()), Tensor), "no whole number of tiles"
     with torch.no_grad():
         assert isinstance(attention_mask(present, Visibility()), Tensor)
 
