@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -52,6 +55,8 @@ def attention_mask(
         aligned = torch.is_grad_enabled() and within.shape[1] % TILE == 0
         if documents is None and not (aligned and takes_flex(within.device, head_width)):
             return within[:, None, None, :]
+        if also_visible is None and takes_flex(within.device, head_width):
+            return block_mask(None, torch.zeros_like(within[0], dtype=torch.bool), present, documents)
         blocks = torch.zeros_like(within[:1], dtype=torch.int32)  # a single block
     length = blocks.shape[1]
     if clean_ids is not None:
@@ -72,23 +77,30 @@ def attention_mask(
 
 
 def block_mask(
-    blocks: Tensor, noisy: Tensor, present: Tensor | None, documents: Tensor | None = None
+    blocks: Tensor | None, noisy: Tensor, present: Tensor | None, documents: Tensor | None = None
 ) -> BlockMask:
     """Return flex_attention's block mask for blocks [B or 1, N], noisy [N], present and documents [B, N].
+
+    Without blocks every position sees all others; then documents or present must be given.
 
     Which tiles hold visible pairs follows from the lowest and highest block of each: some 40 operations,
     where torch's create_block_mask looks at all N^2 pairs, and takes 20 ms of the host's time.
     """
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row = batch if len(blocks) > 1 else batch * 0
-        seen = sees(blocks[row, query], blocks[row, key], noisy[query], noisy[key])
+        conditions = []
+        if blocks is not None:
+            row = batch if len(blocks) > 1 else batch * 0
+            conditions.append(sees(blocks[row, query], blocks[row, key], noisy[query], noisy[key]))
         if documents is not None:
-            seen = seen & (documents[batch, query] == documents[batch, key])
-        return seen if present is None else seen & present[batch, key]
+            conditions.append(documents[batch, query] == documents[batch, key])
+        if present is not None:
+            conditions.append(present[batch, key])
+        return functools.reduce(operator.and_, conditions)
 
-    some, every = visible_tiles(blocks, noisy, present, documents)
-    length = blocks.shape[1]
+    ranges = torch.zeros_like(noisy, dtype=torch.int32)[None] if blocks is None else blocks
+    some, every = visible_tiles(ranges, noisy, present, documents)
+    length = len(noisy)
     return BlockMask.from_kv_blocks(
         *_listed(some & ~every), *_listed(every), TILE, mask_mod=rule, seq_lengths=(length, length)
     )

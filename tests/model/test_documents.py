@@ -69,7 +69,8 @@ def test_masks_equal_a_loop_over_pairs(kind: Kind, shifted: bool, padding: int) 
     present = None if batch.attention_mask is None else batch.attention_mask.repeat(1, copies)
     assert data.documents is not None
     documents = data.documents.repeat(1, copies)
-    flex = block_mask(blocks.repeat(1, copies), noisy, present, documents)
+    given = None if batch.visibility.blocks is None else blocks.repeat(1, copies)
+    flex = block_mask(given, noisy, present, documents)
     some, every = visible_tiles(blocks.repeat(1, copies), noisy, present, documents)
     assert some.all(), "one tile, which every document lies in"
     assert not every.any()
