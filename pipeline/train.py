@@ -62,8 +62,8 @@ def train(run: Training) -> bool:
     while not (state.is_done or run.stop.agreed):
         step = state.step + 1
         run.watchdog.enter("step")
-        if step == config.objective.switch_step:
-            run.guard.forget()  # its window is of the last objective's losses
+        if config.changes_at(step):
+            run.guard.forget()  # its window is of another objective's or data mix's losses
         groups = run.groups_of(step)
         run.log.begin_step(groups)
         peak = config.optimizer.learning_rate

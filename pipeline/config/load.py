@@ -54,6 +54,11 @@ class Config:
         """The number of examples in flight at any time, over all ranks."""
         return self.train.global_batch_size * self.objective.turns
 
+    def changes_at(self, step: int) -> bool:
+        """Return whether `step` is the first of another objective or data mix."""
+        mixes = (phase.first_step for phase in self.data.phases)
+        return step == self.objective.switch_step or step in mixes
+
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
         require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")

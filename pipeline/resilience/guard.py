@@ -82,7 +82,7 @@ class Guard:
         self.problem: str | None = None
 
     def forget(self) -> None:
-        """Clear the history, for example when the objective changes."""
+        """Clear the history, for example when the objective or the data mix changes."""
         self.window.losses.clear()
         self.window.norms.clear()
 

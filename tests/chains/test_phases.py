@@ -115,6 +115,15 @@ def test_each_step_trains_the_examples_of_the_list(
     assert phases == ({1, 9} if config is PUMA else {9}), "the test has chains under way"
 
 
+def test_every_step_trains_all_stages_in_equal_numbers() -> None:
+    """Also at the first steps of a phase: no chain is cut, and no two slots fall into step."""
+    groups = groups_of(PUMA, LAYOUTS[1], *SIZES)
+    for number in range(1, STEPS + 1):
+        stages = Counter(stage for group in groups for stage in group.state.stage[:, 0].tolist())
+        assert stages == Counter({stage: SLOTS // STAGES for stage in range(STAGES)}), number
+        trained(groups, number)
+
+
 def test_turns_change_phase_at_the_same_step() -> None:
     """The second of three turns is trained at 2, 5, 8, 11: 11 is its first step of the phase from 9 on."""
     expected = by_hand(RANDOM, turn=1, turns=3)

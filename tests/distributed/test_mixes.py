@@ -14,7 +14,7 @@ from support.programs import Outcome, run_here
 from support.runs import KEYS, curve, examples_of, train_on
 from tools import plan_run, preprocess_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("phases")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mixes")]
 
 Train = Callable[..., Outcome]
 FIRST = 48  # training examples of the first phase
@@ -70,6 +70,8 @@ def test_two_phases_are_interrupted_and_resumed(
     assert max(number for step in range(1, 7) for _, number in steps[step]) < FIRST
     assert {number >= FIRST for _, number in steps[8]} == {True, False}, "chains under way end their stages"
     assert min(number for step in range(9, 17) for _, number in steps[step]) >= FIRST
+    manifest = json.loads((parts / "checkpoints/step_00000016/manifest.json").read_text())
+    assert len(manifest["guard"]["losses"]) == 16 - 6, "the guard compares losses of one mix"
     order = json.loads((parts / "data_order.json").read_text())["phases"]
     assert [(phase["first_step"], phase["first_example"]) for phase in order] == [(1, 0), (7, FIRST)]
     assert [part["used"] for part in order[1]["datasets"]] == [51, 17], "68 examples, 3 : 1"
