@@ -175,7 +175,8 @@ def test_generate(run: Run, checkout: Path, capsys: pytest.CaptureFixture[str]) 
     page = text_of("docs/howto/generate.md")
     printed = [run(command) for command in commands(page)]
     assert printed[0].startswith("Once upon a time")
-    assert len(printed[1].splitlines()) == 4
+    heads = [line for line in printed[1].splitlines() if line.startswith("==> ")]
+    assert heads == [f"==> prompt 1, sample {number} <==" for number in (1, 2, 3, 4)]
     assert [json.loads(line)["sample"] for line in printed[2].splitlines()] == [0, 0]
     assert (checkout / "order.html").is_file()
     [program] = blocks(page, "python")

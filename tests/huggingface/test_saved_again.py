@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
@@ -18,6 +18,8 @@ from pipeline.huggingface.export import write_model
 from pipeline.huggingface.folders import open_weights
 from pipeline.huggingface.formats import Exported
 from pipeline.huggingface.initial import open_initial_weights
+from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
+from pipeline.huggingface.remote_code.tokenization_masked_diffusion import MaskedDiffusionTokenizer
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
@@ -28,9 +30,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["char", "huggingface"])
 @pytest.mark.parametrize("tie", [True, False])
-def test_an_export_saved_again(kind: str, tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_saved_again(kind: str, tie: bool, tmp_path: Path) -> None:
     """The same weights, bit for bit; another tokenizer, or none, is noticed."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     place = tmp_path / "tokenizer"
     if kind == "huggingface":
         write_characters(tmp_path / "characters.json")
@@ -51,10 +52,11 @@ def test_an_export_saved_again(kind: str, tie: bool, tmp_path: Path, monkeypatch
     write_model(tmp_path / "mine", "own", exported, weights, 10**9)
     write_tokenizer(place, tmp_path / "mine", 16)
     again = tmp_path / "again"
-    AutoModelForMaskedLM.from_pretrained(tmp_path / "mine", trust_remote_code=True).save_pretrained(again)
+    MaskedDiffusionForMaskedLM.from_pretrained(tmp_path / "mine").save_pretrained(again)
     with pytest.raises(UserError, match="save the tokenizer there, too"):
         open_initial_weights(again, model, vocabulary, place)
-    AutoTokenizer.from_pretrained(tmp_path / "mine", trust_remote_code=True).save_pretrained(again)
+    reader = PreTrainedTokenizerFast if kind == "huggingface" else MaskedDiffusionTokenizer
+    reader.from_pretrained(tmp_path / "mine").save_pretrained(again)
     assert not (again / "tokenizer").exists()
     found = open_initial_weights(again, model, vocabulary, place)
     for name, weight in open_weights(tmp_path / "mine").items():
