@@ -156,7 +156,7 @@ def model_card(
         "kind of examples": config.data.kind,
         "data fingerprint": f"`{manifest.data_fingerprint[:16]}`",
         "objective": _settings(objective),
-        "optimizer": f"AdamW, {_settings(config.optimizer)}",
+        "optimizer": _settings(config.optimizer),
         "schedule": _settings(config.schedule),
         "global batch": f"{train.global_batch_size} sequences",
         "seed": train.seed,

@@ -1,7 +1,7 @@
 """Muon for weights that ZeRO has cut into shards (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
 
 DeepSpeed's own Muon replaces the gradient by its update before the norm is taken, so clipping and guard see
-the update's norm, and ``docs/explanation/muon.md`` lists more. This one is an ordinary optimizer: it gets the
+the update's norm, and ``docs/howto/muon.md`` lists more. This one is an ordinary optimizer: it gets the
 clipped gradient of its shard, and gives the update of torch.optim.Muon (``match_rms_adamw``).
 
 Momentum is element-wise, so each rank keeps that of its shard. Newton-Schulz needs whole matrices: each is
