@@ -152,7 +152,11 @@ def test_muon_equals_torch_muon(
         tmp_path / "sharded.pt", plain(*MUON), 2, *MUON, "--engine.deepspeed_config", str(settings),
         "--engine.precision", "fp32", "--train.micro_batch_size", str(micro_batch),
     )  # fmt: skip
-    assert_equal(sharded, plain(*MUON))
+    oracle = torch.load(plain(*MUON), weights_only=True)
+    assert sharded["losses"] == pytest.approx(oracle["losses"], abs=1e-5)
+    assert sharded["norms"] == pytest.approx(oracle["norms"], abs=1e-5)
+    for name, weight in sharded["weights"].items():
+        torch.testing.assert_close(weight, oracle["weights"][name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.distributed
