@@ -92,4 +92,9 @@ def _fixed(config: Config, kind: str, rows: int) -> dict[str, Any]:
     values = {key: value for key, value in asdict(model).items() if key not in FREE}
     values |= {"kv_heads": model.kv_heads or model.heads, "head_size": model.head_width, "vocab_size": rows}
     fixed = {f"model.{key}": value for key, value in values.items()}
-    return fixed | {"engine.kind": kind, GROUPS: config.optimizer.decay_norms_and_embeddings}
+    optimizer = config.optimizer
+    return fixed | {
+        "engine.kind": kind,
+        "optimizer.kind": optimizer.kind,
+        GROUPS: optimizer.decay_norms_and_embeddings,
+    }

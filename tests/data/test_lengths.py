@@ -110,6 +110,6 @@ def test_a_cut_example_is_trained_as_the_short_text_alone(block_size: int | None
 
 def test_shares_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match=r"data.random_length_share is 1.5: give a share from 0 to 1"):
-        DataConfig(prefixes=["x"], random_length_share=1.5).check()
+        DataConfig(prefixes=["x"], random_length_share=1.5).check(1)
     with pytest.raises(UserError, match=r"data.random_length_share is 0.1, which has no effect .* 'pairs'"):
-        DataConfig(prefixes=["x"], kind="pairs", random_length_share=0.1).check()
+        DataConfig(prefixes=["x"], kind="pairs", random_length_share=0.1).check(1)
