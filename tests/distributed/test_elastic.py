@@ -91,15 +91,27 @@ def test_zero_stages_are_interchangeable(data: Path, train: Train, tmp_path: Pat
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_muon_resumes(data: Path, tmp_path: Path, stage: int) -> None:
-    """Bit for bit on as many ranks; with its momentum, whose loss would show in the third digit, on fewer."""
-    settings = tmp_path / "zero.json"
-    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    more = [*SETTINGS, "--optimizer.kind", "muon", "--engine.deepspeed_config", str(settings)]
-    more += ["--engine.precision", "fp32", "--optimizer.learning_rate", "3e-3"]
+    """Bit for bit on as many ranks; with its momentum on fewer, under the other stage."""
+    more = [
+        *SETTINGS,
+        "--optimizer.kind",
+        "muon",
+        "--engine.precision",
+        "fp32",
+        "--optimizer.learning_rate",
+        "3e-3",
+    ]
+
+    def train(run_dir: Path, ranks: int, stage: int, steps: int) -> None:
+        settings = tmp_path / f"zero{stage}.json"
+        settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        json_file = ["--engine.deepspeed_config", str(settings)]
+        train_on(ranks, data, run_dir, *more, *json_file, "--train.steps", str(steps))
+
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_on(2, data, whole, *more, "--train.steps", "8")
-    for ranks, steps in ((2, 4), (2, 6), (1, 8)):
-        train_on(ranks, data, parts, *more, "--train.steps", str(steps))
+    train(whole, 2, stage, 8)
+    for ranks, of_part, steps in ((2, stage, 4), (2, stage, 6), (1, 5 - stage, 8)):
+        train(parts, ranks, of_part, steps)
     for key in ("loss", "gradient_norm", "held_out/ema_loss"):
         expected, resumed = dict(curve(whole, key)), dict(curve(parts, key))
         for step, value in expected.items():
