@@ -143,7 +143,7 @@ def test_documents_are_told_apart_without_looking_at_tokens(corpus: Corpus) -> N
         boundaries += int(ends.sum())
     assert boundaries > 40
     with pytest.raises(UserError, match=r"data.isolate_documents is True, .* data.kind = 'pairs'.*leave it"):
-        DataConfig(prefixes=["x"], kind="pairs", isolate_documents=True).check()
+        DataConfig(prefixes=["x"], kind="pairs", isolate_documents=True).check(1)
 
 
 def test_training_examples_alone_are_cut_to_random_lengths(corpus: Corpus) -> None:

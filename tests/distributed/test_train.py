@@ -33,7 +33,7 @@ def test_resume_is_bit_for_bit(train: Train, tmp_path: Path) -> None:
     """
 
     def run(run_dir: Path) -> str:
-        return train(run_dir, "--objective.threshold", "0.3").output
+        return train(run_dir, "--objective.threshold", "0.12").output
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole)
@@ -175,7 +175,7 @@ def test_a_resume_that_changes_the_run_is_refused(train: Train, tmp_path: Path) 
         complaint = train(run_dir, *change).complaint()
         assert f"was written with {named}" in complaint
         assert "run_dir" in complaint
-        assert ("from these weights: tools/export_hf.py" in complaint) == (named != "model")
+        assert (f"train.branch_from = {run_dir}" in complaint) == (named != "model")
     complaint = train(run_dir, "--train.initial_weights", str(tmp_path)).complaint()
     assert "train.initial_weights is" in complaint
     assert "remove the setting" in complaint

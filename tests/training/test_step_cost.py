@@ -152,7 +152,7 @@ def test_curves_are_read_once_an_interval(tmp_path: Path) -> None:
                 recorder.collect(training.steps, loss, norm, 1e-3)
             assert reads == []
         with host_reads(training.on_host()) as reads:
-            values = recorder.flush(0)
+            values = recorder.flush(0, 0)
         counts.append(len(reads))
         assert values["loss"] > 0
     assert counts[0] == counts[1] > 0
@@ -172,7 +172,7 @@ def test_rates_leave_out_what_is_no_training(tmp_path: Path, monkeypatch: pytest
         with recorder.apart(training.steps, "evaluation"):
             now[0] += seconds_apart
     now[0] += 5
-    assert recorder.flush(0)["time/training"] == pytest.approx(25)
+    assert recorder.flush(0, 0)["time/training"] == pytest.approx(25)
     times = [json.loads(line).get("time/evaluation") for line in (tmp_path / "metrics.jsonl").open()]
     assert times[:2] == [60, 0]
     recorder.close()
@@ -249,7 +249,7 @@ def main() -> None:
             for _ in range(6):
                 recorder.collect(training.steps + 1, *training.step(), 1e-3)
             torch.cuda.set_sync_debug_mode("default")
-            recorder.flush(0)
+            recorder.flush(0, 0)
             recorder.close()
         training.close()
     print("steps without waiting")
