@@ -27,7 +27,7 @@ from pipeline.engine.deepspeed.private import (
     without_foreign_code,
 )
 from pipeline.engine.deepspeed.profiling import Profiler
-from pipeline.engine.deepspeed.settings import complete_settings, read_settings
+from pipeline.engine.deepspeed.settings import complete_settings, offload_device, read_settings
 from pipeline.engine.deepspeed.ulysses import UlyssesSequence
 from pipeline.engine.ema import WeightAverage, file_name
 from pipeline.engine.module import compile_parts, make_model
@@ -92,7 +92,7 @@ class DeepSpeedEngine:
     def _make_optimizer(self, config: Config, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer that DeepSpeed is to run on its shards."""
         groups, arguments = parameter_groups(model, config.optimizer), adamw_settings(config.optimizer)
-        if (self.zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        if offload_device(self.zero, "optimizer") != "none":
             return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments)
         arguments |= adamw_kernel(self.ranks.device)
         if config.optimizer.kind == "muon":
@@ -102,8 +102,7 @@ class DeepSpeedEngine:
 
     def _on_nvme(self) -> bool:
         """Return whether weights or optimizer states are offloaded to NVMe."""
-        parts = (self.zero.get(f"offload_{part}") or {} for part in ("optimizer", "param"))
-        return any(part.get("device") == "nvme" for part in parts)
+        return "nvme" in (offload_device(self.zero, part) for part in ("optimizer", "param"))
 
     def start_from(self, weights: StoredWeights) -> None:
         """See `Engine`; each rank reads the parts that it holds."""

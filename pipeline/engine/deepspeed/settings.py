@@ -171,6 +171,12 @@ def _known_keys(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     return keys
 
 
+def offload_device(zero: Mapping[str, Any], part: str) -> str:
+    """Return where zero_optimization puts "param" or "optimizer": "cpu", "nvme", or "none" for the GPU."""
+    device: str = (zero.get(f"offload_{part}") or {}).get("device", "none")
+    return device
+
+
 def _check_zero(path: Path, zero: dict[str, Any]) -> None:
     """Raise a `UserError` for settings of zero_optimization without effect or in contradiction."""
     stage = zero["stage"]
@@ -182,8 +188,7 @@ def _check_zero(path: Path, zero: dict[str, Any]) -> None:
             "or set zero_optimization.stage to 3.",
         )
     for part in ("param", "optimizer"):
-        offload = zero.get(f"offload_{part}") or {}
-        device = offload.get("device", "none")
+        offload, device = zero.get(f"offload_{part}") or {}, offload_device(zero, part)
         require(
             stage == 3 or part == "optimizer" or device == "none",
             f"{path}: zero_optimization.offload_param.device is {device!r} at stage {stage}: weights are "
@@ -199,9 +204,7 @@ def _check_zero(path: Path, zero: dict[str, Any]) -> None:
             f"{path}: zero_optimization.offload_{part}.device is {device!r} and its nvme_path "
             f"{offload.get('nvme_path')!r}: give a folder on a local disk with 'nvme', and none otherwise.",
         )
-    param, optimizer = (
-        (zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("param", "optimizer")
-    )
+    param, optimizer = (offload_device(zero, part) for part in ("param", "optimizer"))
     require(
         param == "none" or optimizer != "none",
         f"{path}: zero_optimization.offload_param.device is {param!r} without offload_optimizer: the "
@@ -219,7 +222,7 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
     """
     path, zero = config.engine.deepspeed_config, settings["zero_optimization"]
     for part in ("optimizer", "param"):
-        if (zero.get(f"offload_{part}") or {}).get("device") != "nvme":
+        if offload_device(zero, part) != "nvme":
             continue
         for key in ("optimizer.ema_decay", "train.initial_weights"):
             section, name = key.split(".")
@@ -228,7 +231,7 @@ def check_settings(settings: Mapping[str, Any], config: Config, world_size: int 
                 f"{key} needs the weights in memory, but {path} has offload_{part}.device = 'nvme': set it "
                 f"to 'cpu', or {key} to null.",
             )
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    offload = offload_device(zero, "optimizer")
     require(
         config.optimizer.kind == "adamw" or offload == "none",
         f"optimizer.kind is {config.optimizer.kind!r}, but {path} has offload_optimizer.device = "
