@@ -45,6 +45,15 @@ def test_help_and_refusals_import_nothing_heavy() -> None:
         assert not HEAVY & set(modules), f"{name} imports {HEAVY & set(modules)}"
 
 
+@pytest.mark.slow
+def test_datasets_import_neither_megatrons_trainer_nor_torchs_compiler() -> None:
+    code = "import sys; from pipeline.data import datasets; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    imported = set(result.stdout.split())
+    assert "megatron.core.datasets.gpt_dataset" in imported, result.stderr
+    assert not {"megatron.core", "megatron.core.utils", "torch._dynamo"} & imported
+
+
 def test_the_light_names_of_the_policies_are_the_policies() -> None:
     """The settings name them without importing them."""
     assert tuple(POLICIES) == CONFIGURED

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
-with warnings.catch_warnings():  # megatron-core warns about optional packages that are not used here
-    warnings.simplefilter("ignore")
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.megatron_dataset import MegatronDataset
-    from megatron.core.datasets.utils import Split
-
 from pipeline.base.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.data.blend import Share, as_if_alone, build_once, used_examples
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, ExampleDataset
 from pipeline.data.facts import DatasetFacts
 from pipeline.data.lengths import RandomLengths
+from pipeline.data.megatron import (
+    BlendedDataset,
+    BlendedMegatronDatasetBuilder,
+    GPTDataset,
+    GPTDatasetConfig,
+    IndexedDataset,
+    MegatronDataset,
+    Split,
+)
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.ranks import Ranks
 
