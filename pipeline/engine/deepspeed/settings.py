@@ -94,7 +94,10 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
             run's YAML, a value that DeepSpeed refuses, and settings that contradict each other.
     """
     if not path.is_file():
-        raise UserError(f"engine.deepspeed_config: {path} does not exist; see ds_configs/.")
+        raise UserError(
+            f"engine.deepspeed_config: {path.absolute()} does not exist: start in the project's root, "
+            "which has ds_configs/, or give the path of a DeepSpeed JSON."
+        )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except ValueError as error:
