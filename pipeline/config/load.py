@@ -180,21 +180,28 @@ def load(arguments: Sequence[str]) -> Config:
     # The deepspeed launcher appends --local_rank=N, which is also in the environment.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     require(bool(arguments), "give --config and the YAML of a run, such as configs/tiny_text.yaml.")
-    files, overrides = [], False
+    known = known_keys()
+    files, overrides, replacing = [], False, []
     for position, argument in enumerate(arguments):
         option, _, value = argument.partition("=")
+        given = [option[2:]]
         if option == "--config":
             value = value or "".join(arguments[position + 1 : position + 2])
             require(bool(value), "--config needs the path of a YAML file.")
-            check_yaml(read_yaml(Path(value)), value)
+            tree = read_yaml(Path(value))
+            check_yaml(tree, value)
             files.append(value)
+            given = list(flatten(tree))
         elif option.startswith("--") and option not in _QUESTIONS:
             check_keys([option[2:].rstrip("+")], "command line")
             overrides = True
+        # jsonargparse fills entries of a list of sections from those of an earlier list of equal length.
+        replacing += [f"--{key}=[]" for key in given if typing.get_origin(known.get(key)) is list]
+        replacing.append(argument)
     parser = build_parser()
     where = ", ".join(files) + (" and the command line" if overrides and files else "")
     try:
-        parsed = parser.parse_args(list(arguments))
+        parsed = parser.parse_args(replacing)
         values = parser.instantiate_classes(parsed)
         config = Config(**{k: v for k, v in values.items() if k != "config"})
         config.check()

@@ -37,6 +37,26 @@ def test_command_line_overrides_yaml(good: str) -> None:
     assert config.data.prefixes == ["a", "b"]
 
 
+def test_a_list_of_sections_replaces_the_one_before_it(good: str, tmp_path: Path) -> None:
+    """Nothing of an entry is left in the entry at its place; with + a list grows."""
+    first = {"first_step": 5, "prefixes": ["a", "b"], "weights": [0.5, 0.5]}
+    second = {"first_step": 7, "prefixes": ["c", "d"]}
+    phases = tmp_path / "phases.yaml"
+    phases.write_text(yaml.safe_dump({"data": {"phases": [first]}}))
+    later = tmp_path / "later.yaml"
+    later.write_text(yaml.safe_dump({"data": {"phases": [second]}}))
+    files = ["--config", good, "--config", str(phases)]
+    for arguments in (
+        ["--config", str(later)],
+        ["--data.phases", f"[{second}]"],
+        [f"--data.phases=[{second}]"],
+    ):
+        (phase,) = configuration.load([*files, *arguments]).data.phases
+        assert (phase.first_step, phase.prefixes, phase.weights) == (7, ["c", "d"], None)
+    both = configuration.load([*files, f"--data.phases+={second}"]).data.phases
+    assert [phase.weights for phase in both] == [[0.5, 0.5], None]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
