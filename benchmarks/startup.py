@@ -25,6 +25,7 @@ def commands() -> dict[str, list[str]]:
     """Return what is started, by name."""
     found = {"pipeline.train --help": ["-m", "pipeline.train", "--help"]}
     found |= {f"tools/{p.name} --help": [str(p), "--help"] for p in sorted((ROOT / "tools").glob("*.py"))}
+    found["pipeline.evaluation.harness --help"] = ["-m", "pipeline.evaluation.harness", "--help"]
     found["pipeline.train --train.steps 0"] = REFUSED
     found["torchrun, 2 ranks: pipeline.train --train.steps 0"] = [*LAUNCHER, *REFUSED]
     found["torchrun alone, 2 ranks: nothing"] = [*LAUNCHER, "--no-python", "true"]

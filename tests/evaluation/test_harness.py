@@ -20,8 +20,9 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded, load_model
 from pipeline.decoding.completing import complete
 from pipeline.evaluation import harness
-from pipeline.evaluation.harness import PumaLM, before_first
+from pipeline.evaluation.harness_model import PumaLM, before_first
 from pipeline.model.batch import masked_batch
+from support.programs import run_program
 
 pytestmark = pytest.mark.slow
 
@@ -120,13 +121,21 @@ def test_bad_arguments(run_dir: Path, arguments: dict[str, Any], message: str) -
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(Path(harness.__file__)), run_name="__main__")
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: pipeline.evaluation.harness needs lm_eval, ")
     assert "'puma-pipeline[eval]'" in error
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += "from pipeline.evaluation import harness; harness.main()"
+    result = run_program("-c", code, "--help")
+    assert "Language Model Evaluation Harness" in result.stdout, result.stderr
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 def test_the_harness_runs_local_tasks(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
