@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.config.objective import POLICIES as CONFIGURED
-from pipeline.config.objective import UNSCORED
+from pipeline.config.objective import POLICY_NAMES, UNSCORED
 from pipeline.objectives.policies import POLICIES
 from support.programs import ROOT
 
@@ -56,5 +55,5 @@ def test_datasets_import_neither_megatrons_trainer_nor_torchs_compiler() -> None
 
 def test_the_light_names_of_the_policies_are_the_policies() -> None:
     """The settings name them without importing them."""
-    assert tuple(POLICIES) == CONFIGURED
+    assert tuple(POLICIES) == POLICY_NAMES
     assert {name for name, policy in POLICIES.items() if policy.by_scores is None} == set(UNSCORED)

@@ -9,8 +9,8 @@ from pipeline.config.checks import require, require_not_negative, require_positi
 
 Kind = Literal["puma", "random_masking", "autoregressive"]
 
-Policy = Literal["confidence", "margin", "entropy", "random", "left_to_right"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
+PolicyName = Literal["confidence", "margin", "entropy", "random", "left_to_right"]
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 UNSCORED = ("random", "left_to_right")  # policies that do not read the model's scores
 
 
@@ -61,7 +61,7 @@ class ObjectiveConfig:
     kind: Kind = "puma"
     switch_to: Kind | None = None
     switch_step: int | None = None
-    policy: Policy = "confidence"
+    policy: PolicyName = "confidence"
     stages: int = 8
     stages_increment: int = 0
     stages_first_increase: int | None = None

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from pipeline.base.errors import UserError
 from pipeline.data.examples import Examples
-from pipeline.decoding.network import CachedNetwork, ModelNetwork, Network
+from pipeline.decoding.network import CachedNetwork, Model, ModelNetwork, Network
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.schedule import fill_counts
 from pipeline.decoding.sequences import UNFILLED, Sequences
-from pipeline.model.batch import Visibility
-from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
+from pipeline.model.batch import EVERYTHING, Visibility
 from pipeline.objectives.policies import POLICIES
 from pipeline.objectives.seam import Scores, take_highest
 
@@ -44,7 +43,7 @@ class Decoded:
 
 @torch.no_grad()
 def decode(
-    model: MaskedDiffusionModel,
+    model: Model,
     examples: Examples,
     masked: Tensor,
     settings: SamplingSettings,

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from pipeline.decoding.sampling import SamplingSettings
-from pipeline.model.masked_head import MaskedHead, chunk_rows, memory_of
+from pipeline.model.batch import HeadOutput, Vocabulary
+from pipeline.model.masked_head import chunk_rows, memory_of
 from pipeline.objectives import noise
 
 UNITS = 2**52  # of probability, in sums of whole numbers
 
 
+class Head(Protocol):
+    """What decoding uses of an output layer, such as `MaskedHead`.
+
+    Attributes:
+        weight: [V, H].
+        vocabulary: the vocabulary.
+    """
+
+    weight: Tensor
+    vocabulary: Vocabulary
+
+    def scores(self, hidden: Tensor, needs: tuple[str, ...]) -> HeadOutput:
+        """Return the scores of the predictions at hidden [R, H]; the losses are ignored."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [R, V] float32 for hidden [R, H]; -inf at tokens never predicted."""
+
+
 def draw_tokens(
-    head: MaskedHead, hidden: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]
+    head: Head, hidden: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]
 ) -> Tensor:
     """Draw a token for each row, [R] int64; compute logits for a chunk of rows at a time.
 

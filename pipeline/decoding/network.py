@@ -7,12 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.decoding.drawing import draw_tokens
+from pipeline.decoding.drawing import Head, draw_tokens
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
 from pipeline.model.batch import HeadOutput, Visibility
 from pipeline.model.cache import KeyValueCache
-from pipeline.model.transformer import MaskedDiffusionModel
 
 
 class Network(Protocol):
@@ -48,12 +47,37 @@ class Network(Protocol):
         """
 
 
+class Body(Protocol):
+    """What maps tokens to hidden states; see `pipeline.model.transformer.Body` for the arguments."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, visibility: Visibility) -> Tensor:
+        """Return hidden states [B, L, H]."""
+
+    def extend(self, input_ids: Tensor, where: Tensor, seen: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return hidden states [B, W, H] of some positions; the cache has the others."""
+
+
+class Model(Protocol):
+    """What decoding uses of a model, such as `MaskedDiffusionModel`."""
+
+    @property
+    def model(self) -> Body:
+        """Its body."""
+
+    @property
+    def lm_head(self) -> Head:
+        """Its output layer."""
+
+    def outputs_of(self, rows: Tensor, length: int, visibility: Visibility) -> Tensor:
+        """Return the indices into the flattened hidden states that predict `rows` [R] of [B, L]."""
+
+
 class ModelNetwork:
     """A `Network` of a whole model in this process; it computes every position at every step."""
 
     drops_rows = True
 
-    def __init__(self, model: MaskedDiffusionModel, visibility: Visibility) -> None:
+    def __init__(self, model: Model, visibility: Visibility) -> None:
         """Prepare for sequences with `visibility`."""
         self.model = model
         self.head = model.lm_head
@@ -70,9 +94,7 @@ class ModelNetwork:
         self.hidden = self.predict(now, rows)  # [R, H]
 
     def output(self, needs: tuple[str, ...]) -> HeadOutput:
-        unknown = torch.zeros(len(self.hidden), dtype=torch.int64, device=self.hidden.device)  # no target
-        output: HeadOutput = self.head(self.hidden, unknown, unknown.float(), needs)
-        return output
+        return self.head.scores(self.hidden, needs)
 
     def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
         return draw_tokens(self.head, self.hidden[chosen], settings, counters)
@@ -93,7 +115,7 @@ class CachedNetwork(ModelNetwork):
     keys, values and hidden states are final. They are computed in the first step of the next block.
     """
 
-    def __init__(self, model: MaskedDiffusionModel, visibility: Visibility, now: Sequences) -> None:
+    def __init__(self, model: Model, visibility: Visibility, now: Sequences) -> None:
         """Prepare for the sequences `now`, with an empty cache."""
         super().__init__(model, visibility)
         self.length = now.masked.shape[1]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pipeline.base.cli import option
 from pipeline.config.checks import require
-from pipeline.config.objective import POLICIES, UNSCORED, Policy
+from pipeline.config.objective import POLICY_NAMES, UNSCORED, PolicyName
 
-REMASKING = ("cap", "rescale")
+SCHEDULES = ("cap", "rescale")  # of remasking
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SamplingSettings:
     2503.00307, see `schedule.fill_counts`). The noise is a hash of seed, prompt id, position and step.
     """
 
-    policy: Policy = "confidence"
+    policy: PolicyName = "confidence"
     tokens_per_step: int = 1
     steps: int | None = None
     threshold: float | None = None
@@ -36,43 +37,43 @@ class SamplingSettings:
     cache: bool = True
     seed: int = 0
 
-    def check(self) -> None:
-        """Raise a `UserError` for a setting that is invalid, conflicts with another or has no effect."""
-        policies = ", ".join(POLICIES)
-        self._require("policy", self.policy in POLICIES, f"choose from {policies}.")
+    def check(self, called: Callable[[str], str] = option) -> None:
+        """Raise a `UserError` for a setting that is invalid, conflicts with another or has no effect.
+
+        Args:
+            called: the name of a setting in the message; by default its command-line option.
+        """
+
+        def check(name: str, condition: bool, remedy: str) -> None:
+            require(condition, f"{called(name)} is {getattr(self, name)}: {remedy}")
+
+        check("policy", self.policy in POLICY_NAMES, f"choose from {', '.join(POLICY_NAMES)}.")
         for name in ("tokens_per_step", "steps", "block_size", "top_k"):
             value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "it must be 1 or more.")
+            check(name, value is None or value >= 1, "it must be 1 or more.")
         only = self.steps is None or (self.tokens_per_step == 1 and self.threshold is None)
-        self._require(
-            "steps", only, "it sets what a step fills; leave out --tokens-per-step and --threshold."
-        )
+        others = f"{called('tokens_per_step')} and {called('threshold')}"
+        check("steps", only, f"it sets what a step fills; leave out {others}.")
         if self.threshold is not None:
             is_probability = 0 < self.threshold < 1
-            self._require("threshold", is_probability, "it is a probability, give a value between 0 and 1.")
+            check("threshold", is_probability, "it is a probability, give a value between 0 and 1.")
             remedy = f"it fills by confidence, but the policy is {self.policy}: leave out one of the two."
-            self._require("threshold", self.policy not in UNSCORED, remedy)
+            check("threshold", self.policy not in UNSCORED, remedy)
         remedy = "it must be 0 (the likeliest token) or more."
-        self._require("temperature", 0 <= self.temperature < float("inf"), remedy)
+        check("temperature", 0 <= self.temperature < float("inf"), remedy)
         remedy = "it is a probability, give a value above 0, at most 1."
-        self._require("top_p", self.top_p is None or 0 < self.top_p <= 1, remedy)
+        check("top_p", self.top_p is None or 0 < self.top_p <= 1, remedy)
         for name in ("top_k", "top_p"):
             has_effect = getattr(self, name) is None or self.temperature > 0
-            self._require(name, has_effect, "it has no effect at temperature 0: set the temperature, too.")
-        self._require("seed", -(2**63) <= self.seed < 2**63, "give a whole number of 64 bits.")
-        self._check_remasking()
-
-    def _check_remasking(self) -> None:
-        known = self.remasking in (None, *REMASKING)
-        self._require("remasking", known, f"choose from {', '.join(REMASKING)}, or leave it out.")
+            check(name, has_effect, "it has no effect at temperature 0: set the temperature, too.")
+        check("seed", -(2**63) <= self.seed < 2**63, "give a whole number of 64 bits.")
+        known = self.remasking in (None, *SCHEDULES)
+        check("remasking", known, f"choose from {', '.join(SCHEDULES)}, or leave it out.")
         free = self.remasking is None or self.threshold is None
-        self._require("remasking", free, "its schedule fixes the number of tokens: leave out --threshold.")
+        check("remasking", free, f"its schedule fixes the number of tokens: leave out {called('threshold')}.")
         given = (self.remasking is None) == (self.eta is None)
-        self._require("eta", given, f"--remasking is {self.remasking}; give both or neither.")
-        self._require("eta", self.eta is None or 0 < self.eta <= 1, "give a value above 0, at most 1.")
-
-    def _require(self, name: str, condition: bool, remedy: str) -> None:
-        require(condition, f"{option(name)} is {getattr(self, name)}: {remedy}")
+        check("eta", given, f"{called('remasking')} is {self.remasking}; give both or neither.")
+        check("eta", self.eta is None or 0 < self.eta <= 1, "give a value above 0, at most 1.")
 
 
 HELP = {
@@ -97,7 +98,7 @@ NUMBERS = {"tokens_per_step": int, "steps": int, "block_size": int, "top_k": int
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add one command-line option per setting."""
     group = parser.add_argument_group("sampler")
-    choices = {"policy": POLICIES, "remasking": REMASKING}
+    choices = {"policy": POLICY_NAMES, "remasking": SCHEDULES}
     for field in fields(SamplingSettings):
         name, kind = field.name, dict[str, Any](type=NUMBERS.get(field.name, float))
         if name in choices:

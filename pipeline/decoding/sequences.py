@@ -13,6 +13,11 @@ from pipeline.model.batch import Visibility
 UNFILLED = -1
 
 
+def numbered(answer: Tensor, size: int) -> Tensor:
+    """Return the block of each position, [B, L] int64: those of `answer` from 1 on, 0 elsewhere."""
+    return torch.where(answer, (answer.cumsum(dim=1) - 1) // size + 1, 0)
+
+
 @dataclass
 class Sequences:
     """Decoding state of B unfinished sequences.
@@ -50,7 +55,7 @@ class Sequences:
             block_size: masked tokens per block if `visibility` has no blocks; None = one block.
         """
         size = block_size or masked.shape[1]
-        blocks = torch.where(masked, (masked.cumsum(dim=1) - 1) // size + 1, 0)
+        blocks = numbered(masked, size)
         if visibility.blocks is not None:
             blocks = visibility.blocks.expand_as(masked)
         rows = torch.arange(len(masked), device=masked.device)

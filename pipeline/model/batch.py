@@ -40,6 +40,9 @@ class Visibility(NamedTuple):
     documents: Tensor | None = None
 
 
+EVERYTHING = Visibility()
+
+
 class MaskedBatch(NamedTuple):
     """Partly masked sequences with their targets.
 

@@ -147,7 +147,7 @@ def _computed(
             nll, confidence, *_ = of_part
             sums = head_kernels.score(logits, target, nll, confidence, vocabulary)
         else:
-            total = _score(_forbidding(logits, vocabulary), target, of_part)
+            total = score_rows(_forbidding(logits, vocabulary), target, of_part)
         if need_gradients:
             grad_logits = of_logits[: len(target)]
             if fused:
@@ -175,7 +175,7 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and found
 
 
-def _score(logits: Tensor, target: Tensor, values: Values) -> Tensor:
+def score_rows(logits: Tensor, target: Tensor, values: Values) -> Tensor:
     """Write the scores of a chunk; turn its logits [C, V] into exp(logits - highest); return its sums [C, 1].
 
     Args:
@@ -279,6 +279,12 @@ class MaskedHead(nn.Module):
         # Inside of `apply` the inputs seem to need gradients even under no_grad.
         loss, values, _ = _computed(*inputs, need_gradients=False)
         return HeadOutput(loss, *values)
+
+    def scores(self, hidden: Tensor, needs: tuple[str, ...]) -> HeadOutput:
+        """Return the scores of the predictions at hidden [R, H], for decoding: there is no target."""
+        unknown = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        output: HeadOutput = self(hidden, unknown, unknown.float(), needs)
+        return output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [R, V] float32 for hidden [R, H]; -inf at tokens never predicted."""

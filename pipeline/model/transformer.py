@@ -10,14 +10,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config import ModelConfig, Recompute
 from pipeline.model.attention import Attention, Remember, rotary_frequencies, rotary_table
-from pipeline.model.batch import HeadOutput, MaskedBatch, Visibility, Vocabulary
+from pipeline.model.batch import EVERYTHING, HeadOutput, MaskedBatch, Visibility, Vocabulary
 from pipeline.model.cache import KeyValueCache
 from pipeline.model.layers import Embedding, SwiGLU, recomputed
 from pipeline.model.masked_head import MaskedHead
 from pipeline.model.sequence import WHOLE, WholeSequence
 from pipeline.model.visibility import attention_mask as mask_of
-
-EVERYTHING = Visibility()
 
 
 class Block(nn.Module):

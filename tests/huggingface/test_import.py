@@ -20,8 +20,8 @@ from pipeline.config import ModelConfig
 from pipeline.engine.build import read_weights
 from pipeline.huggingface.folders import check_sums, open_weights
 from pipeline.huggingface.initial import open_initial_weights
-from pipeline.model.batch import Visibility, Vocabulary
-from pipeline.model.transformer import EVERYTHING, MaskedDiffusionModel
+from pipeline.model.batch import EVERYTHING, Visibility, Vocabulary
+from pipeline.model.transformer import MaskedDiffusionModel
 from support.foreign import RESERVED, bring_in, save
 from support.programs import run_here, run_program
 from support.runs import KEYS, command
