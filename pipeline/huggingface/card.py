@@ -51,19 +51,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
-inputs = tokenizer("any text with {mask} in it", return_tensors="pt", return_token_type_ids=False)
-logits = model(**inputs).logits  # [1, length, {rows}]; -inf for the mask token and for padding rows"""
-# The prompt is block 0, and the blocks after it are counted from 1.
-_OWN_BLOCKS = """\
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
-prompt = tokenizer("any text", return_tensors="pt")["input_ids"]
-ids = torch.cat([prompt, torch.full([1, {block_size}], tokenizer.mask_token_id)], dim=1)
-blocks = (torch.arange(ids.shape[1])[None] - prompt.shape[1]).clamp(min=-1) // {block_size} + 1
-logits = model(ids, blocks=blocks).logits  # [1, length, {rows}]; -inf for the mask token and padding rows"""
+inputs = tokenizer(["any text", "another text"], padding=True, return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens={new_tokens})
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))"""
 _OTHER = """\
 from transformers import AutoModel, AutoTokenizer
 
@@ -76,9 +66,23 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("{name}")"""
 _OWN_FACTS = """\
-`AutoModel` returns the hidden states. The model never predicts the mask token or rows of the output matrix
-beyond the {tokens} tokens of the tokenizer. Training used sequences of {sequence_length} tokens; pass an
-attention mask for padded batches."""
+`generate` takes `steps` or `tokens_per_step`, `policy` (confidence, margin, entropy, random, left_to_right),
+`threshold`, `block_length`, `temperature`, `top_k`, `top_p`, `remasking` with `eta`, `use_cache` and `seed`.
+Their defaults are in generation_config.json; the method's docstring says what each does. {attention}
+
+`model(**inputs)` returns logits, `AutoModel` hidden states. The model never predicts the mask token or rows
+of the output matrix beyond the {tokens} tokens of the tokenizer. Training used sequences of
+{sequence_length} tokens."""
+_ATTENTION = {
+    "bidirectional": 'Texts\nwith {mask} have these filled in, also by `pipeline("fill-mask")`.',
+    "blocks": "The\nmodel was trained in blocks of {block_size} tokens, which `generate` fills one after "
+    "another. A call of\nthe model itself needs `blocks`, the number of each position's block{first_block}.",
+    "causal": "The\nmodel is causal: it predicts each token from those before it.",
+}
+_FIRST_BLOCK = {
+    "pairs": ": 0 for the prompt, counted\nfrom 1 behind it",
+    "packed": ", counted from 1 at\nthe first token that is not always given",
+}
 _OTHER_FACTS = """\
 Settings and weights are in the format of {project}. Its code is not in this folder. Training never had the
 mask token or the rows of the output matrix beyond the {tokens} tokens of the tokenizer as targets: exclude
@@ -96,14 +100,16 @@ def _usage(name: str, exported: Exported, form: Format) -> dict[str, str]:
         "rows": vocabulary.rows,
         "tokens": vocabulary.tokens,
         "block_size": exported.block_size,
+        "first_block": _FIRST_BLOCK[exported.data_kind],
+        "new_tokens": min(64, exported.sequence_length // 2),
         "sequence_length": exported.sequence_length,
         "prediction": _PREDICTED[exported.model.prediction],
         "project": project and project.name,
         "code": project and project.code,
     }
     if project is None:
-        usage, facts = (_OWN_BLOCKS if exported.attention == "blocks" else _OWN), _OWN_FACTS
-        sampling = "It has no `generate` method;\ncall it from a sampler on partly masked sequences."
+        usage, facts, sampling = _OWN, _OWN_FACTS, "It needs\ntransformers 4.57 or later, and no other code:"
+        values["attention"] = _ATTENTION[exported.attention].format(**values)
     else:
         usage, facts = (_DLLM if project.code is None else _OTHER), _OTHER_FACTS
         sampling = f"Load it with the code of {project.name}:"

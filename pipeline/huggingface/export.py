@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
 from pipeline.huggingface.folders import write_sums, write_weights
 from pipeline.huggingface.formats import Exported, Format, check, generation_settings, name_of, settings
+from pipeline.huggingface.standalone import standalone
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
 from pipeline.objectives import decoding_layout
@@ -97,29 +97,29 @@ def describe(config: Config, vocabulary: Vocabulary, tokenizer: Path, step: int,
     pattern = decoding_layout(config, loaded.mask, step).attention
     size = config.objective.block_size if pattern == "blocks" else None
     length = config.data.sequence_length
-    return Exported(config.model, vocabulary, loaded, length, dtype, pattern, size)
+    return Exported(config.model, vocabulary, loaded, length, dtype, pattern, size, config.data.kind)
 
 
 def write_model(
     folder: Path, form: Format, exported: Exported, stored: StoredWeights, max_shard_size: int
 ) -> None:
-    """Write weights, config.json, and the code or the settings of generation that belong to the format."""
+    """Write weights, config.json, generation_config.json, and the code that belongs to the format."""
     name = name_of(form)
     renamed = {name(ours): weight for ours, weight in stored.items()}
     write_weights(renamed, folder, max_shard_size, getattr(torch, exported.dtype))
     found = own_settings(exported) if form == "own" else settings(form, exported)
     _write_json(folder / "config.json", found)
-    if form != "own":
-        _write_json(folder / "generation_config.json", generation_settings(form, exported))
+    _write_json(folder / "generation_config.json", generation_settings(form, exported))
     for code in CODE.glob("*_masked_diffusion.py" if form == "own" else "tokenization_*.py"):
         if form == "own" or exported.tokenizer.model_type != HUGGING_FACE:
-            shutil.copyfile(code, folder / code.name)
+            (folder / code.name).write_text(standalone(code), encoding="utf-8")
 
 
 def own_settings(exported: Exported) -> dict[str, Any]:
     """Return the config.json for the code in `remote_code`."""
-    model, vocabulary, tokenizer, length, dtype, pattern, size = exported
-    found = mapping.to_json(model, vocabulary, tokenizer, length, dtype) | {"attention": pattern}
+    model, vocabulary, tokenizer, length, dtype, pattern, size, kind = exported
+    found = mapping.to_json(model, vocabulary, tokenizer, length, dtype)
+    found |= {"attention": pattern, "data_kind": kind}
     return found if size is None else found | {"block_size": size}
 
 

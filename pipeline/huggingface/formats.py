@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, get_args
 
 from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.huggingface import llada
-from pipeline.huggingface.mapping import SHIFTED
+from pipeline.huggingface.mapping import GENERATION_NAMES, SHIFTED
 from pipeline.model.attention import FAST, SLOW
 from pipeline.model.batch import Vocabulary
 
@@ -28,6 +30,7 @@ class Exported(NamedTuple):
         dtype: data type of the weights.
         attention: "bidirectional", "causal" or "blocks".
         block_size: tokens of a block, with attention "blocks".
+        data_kind: kind of the training data, "pairs" or "packed".
     """
 
     model: ModelConfig
@@ -37,6 +40,7 @@ class Exported(NamedTuple):
     dtype: str
     attention: str
     block_size: int | None = None
+    data_kind: str = "pairs"
 
 
 class Project(NamedTuple):
@@ -111,16 +115,20 @@ def settings(form: Format, exported: Exported) -> dict[str, Any]:
 
 
 def generation_settings(form: Format, exported: Exported) -> dict[str, Any]:
-    """Return the generation_config.json.
+    """Return the generation_config.json: the defaults of `generate` in `remote_code`, or of another project.
 
     The mask token and rows beyond the tokens are never targets, so nothing has taught the model not to
-    predict them. Here the head leaves them out; other code must suppress them.
+    predict them. Our head leaves them out; other code must suppress them.
     """
     tokenizer, vocabulary = exported.tokenizer, exported.vocabulary
-    found: dict[str, Any] = {
+    found: dict[str, Any] = {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    if form == "own":
+        sampler = {GENERATION_NAMES.get(key, key): value for key, value in asdict(SamplingSettings()).items()}
+        # transformers has other defaults for these, and warns of a temperature without do_sample.
+        off = {"max_new_tokens": None, "top_k": 0, "top_p": 1.0, "do_sample": True}
+        return found | sampler | off
+    found |= {
         "_from_model_config": True,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
         "suppress_tokens": [vocabulary.mask_id, *range(vocabulary.tokens, vocabulary.rows)],
     }
     if form == "dream":

@@ -63,6 +63,8 @@ NAMES = {
     "init_std": "initializer_range",
     "prediction": "prediction",
 }
+# The sampler's settings that have other names in generation_config.json, those of LLaDA and transformers.
+GENERATION_NAMES = {"block_size": "block_length", "cache": "use_cache"}
 SHIFTED = "right_shift_logits"  # dllm's name of a setting that its folders do not have; ours do
 NEEDED = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
 

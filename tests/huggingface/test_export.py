@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from pipeline import objectives
 from pipeline.checkpoint.load_model import load_model
 from pipeline.config import Config, ModelConfig, ObjectiveConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
+from pipeline.decoding.completing import complete
 from pipeline.engine.build import read_weights
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import own_settings
@@ -124,6 +126,12 @@ def test_transformers_gives_our_logits(
             "padded_logits": model.logits(ids, flat, present),
             "loss": -logits.log_softmax(-1)[flat, ids[0]][ids[0] != 3].mean(),
         }
+        for position, guesses in zip(
+            (ids[0] == 3).nonzero()[:, 0].tolist(), theirs["fill-mask"], strict=True
+        ):
+            best = logits[position].softmax(-1).topk(2)
+            assert [one["token"] for one in guesses] == best.indices.tolist()
+            assert [one["score"] for one in guesses] == pytest.approx(best.values.tolist(), abs=tolerance)
         for name, value in ours.items():
             found = theirs[name][0] if theirs[name].ndim else theirs[name]
             torch.testing.assert_close(found, value, atol=tolerance, rtol=tolerance)
@@ -257,26 +265,39 @@ def test_model_card(sharded_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert str(sharded_run) not in text
 
 
-@pytest.mark.parametrize("settings", ["", "--objective.block_size 4"], ids=["whole", "blocks"])
+@pytest.mark.parametrize(
+    "settings",
+    ["", "--objective.block_size 4", "--objective.kind autoregressive --model.prediction shifted"],
+    ids=["whole", "blocks", "causal"],
+)
 def test_the_script_of_the_card_runs(
     settings: str, train: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it stands, in a fresh process beside the folder."""
+    """As it stands, in a fresh process beside the folder, where our package cannot be imported."""
     assert train(tmp_path / "run", "--train.steps", "2", *settings.split()).code == 0
     assert export(capsys, tmp_path / "run", tmp_path / "mine").code == 0
     script = (tmp_path / "mine/README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(script.strip().splitlines()) <= 10
-    script = script.replace("any text", "abc")  # the tokenizer knows these characters only
-    check = "\nassert logits.isfinite().any() and logits.shape[2] == 16 and len(logits) == 1\n"
-    (tmp_path / "script.py").write_text(script + check)
+    prompts = ["abc", "fedc"]
+    for text, prompt in zip(("any text", "another text"), prompts, strict=True):
+        script = script.replace(text, prompt)  # the tokenizer knows these characters only
+    (tmp_path / "script.py").write_text(script)
+    without_us = "import runpy, sys; sys.modules['pipeline'] = None; runpy.run_path('script.py')"
     outcome = subprocess.run(
-        [sys.executable, "script.py"],
+        [sys.executable, "-c", without_us],
         cwd=tmp_path,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True,
         text=True,
     )
     assert outcome.returncode == 0, outcome.stderr
+    loaded = load_model(tmp_path / "run", torch.device("cpu"))
+    expected = [
+        prompt
+        + loaded.tokenizer.decode([i for i in one.tokens if i not in loaded.tokenizer.special_ids.values()])
+        for prompt, one in zip(prompts, complete(loaded, prompts, length=6), strict=True)
+    ]
+    assert ast.literal_eval(outcome.stdout.strip()) == expected
 
 
 def test_what_cannot_be_exported(

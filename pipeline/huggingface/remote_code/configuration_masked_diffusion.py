@@ -32,6 +32,8 @@ class MaskedDiffusionConfig(PretrainedConfig):
         prediction: hidden state that predicts position i: "same" = the one at i, "shifted" = at i - 1.
         attention: "bidirectional", "causal", or "blocks" = bidirectional in a block, causal between blocks.
         block_size: tokens per block for attention "blocks".
+        data_kind: "pairs" = training had prompts, and blocks begin behind them; "packed" = they begin at the
+            first token of a text.
     """
 
     model_type = "masked_diffusion"
@@ -61,6 +63,7 @@ class MaskedDiffusionConfig(PretrainedConfig):
         prediction: str = "same",
         attention: str = "bidirectional",
         block_size: int | None = None,
+        data_kind: str = "pairs",
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -83,6 +86,7 @@ class MaskedDiffusionConfig(PretrainedConfig):
         self.prediction = prediction
         self.attention = attention
         self.block_size = block_size
+        self.data_kind = data_kind
         super().__init__(
             pad_token_id=pad_token_id,
             eos_token_id=eos_token_id,

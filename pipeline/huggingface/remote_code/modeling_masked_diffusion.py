@@ -1,9 +1,8 @@
-"""A masked diffusion language model: a transformer that fills in masked tokens.
-
-It has no KV cache and no `generate` method; call it from a sampler on partly masked sequences.
-"""
+"""A masked diffusion language model: a transformer that fills in masked tokens."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from .configuration_masked_diffusion import MaskedDiffusionConfig
+from .decoding_masked_diffusion import KeyValueCache
+from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
+
+# Takes new keys and values [B, kv_heads, W, D] and returns all keys and values to attend to.
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def rotary_table(length: int, config: MaskedDiffusionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -51,10 +55,10 @@ class Fp32Product(torch.autograd.Function):
 
 
 def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return hidden @ weight^T [B, L, V] in float32; bf16 would round different confidences to ties."""
+    """Return hidden @ weight^T [..., V] in float32; bf16 would round different confidences to ties."""
     if hidden.dtype == torch.float32 or hidden.device.type not in ("cuda", "meta"):
         return F.linear(hidden.float(), weight.float())
-    return Fp32Product.apply(hidden.flatten(0, 1), weight).view(*hidden.shape[:2], -1)
+    return Fp32Product.apply(hidden.flatten(0, -2), weight).view(*hidden.shape[:-1], -1)
 
 
 class MaskedDiffusionAttention(nn.Module):
@@ -74,14 +78,29 @@ class MaskedDiffusionAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_size, config.rms_norm_eps) if normed else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_size, config.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
-        """Return [B, L, H] for x [B, L, H]; `attention_mask` broadcasts to [B, heads, L, L] bool."""
+    def forward(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        remember: Remember | None = None,
+    ) -> Tensor:
+        """Return [B, L, H] for x [B, L, H].
+
+        Args:
+            x: the inputs.
+            table: cosines and sines of their positions.
+            attention_mask: broadcasts to [B, heads, L, L] bool.
+            remember: adds cached keys and values of other positions.
+        """
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(batch, length, self.heads, self.head_size))
         k = self.k_norm(self.k_proj(x).view(batch, length, self.kv_heads, self.head_size))
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_size)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, D]
         q, k, grouped = rotate(q, table), rotate(k, table), self.kv_heads != self.heads
+        if remember is not None:
+            k, v = remember(k, v)
         if grouped and attention_mask is not None:  # no fast GPU kernel supports both
             k, v = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (k, v))
             grouped = False
@@ -113,9 +132,15 @@ class MaskedDiffusionBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MaskedDiffusionMLP(config)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attention_mask: Tensor | None) -> Tensor:
-        """Return [B, L, H] for x [B, L, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), table, attention_mask)
+    def forward(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        remember: Remember | None = None,
+    ) -> Tensor:
+        """Return [B, L, H] for x [B, L, H]; see `MaskedDiffusionAttention`."""
+        x = x + self.self_attn(self.input_layernorm(x), table, attention_mask, remember)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -174,6 +199,22 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
         x = self.norm(x)
         return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
 
+    def extend(self, input_ids: Tensor, where: Tensor, seen: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return hidden states [B, W, H] of some positions, which attend to the others through the cache.
+
+        Args:
+            input_ids: [B, W], tokens.
+            where: [B, W] int64, positions, which are also the places in the cache.
+            seen: [B, 1, W, S'] bool, False where a place is hidden; places from S' on are hidden from all.
+            cache: keys and values of S places; those of `where` are updated.
+        """
+        x = self.embed_tokens(input_ids)
+        cos, sin = rotary_table(cache.places, self.config, x.device)
+        table = cos[where][:, None], sin[where][:, None]  # [B, 1, W, head_size]
+        for number, layer in enumerate(self.layers):
+            x = layer(x, table, seen, partial(cache.put, number, where, seen.shape[3]))
+        return self.norm(x)
+
     def visible(self, x: Tensor, attention_mask: Tensor | None, blocks: Tensor | None) -> Tensor | None:
         """Return the attention mask, broadcastable to [B, heads, L, L] bool; None = every key is visible."""
         if blocks is None and self.config.attention == "causal":
@@ -190,7 +231,22 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
         return before if keys is None else before & keys
 
 
-class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
+class MaskedDiffusionHead(nn.Linear):
+    """The output matrix."""
+
+    def __init__(self, config: MaskedDiffusionConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.mask_token_id, self.num_tokens = config.mask_token_id, config.num_tokens
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V] float32 of hidden [..., H]; -inf at tokens that are never predicted."""
+        logits = fp32_product(hidden, self.weight)
+        logits[..., self.mask_token_id] = -torch.inf
+        logits[..., self.num_tokens :] = -torch.inf
+        return logits
+
+
+class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel, MaskedDiffusionGenerationMixin):
     """Predicts p(x0 | xt), the distribution of each masked position given the visible tokens."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -198,8 +254,12 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
     def __init__(self, config: MaskedDiffusionConfig) -> None:
         super().__init__(config)
         self.model = MaskedDiffusionModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = MaskedDiffusionHead(config)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Take the weight of another output layer, such as a resized one; the head stays what it is."""
+        self.lm_head.weight, self.lm_head.out_features = new_embeddings.weight, new_embeddings.out_features
 
     def forward(
         self,
@@ -225,9 +285,7 @@ class MaskedDiffusionForMaskedLM(MaskedDiffusionPreTrainedModel):
         hidden = self.model(input_ids, attention_mask, blocks, inputs_embeds).last_hidden_state
         if self.config.prediction == "shifted":  # the state at i - 1 predicts i; position 0 must be given
             hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
-        logits = fp32_product(hidden, self.lm_head.weight)
-        logits[..., self.config.mask_token_id] = -torch.inf
-        logits[..., self.config.num_tokens :] = -torch.inf
+        logits = self.lm_head(hidden)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
