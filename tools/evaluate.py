@@ -37,7 +37,7 @@ LIKELIHOOD = "likelihood"
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = ToolParser(__doc__ or "")
-    add_checkpoint_options(parser)
+    add_checkpoint_options(parser, exports=True)
     parser.add_argument(
         "--untrained", action="store_true", help="evaluate the initial weights, as a baseline"
     )
@@ -91,15 +91,24 @@ def without_effect(task: str) -> list[str]:
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return every setting that affects the results, by option."""
     without = {"batch_size", "output", "restart", "no_verify", *without_effect(options.task)}
+    from pipeline.huggingface.loading import fingerprint, is_export  # see `main`
+
     data = options.data if options.data.is_file() else bin_path(options.data)
     chosen = {option(name): value for name, value in vars(options).items() if name not in without}
-    return chosen | {
-        "--checkpoint": str(options.checkpoint.resolve()),
-        # Another run may have written its checkpoint to the same folder.
-        "sha256 of the checkpoint's manifest": sha256_of(options.checkpoint / MANIFEST),
-        "--data": str(options.data),
-        "sha256 of the data": sha256_of(data),
-    }
+    # Another run may have written its checkpoint to the same folder.
+    if is_export(options.checkpoint):
+        identity = {"sha256 of the export": fingerprint(options.checkpoint)}
+    else:
+        identity = {"sha256 of the checkpoint's manifest": sha256_of(options.checkpoint / MANIFEST)}
+    return (
+        chosen
+        | identity
+        | {
+            "--checkpoint": str(options.checkpoint.resolve()),
+            "--data": str(options.data),
+            "sha256 of the data": sha256_of(data),
+        }
+    )
 
 
 def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) -> Measure:
@@ -122,9 +131,11 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) ->
 
 def find_checkpoint(path: Path, ranks: Ranks) -> Path:
     """Return the folder of the checkpoint on every rank; a run may write a newer one at any moment."""
+    from pipeline.huggingface.loading import is_export  # see `main`
+
     folder = path
     with ranks.agreeing():
-        if ranks.is_first:
+        if ranks.is_first and not is_export(path):
             folder = find(path)[0]
     return ranks.all_gather(folder)[0]
 
@@ -133,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate and print the results; for puzzles the last line is ``solved X.XX of N held-out puzzles``."""
     options = parse(arguments)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
-    from pipeline.checkpoint.load_model import load_model
     from pipeline.evaluation.measures import measure_items
+    from pipeline.huggingface.loading import load_any
     from pipeline.ranks import join_ranks
 
     with ExitStack() as stack:
@@ -143,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stack.callback(ranks.disconnect)
         options.checkpoint = find_checkpoint(options.checkpoint, ranks)
         with ranks.agreeing():
-            loaded = load_model(
+            loaded = load_any(
                 options.checkpoint, ranks.device, options.untrained, options.weights,
                 verify=not options.no_verify, ranks=ranks,
             )  # fmt: skip

@@ -19,11 +19,12 @@ from pipeline.base.cli import ToolParser, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.options import add_options as add_checkpoint_options
+from pipeline.decoding.prompts import read_prompts, spans
 from pipeline.decoding.sampling import add_options, read_options
 
 if TYPE_CHECKING:
-    from pipeline.decoding.frames import Show
-    from pipeline.decoding.prompts import Sample
+    from pipeline.decoding.cells import Show
+    from pipeline.decoding.samples import Sample
 
 MOST_ANIMATED = 16
 SPAN_HELP = "[MASK*N] in a text marks N tokens to fill in, given the text before and after"
@@ -32,7 +33,7 @@ SPAN_HELP = "[MASK*N] in a text marks N tokens to fill in, given the text before
 def build_parser() -> ToolParser:
     """Return the command line."""
     parser = ToolParser(__doc__ or "")
-    add_checkpoint_options(parser)
+    add_checkpoint_options(parser, exports=True)
     types = ["float32", "bfloat16"]
     parser.add_argument(
         "--dtype", choices=types, default=types[0], help="data type of the weights; logits are fp32"
@@ -62,32 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     settings = read_options(options)
     require_at_least_one(options, "length", "num_samples", "batch_size")
-    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
-    import torch
-
-    from pipeline.checkpoint.load_model import load_model
-    from pipeline.decoding.animation import check_animation, write_animation
-    from pipeline.decoding.frames import Recorder
-    from pipeline.decoding.prompts import generate, read_prompts, spans
-    from pipeline.decoding.terminal import LiveView
-
     prompts = options.prompt or (
         read_prompts(options.prompt_file, options.prompt_key) if options.prompt_file else read_stdin()
     )
     check_prompts(prompts)
-    if options.length is not None and all(any(isinstance(p, int) for p in spans(text)) for text in prompts):
+    texts = list(map(spans, prompts))
+    if options.length is not None and all(any(isinstance(p, int) for p in pieces) for pieces in texts):
         raise UserError("--length has no effect on texts with [MASK*N], whose N is the length: leave it out.")
     if options.animate is not None:
+        from pipeline.decoding.animation import check_animation  # Pillow takes a while, too
+
         check_animation(options.animate, options.font)
         if len(prompts) * options.num_samples > MOST_ANIMATED:
             raise UserError(
                 f"--animate draws at most {MOST_ANIMATED} sequences, but there are "
                 f"{len(prompts) * options.num_samples}: give fewer prompts or a smaller --num-samples."
             )
+    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    import torch
+
+    from pipeline.decoding.animation import write_animation
+    from pipeline.decoding.frames import Recorder
+    from pipeline.decoding.samples import generate
+    from pipeline.decoding.terminal import LiveView
+    from pipeline.huggingface.loading import load_any
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     verify = not options.no_verify
-    loaded = load_model(options.checkpoint, device, weights=options.weights, dtype=dtype, verify=verify)
+    loaded = load_any(options.checkpoint, device, weights=options.weights, dtype=dtype, verify=verify)
     if options.num_samples > 1 and settings.temperature == 0 and settings.policy != "random":
         message = "at temperature 0 the samples of a prompt are alike: set --temperature"
         print(f"warning: --num-samples is {options.num_samples}, but {message}", file=sys.stderr)

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint, --weights and --no-verify."""
-    parser.add_argument("--checkpoint", required=True, type=Path, help="run folder, RUN:STEP, or checkpoint")
+def add_options(parser: argparse.ArgumentParser, exports: bool = False) -> None:
+    """Add --checkpoint, --weights and --no-verify; `exports` says that exported folders will do, too."""
+    places = ["run folder", "RUN:STEP", *(["export"] if exports else []), "or checkpoint"]
+    parser.add_argument("--checkpoint", required=True, type=Path, help=", ".join(places))
     parser.add_argument(
         "--weights",
         choices=["ema", "raw"],

@@ -124,6 +124,11 @@ class SentencePieceModel:
         is_bytes = all(0 <= number < size and self.processor.is_byte(number) for number in ids)
         self.space = np.array(ids if is_bytes else [unk], np.int32)
 
+    def unknown(self) -> int:
+        """Return the id of the unknown token."""
+        number: int = self.processor.unk_id()
+        return number
+
     def encode(self, text: str) -> Array:
         if SPACE in text:
             return self._with_space(text)
@@ -179,6 +184,13 @@ class HuggingFaceModel:
             self.tokenizer.model.dropout = None  # BPE dropout: the same text must have the same tokens
         with contextlib.suppress(UserError):  # a model without an unknown token
             self.loses_space = SPACE not in self.decode(self.encode(f"a{SPACE}b").tolist())
+
+    def unknown(self) -> int:
+        """Return the id of the model's unknown token; -1 if it has none."""
+        model = json.loads(self.tokenizer.to_str())["model"]
+        name, number = model.get("unk_token"), model.get("unk_id")
+        number = self.tokenizer.token_to_id(name) if number is None and name is not None else number
+        return -1 if number is None else int(number)
 
     def encode(self, text: str) -> Array:
         try:

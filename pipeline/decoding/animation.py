@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
-from pipeline.decoding.frames import Cell, Frame
+from pipeline.decoding.cells import Cell, Frame
 
 WIDTH, MARGIN, FONT_SIZE = 800, 12, 18  # of a GIF, pixels
 STILL_WIDTH = 350  # of a picture: that of TensorBoard's cards, which would shrink a wider one

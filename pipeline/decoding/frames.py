@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import partial
 
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.decoding.cells import Cell, Frame, Show
 from pipeline.decoding.sequences import UNFILLED, Sequences
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One position of a sequence.
-
-    Attributes:
-        text: text of the token; empty if masked.
-        filled: the step at which it was filled; None if given or masked.
-        masked: whether it is still masked.
-    """
-
-    text: str
-    filled: int | None
-    masked: bool
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A sequence after a step.
-
-    Attributes:
-        step: the step, counted from 0.
-        read: returns the cells. It decodes every token, so it runs only for frames that are shown.
-    """
-
-    step: int
-    read: Callable[[], list[Cell]]
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """The cells of the sequence, one per position."""
-        return self.read()
 
 
 def frames_of(now: Sequences, tokenizer: Tokenizer, stop: int | None) -> list[Frame]:
@@ -83,9 +50,6 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
             found.append(text[len(tokenizer.decode(tokens[first:done])) :])
             first, done = done, i + 1
     return found
-
-
-Show = Callable[[dict[int, Frame]], None]
 
 
 def show_step(tokenizer: Tokenizer, stop: int | None, shows: Sequence[Show], now: Sequences) -> None:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import TextIO
 
-from pipeline.decoding.frames import Cell, Frame
+from pipeline.decoding.cells import Cell, Frame
 
 INTERVAL = 0.05  # minimum seconds between redraws, so that decoding does not wait for the terminal
 MASKED = "░"

@@ -29,18 +29,8 @@ def open_weights(folder: Path) -> StoredWeights:
     Raises:
         UserError: if a file is missing or damaged.
     """
-    index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
-    if index.is_file():
-        names = _files_in(index)
-    elif single.is_file():
-        names = [WEIGHTS_FILE]
-    else:
-        raise UserError(
-            f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: convert older files by loading and "
-            "saving them with transformers."
-        )
     weights: dict[str, StoredWeight] = {}
-    for name in names:
+    for name in files_of(folder):
         try:
             file = safe_open(folder / name, "pt")
         except (OSError, SafetensorError) as error:
@@ -48,6 +38,18 @@ def open_weights(folder: Path) -> StoredWeights:
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             weights[key] = StoredWeight.of(file.get_tensor(key))  # memory-mapped, not read yet
     return weights
+
+
+def files_of(folder: Path) -> list[str]:
+    """Return the names of a folder's safetensors files; raise a `UserError` if there are none."""
+    if (folder / INDEX_FILE).is_file():
+        return _files_in(folder / INDEX_FILE)
+    if (folder / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE]
+    raise UserError(
+        f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}: convert older files by loading and saving "
+        "them with transformers."
+    )
 
 
 def _files_in(index: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,18 @@ import tokenizers
 
 from pipeline.base.errors import UserError
 from pipeline.corpus.tokenizer_making import import_tokenizer
-from pipeline.data.tokenizer import FACTS_FILE, MODEL_FILE, Tokenizer, is_own, read_facts
+from pipeline.data.tokenizer import (
+    FACTS_FILE,
+    FORMAT,
+    HUGGING_FACE,
+    MODEL_FILE,
+    HuggingFaceModel,
+    SentencePieceModel,
+    Tokenizer,
+    TokenizerFacts,
+    is_own,
+    read_facts,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -34,7 +46,11 @@ def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokeniz
     special tokens in a text, such as "<mask>".
     """
     tokenizer, model_file = copy_tokenizer(source, folder / "tokenizer"), read_facts(source).model_file
-    settings: dict[str, Any] = {"model_max_length": sequence_length, "clean_up_tokenization_spaces": False}
+    settings: dict[str, Any] = {
+        "model_max_length": sequence_length,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # what the model takes
+    }
     for use, token in tokenizer.special_ids.items():
         if token >= 0:
             settings[f"{use}_token"] = tokenizer.model.token(token)
@@ -51,6 +67,38 @@ def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokeniz
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return tokenizer
+
+
+def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer of an export; if transformers has saved it again, from the files for transformers.
+
+    Args:
+        folder: the export.
+        settings: its config.json.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if is_own(folder / "tokenizer" / FACTS_FILE):
+        return Tokenizer.load(folder / "tokenizer")
+    found = next((folder / name for name in (MODEL_FILE, TOKENIZER_FILE) if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{folder} has neither tokenizer/ nor {MODEL_FILE} nor {TOKENIZER_FILE}: save the tokenizer "
+            "there, too, by tokenizer.save_pretrained(FOLDER)."
+        )
+    content = found.read_bytes()
+    model = HuggingFaceModel(content) if found.name == TOKENIZER_FILE else SentencePieceModel(content)
+    kind = HUGGING_FACE if found.name == TOKENIZER_FILE else "unigram"  # SentencePiece's kinds read alike
+    facts = TokenizerFacts(
+        format=FORMAT,
+        model_type=kind,
+        vocab_size=settings["num_tokens"],
+        unk_id=model.unknown(),
+        sha256=hashlib.sha256(content).hexdigest(),
+        **{f"{use}_id": settings[f"{use}_token_id"] for use in ("mask", "pad", "eos")},
+    )
+    return Tokenizer(model, facts)
 
 
 def import_tokenizer_of(

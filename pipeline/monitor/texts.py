@@ -12,7 +12,7 @@ import orjson
 
 from pipeline.base.files import read_lines
 from pipeline.decoding.animation import colour_of, still_picture
-from pipeline.decoding.frames import Cell
+from pipeline.decoding.cells import Cell
 
 TEXTS_FILE = "texts.jsonl"
 

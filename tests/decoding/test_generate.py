@@ -17,8 +17,10 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import load_model
 from pipeline.decoding import terminal
 from pipeline.decoding.animation import page, write_animation
-from pipeline.decoding.frames import Cell, Frame, Recorder, pieces
-from pipeline.decoding.prompts import generate, spans
+from pipeline.decoding.cells import Cell, Frame
+from pipeline.decoding.frames import Recorder, pieces
+from pipeline.decoding.prompts import spans
+from pipeline.decoding.samples import generate
 from pipeline.decoding.sampling import SamplingSettings
 from support.programs import Outcome, run_here
 from tools import generate as program

@@ -1,0 +1,97 @@
+"""Load an exported or imported folder, or a checkpoint, as a model to decode with or to measure."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.base.errors import UserError
+from pipeline.base.files import sha256_of
+from pipeline.checkpoint.load_model import Loaded, Weights, load_model
+from pipeline.config import Config, DataConfig, ObjectiveConfig
+from pipeline.engine.module import make_model
+from pipeline.huggingface import mapping
+from pipeline.huggingface.folders import check_sums, files_of, open_weights
+from pipeline.huggingface.tokenizer_files import load_tokenizer
+from pipeline.model.batch import Vocabulary
+from pipeline.ranks import Ranks
+
+CONFIG_FILE = "config.json"
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a folder is in the format of transformers, and no run or checkpoint."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def load_any(
+    path: Path,
+    device: torch.device,
+    untrained: bool = False,
+    weights: Weights | None = None,
+    dtype: torch.dtype = torch.float32,
+    verify: bool = True,
+    ranks: Ranks | None = None,
+) -> Loaded:
+    """Load a run, a checkpoint or an export; see `load_model` for the arguments.
+
+    Raises:
+        UserError: see `load_model`; and for an option that an export does not have.
+    """
+    if not is_export(path):
+        return load_model(path, device, untrained, weights, dtype, verify, ranks)
+    if untrained or weights is not None:
+        given = "--untrained" if untrained else f"--weights {weights}"
+        raise UserError(f"{given} has no effect on {path}, an export with one set of weights: leave it out.")
+    if verify and (ranks is None or ranks.is_first):
+        check_sums(path)
+    return _load_export(path, device, dtype)
+
+
+def _load_export(folder: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
+    where = folder / CONFIG_FILE
+    settings = mapping.read_json(where)
+    if settings.get("model_type") != mapping.MODEL_TYPE:
+        kind = settings.get("model_type")
+        raise UserError(f"{where} has model_type {kind!r}: convert it with tools/import_hf.py first.")
+    model = mapping.from_json(settings, where)
+    config = Config(run_dir="", model=model, objective=_objective_of(settings, where))
+    config.data = DataConfig(
+        kind=settings.get("data_kind", "pairs"), sequence_length=settings["max_position_embeddings"]
+    )
+    vocabulary = Vocabulary(settings["vocab_size"], settings["num_tokens"], settings["mask_token_id"])
+    network = make_model(config, vocabulary)
+    state = {name: weight.read() for name, weight in open_weights(folder).items()}
+    if model.tie_embeddings:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:30])
+        raise UserError(
+            f"{folder}: the weights do not fit {CONFIG_FILE} ({reason}): copy it again."
+        ) from None
+    return Loaded(network.to(device, dtype).eval(), load_tokenizer(folder, settings), config, 1)
+
+
+def _objective_of(settings: dict[str, Any], where: Path) -> ObjectiveConfig:
+    """Return an objective whose layout shows sequences as the model was trained to see them."""
+    attention = settings.get("attention")
+    if attention == "blocks":
+        return ObjectiveConfig(block_size=settings["block_size"])
+    if attention == "causal":
+        return ObjectiveConfig(kind="autoregressive")
+    if attention != "bidirectional":
+        raise UserError(
+            f"{where}: attention is {attention!r}: this model was imported, and is to be trained first."
+        )
+    return ObjectiveConfig()
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash of an export's settings and weights."""
+    files = [folder / CONFIG_FILE, *(folder / name for name in files_of(folder))]
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
