@@ -150,7 +150,7 @@ def attention_of(settings: dict[str, Any], block_size: int | None, where: Path) 
         return {"attention": "bidirectional"}
     if type(size) is not int or size < 1:
         raise UserError(f"{where}: block_size is {size!r}: give a whole number of tokens with --block-size.")
-    return {"attention": "blocks", "block_size": size}
+    return {"attention": "blocks", "block_size": size, "data_kind": "packed"}  # from the first token on
 
 
 def parameters_in(folder: Path, model: ModelConfig) -> dict[str, StoredWeight]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections import defaultdict
-from functools import cached_property
 from pathlib import Path
 
 import pipeline
@@ -28,7 +28,7 @@ class _Module:
         self.text = path.read_text(encoding="utf-8")
         self.tree = ast.parse(self.text)
 
-    @cached_property
+    @functools.cached_property
     def definitions(self) -> dict[str, ast.stmt]:
         """The statement that defines each name of the module."""
         found: dict[str, ast.stmt] = {}
@@ -43,7 +43,7 @@ class _Module:
                 found |= dict.fromkeys(names, statement)
         return found
 
-    @cached_property
+    @functools.cached_property
     def imports(self) -> dict[str, tuple[str, str | None]]:
         """Module and name behind each imported name; no name for ``import module``."""
         found: dict[str, tuple[str, str | None]] = {}
@@ -70,7 +70,6 @@ class _Collector:
     """The definitions that some names need, in the order of their modules."""
 
     def __init__(self) -> None:
-        self.modules: dict[str, _Module] = {}
         self.needed: dict[str, dict[str, ast.stmt]] = defaultdict(dict)  # by module and name
         self.uses: dict[str, set[str]] = defaultdict(set)  # modules of this package that a module uses
         self.outside: dict[str, set[str | None]] = defaultdict(set)  # names imported from other packages
@@ -78,7 +77,7 @@ class _Collector:
 
     def need(self, where: str, name: str) -> str:
         """Collect a name of a module with all that it needs; return the module that defines it."""
-        module = self.modules.setdefault(where, _Module(_file_of(where)))
+        module = _parsed(where)
         if name not in module.definitions:
             origin, original = module.imports[name]
             assert original == name, f"{where}: {name} is imported under another name"
@@ -87,25 +86,30 @@ class _Collector:
         assert owner == where, f"{name} is defined in {where} and in {owner}: rename one of them"
         if name not in self.needed[where]:
             statement = self.needed[where][name] = module.definitions[name]
-            self._need_names_in(statement, where, module)
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    self._need_attribute(node.value.id, node.attr, where)
+                elif isinstance(node, ast.Name):
+                    self._need_used(node.id, where)
         return where
 
-    def _need_names_in(self, statement: ast.stmt, where: str, module: _Module) -> None:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                origin, name = module.imports.get(node.value.id, ("", None))
-                if _is_module(origin, name):  # noise.uniform
-                    self.uses[where].add(self.need(f"{origin}.{name}", node.attr))
-            if not isinstance(node, ast.Name):
-                continue
-            if node.id in module.definitions:
-                self.need(where, node.id)
-            elif node.id in module.imports:
-                origin, name = module.imports[node.id]
-                if not origin.startswith(PACKAGE):
-                    self.outside[origin].add(name)
-                elif not _is_module(origin, name):
-                    self.uses[where].add(self.need(origin, node.id))
+    def _need_attribute(self, module: str, name: str, where: str) -> None:
+        """Collect a name of an imported module, such as ``noise.uniform``."""
+        origin, imported = _parsed(where).imports.get(module, ("", None))
+        if _is_module(origin, imported):
+            self.uses[where].add(self.need(f"{origin}.{imported}", name))
+
+    def _need_used(self, name: str, where: str) -> None:
+        """Collect a name that the code of a module uses, if it is no local or built-in one."""
+        module = _parsed(where)
+        if name in module.definitions:
+            self.need(where, name)
+        elif name in module.imports:
+            origin, imported = module.imports[name]
+            if not origin.startswith(PACKAGE):
+                self.outside[origin].add(imported)
+            elif not _is_module(origin, imported):
+                self.uses[where].add(self.need(origin, name))
 
     def ordered(self) -> list[str]:
         """Return the modules, each one behind those that it uses."""
@@ -123,7 +127,7 @@ class _Collector:
 
     def section(self, where: str) -> str:
         """Return the source of the needed definitions of a module."""
-        module = self.modules[where]
+        module = _parsed(where)
         statements = sorted(set(self.needed[where].values()), key=lambda statement: statement.lineno)
         parts = [f"# {module.path.relative_to(ROOT).as_posix()}\n# {_summary(module.tree)}\n"]
         for before, statement in zip([None, *statements], statements, strict=False):
@@ -166,6 +170,11 @@ def _imports(outside: dict[str, set[str | None]]) -> str:
         if chosen:
             lines.append(f"from {module} import {', '.join(chosen)}\n")
     return "\n".join("".join(lines) for lines in groups)
+
+
+@functools.cache
+def _parsed(where: str) -> _Module:
+    return _Module(_file_of(where))
 
 
 def _is_module(origin: str, name: str | None) -> bool:

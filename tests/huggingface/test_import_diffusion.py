@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import ModelConfig, load
+from pipeline.data.examples import ANSWER, Examples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.huggingface.folders import open_weights
 from pipeline.huggingface.initial import open_initial_weights
+from pipeline.huggingface.loading import load_any
 from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from support.foreign import RESERVED, bring_in, llada_logits, rewrite, save
@@ -158,6 +160,11 @@ def test_logits_are_those_of_transformers(
     found = our_logits(tmp_path / "ours", settings, ids, None if block is None else number[None])
     torch.testing.assert_close(found[..., :94], expected[..., :94], atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.3
+    loaded = load_any(tmp_path / "ours", torch.device("cpu"))  # as the programs that decode and measure do
+    assert loaded.config.data.kind == ("packed" if block else "pairs"), "blocks begin at the first token"
+    seen = loaded.layout.decoding(Examples(ids, torch.full_like(ids, ANSWER), torch.arange(3)))
+    logits = loaded.model.logits(ids, torch.arange(ids.numel()), None, seen).view(*ids.shape, -1)
+    torch.testing.assert_close(logits[..., :94], expected[..., :94], atol=1e-5, rtol=1e-5)
     weights = {name: weight.read() for name, weight in open_weights(tmp_path / "ours").items()}
     expected_names = {n for n in theirs.state_dict() if not (tie and n == "lm_head.weight")}
     assert weights.keys() == expected_names
