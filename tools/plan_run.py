@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     group = parser.add_argument_group("assumptions")
     for item in fields(Assumptions):
-        text = f"{HELP[item.name]} (default: {item.default:g})"
+        default = "that of the engine on a CPU core" if item.default is None else f"{item.default:g}"
+        text = f"{HELP[item.name]} (default: {default})"
         group.add_argument(option(item.name), type=float, default=SUPPRESS, help=text)
     options = parser.parse_args(arguments)
     require_at_least_one(options, "gpus")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import UserError
-from pipeline.planning.assumptions import UPDATE_BYTES, Assumptions
+from pipeline.planning.assumptions import UPDATE_BYTES, host_milliseconds
 from pipeline.planning.gpus import GIB, GPUS, Gpu, gpu_of_device
 
 SCHEMA = 1  # of proof.json
@@ -120,7 +120,8 @@ def _of(run: Mapping[str, Any], gpu: Gpu) -> dict[str, float]:
     waits = busy < BUSY  # for the host, whose time does not shrink with the micro-batch
     values = {"efficiency": run["executed_flops"] / computation / (busy if waits else 1.0) / gpu.flops}
     of_block = 1e3 * computation / run["layers"]
-    if waits or of_block < Assumptions.host_milliseconds:  # a block took less than is assumed to be the least
+    least = host_milliseconds(run["zero"]["stage"], run.get("compiled", False))
+    if waits or of_block < least:
         values["host_milliseconds"] = of_block
     if run["zero"]["optimizer"] == "gpu":
         rate = run["parameters"] * UPDATE_BYTES / run["update_seconds"]

@@ -155,8 +155,9 @@ def basis(planner: Planner, sources: Mapping[str, str]) -> list[tuple[str, float
         if pairs is None:
             pairs, source = float(planner.config.data.sequence_length**2), "assumed, without data"
         rows.append(("pairs in one document", pairs, source))
-    assumed = dataclasses.asdict(planner.assumed)
-    return rows + [(name, value, sources.get(name, "assumed")) for name, value in assumed.items()]
+    known = {"host_milliseconds": "benchmarks/host_time.py", **sources}
+    assumed = dataclasses.asdict(planner.assumed) | {"host_milliseconds": planner.host_milliseconds}
+    return rows + [(name, value, known.get(name, "assumed")) for name, value in assumed.items()]
 
 
 def _rows(values: dict[str, float], form: str) -> list[str]:

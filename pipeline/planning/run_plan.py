@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.base.errors import UserError
 from pipeline.config import Config
-from pipeline.planning.assumptions import UPDATE_BYTES, Assumptions
+from pipeline.planning.assumptions import UPDATE_BYTES, Assumptions, host_milliseconds
 from pipeline.planning.communication import Communication, step_communication
 from pipeline.planning.documents import document_pairs
 from pipeline.planning.flops import Flops, is_autoregressive, step_flops
@@ -70,6 +70,8 @@ class Planner:
     ) -> None:
         """Count the parameters."""
         self.config, self.zero, self.gpu, self.assumed = config, zero, gpu, assumptions
+        given, of_engine = assumptions.host_milliseconds, host_milliseconds(zero.stage, config.engine.compile)
+        self.host_milliseconds = of_engine if given is None else given
         self.vocabulary_rows = vocabulary_rows
         self.parameters = count_parameters(config, vocabulary_rows)
         self.width = FULL if config.engine.precision == "fp32" else HALF
@@ -161,7 +163,7 @@ class Planner:
         self, gpus: int, accumulation: int, flops: Flops, communication: Communication
     ) -> dict[str, float]:
         gpu, assumed = self.gpu, self.assumed
-        starting = accumulation * self.config.model.layers * assumed.host_milliseconds / 1e3
+        starting = accumulation * self.config.model.layers * self.host_milliseconds / 1e3
         computation = max(starting, flops.executed / gpus / gpu.flops / assumed.efficiency)
         node = min(gpus, gpu.node_size)
         # Between nodes, a ring uses the network cards of all GPUs of a node at once.

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.planning.assumptions import host_milliseconds
 from pipeline.planning.calibration import SCHEMA
-from support.programs import Outcome, run_here
+from support.programs import ROOT, Outcome, run_here
 from tools import plan_run
 
 pytestmark = pytest.mark.slow
@@ -91,15 +92,25 @@ def test_the_plan_repeats_the_measured_step(call: Any) -> None:
     assert plan["usable"] == int(79 * GIB * (1 - 2 / 80) - 1.5 * GIB)
     sources = {name: each["source"] for name, each in basis.items()}
     assert sources["efficiency"] == f"measured on {CARD}, 1B_zero3"
-    assert sources["host_milliseconds"] == sources["masked_share"] == sources["link_share"] == "assumed"
+    assert sources["masked_share"] == sources["link_share"] == "assumed"
+    assert sources["host_milliseconds"] == "benchmarks/host_time.py"
     assert sources["memory, GB/s"] == "data sheet"
 
 
 def test_a_step_shorter_than_the_assumed_launches_is_repeated_too(call: Any) -> None:
-    """10 blocks in 4 ms: less than the millisecond each that is assumed."""
+    """10 blocks in 4 ms: less than the host takes on a CPU core."""
     plan, basis = plan_of(call(proof({"fast": training(0.009)}), more=("--gpus", "1", "--json")))
     assert plan["seconds"]["step"] == pytest.approx(0.009)
     assert basis["host_milliseconds"]["value"] == pytest.approx(0.4)
+
+
+def test_the_host_takes_what_the_benchmark_measured() -> None:
+    """The plan's times are those of the committed file, a block of its 14."""
+    content = json.loads((ROOT / "benchmarks/results/host_time.json").read_text())
+    for kind, stage in {"plain": 0, "ZeRO-2": 2, "ZeRO-3": 3}.items():
+        for name, compiled in ((kind, False), (f"{kind}, compiled", True)):
+            of_block = 1e3 * content["step_seconds"][name] / content["layers"]
+            assert host_milliseconds(stage, compiled) == pytest.approx(of_block, abs=0.05)
 
 
 def test_a_step_that_waits_for_the_host_does_not_shrink_with_its_micro_batch(call: Any) -> None:
