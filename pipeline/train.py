@@ -37,15 +37,22 @@ def train_step(
     """
     import torch  # here and in `main`: it takes seconds, which neither help nor a wrong setting needs
 
+    from pipeline.training.tracing import part
+
     parts = []
     for group in groups:  # one per micro-batch
-        batch = group.inputs(step)  # xt: examples under the masks of their chains
-        output = engine.forward(batch)
-        group.advance(batch, output, step)  # reveals x0 by the scores of this forward: there is no second one
-        engine.backward(output.loss)
+        with part("inputs"):
+            batch = group.inputs(step)  # xt: examples under the masks of their chains
+        with part("forward"):
+            output = engine.forward(batch)
+        with part("chains"):
+            group.advance(batch, output, step)  # reveals x0 by the scores of this forward, the only one
+        with part("backward"):
+            engine.backward(output.loss)
         parts.append(output.loss.detach())
     losses = torch.stack(parts)
-    return losses.mean(), engine.step(rate, guard.watch(engine.ranks, losses) if guard else None)
+    with part("update"):
+        return losses.mean(), engine.step(rate, guard.watch(engine.ranks, losses) if guard else None)
 
 
 def train(run: Training) -> bool:
@@ -74,7 +81,7 @@ def train(run: Training) -> bool:
         run.log.collect(loss, gradient_norm, rate)
         if run.recovery.rolled_back(groups):
             continue
-        for component in (run.log, *run.evaluations, run.checkpoints):
+        for component in (run.log, *run.evaluations, run.checkpoints, run.tracer):
             component.after_step()
     run.checkpoints.finish()
     return state.is_done and not run.stop.agreed
@@ -86,23 +93,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.ranks import join_ranks
     from pipeline.resilience.signals import StopSignals
     from pipeline.training.start import start
+    from pipeline.training.tracing import memory_snapshots
 
     ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
     with ExitStack() as stack:
         signals = stack.enter_context(closing(StopSignals()))
         stack.callback(ranks.disconnect)
         ranks.connect()
-        run = start(config, ranks, signals, stack)
-        if ranks.is_first:
-            with replacing(Path(config.run_dir) / "config.yaml") as file:
-                file.write(configuration.to_yaml(config).encode())
-        if not train(run):
-            run.log.progress.say(f"{run.outcome()}: the same command resumes")
-            signals.ignore()
-            return EXIT_REQUEUE
-        folder = run.checkpoints.saver.folder
-        run.log.progress.say(f"done: {config.train.steps} steps, checkpoints in {folder}")
-        return EXIT_DONE
+        with memory_snapshots(config, ranks):  # within the stack, which closes the engine
+            run = start(config, ranks, signals, stack)
+            if ranks.is_first:
+                with replacing(Path(config.run_dir) / "config.yaml") as file:
+                    file.write(configuration.to_yaml(config).encode())
+            if not train(run):
+                run.log.progress.say(f"{run.outcome()}: the same command resumes")
+                signals.ignore()
+                return EXIT_REQUEUE
+            folder = run.checkpoints.saver.folder
+            run.log.progress.say(f"done: {config.train.steps} steps, checkpoints in {folder}")
+            return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Config:
         self.monitor.check()
         self.guard.check()
         self.watchdog.check()
-        self.profiling.check(self.engine)
+        self.profiling.check(self.engine, self.train.steps)
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -120,22 +120,34 @@ class EvaluationConfig:
 
 @dataclass
 class ProfilingConfig:
-    """DeepSpeed profiles of the first steps after the program starts.
+    """Profiles of single steps, counted from the start of the program, and of memory; all are off by default.
 
     Args:
-        flops_step: Profile the first forward pass of this step, module by module, on rank 0; counted from
-            the start of the program. The report is RUN_DIR/flops_profile.txt. 0 = off.
-        communication_steps: Time the collectives of this many steps, counted from the start of the program;
-            each collective then waits for the device. The table is RUN_DIR/communication.txt. 0 = off.
+        flops_step: Profile the first forward pass of this step, module by module, on rank 0. The report is
+            RUN_DIR/flops_profile.txt. 0 = off.
+        communication_steps: Time the collectives of the first steps, this many; each collective then waits
+            for the device. The table is RUN_DIR/communication.txt. 0 = off.
+        trace_steps: First and last step of a Chrome trace of each rank, such as [10, 12], in RUN_DIR/traces.
+            No throughput figure counts these steps. null = off.
+        memory_snapshot: When a GPU runs out of memory, write what is in it to RUN_DIR/traces, with the Python
+            stack that allocated each block. Every allocation of the run then notes its stack.
     """
 
     flops_step: int = 0
     communication_steps: int = 0
+    trace_steps: list[int] | None = None
+    memory_snapshot: bool = False
 
-    def check(self, engine: EngineConfig) -> None:
-        """Raise a `UserError` for the first setting that is invalid or conflicts with the engine's."""
+    def check(self, engine: EngineConfig, steps: int) -> None:
+        """Raise a `UserError` for the first setting that is invalid or conflicts with the engine's.
+
+        Args:
+            engine: of the run.
+            steps: of the run.
+        """
         require_not_negative("profiling", self, "flops_step", "communication_steps")
-        for key, value in vars(self).items():
+        for key in ("flops_step", "communication_steps"):
+            value = getattr(self, key)
             require(
                 value == 0 or engine.kind == "deepspeed",
                 f"profiling.{key} is {value}, but engine.kind is {engine.kind!r}: only DeepSpeed measures "
@@ -147,3 +159,14 @@ class ProfilingConfig:
                 f"profiling.flops_step is {self.flops_step}, but engine.{key} is true: what is compiled "
                 f"cannot be profiled. Set profiling.flops_step to 0 or engine.{key} to false.",
             )
+        traced = self.trace_steps
+        require(
+            traced is None or (len(traced) == 2 and 2 <= traced[0] <= traced[1] <= steps),
+            f"profiling.trace_steps is {traced}: give the first and the last step to trace, from 2 (the step "
+            f"before warms the profiler up) to train.steps = {steps}.",
+        )
+        require(
+            not self.memory_snapshot or engine.device != "cpu",
+            "profiling.memory_snapshot is true, but engine.device is 'cpu': only the memory of a GPU has "
+            "snapshots. Leave it out.",
+        )

@@ -17,6 +17,7 @@ from pipeline.chains.slots import SlotGroup
 from pipeline.chains.statistics import ChainFigures
 from pipeline.config import Config
 from pipeline.engine.protocol import Engine
+from pipeline.monitor.clock import Clock, Timed
 from pipeline.monitor.stragglers import Stragglers
 from pipeline.monitor.texts import ShownText
 from pipeline.monitor.writers import JsonLines, Point, TensorBoard, WeightsAndBiases, Writer
@@ -54,6 +55,7 @@ class Recorder:
         self.vocabulary_rows = vocabulary_rows
         self.within = document_pairs(config.data)
         self.engine = engine
+        self.clock = Clock()
         self.groups = groups
         self.stragglers = stragglers
         self.pending: list[tuple[int, Tensor, Tensor, float]] = []
@@ -68,7 +70,7 @@ class Recorder:
         """Open the files, or reopen them after a rollback; entries from `first_step` on are dropped."""
         self.close()
         self.pending.clear()
-        self.since = time.monotonic()
+        self.clock.restart()
         self.last_step = first_step - 1
         names: frozenset[str] = frozenset()
         if self.engine.ranks.is_first:
@@ -83,6 +85,7 @@ class Recorder:
     def collect(self, step: int, loss: Tensor, gradient_norm: Tensor, learning_rate: float) -> None:
         """Collect a step; `loss` [] is the mean over this rank's micro-batches, still on the device."""
         self.pending.append((step, loss, gradient_norm, learning_rate))
+        self.clock.count()
 
     def flush(self, skipped: int, tokens: int) -> dict[str, float]:
         """Write the steps collected since the last flush, and return the metrics of the last one.
@@ -96,21 +99,21 @@ class Recorder:
         numbers, losses, norms, learning_rates = zip(*self.pending, strict=True)
         sums = self._sums(torch.stack(losses), numbers)
         gradient_norms = torch.stack(norms).tolist()
-        elapsed = time.monotonic() - self.since
-        self.since += elapsed
+        timed = self.clock.take()
         ranks = self.engine.ranks
         chains = self.groups[0].statistics.figures(sums["chains"], len(numbers), ranks.sequence_size)
         interval = {
             **chains.scalars,
             "progress/tokens": tokens,
             **self._progress(numbers[-1], *sums["begun"]),
-            **self._speed(numbers[-1], len(numbers), elapsed, chains),
+            **self._speed(numbers[-1], timed, chains),
             **self._memory(),
             "skipped_steps": skipped,
             **self.stragglers.figures(sums["ranks"]),
         }
-        wait = interval["ranks/data_wait_slowest"]
-        interval["speed/data_wait_share"] = wait * len(numbers) / elapsed
+        if timed.steps:
+            wait = interval["ranks/data_wait_slowest"] * timed.steps
+            interval["speed/data_wait_share"] = wait / timed.seconds
         if not math.isnan(sums["norm"][0]):
             interval["parameter_norm"] = math.sqrt(sums["norm"][0])
         last: dict[str, float] = {}
@@ -153,24 +156,26 @@ class Recorder:
         stages = stages_at(self.config.objective, step)
         return figures if stages is None else figures | {"chains/stages": stages}
 
-    def _speed(self, step: int, steps: int, elapsed: float, chains: ChainFigures) -> dict[str, float]:
-        """Return rates over the last `steps` steps up to `step`, which took `elapsed` seconds."""
-        rate, examples = steps / elapsed, self.config.train.global_batch_size
+    def _speed(self, step: int, timed: Timed, chains: ChainFigures) -> dict[str, float]:
+        """Return rates over the timed steps up to `step`; no rates if none was timed."""
+        examples = self.config.train.global_batch_size
         rows, prompt = chains.masked_rows, chains.prompt_length
         flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt, self.within).model
-        of_rank = flops * rate / self.engine.ranks.world_size
-        figures = {
-            "samples_per_second": rate * examples,
-            "tokens_per_second": rate * examples * self.config.data.sequence_length,
-            "progress/flops_per_step": flops,
-            "speed/tflops": of_rank / 1e12,
-            "time/training": elapsed,
-        }
-        if self.gpu is not None:
-            figures["speed/mfu"] = of_rank / self.gpu.flops
+        figures = {"progress/flops_per_step": flops, "time/training": timed.seconds}
         communication = self.engine.take_communication_share()
         if communication is not None:
             figures["speed/communication_share"] = communication
+        if not timed.steps:
+            return figures
+        rate = timed.steps / timed.seconds
+        of_rank = flops * rate / self.engine.ranks.world_size
+        figures |= {
+            "samples_per_second": rate * examples,
+            "tokens_per_second": rate * examples * self.config.data.sequence_length,
+            "speed/tflops": of_rank / 1e12,
+        }
+        if self.gpu is not None:
+            figures["speed/mfu"] = of_rank / self.gpu.flops
         return figures
 
     def _memory(self) -> dict[str, float]:
@@ -222,7 +227,7 @@ class Recorder:
         began = time.monotonic()
         yield
         seconds = time.monotonic() - began
-        self.since += seconds
+        self.clock.leave_out(seconds)
         self.write(step, {f"time/{what}": seconds})
 
     def sync(self) -> None:

@@ -47,6 +47,7 @@ from pipeline.training.recovery import Recovery
 from pipeline.training.scheduled import ScheduledTask, Tasks, read_tasks
 from pipeline.training.state import TrainState
 from pipeline.training.step_log import StepLog
+from pipeline.training.tracing import Tracer
 from pipeline.training.validation import Validation
 
 
@@ -73,6 +74,7 @@ class Training:
         recovery: handles refused updates.
         evaluations: measures between steps.
         checkpoints: saves the run.
+        tracer: traces single steps.
     """
 
     config: Config
@@ -86,6 +88,7 @@ class Training:
     recovery: Recovery
     evaluations: tuple[Component, ...]
     checkpoints: Checkpoints
+    tracer: Tracer
 
     def groups_of(self, step: int) -> list[SlotGroup]:
         """Return the chains that `step` trains, one group per micro-batch."""
@@ -180,8 +183,10 @@ def _assemble(
         Tasks(tasks, engine, averaged, state, log, stop, stopped),
     )
     recovery = Recovery(config, state, guard, stream, skipped, groups, checkpoints)
+    tracer = Tracer(config, ranks, state, log.recorder.clock)
+    stack.callback(tracer.close)
     training = Training(
-        config, engine, turns, state, guard, stop, watchdog, log, recovery, evaluations, checkpoints
+        config, engine, turns, state, guard, stop, watchdog, log, recovery, evaluations, checkpoints, tracer
     )
     machine = machine_of(ranks)
     if ranks.is_first:

@@ -55,9 +55,11 @@ class StepLog:
         if not self.recorder.pending:
             return
         values = self.recorder.flush(self.skipped.skipped(), self.state.tokens)
+        rate = values.get("tokens_per_second")  # a trace leaves its steps out
         self.progress.report(
             f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"masked {values['masked_fraction']:.2f}  {values['tokens_per_second']:,.0f} tokens/s"
+            f"masked {values['masked_fraction']:.2f}"
+            + (f"  {rate:,.0f} tokens/s" if rate is not None else "")
         )
 
     def sync(self) -> None:

@@ -269,6 +269,13 @@ def test_no_unknown_key_of_a_file_passes(
             ["--engine.kind", "plain", "--profiling.communication_steps", "3"],
             ["profiling.communication_steps is 3", "engine.kind is 'plain'"],
         ),
+        (["--profiling.trace_steps", "[1, 3]"], ["profiling.trace_steps is [1, 3]", "from 2"]),
+        (["--profiling.trace_steps", "[10]"], ["profiling.trace_steps is [10]", "the first and the last"]),
+        (["--profiling.trace_steps", "[9, 101]"], ["profiling.trace_steps is [9, 101]", "train.steps = 100"]),
+        (
+            ["--profiling.memory_snapshot", "true", "--engine.device", "cpu"],
+            ["profiling.memory_snapshot is true", "engine.device is 'cpu'"],
+        ),
         (["--engine.sequence_parallel_size", "0"], ["engine.sequence_parallel_size is 0"]),
         (["--engine.sequence_parallel_size", "3"], ["model.heads = 4"]),
         (["--engine.sequence_parallel_size", "2", "--model.kv_heads", "1"], ["model.kv_heads = 1"]),
