@@ -52,7 +52,7 @@ lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy), imports (impor
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example tools/completion.bash .ci/run benchmarks/gpu_proof/offline.sh
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example tools/completion.bash .ci/run deploy/install.sh benchmarks/gpu_proof/offline.sh
 
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .

@@ -22,11 +22,18 @@ note() {
         "${SLURM_ARRAY_TASK_ID:--}" "$1" >>"$PUMA_RUN/slurm/journal.tsv"
 }
 
+# Run a command in the container, if there is one: a command with its options, or options of srun.
+in_container() {
+    local start=${CONTAINER:-}
+    [[ $start != --* ]] || start="srun --ntasks=1 $start"
+    # shellcheck disable=SC2086
+    $start "$@"
+}
+
 # Run a single-process stage and exit with its exit code.
 run_stage() {
     note started
-    # shellcheck disable=SC2086  # CONTAINER is a command with its options
-    ${CONTAINER:-} "$@"
+    in_container "$@"
     local code=$?
     note "ended $code"
     exit "$code"
