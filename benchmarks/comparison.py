@@ -21,7 +21,7 @@ import torch
 
 import trainings
 from pipeline import config as configuration
-from pipeline.base.cli import ToolParser, add_overrides, overrides
+from pipeline.base.cli import overrides
 from pipeline.base.files import replacing
 from pipeline.checkpoint.load_model import Loaded, load_model
 from pipeline.checkpoint.manifest import checkpoints, find
@@ -33,7 +33,8 @@ EFFORT = ("tokens", "unique_samples", "flops", "seconds")
 BOUND = ("bound", "bound_error")
 BOUND_DRAWS = 8
 BATCH_SIZE = 250
-Pair = tuple[str, str]
+HELD_OUT = "held_out.jsonl"
+Texts = tuple[str, ...]  # of a held-out record: prompt and answer, or a text
 Scores = dict[str, float]
 
 
@@ -43,18 +44,36 @@ class Comparison:
 
     Attributes:
         variants: settings of pipeline.train by the name of the variant.
-        twice: variants that are trained for twice the steps.
-        score: gives the scores of a model on held-out pairs; told whether the checkpoint is the last one. The
-            first is the one of the curves, which all checkpoints have.
+        score: gives the scores of a model on held-out records; told whether the checkpoint is the last one.
+            The first is the one of the curves, which all checkpoints have.
         columns: names of all scores, in the order of the CSV.
-        keys: of prompt and answer in the held-out file.
+        prepare: makes the dataset and held_out.jsonl in a folder, once; gives the settings that name it.
+        config: name of the YAML in configs/reproduction.
+        steps: optimizer steps of a run.
+        interval: steps between two points of a curve.
+        count: examples to make for the training; None = they come from --input.
+        items: held-out records that the last checkpoint is scored on.
+        curve_items: of these, those that every checkpoint is scored on.
+        held_out: records of --input that are kept from training, where the task is about those.
+        vocabulary: tokens of the tokenizer, where it is trained on --input.
+        twice: variants that are trained for twice the steps.
+        keys: of a record in held_out.jsonl.
     """
 
     variants: dict[str, str]
-    twice: frozenset[str]
-    score: Callable[[Loaded, Sequence[Pair], bool], Scores]
+    score: Callable[[Loaded, Sequence[Texts], bool], Scores]
     columns: tuple[str, ...]
-    keys: tuple[str, str]
+    prepare: Callable[[Path, Namespace], list[str]]
+    config: str
+    steps: int
+    interval: int
+    count: int | None
+    items: int
+    curve_items: int
+    held_out: int | None = None
+    vocabulary: int | None = None
+    twice: frozenset[str] = frozenset()
+    keys: tuple[str, ...] = trainings.PAIR
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,7 @@ class Job:
 
     Attributes:
         comparison: that it belongs to.
-        held_out: file of records.
-        run_dir: the folder of the run.
+        run_dir: the folder of the run; held_out.jsonl is in the folder around it.
         variant: name of the objective.
         seed: of weights, order and masks.
         settings: command line of pipeline.train, the objective's included.
@@ -73,7 +91,6 @@ class Job:
     """
 
     comparison: Comparison
-    held_out: Path
     run_dir: Path
     variant: str
     seed: int
@@ -82,52 +99,14 @@ class Job:
     items: int
 
 
-def options_of_all(parser: ToolParser, name: str, comparison: Comparison, steps: int, interval: int) -> None:
-    """Add the options of every comparison.
-
-    Args:
-        parser: gets the options.
-        name: of the comparison, in its default paths.
-        comparison: its variants can be chosen.
-        steps: by default.
-        interval: by default.
-    """
-    root, variants = trainings.ROOT, list(comparison.variants)
-    parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument(
-        "--learning-rates", nargs="+", default=[], metavar="RATE", help="run each variant with each of these"
-    )
-    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of every run")
-    parser.add_argument("--interval", type=int, default=interval, help="steps between two points of a curve")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, one thread each")
-    parser.add_argument("--config", type=Path, default=root / f"configs/reproduction/{name}.yaml")
-    add_overrides(parser)
-    parser.add_argument("--folder", type=Path, default=Path(f"runs/reproduce_{name}"), help="data and runs")
-    parser.add_argument("--output", type=Path, default=Path(f"benchmarks/results/{name}.csv"))
-
-
-def read_options(parser: ToolParser, arguments: Sequence[str] | None) -> Namespace:
-    """Return the options, with the folder made."""
-    options = parser.parse_args(arguments)
-    options.folder = options.folder.resolve()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    return options
-
-
-def compare(
-    options: Namespace, comparison: Comparison, data: Sequence[str], held_out: Path, curve: int, items: int
-) -> None:
+def compare(options: Namespace, comparison: Comparison) -> None:
     """Do what is left to do, and write the CSV after every job.
 
     Args:
-        options: of the command line.
+        options: of the command line of benchmarks/reproduce.py.
         comparison: what is compared.
-        data: settings that name the dataset.
-        held_out: file of records that are scored.
-        curve: of these, those that every checkpoint is scored on.
-        items: those that the last one is scored on.
     """
+    data = comparison.prepare(options.folder, options)
     common = ["--config", str(options.config), *data, "--checkpoint.interval", str(options.interval)]
     common += overrides(options)
     variants = chosen_variants(options, comparison)
@@ -136,9 +115,9 @@ def compare(
     jobs = []
     for seed in options.seeds:
         for name, of_variant in variants.items():
-            settings = [*common, "--train.seed", str(seed), *of_variant]
+            settings = (*common, "--train.seed", str(seed), *of_variant)
             run_dir = options.folder / f"{name}_{seed}"
-            jobs.append(Job(comparison, held_out, run_dir, name, seed, tuple(settings), curve, items))
+            jobs.append(Job(comparison, run_dir, name, seed, settings, options.curve_items, options.items))
     rows: list[dict[str, Any]] = []
     for scores in trainings.side_by_side(train_and_score, jobs, options.jobs):
         rows += scores
@@ -152,7 +131,8 @@ def chosen_variants(options: Namespace, comparison: Comparison) -> dict[str, lis
     variants = {}
     for name in options.variants:
         steps = options.steps * (2 if name in comparison.twice else 1)
-        settings = ["--train.steps", str(steps), *comparison.variants[name].split()]
+        objective = comparison.variants[name].format(last_third=2 * steps // 3 + 1)
+        settings = ["--train.steps", str(steps), *objective.split()]
         if not options.learning_rates:
             variants[name] = settings
         for rate in options.learning_rates:
@@ -174,17 +154,17 @@ def score_checkpoints(job: Job) -> list[dict[str, Any]]:
     path = job.run_dir / "scores.jsonl"
     rows = [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     folders = checkpoints(job.run_dir)
-    records = read_all([job.held_out], Keys(job.comparison.keys))
-    pairs = [(record.texts[0], record.texts[1]) for record in records][: job.items]
+    records = read_all([job.run_dir.parent / HELD_OUT], Keys(job.comparison.keys))
+    texts = [tuple(record.texts) for record in records][: job.items]
     for folder in folders:
         last = folder == folders[-1]
-        count = len(pairs) if last else job.curve_items
+        count = len(texts) if last else job.curve_items
         step = find(folder)[1].step
         if any(row["step"] == step and row["items"] >= count for row in rows):
             continue
         loaded = load_model(folder, torch.device("cpu"))
         row = {"variant": job.variant, "seed": job.seed, "step": step, "items": count}
-        row |= effort(job.run_dir, step) | job.comparison.score(loaded, pairs[:count], last)
+        row |= effort(job.run_dir, step) | job.comparison.score(loaded, texts[:count], last)
         rows = [other for other in rows if other["step"] != step] + [row]
         with replacing(path) as file:
             file.writelines(orjson.dumps(each) + b"\n" for each in rows)

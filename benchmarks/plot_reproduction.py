@@ -1,74 +1,47 @@
 """Turn the scores of a comparison of objectives into tables (Markdown, on stdout) and a figure (PNG).
 
-usage: python benchmarks/plot_reproduction.py --figure docs/images/sudoku.png
+usage: python benchmarks/plot_reproduction.py --scores addition.csv --figure addition.png
 
-All figures are means over the seeds, with the standard deviation between seeds behind them. Steps to a target
+All numbers are means over the seeds, with the standard deviation between seeds behind them. Steps to a target
 are those to a share of the first score, the one that all checkpoints have; they are read off each run's own
 curve, linearly between its points, before they are averaged.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
+from reproduction.curves import Runs, reach, read_scores
 
-Run = list[dict[str, float]]  # the points of one run's curve, by step
-Runs = dict[str, dict[str, Run]]  # by variant and seed
 TARGETS = (0.5, 0.7, 0.9)
-COLOURS = 10  # of matplotlib's cycle; further lines are dashed
+MOST = 6  # objectives that a figure can show
+TWICE = "_twice"
+COLOURS = {  # the same in every figure; no figure shows two objectives of one colour
+    "random": "black",
+    "random_bell": "tab:gray",
+    "random_stratified": "tab:olive",
+    "puma": "tab:red",
+    "puma_threshold": "tab:pink",
+    "puma_turns": "tab:orange",
+    "puma_turns_mixed": "tab:blue",
+    "puma_turns_8_mixed": "tab:blue",
+    "puma_turns_8": "tab:cyan",
+    "puma_turns_8_mixed_bell": "tab:cyan",
+    "puma_jumps": "tab:green",
+    "random_then_puma": "tab:purple",
+    "chain_random_order": "tab:brown",
+}
 COSTS = {
     "tokens": ("M tokens", 1e6),
     "unique_samples": ("unique samples", 1),
     "flops": ("TFLOP", 1e12),
     "seconds": ("s", 1),
 }
-
-
-def read_scores(path: Path) -> tuple[list[str], Runs]:
-    """Return the names of the scores, and the runs of each variant and seed.
-
-    Raises:
-        UserError: for a file without scores.
-    """
-    runs: dict[str, dict[str, Run]] = defaultdict(lambda: defaultdict(list))
-    with path.open(newline="") as file:
-        table = csv.DictReader(file)
-        for row in table:
-            point = {key: float(x) for key, x in row.items() if x and key not in ("variant", "seed")}
-            runs[row["variant"]][row["seed"]].append(point)
-        columns = list(table.fieldnames or ())
-    if not runs or "items" not in columns:
-        raise UserError(f"{path} holds no scores: benchmarks/reproduce_sudoku.py and its like write them.")
-    scores = [name for name in columns[columns.index("items") + 1 :] if not name.endswith("_error")]
-    return scores, {
-        variant: {seed: sorted(points, key=lambda p: p["step"]) for seed, points in seeds.items()}
-        for variant, seeds in runs.items()
-    }
-
-
-def reach(points: Run, target: float, score: str, against: str = "step") -> float | None:
-    """Return where a curve first comes to `target`, linearly between its points; it begins at 0, 0.
-
-    Args:
-        points: of one run, by step.
-        target: the wanted score.
-        score: its name.
-        against: what is counted on the way: step, tokens, flops, ...
-    """
-    before = {against: 0.0, score: 0.0}
-    for point in points:
-        if point[score] >= target:
-            share = (target - before[score]) / (point[score] - before[score])
-            return before[against] + share * (point[against] - before[against])
-        before = point
-    return None
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -127,7 +100,10 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def draw(score: str, runs: Runs, path: Path) -> None:
-    """Draw score and bound against steps, and the score against unique examples: a line a variant."""
+    """Draw score and bound against steps, and the score against unique examples.
+
+    A line is the mean over the seeds, the shade the range between them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,14 +112,15 @@ def draw(score: str, runs: Runs, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
     panels = [("step", score), ("step", "bound"), ("unique_samples", score)]
     for panel, (across, up) in zip(axes, panels, strict=True):
-        for number, (variant, each) in enumerate(runs.items()):
-            line = {"color": f"C{number}", "ls": "-" if number < COLOURS else "--"}
-            for points in each.values():
-                panel.plot([p[across] for p in points], [p[up] for p in points], **line, alpha=0.25, lw=0.8)
+        for variant, each in runs.items():
+            colour, style = COLOURS.get(variant.removesuffix(TWICE)), "--" if TWICE in variant else "-"
             common = set.intersection(*({p["step"] for p in points} for points in each.values()))
             met = [[p for p in points if p["step"] in common] for points in each.values()]
-            middle = [[mean(p[key] for p in at) for at in zip(*met, strict=True)] for key in (across, up)]
-            panel.plot(*middle, **line, label=variant)
+            places = [mean(p[across] for p in at) for at in zip(*met, strict=True)]
+            heights = [[p[up] for p in at] for at in zip(*met, strict=True)]
+            panel.plot(places, list(map(mean, heights)), color=colour, ls=style, label=variant)
+            ends = [list(map(end, heights)) for end in (min, max)]
+            panel.fill_between(places, *ends, color=colour, alpha=0.15, lw=0)
         panel.set_xlabel({"step": "optimizer steps"}.get(across, across.replace("_", " ")))
         panel.set_ylabel({"bound": "bound, nats an answer"}.get(up, f"held out, {up.replace('_', ' ')}"))
         panel.grid(alpha=0.3)
@@ -156,15 +133,19 @@ def draw(score: str, runs: Runs, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables and draw the figure."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument("--scores", type=Path, default=Path("benchmarks/results/sudoku.csv"), help="the CSV")
+    parser.add_argument("--scores", type=Path, required=True, help="the CSV")
     parser.add_argument("--figure", type=Path, help="PNG file for the curves")
+    parser.add_argument("--shown", nargs="+", help=f"variants in the figure, at most {MOST}; default: all")
     parser.add_argument("--baseline", default="random", help="variant that the others' steps are a share of")
     options = parser.parse_args(arguments)
     scores, runs = read_scores(options.scores)
     tables = last_points(scores, runs), ways(scores[0], runs, options.baseline)
     print(*map(markdown, tables), sep="\n\n")
     if options.figure:
-        draw(scores[0], runs, options.figure)
+        shown = options.shown or list(runs)
+        if len(shown) > MOST or not runs.keys() >= set(shown):
+            raise UserError(f"--shown {' '.join(shown)}: choose at most {MOST} of {', '.join(runs)}.")
+        draw(scores[0], {name: runs[name] for name in shown}, options.figure)
 
 
 if __name__ == "__main__":

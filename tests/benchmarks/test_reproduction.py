@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import plot_reproduction
-import reproduce_sudoku
-import reproduce_text
-from plot_reproduction import Run, reach
+import reproduce
+import summarize_reproduction
+from reproduction import questions
+from reproduction.curves import Run, difference, reach, steps_ratio
 from support.programs import run_here
 
 pytestmark = pytest.mark.slow
@@ -49,13 +50,13 @@ def test_other_costs_are_read_at_the_same_place() -> None:
 def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An objective, a few steps: a row a checkpoint, the costs as they must be, tables and a figure."""
     table, figure = tmp_path / "scores.csv", tmp_path / "figure.png"
-    sizes = "--size 4 --clues 8 --count 2500 --puzzles 6 --curve-puzzles 4 --steps 4 --interval 2 --seeds 5"
+    sizes = "--task sudoku4 --count 2500 --items 6 --curve-items 4 --steps 4 --interval 2 --seeds 5"
     tiny = "model.layers=1 model.hidden_size=32 schedule.warmup_steps=1 train.log_interval=2 monitor.texts=0"
     rates = ["--learning-rates", "2e-3", "0.1"]
     arguments = [*sizes.split(), "--variants", "puma_turns", *rates, "--set", *tiny.split()]
     places = ["--folder", str(tmp_path / "runs"), "--output", str(table)]
     for _ in range(2):  # the second time nothing is left to do
-        outcome = run_here(reproduce_sudoku.main, [*arguments, *places], capsys)
+        outcome = run_here(reproduce.main, [*arguments, *places], capsys)
         assert outcome.code == 0, outcome.error
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -76,9 +77,12 @@ def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert drawn.code == 0, drawn.error
     assert "| puma_turns_2e-3 | 1 | 4 |" in drawn.output
     assert figure.stat().st_size > 10_000
+    named = [f"{table}:solved_1:0.5", "--baseline", "puma_turns_0.1"]
+    summed = run_here(summarize_reproduction.main, named, capsys)
+    assert "| scores | puma_turns_2e-3 | 1 | ?1.00 [1.00, 1.00] |" in summed.output
 
 
-def test_the_comparison_on_text_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_on_questions_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last records that fit are held out, and what is too long is left out of both files."""
     sums = [
         {"question": f"{a} and {b}?", "answer": f"It is {a}+{b}=<<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"}
@@ -88,11 +92,20 @@ def test_the_comparison_on_text_in_small(tmp_path: Path, capsys: pytest.CaptureF
     sums[-1]["question"] *= 20
     text, table = tmp_path / "sums.jsonl", tmp_path / "scores.csv"
     text.write_text("".join(json.dumps(record) + "\n" for record in sums), encoding="utf-8")
-    sizes = "--vocab-size 320 --held-out 9 --items 8 --curve-items 3 --steps 2 --interval 1 --seeds 5"
+    sizes = "--vocabulary 320 --held-out 9 --items 8 --curve-items 3 --steps 2 --interval 1 --seeds 5"
     tiny = "model.layers=1 model.hidden_size=32 schedule.warmup_steps=1 train.log_interval=1 monitor.texts=0"
-    places = ["--text", str(text), "--folder", str(tmp_path / "runs"), "--output", str(table)]
+    places = [
+        "--task",
+        "questions",
+        "--input",
+        str(text),
+        "--folder",
+        str(tmp_path / "runs"),
+        "--output",
+        str(table),
+    ]
     arguments = [*sizes.split(), "--variants", "random", *places, "--set", *tiny.split()]
-    outcome = run_here(reproduce_text.main, arguments, capsys)
+    outcome = run_here(reproduce.main, arguments, capsys)
     assert outcome.code == 0, outcome.error
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -119,12 +132,35 @@ def test_the_comparison_on_text_in_small(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_the_format_of_an_answer(answer: str, fits: bool) -> None:
-    assert (reproduce_text.FORMAT.fullmatch(answer) is not None) == fits
+    assert (questions.FORMAT.fullmatch(answer) is not None) == fits
 
 
 def test_an_unknown_setting_stops_before_anything_is_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcome = run_here(reproduce_sudoku.main, ["--set", "steps", "--folder", str(tmp_path / "runs")], capsys)
+    arguments = ["--task", "sudoku4", "--set", "steps", "--folder", str(tmp_path / "runs")]
+    outcome = run_here(reproduce.main, arguments, capsys)
     assert "KEY=VALUE" in outcome.complaint()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_score_that_is_better_when_lower() -> None:
+    points = [{"step": 100.0 * n, "bound": bound} for n, bound in enumerate((9.0, 7.0, 3.0), start=1)]
+    assert reach(points, 5.0, "bound") == pytest.approx(250)
+    assert reach(points, 10.0, "bound") == 100
+    assert reach(points, 2.0, "bound") is None
+
+
+def test_ratios_are_of_the_same_seeds_and_say_who_did_not_arrive() -> None:
+    """Steps to 0.5: 100, 150 against 200, 300; seed 3 has no baseline. Then neither arrives at 0.9."""
+    runs = {
+        "a": {"1": curve(0.5, 0.8, 0.8), "2": curve(0.4, 0.6, 0.8), "3": curve(0.1, 0.1, 0.1)},
+        "b": {"1": curve(0.2, 0.5, 0.6), "2": curve(0.2, 0.3, 0.5)},
+    }
+    ratio, sign = steps_ratio(runs, "a", "b", "solved_1", 0.5)
+    assert (ratio.value, sign) == (pytest.approx(250 / 500), "")
+    assert (ratio.low, ratio.high) == pytest.approx((0.5, 0.5))  # of both seeds alone
+    assert steps_ratio(runs, "a", "b", "solved_1", 0.7)[1] == "<"
+    assert steps_ratio(runs, "a", "b", "solved_1", 0.9)[1] == "?"
+    assert steps_ratio(runs, "b", "a", "solved_1", 0.7)[1] == ">"
+    assert difference(runs, "a", "b", "solved_1") == pytest.approx((0.25, 0.2, 0.3))

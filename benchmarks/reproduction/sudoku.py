@@ -1,19 +1,15 @@
-"""Train Sudoku solvers by PUMA, by random masking and by what lies between them, and score all alike.
-
-usage: python benchmarks/reproduce_sudoku.py --seeds 1 2 3 --jobs 2
-
-See benchmarks/comparison.py for what is equal in all of them; the same command resumes an interrupted
-comparison. The result is a CSV; benchmarks/plot_reproduction.py draws it.
-"""
+"""Sudoku puzzles of 4x4 and 6x6 cells, solved by PUMA, by random masking and by what lies between them."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import comparison
 import trainings
-from comparison import BATCH_SIZE, Comparison, Pair, Scores
-from pipeline.base.cli import ToolParser, run
+from comparison import BATCH_SIZE, Comparison, Scores, Texts
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.recipes.puzzles import is_solved
 from pipeline.decoding.completing import complete
@@ -46,7 +42,7 @@ DECODINGS = {
 }
 
 
-def score(loaded: Loaded, pairs: Sequence[Pair], last: bool) -> Scores:
+def score(loaded: Loaded, pairs: Sequence[Texts], last: bool) -> Scores:
     """Return the share of the puzzles that each decoding solves (the first, if not `last`), and the bound."""
     puzzles = [puzzle for puzzle, _ in pairs]
     cells = len(puzzles[0])
@@ -60,25 +56,33 @@ def score(loaded: Loaded, pairs: Sequence[Pair], last: bool) -> Scores:
     return figures | comparison.bound(loaded, tokens)
 
 
-SUDOKU = Comparison(VARIANTS | TWICE, frozenset(TWICE), score, tuple(DECODINGS), ("prompt", "answer"))
+def prepare(size: int, clues: int, folder: Path, options: Namespace) -> list[str]:
+    """Make puzzles to train on, and puzzles to solve that share no grid with those."""
+    return trainings.sudoku_settings(folder, size, clues, options.count, options.items)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare the variants on puzzles that are made first."""
-    parser = ToolParser(__doc__ or "")
-    comparison.options_of_all(parser, "sudoku", SUDOKU, steps=1600, interval=100)
-    parser.add_argument("--size", type=int, default=6, help="rows of a puzzle")
-    parser.add_argument("--clues", type=int, default=20, help="given cells of a puzzle")
-    parser.add_argument("--count", type=int, default=20000, help="puzzles to train on")
-    parser.add_argument("--puzzles", type=int, default=1000, help="held-out puzzles for the last step")
-    parser.add_argument("--curve-puzzles", type=int, default=200, help="held-out puzzles for every point")
-    options = comparison.read_options(parser, arguments)
-    data = trainings.sudoku_settings(
-        options.folder, options.size, options.clues, options.count, options.puzzles
+def puzzles(size: int, clues: int, steps: int, curve: int) -> Comparison:
+    """Return the comparison on puzzles of size x size cells.
+
+    Args:
+        size: rows of a puzzle.
+        clues: its given cells.
+        steps: of a run.
+        curve: puzzles that every checkpoint is scored on.
+    """
+    return Comparison(
+        variants=VARIANTS | TWICE,
+        score=score,
+        columns=tuple(DECODINGS),
+        prepare=partial(prepare, size, clues),
+        config="sudoku",
+        steps=steps,
+        interval=100,
+        count=20_000,
+        items=1000,
+        curve_items=curve,
+        twice=frozenset(TWICE),
     )
-    held_out = options.folder / "held_out.jsonl"
-    comparison.compare(options, SUDOKU, data, held_out, options.curve_puzzles, options.puzzles)
 
 
-if __name__ == "__main__":
-    run(main)
+SUDOKU_4, SUDOKU_6 = puzzles(4, 6, 1000, 200), puzzles(6, 20, 700, 100)

@@ -1,0 +1,124 @@
+"""Train with several objectives for a few hundred steps on your own data, and print a table (Markdown).
+
+usage: python benchmarks/pilot.py --config configs/tiny_text.yaml --steps 300
+
+Model, data, optimizer and batch are those of the YAML; the learning rate is constant after its warm-up. With
+--learning-rates each objective runs with each of them. The held-out loss uses the same masks for all, and the
+averaged weights where the run keeps them. It says little of decoding: with tasks in the YAML (the list
+evaluation.tasks) the table has their scores, too. The same command resumes an interrupted pilot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import orjson
+
+import trainings
+from pipeline import config as configuration
+from pipeline.base.cli import ToolParser, add_overrides, overrides, run
+from pipeline.base.errors import UserError
+from pipeline.base.files import replacing
+from pipeline.config import Config
+from pipeline.monitor.writers import METRICS_FILE
+from plot_reproduction import markdown, spread
+from reproduction.arms import arms
+
+TASKS = "evaluation/"  # begins the names of their curves
+LOSS = ("held_out/ema_loss", "held_out/loss")  # the first that a run has
+
+
+def as_pilot(config: Config, steps: int) -> Config:
+    """Return what all runs share: few steps, a constant learning rate, no objective yet."""
+    block = config.objective.block_size
+    warmup = min(config.schedule.warmup_steps, steps // 5)
+    interval = max(1, steps // 10)
+    return dataclasses.replace(
+        config,
+        objective=configuration.ObjectiveConfig(block_size=block),
+        schedule=configuration.ScheduleConfig(kind="wsd", warmup_steps=warmup),
+        train=dataclasses.replace(config.train, steps=steps, log_interval=interval),
+        checkpoint=dataclasses.replace(config.checkpoint, interval=steps),
+        evaluation=dataclasses.replace(config.evaluation, interval=interval),
+    )
+
+
+def run_all(options: Namespace) -> list[list[str]]:
+    """Train what is not trained yet; return the table, the head first."""
+    config = configuration.load(["--config", str(options.config), *overrides(options)])
+    variants = arms(config.objective.stages)
+    for name in options.variants or []:
+        if name not in variants:
+            raise UserError(f"--variants {name} is unknown: choose from {', '.join(variants)}.")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    common = options.folder.resolve() / "pilot.yaml"
+    with replacing(common) as file:
+        file.write(configuration.to_yaml(as_pilot(config, options.steps)).encode())
+    ends: dict[str, list[dict[str, float]]] = {}
+    for seed in options.seeds:
+        for name in options.variants or variants:
+            for rate in options.learning_rates or [str(config.optimizer.learning_rate)]:
+                label = f"{name}_{rate}" if options.learning_rates else name
+                run_dir = options.folder.resolve() / f"{label}_{seed}"
+                run_dir.mkdir(exist_ok=True)
+                objective = variants[name].format(last_third=2 * options.steps // 3 + 1)
+                settings = ["--config", str(common), "--run_dir", str(run_dir), *objective.split()]
+                settings += ["--train.seed", str(seed), "--optimizer.learning_rate", rate]
+                configuration.load(settings)
+                trainings.train([*options.launcher, *settings], run_dir, {})
+                ends.setdefault(label, []).append(last_figures(run_dir))
+    return table(ends)
+
+
+def last_figures(run_dir: Path) -> dict[str, float]:
+    """Return held-out loss, scores of tasks and speed of a run, each as it was written last."""
+    lines = [orjson.loads(line) for line in (run_dir / METRICS_FILE).read_bytes().splitlines()]
+    last = {key: value for line in lines for key, value in line.items()}
+    loss = next((last[key] for key in LOSS if key in last), None)
+    if loss is None:
+        raise UserError(f"{run_dir} has no held-out loss: give data.split a validation part, such as 95,5,0.")
+    tasks = {
+        key.removeprefix(TASKS).removesuffix("/accuracy"): value
+        for key, value in last.items()
+        if key.startswith(TASKS) and key.endswith("/accuracy")
+    }
+    return {"held-out loss": loss, **tasks, "tokens/s": last["tokens_per_second"]}
+
+
+def table(ends: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+    """Return a row an objective, the best held-out loss first."""
+    columns = list(next(iter(ends.values()))[0])
+    rows = [["objective", "seeds", *columns]]
+    for label, each in sorted(ends.items(), key=lambda item: mean(end[columns[0]] for end in item[1])):
+        cells = [spread([end[key] for end in each], 0 if key == "tokens/s" else 3) for key in columns]
+        rows.append([label, str(len(each)), *cells])
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = ToolParser(__doc__ or "")
+    parser.add_argument("--config", type=Path, required=True, help="YAML of your run")
+    add_overrides(parser)
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--variants", nargs="+", help="objectives (default: all)")
+    parser.add_argument("--learning-rates", nargs="+", default=[], metavar="RATE", help="default: the YAML's")
+    parser.add_argument("--folder", type=Path, default=Path("runs/pilot"), help="gets the runs")
+    parser.add_argument(
+        "--launcher",
+        type=shlex.split,
+        default=f"{shlex.quote(sys.executable)} -m pipeline.train",
+        help='before the settings, such as "torchrun --nproc-per-node 8 -m pipeline.train"',
+    )
+    print(markdown(run_all(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""The tasks on which benchmarks/reproduce.py compares objectives, one module each."""
