@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from pipeline.base.cli import ToolParser, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.options import add_options as add_checkpoint_options
+from pipeline.corpus.arguments import TEMPLATE_HELP
 from pipeline.decoding.prompts import read_prompts, spans
 from pipeline.decoding.sampling import add_options, read_options
 
@@ -44,6 +46,9 @@ def build_parser() -> ToolParser:
     )
     prompts.add_argument("--prompt-file", type=Path, help="txt with one prompt per line, jsonl or parquet")
     parser.add_argument("--prompt-key", default="prompt", help="key of the prompt in jsonl or parquet")
+    parser.add_argument(
+        "--chat-template", type=Path, help=f"make each text a message of a user; {TEMPLATE_HELP}"
+    )
     parser.add_argument("--length", type=int, help="tokens to add (default: all that fit)")
     parser.add_argument("--num-samples", type=int, default=1, help="samples per prompt")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch")
@@ -79,6 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"--animate draws at most {MOST_ANIMATED} sequences, but there are "
                 f"{len(prompts) * options.num_samples}: give fewer prompts or a smaller --num-samples."
             )
+    template = None
+    if options.chat_template is not None:
+        from pipeline.corpus.chat_template import asked, read_template
+
+        template = read_template(options.chat_template)
+        if any(isinstance(piece, int) for pieces in texts for piece in pieces):
+            raise UserError("--chat-template has no effect on texts with [MASK*N]: leave one of the two out.")
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
     import torch
 
@@ -102,7 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shows: list[Show] = [each.show for each in (view, recorder) if each is not None]
     progress = Progress(len(prompts) * options.num_samples, 0, "sample", enabled=view is None)
     shape = (options.num_samples, options.length, options.batch_size)
-    for done, sample in enumerate(generate(loaded, prompts, settings, *shape, shows), 1):
+    as_asked: Callable[[str], str] = str
+    if template is not None:
+        as_asked = partial(asked, template, specials=list(loaded.tokenizer.model.specials()))
+    for done, sample in enumerate(generate(loaded, prompts, settings, *shape, shows, as_asked), 1):
         if view is not None:
             view.clear()
         print(as_json(sample) if options.json else as_text(sample, done, shape[0], len(prompts)), flush=True)

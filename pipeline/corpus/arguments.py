@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from pipeline.base.cli import option
 from pipeline.base.errors import UserError
 from pipeline.corpus.records import MAX_BAD_FRACTION, MESSAGE_FORMAT, Keys
+
+TEMPLATE_HELP = (
+    "the chat template of transformers in a tokenizer's folder, in its tokenizer_config.json, or in a "
+    "Jinja file"
+)
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -24,7 +31,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True)
     parser.add_argument("--answer-key", help="key of the answer; with --prompt-key instead of --text-key")
     parser.add_argument(
         "--messages-key",
-        help="key of a list of chat messages {role, content}: the last is the answer, the rest the prompt",
+        help="key of a list of chat messages {role, content}: the last is the answer, the others the prompt",
     )
     parser.add_argument(
         "--message-format",
@@ -32,6 +39,16 @@ def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True)
         type=lambda text: text.replace("\\n", "\n"),
         help="format of a message in the prompt (\\n: line end); the part before {content} opens the answer; "
         "special tokens of the tokenizer in it, such as <|im_start|>, become those tokens",
+    )
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        help=f"write the messages by a template, not by --message-format; {TEMPLATE_HELP}",
+    )
+    parser.add_argument(
+        "--every-turn",
+        action="store_true",
+        help="make each message by the assistant an answer, given those before it, not only the last",
     )
     parser.add_argument(
         "--split-documents",
@@ -70,7 +87,23 @@ def corpus_keys(options: argparse.Namespace) -> Keys:
     if options.messages_key is not None:
         if "{content}" not in options.message_format:
             raise UserError(f"--message-format is {options.message_format!r}: it must contain {{content}}.")
-        return Keys((options.messages_key,), messages=True, message_format=options.message_format)
+        template = None
+        if options.chat_template is not None:
+            if options.message_format != MESSAGE_FORMAT:
+                raise UserError("--chat-template excludes --message-format: give one or the other.")
+            from pipeline.corpus.chat_template import read_template  # Jinja is rarely needed
+
+            template = read_template(options.chat_template)
+        return Keys(
+            (options.messages_key,),
+            messages=True,
+            message_format=options.message_format,
+            chat_template=template,
+            every_turn=options.every_turn,
+        )
+    for name in ("chat_template", "every_turn"):
+        if getattr(options, name):
+            raise UserError(f"{option(name)} has no effect without --messages-key: give it, too.")
     if pair[0] is not None:
         if pair[0] == pair[1]:
             raise UserError(f"--prompt-key and --answer-key are both {pair[0]}: give each its own key.")

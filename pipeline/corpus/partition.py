@@ -32,6 +32,9 @@ SMALLEST, LARGEST = 2**23, 2**30  # bytes of a unit, without --unit-bytes
 TAIL, SMALLEST_OF_TAIL = 8, 2**20  # a unit has at most 1/8 of the remaining bytes: workers finish together
 
 
+_LATER = ("chat_template", "every_turn")
+
+
 @dataclass(frozen=True)
 class Options:
     """The options that change the dataset.
@@ -57,7 +60,9 @@ class Options:
     def to_json(self) -> dict[str, Any]:
         """Return the options as one flat JSON object."""
         values = dataclasses.asdict(self)
-        return {**values.pop("keys"), **values, "names": list(self.keys.names)}
+        values = {**values.pop("keys"), **values, "names": list(self.keys.names)}
+        # Options that earlier versions lack are only written where they are given: plans stay as they were.
+        return {name: value for name, value in values.items() if value or name not in _LATER}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Options:
@@ -152,7 +157,8 @@ def make_partition(
     units += [tuple(held)] if held else []
     found = Tokenizer.load(tokenizer)
     if missing := check_format(found, options.keys):
-        names = f"{', '.join(missing)} of --message-format"
+        where = "--message-format" if options.keys.chat_template is None else "--chat-template"
+        names = f"{', '.join(missing)} of {where}"
         print(f"{names}: not special tokens of {tokenizer}, encoded as ordinary text")
     folder = os.path.abspath(tokenizer)
     return Partition(tuple(sources), options, folder, found.sha256, tuple(units))
@@ -172,9 +178,9 @@ def differences(old: Partition, new: Partition) -> list[Difference]:
     before, now = old.options.to_json(), new.options.to_json()
     names = {"names": "the keys", "messages": option("messages_key"), "split": option("split_documents")}
     found += [
-        (names.get(name, option(name)), before.get(name), now[name])
-        for name in now
-        if before.get(name) != now[name]
+        (names.get(name, option(name)), before.get(name), now.get(name))
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
     ]
     if old.tokenizer_sha256 != new.tokenizer_sha256:
         found.append(("the tokenizer's sha256", old.tokenizer_sha256[:12], new.tokenizer_sha256[:12]))

@@ -1,8 +1,8 @@
-"""Documents from records: which keys are read, how chat becomes pairs, which records are bad."""
+"""Documents from records: which keys are read, which records are bad."""
 
 from __future__ import annotations
 
-import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from pipeline.base.errors import UserError, nearest
+from pipeline.corpus.chat import pairs_by_format
 from pipeline.corpus.reading import BOM, DAMAGED, BadRecord, Content, Reading, SpanReader, cut
 from pipeline.corpus.sources import Source, open_file
 
@@ -25,7 +26,6 @@ ONE_A_LINE = "each line must hold an object; jq -c '.[]' converts an array"
 
 EMPTY = "empty_text"  # the reason of a record that is no bad one: it is skipped
 LINE_END = re.compile(r"\r\n|\n|\r")
-_ROLE = re.compile(r"\w+")
 # After . ! ? and closing quotes before white space; after full-width marks anywhere.
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[”’」』]*")
 
@@ -39,12 +39,16 @@ class Keys:
         messages: the name is that of a list of {"role", "content"}; the last message, the assistant's, is the
             answer, the others are the prompt.
         message_format: of a message in the prompt; the part before {content} also opens the answer.
+        chat_template: writes the messages instead of the format; see `chat_template.read_template`.
+        every_turn: every message by the assistant is an answer, given those before it.
         split: make each line or sentence of a text a document, or each text file.
     """
 
     names: tuple[str, ...]
     messages: bool = False
     message_format: str = MESSAGE_FORMAT
+    chat_template: str | None = None
+    every_turn: bool = False
     split: Literal["line", "sentence", "file"] | None = None
 
     @property
@@ -59,13 +63,16 @@ class Keys:
         return Reading(unit, limit, tuple(columns))
 
 
-def documents(content: Content, keys: Keys, is_text: bool) -> list[tuple[str, ...]]:
-    """Return the documents of a raw record, (text,) or (prompt, answer); several if texts are split.
+def documents(
+    content: Content, keys: Keys, is_text: bool, specials: Sequence[str] = ()
+) -> list[tuple[str, ...]]:
+    """Return the documents of a raw record, (text,) or (prompt, answer); several if it is split.
 
     Args:
         content: from a `SpanReader`.
         keys: which values are read.
         is_text: whether the record is from a text file.
+        specials: the names of the tokenizer's special tokens, which no message may become.
 
     Raises:
         BadRecord: if it cannot be used.
@@ -77,7 +84,15 @@ def documents(content: Content, keys: Keys, is_text: bool) -> list[tuple[str, ..
         texts: tuple[str, ...] = (_decoded(content),)
     else:
         tree = _parsed(content) if isinstance(content, bytes) else content
-        texts = _from_messages(tree, keys) if keys.messages else tuple(_value(tree, n) for n in keys.names)
+        if keys.messages:
+            if keys.chat_template is not None:
+                from pipeline.corpus.chat_template import pairs_by_template  # Jinja is rarely needed
+
+                messages = _messages(tree, keys.names[0], "role")  # a template may need no content
+                return [*pairs_by_template(messages, keys.chat_template, keys.every_turn, specials)]
+            messages = _messages(tree, keys.names[0], "role", "content")
+            return [*pairs_by_format(messages, keys.message_format, keys.every_turn)]
+        texts = tuple(_value(tree, name) for name in keys.names)
     if not texts[-1]:
         what = ("empty_answer", "an answer") if keys.is_pair else (EMPTY, "a text")
         raise BadRecord(what[0], f"{what[1]} of length 0")
@@ -142,60 +157,13 @@ def _value(tree: dict[str, Any], name: str) -> str:
     return value
 
 
-def _from_messages(tree: dict[str, Any], keys: Keys) -> tuple[str, str]:
-    messages = _find(tree, keys.names[0])
+def _messages(tree: dict[str, Any], name: str, *needed: str) -> list[dict[str, Any]]:
+    messages = _find(tree, name)
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not messages:
-        raise BadRecord(
-            "wrong_type", f"{keys.names[0]!r} is not a list of messages, [{{'role', 'content'}}, ...]"
-        )
-    turns = [(_value(message, "role"), _value(message, "content")) for message in messages]
-    role, answer = turns[-1]
-    if role != "assistant":
-        raise BadRecord("empty_answer", f"the last message is by {role!r}, not by 'assistant'")
-    parts = _parts_of(keys.message_format)
-    pieces = [piece for turn in turns[:-1] for piece in _filled(parts, *turn)]
-    pieces += _filled(parts[: parts.index("{content}")], role, "")
-    return Written.of(pieces), answer
-
-
-@functools.cache
-def _parts_of(message_format: str) -> list[str]:
-    return [part for part in re.split(r"(\{role\}|\{content\})", message_format) if part]
-
-
-def _filled(parts: list[str], role: str, content: str) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of a message, and whether the format wrote them; roles that are words count."""
-    for part in parts:
-        if part == "{content}":
-            yield content, False
-        else:
-            yield (role, _ROLE.fullmatch(role) is not None) if part == "{role}" else (part, True)
-
-
-class Written(str):
-    """A prompt written by a message format.
-
-    Attributes:
-        by_format: start and end of each stretch that the format wrote: special tokens count there alone.
-    """
-
-    by_format: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, pieces: Iterable[tuple[str, bool]]) -> Written:
-        """Join pieces of text, each with whether the format wrote it."""
-        spans: list[tuple[int, int]] = []
-        texts: list[str] = []
-        end = 0
-        for text, by_format in pieces:
-            texts.append(text)
-            if by_format and text:
-                start = spans.pop()[0] if spans and spans[-1][1] == end else end
-                spans.append((start, end + len(text)))
-            end += len(text)
-        found = cls("".join(texts))
-        found.by_format = tuple(spans)
-        return found
+        raise BadRecord("wrong_type", f"{name!r} is not a list of messages, [{{'role', 'content'}}, ...]")
+    for message, key in itertools.product(messages, needed):
+        _value(message, key)
+    return messages
 
 
 class Document(NamedTuple):

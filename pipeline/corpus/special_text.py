@@ -1,4 +1,4 @@
-"""Special tokens in chat: those that the message format writes become tokens, those in a message are text."""
+"""Special tokens in chat: those that format or template write become tokens, those in a message are text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.base.errors import UserError
+from pipeline.corpus.chat import Written
 from pipeline.corpus.encode import WordEncoder
-from pipeline.corpus.records import Keys, Written
+from pipeline.corpus.records import Keys
 from pipeline.data.arrays import Array
 from pipeline.data.tokenizer import Tokenizer
 
@@ -17,22 +18,24 @@ _LOOKS_SPECIAL = re.compile(r"<\|[^|<>{}\s]+\|>|</s>|<s>")
 
 
 def check_format(tokenizer: Tokenizer, keys: Keys) -> list[str]:
-    """Return what looks like special tokens in the message format and is none of the tokenizer's.
+    """Return what looks like special tokens in the message format or template and is none of the tokenizer's.
 
     Raises:
-        UserError: for the mask or the padding token in the format.
+        UserError: for the mask or the padding token in it.
     """
     if not keys.messages:
         return []
+    source = "--message-format" if keys.chat_template is None else "--chat-template"
+    text = keys.chat_template or keys.message_format
     for name, number in tokenizer.model.specials().items():
-        if number in (tokenizer.mask, tokenizer.pad) and name in keys.message_format:
-            raise UserError(f"--message-format holds {name}, which training keeps for itself: leave it out.")
+        if number in (tokenizer.mask, tokenizer.pad) and name in text:
+            raise UserError(f"{source} holds {name}, which training keeps for itself: leave it out.")
     known = tokenizer.model.specials()
-    return sorted({name for name in _LOOKS_SPECIAL.findall(keys.message_format) if name not in known})
+    return sorted({name for name in _LOOKS_SPECIAL.findall(text) if name not in known})
 
 
 class SpecialEncoder:
-    """Encodes texts as a `WordEncoder` does, and special tokens of the message format as those tokens."""
+    """Encodes texts as a `WordEncoder` does, and special tokens of `Written` texts as those tokens."""
 
     def __init__(self, encoder: WordEncoder) -> None:
         self.encoder = encoder

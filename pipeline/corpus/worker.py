@@ -103,6 +103,7 @@ class _PartWriter:
         self.job = job
         self.options = job.partition.options
         self.encoder = SpecialEncoder(encoder) if self.options.keys.messages else encoder
+        self.specials = tuple(self.tokenizer.model.specials())
         self.step = 2 if self.options.keys.is_pair else 1  # sequences per document
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self.counts = Counts()
@@ -230,7 +231,7 @@ class _PartWriter:
         """Raise a `UserError` unless the special tokens are those that preprocessing itself wrote."""
         expected = {"mask": 0, "pad": 0, "eos": self.counts.documents if self.options.append_eos else 0}
         if self.options.keys.messages:
-            del expected["eos"]  # a message format may write it, too
+            del expected["eos"]  # a message format or template may write it, too
         for use, count in expected.items():
             found = int(self.histograms[:, self.tokenizer.special_ids[use]].sum())
             if found != count:
@@ -276,7 +277,7 @@ def make_part(job: Job, encoder: WordEncoder, unit: int, beat: Callable[[int, in
                     part.counts.blank += 1
                     continue
                 try:
-                    found = documents(content, options.keys, source.format == "text")
+                    found = documents(content, options.keys, source.format == "text", part.specials)
                     if isinstance(content, dict):
                         _check_size(found, options.max_document_bytes)
                 except BadRecord as bad:

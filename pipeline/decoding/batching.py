@@ -11,6 +11,8 @@ from torch import Tensor
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.config import Config
+from pipeline.corpus.encode import WordEncoder
+from pipeline.corpus.special_text import SpecialEncoder
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.data.tokenizer import Tokenizer
 
@@ -74,7 +76,7 @@ def that_fit(
     """Append a masked answer to each prompt that leaves room for one; return them by index.
 
     Args:
-        prompts: texts of any lengths.
+        prompts: texts of any lengths; in those that a chat template has written, special tokens count.
         length: answer length in tokens; None = up to the trained sequence length.
         tokenizer: tokenizer of the model.
         config: configuration of its run.
@@ -83,7 +85,8 @@ def that_fit(
         UserError: for an empty prompt if the model needs a first token.
     """
     limit, found = config.data.sequence_length, {}
-    for number, ids in enumerate(tokenizer.encode_batch(prompts)):
+    encoder = SpecialEncoder(WordEncoder(tokenizer, cut=False))
+    for number, ids in enumerate(encoder.encode_batch(prompts)):
         size = length or limit - len(ids)
         if 0 < size <= limit - len(ids):
             found[number] = MaskedSequence.behind(ids.tolist(), [tokenizer.mask] * size)
@@ -98,7 +101,7 @@ def behind_prompts(
     found, limit = that_fit(prompts, length, tokenizer, config), config.data.sequence_length
     for number, prompt in enumerate(prompts):
         if number not in found:
-            which, size = f"prompt {number + 1} of {len(prompts)}", len(tokenizer.encode(prompt))
+            which, size = f"prompt {number + 1} of {len(prompts)}", len(tokenizer.encode(str(prompt)))
             raise UserError(
                 f"{which}, {prompt[:_SHOWN]!r}, has {size} tokens; with an answer of "
                 f"{length or 'at least 1'} it exceeds the trained sequence length {limit}: shorten the "

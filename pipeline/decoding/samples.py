@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +40,7 @@ def generate(
     length: int | None = None,
     batch_size: int = 16,
     shows: Sequence[Show] = (),
+    as_asked: Callable[[str], str] = str,
 ) -> Iterator[Sample]:
     """Yield `samples` continuations of each prompt, or fillings of its masked spans, in order.
 
@@ -53,6 +54,7 @@ def generate(
         length: see `complete`.
         batch_size: sequences per batch.
         shows: receive the frames of each step.
+        as_asked: what the model is given for a text that is continued, such as a chat.
 
     Raises:
         UserError: see `complete`, `infill` and `spans`.
@@ -60,7 +62,7 @@ def generate(
     tokenizer = loaded.tokenizer
     texts = dict(enumerate(map(spans, prompts)))
     marked = {i: pieces for i, pieces in texts.items() if any(isinstance(piece, int) for piece in pieces)}
-    plain = {i: "".join(map(str, pieces)) for i, pieces in texts.items() if i not in marked}
+    plain = {i: as_asked("".join(map(str, pieces))) for i, pieces in texts.items() if i not in marked}
     answers = behind_prompts(list(plain.values()), length, tokenizer, loaded.config)
     gaps = with_gaps(loaded, list(marked.values())) if marked else []
     sequences = dict(zip([*plain, *marked], answers + gaps, strict=True))

@@ -14,9 +14,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from pipeline.base.errors import EXIT_DONE, UserError
+from pipeline.corpus.chat import Written
 from pipeline.corpus.encode import OF_PIECES, OF_RUNS, WordEncoder, cuts_of
 from pipeline.corpus.reading import SpanReader, cut
-from pipeline.corpus.records import Keys, Written, read_all
+from pipeline.corpus.records import Keys, read_all
 from pipeline.corpus.sources import Source, find
 from pipeline.corpus.special_text import SpecialEncoder
 from pipeline.corpus.standard_input import suffix_of

@@ -209,9 +209,12 @@ def test_nested_keys() -> None:
 
 
 def test_chat_messages() -> None:
-    def of(*turns: tuple[str, str], template: str = "{role}: {content}\n") -> list[tuple[str, ...]]:
+    def of(
+        *turns: tuple[str, str], template: str = "{role}: {content}\n", every_turn: bool = False
+    ) -> list[tuple[str, ...]]:
         line = json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}).encode()
-        return documents(line, Keys(("messages",), messages=True, message_format=template), False)
+        keys = Keys(("messages",), messages=True, message_format=template, every_turn=every_turn)
+        return documents(line, keys, False)
 
     chat = (("system", "Be {role}."), ("user", "2+2?"), ("assistant", "4"))
     assert of(*chat) == [("system: Be {role}.\nuser: 2+2?\nassistant: ", "4")]
@@ -219,6 +222,11 @@ def test_chat_messages() -> None:
         ("<system>Be {role}.</><user>2+2?</><assistant>", "4")
     ]
     assert of(("assistant", "hi")) == [("assistant: ", "hi")]
+    more = (*chat, ("user", "3+3?"), ("assistant", ""), ("assistant", "6"), ("user", "Thanks"))
+    assert of(*more, every_turn=True) == [
+        of(*chat)[0],
+        ("system: Be {role}.\nuser: 2+2?\nassistant: 4\nuser: 3+3?\nassistant: \nassistant: ", "6"),
+    ]
     for turns, reason in (
         (chat[:2], "empty_answer"),
         ((*chat[:2], ("assistant", "")), "empty_answer"),
