@@ -1,4 +1,4 @@
-"""Evaluate a trained model: answers to puzzles or word problems, exact answers, or the likelihood of text.
+"""Evaluate a trained model: answers to puzzles or word problems, the likelihood of text, or samples of it.
 
 Run it as one process, or with torchrun or srun on several ranks, which share the items. With --output, the
 same command resumes an interrupted evaluation.
@@ -20,6 +20,7 @@ from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.manifest import MANIFEST, find
 from pipeline.checkpoint.options import add_options as add_checkpoint_options
+from pipeline.corpus.arguments import TEMPLATE_HELP
 from pipeline.data.paths import bin_path
 from pipeline.decoding.sampling import SamplingSettings, add_options, read_options
 from pipeline.evaluation.options import DRAWS
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from pipeline.ranks import Ranks
 
 LIKELIHOOD = "likelihood"
+PERPLEXITY = "generative-perplexity"  # of samples
+OF_SAMPLES = ["scorer", "prefix_length"]
+OF_PROMPTS = ["prompt_format", "chat_template"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,16 +45,34 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--untrained", action="store_true", help="evaluate the initial weights, as a baseline"
     )
-    parser.add_argument("--task", choices=[*TASKS, LIKELIHOOD], default="sudoku", help="what to measure")
+    parser.add_argument(
+        "--task", choices=[*TASKS, LIKELIHOOD, PERPLEXITY], default="sudoku", help="what to measure"
+    )
     parser.add_argument(
         "--data",
         required=True,
         type=Path,
-        help="jsonl file of items; for likelihood also a dataset PREFIX",
+        help="jsonl file of items; for likelihood and generative-perplexity also a dataset PREFIX",
     )
     parser.add_argument("--prompt-key", help="key of the prompt (default: question for GSM8K, else prompt)")
     parser.add_argument("--answer-key", help="key of the answer (default: answer)")
-    parser.add_argument("--text-key", help="likelihood: score the text at this key instead of pairs")
+    parser.add_argument(
+        "--text-key", help="likelihood and generative-perplexity: the texts' key, if not pairs"
+    )
+    parser.add_argument(
+        "--scorer",
+        type=Path,
+        help="generative-perplexity: a causal model in the format of transformers, or an autoregressive run",
+    )
+    parser.add_argument(
+        "--prefix-length",
+        type=int,
+        default=0,
+        help="generative-perplexity: tokens of a text that the model is given; 0 = none",
+    )
+    parser.add_argument(
+        "--chat-template", type=Path, help=f"make the prompt a message of a user; {TEMPLATE_HELP}"
+    )
     parser.add_argument("--prompt-format", default="{prompt}", help="template of the model's input")
     parser.add_argument(
         "--length", type=int, help="answer length in tokens (default: the task's, or all that fit)"
@@ -74,6 +96,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"{option(name)} has no effect with --task {options.task}: leave it out.")
     if options.output is not None and options.output.resolve() == options.data.resolve():
         raise UserError(f"--output {options.output} is also --data, the file of items: choose another file.")
+    if options.task == PERPLEXITY and options.scorer is None:
+        raise UserError(
+            f"--scorer is missing: --task {PERPLEXITY} needs a causal model that scores the samples."
+        )
+    if options.prefix_length < 0:
+        raise UserError(f"--prefix-length is {options.prefix_length}: it must be 0 or more.")
     if "{prompt}" not in options.prompt_format:
         raise UserError(f"--prompt-format is {options.prompt_format!r}: it must contain {{prompt}}.")
     read_options(options)  # refuses the sampler's
@@ -82,62 +110,86 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def without_effect(task: str) -> list[str]:
     """Return the options that have no effect with a task."""
+    if task == PERPLEXITY:
+        return ["draws", *OF_PROMPTS]
     if task != LIKELIHOOD:
-        return ["draws", "text_key"]
+        return ["draws", "text_key", *OF_SAMPLES]
     sampler = [field.name for field in dataclasses.fields(SamplingSettings) if field.name != "seed"]
-    return ["length", "prompt_format", *sampler]
+    return ["length", *OF_PROMPTS, *OF_SAMPLES, *sampler]
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return every setting that affects the results, by option."""
-    without = {"batch_size", "output", "restart", "no_verify", *without_effect(options.task)}
-    from pipeline.huggingface.loading import fingerprint, is_export  # see `main`
+    from pipeline.corpus.chat_template import read_template  # see `main`
+    from pipeline.evaluation.scorers import identity_of
+    from pipeline.huggingface.loading import fingerprint, is_export
 
+    without = {"batch_size", "output", "restart", "no_verify", *without_effect(options.task)}
     data = options.data if options.data.is_file() else bin_path(options.data)
     chosen = {option(name): value for name, value in vars(options).items() if name not in without}
     # Another run may have written its checkpoint to the same folder.
     if is_export(options.checkpoint):
-        identity = {"sha256 of the export": fingerprint(options.checkpoint)}
+        chosen |= {"sha256 of the export": fingerprint(options.checkpoint)}
     else:
-        identity = {"sha256 of the checkpoint's manifest": sha256_of(options.checkpoint / MANIFEST)}
-    return (
-        chosen
-        | identity
-        | {
-            "--checkpoint": str(options.checkpoint.resolve()),
-            "--data": str(options.data),
-            "sha256 of the data": sha256_of(data),
+        chosen |= {"sha256 of the checkpoint's manifest": sha256_of(options.checkpoint / MANIFEST)}
+    chosen |= {
+        "--checkpoint": str(options.checkpoint.resolve()),
+        "--data": str(options.data),
+        "sha256 of the data": sha256_of(data),
+    }
+    if options.chat_template is not None:
+        chosen |= {"--chat-template": read_template(options.chat_template)}
+    if options.scorer is not None:
+        chosen |= {
+            "--scorer": str(options.scorer.resolve()),
+            "hash of the scorer": identity_of(options.scorer),
         }
-    )
+    return chosen
 
 
-def measure_of(options: argparse.Namespace, loaded: Loaded, stack: ExitStack) -> Measure:
+def measure_of(options: argparse.Namespace, loaded: Loaded, ranks: Ranks, stack: ExitStack) -> Measure:
     """Return the measure that the options select."""
-    from pipeline.evaluation.measures import Answers, Likelihoods  # see `main`
+    from pipeline.corpus.chat_template import read_template  # see `main`
+    from pipeline.evaluation.measures import Answers, Likelihoods
     from pipeline.evaluation.pairs import read_pairs
+    from pipeline.evaluation.quality import GenerativePerplexity, read_excerpts
+    from pipeline.evaluation.scorers import load_scorer
 
+    keys: tuple[str, ...] = (options.prompt_key or "prompt", options.answer_key or "answer")
+    keys = (options.text_key,) if options.text_key else keys
+    if options.task == PERPLEXITY:
+        cut = options.prefix_length, options.length
+        excerpts = read_excerpts(options.data, keys, loaded, *cut, options.limit)
+        scorer = load_scorer(options.scorer, ranks.device)
+        samples = GenerativePerplexity(excerpts, scorer, read_options(options))
+        samples.check(loaded)
+        return samples
     if options.task == LIKELIHOOD:
-        keys: tuple[str, ...] = (options.prompt_key or "prompt", options.answer_key or "answer")
-        keys = (options.text_key,) if options.text_key else keys
         pairs, too_long = read_pairs(options.data, keys, loaded, options.limit)
         return Likelihoods(pairs, too_long, options.draws, options.seed)
     task = stack.enter_context(closing(TASKS[options.task]()))
     names = (options.prompt_key or task.keys[0], options.answer_key or task.keys[1])
     items = task.read(options.data, names)[: options.limit]
-    answers = Answers(task, items, read_options(options), options.length, options.prompt_format)
+    template = options.chat_template and read_template(options.chat_template)
+    answers = Answers(task, items, read_options(options), options.length, options.prompt_format, template)
     answers.check(loaded)
     return answers
 
 
-def find_checkpoint(path: Path, ranks: Ranks) -> Path:
-    """Return the folder of the checkpoint on every rank; a run may write a newer one at any moment."""
-    from pipeline.huggingface.loading import is_export  # see `main`
+def find_models(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Set the folders of checkpoint and scorer, alike on every rank: a run may write a newer one."""
+    from pipeline.evaluation.scorers import find_scorer  # see `main`
+    from pipeline.huggingface.loading import is_export
 
-    folder = path
+    folders = options.checkpoint, options.scorer
     with ranks.agreeing():
-        if ranks.is_first and not is_export(path):
-            folder = find(path)[0]
-    return ranks.all_gather(folder)[0]
+        if ranks.is_first:
+            checkpoint, scorer = folders
+            folders = (
+                checkpoint if is_export(checkpoint) else find(checkpoint)[0],
+                scorer and find_scorer(scorer),
+            )
+    options.checkpoint, options.scorer = ranks.all_gather(folders)[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,13 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ranks = join_ranks()
         ranks.connect("gloo", timedelta(days=7))  # items may take very different times
         stack.callback(ranks.disconnect)
-        options.checkpoint = find_checkpoint(options.checkpoint, ranks)
+        find_models(options, ranks)
         with ranks.agreeing():
             loaded = load_any(
                 options.checkpoint, ranks.device, options.untrained, options.weights,
                 verify=not options.no_verify, ranks=ranks,
             )  # fmt: skip
-            measured = measure_of(options, loaded, stack)
+            measured = measure_of(options, loaded, ranks, stack)
         results = None
         if options.output is not None:
             results = Results(options.output, settings_of(options), options.restart)

@@ -1,8 +1,9 @@
-"""Confidence interval of an accuracy."""
+"""Confidence intervals of an accuracy and of a ratio of sums."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 Z95 = 1.959963984540054  # the standard normal's 97.5% quantile
 
@@ -24,3 +25,25 @@ def wilson_interval(right: int, total: int, z: float = Z95) -> tuple[float, floa
     low = middle - half if right else 0.0  # exact, without rounding
     high = middle + half if right < total else 1.0
     return low, high
+
+
+def ratio_interval(
+    above: Sequence[float], below: Sequence[float], z: float = Z95
+) -> tuple[float, float] | None:
+    """Return the interval of sum(above) / sum(below), by default at 95%; None for a single item.
+
+    The delta method: the standard error of the ratio r is that of the mean of above - r below, divided by the
+    mean of below.
+
+    Args:
+        above: of each independent item, such as its nats.
+        below: of each item, such as its tokens; their sum is positive.
+        z: quantile of the standard normal.
+    """
+    count = len(above)
+    if count < 2:
+        return None
+    ratio, mean = sum(above) / sum(below), sum(below) / count
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(above, below, strict=True))
+    half = z * math.sqrt(squares / (count - 1) / count) / mean
+    return ratio - half, ratio + half

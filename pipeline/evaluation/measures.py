@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ import torch
 
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.load_model import Loaded
+from pipeline.corpus.chat_template import asked
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import MaskedSequence, behind_prompts, that_fit
 from pipeline.decoding.completing import Completion, fill_sequences
 from pipeline.decoding.sampling import SamplingSettings
@@ -52,6 +55,7 @@ class Answers(Measure):
         settings: settings of the sampler.
         length: answer length in tokens; None = the task's.
         prompt_format: template of the model's input; ``{prompt}`` is replaced by the item's prompt.
+        chat_template: makes that the message of a user; the answer then ends at any special token.
     """
 
     task: Task
@@ -59,17 +63,28 @@ class Answers(Measure):
     settings: SamplingSettings
     length: int | None = None
     prompt_format: str = "{prompt}"
+    chat_template: str | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def prompts(self, items: Sequence[Item]) -> list[str]:
+    def prompts(self, items: Sequence[Item], tokenizer: Tokenizer) -> list[str]:
         """Return the model's input for each item."""
-        return [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
+        texts = [self.prompt_format.replace("{prompt}", item.prompt) for item in items]
+        if self.chat_template is None:
+            return texts
+        return [asked(self.chat_template, text, list(tokenizer.model.specials())) for text in texts]
+
+    def answer(self, completion: Completion, tokenizer: Tokenizer) -> str:
+        """Return the text that is judged."""
+        if self.chat_template is None:
+            return completion.text
+        ends = set(tokenizer.model.specials().values())
+        return tokenizer.decode(itertools.takewhile(lambda token: token not in ends, completion.tokens))
 
     def check(self, loaded: Loaded) -> None:
         """Raise a `UserError` for prompts that the model cannot answer, before the evaluation starts."""
-        prompts = self.prompts(self.items)
+        prompts = self.prompts(self.items, loaded.tokenizer)
         if not self._that_fit(prompts, loaded):  # raise the error of the first
             behind_prompts(prompts, self._length, loaded.tokenizer, loaded.config)
 
@@ -82,11 +97,12 @@ class Answers(Measure):
 
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
         items = [self.items[number] for number in numbers]
-        prompts = self.prompts(items)
+        prompts = self.prompts(items, loaded.tokenizer)
         fitting = self._that_fit(prompts, loaded)
         asked, ids, stop = list(fitting.values()), [numbers[i] for i in fitting], loaded.tokenizer.eos
         found = fill_sequences(loaded, asked, self.settings, batch_size, stop, numbers=ids)
-        verdicts = self.task.score_all([items[i] for i in fitting], [one.text for one in found])
+        answers = [self.answer(one, loaded.tokenizer) for one in found]
+        verdicts = self.task.score_all([items[i] for i in fitting], answers)
         answered = dict(zip(fitting, zip(found, verdicts, strict=True), strict=True))
         nothing = Completion("", [], [], 0), Verdict(False, "not answered: the prompt leaves no room")
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from pipeline.base.errors import UserError
@@ -31,16 +32,8 @@ def read_pairs(
         UserError: for a dataset of another tokenizer, a bad record, or nothing to score.
     """
     length = loaded.config.data.sequence_length
-    documents: list[list[list[int]]] = []
-    if idx_path(path).is_file():
-        documents = _read_dataset(path, loaded.tokenizer, limit)
-    else:
-        for record in read_all([path], Keys(keys)):
-            if len(documents) == limit:
-                break
-            documents.append([loaded.tokenizer.encode(text).tolist() for text in record.texts])
     pairs: list[tuple[list[int], list[int]]] = []
-    for ids in documents:
+    for ids in read_documents(path, keys, loaded.tokenizer, limit):
         if len(ids) == 2:
             pairs.append(as_trained(ids[0], ids[1], loaded))
         else:
@@ -54,6 +47,16 @@ def read_pairs(
             "length): give --data a dataset or file with text."
         )
     return fitting, len(pairs) - len(fitting)
+
+
+def read_documents(
+    path: Path, keys: tuple[str, ...], tokenizer: Tokenizer, limit: int | None
+) -> list[list[list[int]]]:
+    """Return the token ids of documents, each as [text] or [prompt, answer]; see `read_pairs`."""
+    if idx_path(path).is_file():
+        return _read_dataset(path, tokenizer, limit)
+    records = itertools.islice(read_all([path], Keys(keys)), limit)
+    return [[tokenizer.encode(text).tolist() for text in record.texts] for record in records]
 
 
 def as_trained(prompt: list[int], answer: list[int], loaded: Loaded) -> tuple[list[int], list[int]]:

@@ -67,7 +67,18 @@ def _result(figures: dict[str, Any]) -> tuple[str, int]:
     if "accuracy" in figures:
         low, high = figures["interval"]
         return f"accuracy {figures['accuracy']:.4f}, 95% interval {low:.4f} to {high:.4f}", figures["total"]
-    form = {name: "?" if value is None else f"{value:.4f}" for name, value in figures.items()}
+    form = {
+        name: "?" if value is None else f"{value:.4f}"
+        for name, value in figures.items()
+        if not isinstance(value, (list, dict))
+    }
+    if "distinct_1" in figures:  # samples
+        truth = figures["reference"]
+        words = (
+            f"perplexity of samples {form['perplexity']} (true texts {truth['perplexity']:.4f}), unigram "
+            f"entropy {form['entropy']} ({truth['entropy']:.4f})"
+        )
+        return words, figures["samples"]
     words = (
         f"{form['nll']} nats per sequence, standard error {form['standard_error']}; "
         f"perplexity {form['perplexity']}, {form['bits_per_byte']} bits per byte"

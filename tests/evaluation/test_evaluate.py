@@ -218,6 +218,7 @@ def test_another_step_is_another_evaluation(run: Evaluate, run_dir: Path, tmp_pa
         (["--task", "likelihood", "--length", "4"], "--length has no effect with --task likelihood"),
         (["--task", "likelihood", "--threshold", "0.9"], "--threshold has no effect with --task likelihood"),
         (["--draws", "4"], "--draws has no effect with --task exact"),
+        (["--chat-template", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line(run: Evaluate, changes: list[str], message: str) -> None:
@@ -264,6 +265,26 @@ def test_the_prompt_format(run: Evaluate, tmp_path: Path) -> None:
     )
     corpus = read(output)["items"]
     assert all(item["prompt"].startswith("a") and item["prompt"].endswith("b") for item in corpus)
+
+
+def test_a_chat_template_writes_the_prompt(run: Evaluate, run_dir: Path, tmp_path: Path) -> None:
+    """As a prompt format does, and with special tokens; the answer ends at any of these."""
+    tokenizer = load_model(run_dir, torch.device("cpu")).tokenizer
+    template, end = tmp_path / "c.jinja", tokenizer.model.token(tokenizer.eos)
+    items = []
+    for text, more in (
+        ("f{{ messages[0].content }}", ["--chat-template", str(template)]),
+        ("", ["--prompt-format", "f{prompt}"]),
+        (end + "{{ messages[0].content }}", ["--chat-template", str(template)]),
+    ):
+        template.write_text(text)
+        outcome = run("--output", str(tmp_path / "r.json"), "--restart", "--length", "6", *more)
+        assert outcome.code == 0, outcome.error
+        items.append(read(tmp_path / "r.json")["items"])
+    assert items[0] == items[1]
+    assert [row["prompt"] for row in items[2]] == [end + row["prompt"][1:] for row in items[1]]
+    assert 0 not in {row["steps"] for row in items[2]}, "one token: the letters of its name would not fit"
+    assert not any("<" in row["answer"] for row in items[2])
 
 
 @pytest.mark.parametrize("source", ["jsonl", "dataset"])
