@@ -196,7 +196,7 @@ def text_behind(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> t
 
 def entropy(ids: Sequence[int]) -> float:
     """Return the entropy of the unigrams of a text, in nats; at most log(len(ids))."""
-    return -sum(n / len(ids) * math.log(n / len(ids)) for n in Counter(ids).values())
+    return sum(n / len(ids) * math.log(len(ids) / n) for n in Counter(ids).values())
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
