@@ -10,7 +10,6 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.lru_cache(maxsize=2)
 def _compiled(template: str) -> jinja2.Template:
-    """Return a template in the environment of transformers."""
+    """Return a template in the environment of transformers, without strftime_now: no date in the tokens."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -149,7 +148,6 @@ def _compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
