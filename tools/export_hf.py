@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.checkpoint.options import add_options
+from pipeline.corpus.arguments import TEMPLATE_HELP
 from pipeline.huggingface.options import add_shard_argument
 
 
@@ -30,14 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="names of settings and weights: our own, with code for transformers, or those of LLaDA, Dream, "
         "SDAR or dllm's A2D models, for code that knows these",
     )
+    parser.add_argument("--chat-template", type=Path, help=f"write it into the folder: {TEMPLATE_HELP}")
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
+    from pipeline.corpus.chat_template import read_template
     from pipeline.huggingface.export import export
 
+    template = options.chat_template and read_template(options.chat_template)
     limit = options.max_shard_size
     verify = not options.no_verify
-    chosen = (options.weights, options.dtype, limit, verify, options.format)
+    chosen = (options.weights, options.dtype, limit, verify, options.format, template)
     step = export(options.checkpoint, options.output, *chosen)
     print(f"wrote {options.output}: step {step}, {options.dtype}, format {options.format}")
 

@@ -40,6 +40,7 @@ def export(
     max_shard_size: int,
     verify: bool = True,
     form: Format = "own",
+    chat_template: str | None = None,
 ) -> int:
     """Export a checkpoint to `output`, completely or not at all, in one process on the CPU.
 
@@ -54,6 +55,7 @@ def export(
         max_shard_size: maximum bytes per file, unless a single weight is larger.
         verify: compare the hashes of the files that are read.
         form: names of settings and weights; "own" comes with code.
+        chat_template: that of the tokenizer, from `read_template`.
 
     Returns:
         The step of the exported checkpoint.
@@ -76,7 +78,7 @@ def export(
         stored.pop("lm_head.weight", None)
     with creating_folder(output) as writing:
         write_model(writing, form, exported, stored, max_shard_size)
-        write_tokenizer(folder / "tokenizer", writing, exported.sequence_length)
+        write_tokenizer(folder / "tokenizer", writing, exported.sequence_length, chat_template)
         card = model_card(
             output.name,
             config,

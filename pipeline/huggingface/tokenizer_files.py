@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from pipeline.base.errors import UserError
+from pipeline.corpus.chat_template import SETTINGS_FILE, TEMPLATE_FILE
 from pipeline.corpus.tokenizer_making import import_tokenizer
 from pipeline.data.tokenizer import (
     FACTS_FILE,
@@ -38,7 +39,9 @@ def copy_tokenizer(source: Path, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokenizer:
+def write_tokenizer(
+    source: Path, folder: Path, sequence_length: int, chat_template: str | None = None
+) -> Tokenizer:
     """Write the tokenizer in `source` twice: unchanged to FOLDER/tokenizer, and to FOLDER for transformers.
 
     In transformers, the code in `remote_code` reads a SentencePiece model, and transformers itself reads a
@@ -65,7 +68,9 @@ def write_tokenizer(source: Path, folder: Path, sequence_length: int) -> Tokeniz
         model["post_processor"] = None  # it would add tokens that training never saw
         (folder / "tokenizer.json").write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     return tokenizer
 
 
@@ -148,7 +153,7 @@ def import_tokenizer_of(
 
 def _named_by_folder(source: Path, settings: dict[str, Any]) -> dict[str, str | None]:
     """Return the mask, pad and eos tokens that config.json and tokenizer_config.json name."""
-    path = source / "tokenizer_config.json"
+    path = source / SETTINGS_FILE
     texts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     model = tokenizers.Tokenizer.from_file(str(source / TOKENIZER_FILE))
     names: dict[str, str | None] = {}

@@ -19,6 +19,7 @@ from pipeline.corpus.tokenizer_making import import_tokenizer
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import read_index, read_sequence
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.huggingface.tokenizer_files import write_tokenizer
 from support.byte_level import train_byte_level
 from support.corpora import command, make_dataset
 from support.programs import run_here
@@ -141,6 +142,20 @@ def test_a_prompt_as_the_message_of_a_user(folder: Path, name: str) -> None:
     assert evil.tolist().count(SPECIALS.index("<|im_end|>")) == 1
     with pytest.raises(UserError, match=r"refuses the messages \(no system\): give another --chat-template"):
         asked("{%- set bos_token = '' -%}" + LONG, "hi", specials)
+
+
+def test_an_exported_tokenizer_has_the_template(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.jinja").write_text(LONG)
+    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "exported").mkdir()
+    template = read_template(tmp_path / "c.jinja")
+    write_tokenizer(folder / "tokenizer", tmp_path / "exported", 64, template)
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs.chat_template = LONG
+    exported = PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported")
+    ids = [one.apply_chat_template(CHAT, return_dict=True)["input_ids"] for one in (exported, theirs)]
+    assert ids[0] == ids[1]
+    assert read_template(tmp_path / "exported") == template
 
 
 def test_chats_that_a_template_refuses_are_quarantined(folder: Path, tmp_path: Path) -> None:
