@@ -55,7 +55,7 @@ class Answers(Measure):
         settings: settings of the sampler.
         length: answer length in tokens; None = the task's.
         prompt_format: template of the model's input; ``{prompt}`` is replaced by the item's prompt.
-        chat_template: makes that the message of a user; the answer then ends at any special token.
+        chat_template: makes that the message of a user; the answer then ends at the special token of a turn.
     """
 
     task: Task
@@ -79,7 +79,7 @@ class Answers(Measure):
         """Return the text that is judged."""
         if self.chat_template is None:
             return completion.text
-        ends = set(tokenizer.model.specials().values())
+        ends = set(tokenizer.model.specials().values()) - {tokenizer.pad, tokenizer.unk}
         return tokenizer.decode(itertools.takewhile(lambda token: token not in ends, completion.tokens))
 
     def check(self, loaded: Loaded) -> None:
