@@ -12,7 +12,7 @@ from pipeline.config.objective import POLICY_NAMES, UNSCORED
 from pipeline.objectives.policies import POLICIES
 from support.programs import ROOT
 
-HEAVY = {"torch", "deepspeed", "megatron", "transformers", "lm_eval", "datasets", "tensorboard", "matplotlib"}
+HEAVY = set("torch deepspeed megatron transformers lm_eval datasets s3fs tensorboard matplotlib".split())
 PROGRAMS = ["pipeline.train", *(f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py")))]
 # Ask one program after another for its help, or for what it refuses; all of them in one process.
 ASK = """

@@ -14,13 +14,17 @@ from pathlib import Path
 from pipeline.base.cli import ToolParser, option, require_at_least_one, run
 from pipeline.base.cpus import slurm_number, usable_cpus
 from pipeline.base.errors import EXIT_DONE, EXIT_LOST_DATA, UserError
+from pipeline.base.remote import is_remote, place_of
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
 from pipeline.corpus.partition import Options, make_partition
 from pipeline.corpus.preprocess import Summary, Work, preprocess
 from pipeline.corpus.records import LONGEST_RECORD, MAX_BAD_FRACTION, Keys
+from pipeline.corpus.remote_inputs import fetch_inputs
 from pipeline.corpus.sources import Hub
 from pipeline.corpus.standard_input import standard_input
 from pipeline.data.paths import facts_path, parts_folder, quarantine_path
+from pipeline.data.remote import is_uploaded, upload_dataset
+from pipeline.data.tokenizer import Tokenizer
 
 
 def build_parser() -> ToolParser:
@@ -34,7 +38,11 @@ def build_parser() -> ToolParser:
     hub.add_argument("--hub-revision", help="commit or tag; give one to make the dataset reproducible")
     what = parser.add_argument_group("the dataset")
     what.add_argument("--tokenizer", type=Path, required=True, help="folder (tools/train_tokenizer.py)")
-    what.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, without suffix")
+    what.add_argument(
+        "--output-prefix",
+        required=True,
+        help="path of the dataset, without suffix, or s3://BUCKET/...",
+    )
     what.add_argument(
         "--append-eos", action="store_true", help="append the end-of-sequence token to documents"
     )
@@ -43,6 +51,11 @@ def build_parser() -> ToolParser:
     what.add_argument("--deduplicate", action="store_true", help="drop exact copies of earlier documents")
     what.add_argument(
         "--shuffle-seed", type=int, help="shuffle all documents (default: keep the order of the input)"
+    )
+    what.add_argument(
+        "--local-folder",
+        type=Path,
+        help="for s3://: folder on a local disk that takes the inputs, and the dataset before it is uploaded",
     )
     bad = parser.add_argument_group("bad records")
     bad.add_argument(
@@ -127,6 +140,28 @@ def set_shard(options: argparse.Namespace) -> bool:
     return is_implied
 
 
+def set_prefix(options: argparse.Namespace) -> str | None:
+    """Make --output-prefix a local path; return the URL to which the dataset is to be uploaded, if any.
+
+    Raises:
+        UserError: without --local-folder, or for the tasks of an array, which share their parts by a disk.
+    """
+    given = options.output_prefix
+    remote = next((each for each in (given, *options.input) if is_remote(each)), None)
+    if remote is not None and options.local_folder is None:
+        raise UserError(f"{remote}: --local-folder is missing: name a folder on a local disk, for a copy.")
+    if not is_remote(given):
+        options.output_prefix = Path(given)
+        return None
+    if options.num_shards > 1:
+        raise UserError(
+            f"--output-prefix {given}: the tasks of an array share their parts by a file system: give a path "
+            "there, and upload what tools/merge_datasets.py makes."
+        )
+    options.output_prefix = place_of(given, options.local_folder)
+    return str(given)
+
+
 def numbers(path: str) -> set[int]:
     """Return the numbers in the last part of a path."""
     return {int(digits) for digits in re.findall(r"\d+", Path(path).name)}
@@ -170,11 +205,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Preprocess and print what was written; return EXIT_LOST_DATA if files were not read to their end."""
     options = build_parser().parse_args(arguments)
     is_implied = set_shard(options)
+    url = set_prefix(options)
     check(options)
     prefix = options.output_prefix
     keys = corpus_keys(options)
+    if url is not None:
+        is_uploaded(prefix, url, options.overwrite)  # refuses to replace another dataset, before the work
+    Tokenizer.load(options.tokenizer)  # before a corpus is fetched in vain
+    options.input = fetch_inputs(options.input, options.local_folder)
     with standard_input(options.input, prefix) as options.input:
         summary = work_on(options, keys, is_implied)
+    if url is not None and not is_uploaded(prefix, url, options.overwrite):
+        upload_dataset(prefix, url)
     counts = summary.counts
     if summary.nothing_to_do:
         done = f"{prefix} is" if summary.complete else f"shard {options.shard_index} of {prefix} is"

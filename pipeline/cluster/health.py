@@ -26,6 +26,7 @@ import torch.distributed as dist
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
+from pipeline.base.remote import is_remote
 from pipeline.checkpoint.manifest import checkpoints, split_step
 from pipeline.data.paths import bin_path, facts_path, idx_path
 
@@ -83,7 +84,7 @@ def training_inputs(settings: Sequence[str]) -> list[Path]:
     with contextlib.suppress(UserError):
         config = configuration.load(settings)
         paths += [Path(config.data.tokenizer), Path(config.engine.deepspeed_config)]
-        for prefix in map(Path, config.data.all_prefixes):
+        for prefix in (Path(prefix) for prefix in config.data.all_prefixes if not is_remote(prefix)):
             paths += [bin_path(prefix), idx_path(prefix), facts_path(prefix)]
         paths += [Path(task.data) for task in config.evaluation.tasks]
         if config.train.initial_weights is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.base.errors import UserError, nearest
+from pipeline.base.remote import is_remote
 from pipeline.cluster.site import Site
 from pipeline.config import Config
 from pipeline.config.checks import require
@@ -94,6 +95,11 @@ def check_request(request: Request, site: Site) -> None:
             "and merge stages build only one. Submit these two stages once per dataset, then pretrain with "
             "all of them.",
         )
+        require(
+            not is_remote(config.data.prefixes[0]),
+            f"data.prefixes is {config.data.prefixes[0]}, but the preprocess and merge stages write to "
+            "a file system: give a path there, or leave these stages out.",
+        )
     if "preprocess" in stages:
         require(
             bool(request.corpus), "--corpus is missing: the preprocess stage needs at least '--input FILES'."
@@ -113,8 +119,8 @@ def check_request(request: Request, site: Site) -> None:
         config.train.fitted(ranks // sequence_size, sequence_size)
         from pipeline.training import preflight  # imports torch; status and cancel do not need it
 
-        made_before = {"preprocess", "merge"} & set(stages)
-        check = preflight.check_engine if made_before else preflight.check_run
+        not_here = {"preprocess", "merge"} & set(stages) or any(map(is_remote, config.data.all_prefixes))
+        check = preflight.check_engine if not_here else preflight.check_run
         check(config, tokenizer, ranks)
     if "evaluate" in stages:
         require(

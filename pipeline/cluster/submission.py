@@ -20,6 +20,7 @@ from pathlib import Path
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
+from pipeline.base.remote import is_remote
 from pipeline.cluster.jobs import Job
 from pipeline.cluster.site import Site
 from pipeline.config import Config
@@ -82,7 +83,7 @@ def absolute_paths(config: Config, base: Path) -> Config:
     """Return the configuration with every path made absolute with respect to `base`."""
 
     def absolute(path: str) -> str:
-        return str((base / path).absolute())
+        return path if is_remote(path) else str((base / path).absolute())
 
     config = copy.deepcopy(config)
     data, train = config.data, config.train

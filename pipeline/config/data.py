@@ -48,7 +48,8 @@ class DataConfig:
 
     Args:
         tokenizer: Tokenizer folder (tools/train_tokenizer.py).
-        prefixes: Datasets written by tools/preprocess_data.py; each is a path without .bin/.idx.
+        prefixes: Datasets written by tools/preprocess_data.py; each is a path without .bin/.idx, or
+            s3://BUCKET/..., which each node fetches to data.cache before the start.
         kind: pairs = each document is a prompt and an answer and becomes one example; packed = documents are
             concatenated and cut into examples of sequence_length tokens.
         sequence_length: Tokens per example.
@@ -67,7 +68,7 @@ class DataConfig:
             sees; eos_targets = end-of-sequence tokens that count as part of the answer, so that the model
             learns where to stop.
         too_long: Action for a pair longer than sequence_length: error = stop; drop = leave it out.
-        cache: Folder for the example indices; null = dataset_cache in the run folder.
+        cache: Folder for example indices and fetched datasets; null = dataset_cache in the run folder.
         workers: Threads that prefetch examples; 0 = read in the training thread.
         phases: Later mixes, such as [{first_step: 1001, prefixes: [data/math], temperature: 2}]; prefixes and
             weights above are the first mix. Validation examples stay those of the first.

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
+from pipeline.base.remote import is_remote
 from pipeline.corpus.compression import COMPRESSIONS, decompressed
 
 Format = Literal["lines", "text", "parquet", "arrow", "hub"]
@@ -197,6 +198,8 @@ def _expanded(
     """
     for given in inputs:
         path = Path(given)
+        if is_remote(given):
+            raise UserError(f"{given}: this input cannot be in an object store: name a local copy.")
         if given in lists:
             raise UserError(f"--input {given}: the list contains itself: remove that line.")
         if given.startswith("@"):

@@ -123,12 +123,21 @@ def build_once(folder: Path, build: Callable[[Path], object], ranks: Ranks) -> N
             build(writing)
 
     for is_builder in (ranks.is_first, ranks.local_rank == 0):
-        with ThreadPoolExecutor(1, "build") as pool:
-            building = pool.submit(make if is_builder and not folder.exists() else lambda: None)
-            while ranks.any(not wait([building], POLL).done):
-                pass  # a rank that builds nothing waits for the builder's next word in `any`
-        with ranks.agreeing():
-            building.result()
+        while_others_wait(make, is_builder and not folder.exists(), ranks)
+
+
+def while_others_wait(work: Callable[[], object], mine: bool, ranks: Ranks) -> None:
+    """Do `work` on the ranks where it is `mine`; the others wait, beyond the time limit of collectives.
+
+    Raises:
+        UserError: on every rank, when the work of one raises it.
+    """
+    with ThreadPoolExecutor(1, "work") as pool:
+        working = pool.submit(work if mine else lambda: None)
+        while ranks.any(not wait([working], POLL).done):
+            pass  # a rank without work waits for the next word of one that works in `any`
+    with ranks.agreeing():
+        working.result()
 
 
 @contextlib.contextmanager

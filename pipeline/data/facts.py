@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
+from pipeline.base.remote import is_remote
 from pipeline.data.arrays import Array
 from pipeline.data.indexed import read_index
 from pipeline.data.paths import facts_path, idx_path
@@ -177,6 +178,8 @@ def write_facts(facts: DatasetFacts, prefix: Path) -> None:
 
 def read_facts(prefix: str | Path) -> DatasetFacts:
     """Return the facts of a dataset; raise a `UserError` if it is missing or damaged."""
+    if is_remote(prefix):
+        raise UserError(f"{prefix} is in an object store: only a training fetches it. Name a local copy.")
     prefix = Path(prefix)
     index = read_index(prefix)
     path = facts_path(prefix)

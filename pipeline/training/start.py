@@ -42,6 +42,7 @@ from pipeline.resilience.skipped import SkipLog
 from pipeline.resilience.stop import Stop
 from pipeline.resilience.watchdog import Watchdog
 from pipeline.training.checkpoints import Checkpoints, branch, resume
+from pipeline.training.fetching import fetch_datasets
 from pipeline.training.preflight import check_run, check_validation, read_vocabulary
 from pipeline.training.recovery import Recovery
 from pipeline.training.scheduled import ScheduledTask, Tasks, read_tasks
@@ -115,6 +116,7 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
     tokenizer = Tokenizer.load(Path(config.data.tokenizer))
     if config.monitor.wandb:
         require_wandb()
+    config = dataclasses.replace(config, data=fetch_datasets(config.data, _cache(config), ranks))
     facts = check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
     vocabulary = read_vocabulary(config, tokenizer)
     engine = build_engine(config, ranks, vocabulary)
@@ -230,12 +232,16 @@ def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: En
         print(f"starting from the weights in {folder}", flush=True)
 
 
+def _cache(config: Config) -> Path:
+    """Return the folder for indices, and for datasets that are fetched."""
+    return Path(config.data.cache) if config.data.cache else Path(config.run_dir) / "dataset_cache"
+
+
 def _open_data(
     config: Config, facts: Mapping[str, DatasetFacts], tokenizer: Tokenizer, ranks: Ranks
 ) -> dict[int, Datasets]:
     """Build or load the example indices of each phase, by its first step; print and write what it uses."""
-    run_dir = Path(config.run_dir)
-    cache = Path(config.data.cache) if config.data.cache else run_dir / "dataset_cache"
+    run_dir, cache = Path(config.run_dir), _cache(config)
     data: dict[int, Datasets] = {}
     orders: list[Order] = []
     for _, step, settings in config.data.by_phase():

@@ -101,6 +101,7 @@ def test_a_stage_left_out_is_stepped_over(call: Submit) -> None:
         (["--stages", "pretrain", "--set", "data.tokenizer=nowhere"], ["nowhere", "train_tokenizer"]),
         (["--stages", "pretrain", "--set", "data.prefixes=[nowhere]"], ["nowhere", "preprocess_data"]),
         (["--stages", "merge", "--set", "data.prefixes=[a,b]"], ["2 datasets"]),
+        (["--stages", "merge", "--set", "data.prefixes=[s3://b/k]"], ["s3://b/k", "a file system"]),
         (["--stages", "pretrain", "--set", "train.stepz=1"], ["'train.stepz'", "'train.steps'"]),
         (
             [
@@ -115,6 +116,7 @@ def test_a_stage_left_out_is_stepped_over(call: Submit) -> None:
         ),
         (["--stages", "pretrain", "--set", "train.global_batch_size=64"], ["64", "lower the batch"]),
         (["--stages", "pretrain"], ["sbatch is not on the PATH"]),
+        (["--stages", "pretrain", "--set", "data.prefixes=[s3://b/k]"], ["sbatch is not on the PATH"]),
     ],
 )
 def test_what_would_fail_is_refused_first(
@@ -231,7 +233,7 @@ def test_templates_are_valid_bash(path: Path) -> None:
 
 def test_every_path_becomes_absolute(made: Path) -> None:
     """The jobs run in another folder: no setting that holds a path may be forgotten."""
-    paths = {"run_dir": "r", "data.tokenizer": "t", "data.prefixes": "[p,/q]", "data.cache": "c",
+    paths = {"run_dir": "r", "data.tokenizer": "t", "data.prefixes": "[p,/q,s3://b/k]", "data.cache": "c",
              "engine.deepspeed_config": "d", "train.initial_weights": "w",
              "evaluation.tasks": "[{task: exact, data: e}]"}  # fmt: skip
     settings = [part for name, value in paths.items() for part in (f"--{name}", value)]
@@ -242,7 +244,7 @@ def test_every_path_becomes_absolute(made: Path) -> None:
     leaves = flatten(dataclasses.asdict(config))
     del paths["evaluation.tasks"]
     assert {name: leaves[name] for name in paths} == {
-        "run_dir": "/base/r", "data.tokenizer": "/base/t", "data.prefixes": ["/base/p", "/q"],
+        "run_dir": "/base/r", "data.tokenizer": "/base/t", "data.prefixes": ["/base/p", "/q", "s3://b/k"],
         "data.cache": "/base/c", "engine.deepspeed_config": "/base/d", "train.initial_weights": "/base/w",
     }  # fmt: skip
     branch = configuration.load(["--config", str(made / "run.yaml"), "--train.branch_from", "b:8"])
