@@ -21,6 +21,7 @@ from pipeline.engine.deepspeed.private import (
     allow_optimizer,
     check_names,
     find_shards,
+    import_muon_uncompiled,
     keeping_gradient_clip,
     leave_out_op,
     loading_universal,
@@ -65,6 +66,7 @@ class DeepSpeedEngine:
         limit = config.watchdog.collective_limit
         deepspeed.init_distributed(ranks.backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
         sequence = UlyssesSequence(ranks.sequence_size) if ranks.sequence_size > 1 else WHOLE
+        import_muon_uncompiled()
         try:
             with deepspeed.zero.Init(config_dict_or_path=settings, enabled=zero.get("stage") == 3):
                 model = make_model(config, vocabulary, sequence)

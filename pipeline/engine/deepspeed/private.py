@@ -7,6 +7,7 @@ the start, by that name, and not in the middle of a run.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
@@ -16,6 +17,7 @@ import deepspeed
 import deepspeed.checkpoint.ds_to_universal
 import deepspeed.comm
 import deepspeed.profiling.flops_profiler.profiler
+import deepspeed.runtime.compiler
 import deepspeed.runtime.zero.utils
 import torch
 from deepspeed.checkpoint.constants import PARAM
@@ -39,6 +41,7 @@ REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it skips the s
 
 MODULE_NAMES = (
     "ops.__compatible_ops__",
+    "runtime.compiler.compile",
     "runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS",
     "comm.comm.timers",
     "comm.comm.comms_logger.comms_dict",
@@ -104,6 +107,19 @@ def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
     """Let ZeRO run an optimizer of this class; it asks for a list of classes, and warns of any other."""
     if kind not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
         deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's own Muon, which it looks for in every run, without compiling the functions in it.
+
+    Those load torch's compiler at every rank's start, and this project never calls them.
+    """
+    before = deepspeed.runtime.compiler.compile
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        deepspeed.runtime.compiler.compile = before
 
 
 def save_through(engine: Any, writer: TorchCheckpointEngine) -> None:
