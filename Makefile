@@ -31,8 +31,9 @@ install: $(VENV)/.installed ## Make .venv and install the pinned packages (once)
 demo: $(VENV)/.installed ## Corpus to solved puzzles: preprocess, train with PUMA on two ranks, interrupt, resume, evaluate.
 	$(BIN)/python tools/demo.py
 
+# Files in order: the fixtures of a file are made once, and the long files do not come last.
 test: $(VENV)/.installed-dev ## Run the tests.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.installed-dev ## Run the tests that start no processes: about a minute.
 	$(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not slurm"

@@ -47,6 +47,7 @@ def test_other_costs_are_read_at_the_same_place() -> None:
     assert reach(curve(0.2, 0.8), 0.5, "solved_1", "flops") == pytest.approx(2.5e12)
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An objective, a few steps: a row a checkpoint, the costs as they must be, tables and a figure."""
     table, figure = tmp_path / "scores.csv", tmp_path / "figure.png"
@@ -82,6 +83,7 @@ def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "| scores | puma_turns_2e-3 | 1 | ?1.00 [1.00, 1.00] |" in summed.output
 
 
+@pytest.mark.usefixtures("forked_trainings")
 def test_the_comparison_on_questions_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last records that fit are held out, and what is too long is left out of both files."""
     sums = [

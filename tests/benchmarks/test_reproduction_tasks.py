@@ -19,7 +19,7 @@ from reproduction.problems import compositions, problems
 from reproduction.sums import chain_of, draw_sums
 from support.programs import run_here
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_trainings")]
 
 TINY = """
     model.layers=1 model.hidden_size=32 model.heads=4 schedule.warmup_steps=1 train.log_interval=1

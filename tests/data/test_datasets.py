@@ -26,8 +26,8 @@ from pipeline.data.examples import ANSWER, PADDING, PROMPT
 from pipeline.data.facts import check_data
 from pipeline.ranks import Ranks
 from support.corpora import make_dataset
+from support.forked import run_forked
 from support.pickles import Command
-from support.programs import run_program
 
 pytestmark = pytest.mark.slow
 
@@ -315,7 +315,7 @@ def test_the_order_is_written_into_the_run_folder(corpus: Corpus, tmp_path: Path
 @pytest.mark.distributed
 def test_a_long_build_outlasts_the_time_limit_of_collectives(tmp_path: Path) -> None:
     """The other rank waits for 6 seconds where a collective fails after 3; it hears of an error, too."""
-    result = run_program("tests/support/slow_build.py", str(tmp_path), ranks=2)
+    result = run_forked("tests/support/slow_build.py", str(tmp_path), ranks=2)
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.split("\n")) == [
         "",
@@ -354,7 +354,7 @@ def test_a_killed_build_leaves_no_cache_and_a_whole_one_is_only_loaded(
 def test_one_rank_a_node_builds_the_cache(corpus: Corpus, disk: str, builds: list[int]) -> None:
     """Rank 0 alone on a shared file system, one rank a node on local disks; all see equal examples."""
     shutil.rmtree(corpus.folder / "shared_cache", ignore_errors=True)
-    result = run_program("tests/support/load_examples.py", str(corpus.folder), disk, ranks=2)
+    result = run_forked("tests/support/load_examples.py", str(corpus.folder), disk, ranks=2)
     assert result.returncode == 0, result.stderr
     found = re.findall(r"rank (\d): (\d) builds, examples (\w+)", result.stdout)
     assert [int(count) for _, count, _ in sorted(found)] == builds

@@ -12,7 +12,7 @@ import pytest
 from support.programs import Outcome
 from support.runs import curve, train_on
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("branch")]
+pytestmark = pytest.mark.distributed
 
 Train = Callable[..., Outcome]
 # The reveals do not ask the model, as in test_elastic.py.

@@ -16,7 +16,7 @@ from pipeline.ranks import Ranks
 from support.programs import Outcome
 from support.runs import curve, examples_of, train_on
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("elastic")]
+pytestmark = pytest.mark.distributed
 
 Train = Callable[..., Outcome]
 TURNS = 2

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from support import oracles
-from support.programs import ROOT, run_program
+from support.forked import run_forked
+from support.programs import ROOT
 
 STEPS = str(ROOT / "tests/support/steps.py")
 SETTINGS = """
@@ -31,7 +32,7 @@ MUON = ["--optimizer.kind", "muon", "--optimizer.muon_learning_rate", "6e-3"]
 
 def train(output: Path, leader: Path | str, ranks: int, *more: str) -> dict[str, Any]:
     """Return what 20 steps of steps.py write."""
-    result = run_program(STEPS, str(output), "20", str(leader), *SETTINGS, *more, ranks=ranks)
+    result = run_forked(STEPS, str(output), "20", str(leader), *SETTINGS, *more, ranks=ranks)
     assert result.returncode == 0, result.stderr
     return torch.load(output, weights_only=True)
 

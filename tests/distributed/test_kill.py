@@ -9,7 +9,7 @@ import pytest
 
 from support.programs import run_program
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("kill")]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.timeout(1500)

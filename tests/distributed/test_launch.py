@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.ranks import join_ranks
-from support.programs import ROOT, environment_of_ranks, free_ports, run_program
+from support.forked import run_forked
+from support.programs import ROOT, environment_of_ranks, free_ports
 
 STEPS = str(ROOT / "tests/support/steps.py")
 SETTINGS = """
@@ -21,10 +22,10 @@ SETTINGS = """
 
 
 @pytest.mark.distributed
-def test_two_agents_equal_one(tmp_path: Path) -> None:
-    """Two torchrun agents of one process each, as on two nodes, train as one agent of two processes does."""
+def test_two_agents_equal_one_machine(tmp_path: Path) -> None:
+    """Two torchrun agents of one process each, as on two nodes, train as two processes of one node do."""
     one, two = str(tmp_path / "one.pt"), str(tmp_path / "two.pt")
-    result = run_program(STEPS, one, "3", "-", *SETTINGS, ranks=2)
+    result = run_forked(STEPS, one, "3", "-", *SETTINGS, ranks=2)
     assert result.returncode == 0, result.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     place = ["--master_addr=127.0.0.1", f"--master_port={free_ports(1)[0]}"]

@@ -14,7 +14,7 @@ from support.programs import Outcome, run_here
 from support.runs import KEYS, curve, examples_of, train_on
 from tools import plan_run, preprocess_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mixes")]
+pytestmark = pytest.mark.slow
 
 Train = Callable[..., Outcome]
 FIRST = 48  # training examples of the first phase

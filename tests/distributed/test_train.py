@@ -17,7 +17,7 @@ from support.programs import Outcome, run_program
 from support.runs import command, curve, metrics, not_measured, train_on
 from tools import train_tokenizer
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.distributed
 
 Train = Callable[..., Outcome]
 # Chains that do not ask the model, and weights so large that no two confidences of a text nearly tie: another

@@ -28,7 +28,7 @@ STEPS = """
 """.split()
 Run = Callable[[str], str]
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("commands of the documents"), pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

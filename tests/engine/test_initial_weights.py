@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.programs import run_program
+from support.forked import run_forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -41,5 +41,5 @@ def test_in_bf16_they_are_rounded_and_nothing_else(tmp_path: Path, stage: int) -
     arguments = ["--run_dir", "x", "--data.prefixes", "[x]", "--engine.precision", "bf16"]
     arguments += ["--engine.deepspeed_config", str(settings), "--model.layers", "2"]
     arguments += ["--model.hidden_size", "16", "--model.heads", "2", "--model.intermediate_size", "32"]
-    result = run_program("-c", BUILD, *arguments)
+    result = run_forked("-c", BUILD, *arguments)
     assert "equal: True" in result.stdout, result.stderr

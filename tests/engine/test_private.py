@@ -19,7 +19,8 @@ from pipeline.engine.deepspeed import private
 from pipeline.model import masked_head
 from pipeline.model.batch import Vocabulary
 from pipeline.model.masked_head import MaskedHead
-from support.programs import ROOT, run_program
+from support.forked import run_forked
+from support.programs import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def test_this_version_has_every_name(tmp_path: Path, stage: int) -> None:
     settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     arguments = ["--run_dir", "x", "--data.prefixes", "[x]", "--engine.device", "cpu"]
     arguments += ["--engine.deepspeed_config", str(settings)]
-    result = run_program("-c", BUILD, *arguments)
+    result = run_forked("-c", BUILD, *arguments)
     assert "every name was found" in result.stdout, result.stderr
 
 

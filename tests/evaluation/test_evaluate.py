@@ -23,7 +23,8 @@ from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import estimate
 from pipeline.evaluation.results import Results
 from pipeline.ranks import Ranks
-from support.programs import ROOT, Outcome, run_here, run_program
+from support.forked import run_forked
+from support.programs import ROOT, Outcome, run_here
 from tools import evaluate
 
 pytestmark = pytest.mark.slow
@@ -376,7 +377,7 @@ def test_several_ranks_find_the_same(run: Evaluate, run_dir: Path, data: Path, t
     tree = read(alone)
     lines = [{"settings": tree["settings"]}, *tree["items"][3:8]]
     (tmp_path / "both.items.0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = run_program(
+    result = run_forked(
         str(ROOT / "tools/evaluate.py"), "--checkpoint", str(run_dir), "--task", "exact",
         "--data", str(data / "corpus.jsonl"), "--length", "7", "--temperature", "1", "--batch-size", "4",
         "--output", str(output), ranks=2,

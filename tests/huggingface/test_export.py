@@ -38,7 +38,7 @@ from support.programs import ROOT, Outcome, run_here, run_program
 from support.runs import train_on
 from tools import export_hf
 
-pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 LOAD = str(ROOT / "tests/support/load_export.py")
 TEXT = "ab<mask>dc<mask><mask>fg"
 

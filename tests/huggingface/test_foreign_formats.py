@@ -30,7 +30,7 @@ from support.foreign import write_tokenizer as write_characters
 from support.programs import Outcome, run_here
 from tools import export_hf, import_hf
 
-pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 BASE = ModelConfig(
     layers=2, hidden_size=32, heads=4, kv_heads=2, intermediate_size=48, rope_theta=5000.0, norm_eps=1e-5
 )

@@ -23,11 +23,12 @@ from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import EVERYTHING, Visibility, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from support.foreign import RESERVED, bring_in, save
-from support.programs import run_here, run_program
+from support.forked import run_forked
+from support.programs import run_here
 from support.runs import KEYS, command
 from tools import export_hf, import_hf, preprocess_data
 
-pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,
@@ -162,7 +163,7 @@ def test_runs_start_from_imported_and_exported_weights(
     imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Import, ZeRO-3 on two ranks, export, plain engine: the same bits all the way."""
-    result = run_program("-m", "pipeline.train", *settings(imported, tmp_path / "one"), ranks=2)
+    result = run_forked("-m", "pipeline.train", *settings(imported, tmp_path / "one"), ranks=2)
     assert result.returncode == 0, result.stderr
     assert f"starting from the weights in {imported / 'ours'}" in result.stdout
     assert_equal(tmp_path / "one", imported / "ours")

@@ -13,8 +13,6 @@ from support.programs import Outcome, run_here
 from support.runs import curve
 from tools import generate
 
-pytestmark = pytest.mark.xdist_group("train")
-
 RUNS = {
     "blocks": "--objective.block_size 3 --objective.policy margin --objective.threshold 0.2",
     "autoregressive, then annealed": "--objective.kind autoregressive --objective.switch_to puma "

@@ -18,6 +18,7 @@ from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import Body
 from pipeline.planning.activations import body_memory
 from pipeline.planning.memory import Zero
+from support.forked import start_forked
 from support.programs import ROOT, run_here
 from tools import plan_run
 
@@ -189,8 +190,9 @@ def test_activations_are_those_that_are_allocated(recompute: Recompute, masked: 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["300,000 weights stay gathered", "ZeRO-1, two micro-batches"])
-def test_the_plan_is_what_two_ranks_need(case: str) -> None:
+def test_the_plan_is_what_two_ranks_need(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory and collectives of real ZeRO steps; benchmarks/plan_memory.py has more cases."""
+    monkeypatch.setattr(plan_memory, "start_ranks", start_forked)
     ratios = plan_memory.compare(case, 2)["planned / measured"]
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.15)
 

@@ -15,7 +15,7 @@ from support.programs import Outcome, run_here
 from support.runs import curve
 from tools import generate
 
-pytestmark = [pytest.mark.xdist_group("train"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 Train = Callable[..., Outcome]
 
 

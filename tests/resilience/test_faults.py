@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
-from support.programs import ROOT, run_program
+from support.forked import run_forked
+from support.programs import ROOT
 from support.runs import command, curve
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("train"), pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 FAULTY = str(ROOT / "tests/support/faulty.py")
 QUIET = "--evaluation.interval 0 --train.log_samples true --optimizer.ema_decay 0.9".split()
 
 
 def start_faulty(faults: dict[str, Any], data: Path, run_dir: Path, *more: str) -> Any:
     """Train on two ranks with faults; return the finished process."""
-    return run_program(FAULTY, json.dumps(faults), *command(data, run_dir, *QUIET, *more), ranks=2)
+    return run_forked(FAULTY, json.dumps(faults), *command(data, run_dir, *QUIET, *more), ranks=2)
 
 
 def entries(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.monitor.writers import is_measured
-from support.programs import run_program
+from support.forked import run_forked
 from tools import preprocess_data, train_tokenizer
 
 SETTINGS = """
@@ -48,7 +48,7 @@ def command(data: Path, run_dir: Path, *more: str) -> list[str]:
 
 def train_on(ranks: int, data: Path, run_dir: Path, *more: str) -> str:
     """Train by ZeRO-3 on several ranks; return what was printed."""
-    result = run_program("-m", "pipeline.train", *command(data, run_dir, *more), ranks=ranks)
+    result = run_forked("-m", "pipeline.train", *command(data, run_dir, *more), ranks=ranks)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
