@@ -144,12 +144,15 @@ def set_prefix(options: argparse.Namespace) -> str | None:
     """Make --output-prefix a local path; return the URL to which the dataset is to be uploaded, if any.
 
     Raises:
-        UserError: without --local-folder, or for the tasks of an array, which share their parts by a disk.
+        UserError: without --local-folder, or with it in vain; for the tasks of an array, whose parts must be
+            on one file system.
     """
     given = options.output_prefix
     remote = next((each for each in (given, *options.input) if is_remote(each)), None)
     if remote is not None and options.local_folder is None:
         raise UserError(f"{remote}: --local-folder is missing: name a folder on a local disk, for a copy.")
+    if remote is None and options.local_folder is not None:
+        raise UserError(f"--local-folder {options.local_folder} is for s3://, and nothing is: leave it out.")
     if not is_remote(given):
         options.output_prefix = Path(given)
         return None
@@ -211,8 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys = corpus_keys(options)
     if url is not None:
         is_uploaded(prefix, url, options.overwrite)  # refuses to replace another dataset, before the work
-    Tokenizer.load(options.tokenizer)  # before a corpus is fetched in vain
-    options.input = fetch_inputs(options.input, options.local_folder)
+    if options.local_folder is not None:
+        Tokenizer.load(options.tokenizer)  # before a corpus is fetched in vain
+        options.input = fetch_inputs(options.input, options.local_folder)
     with standard_input(options.input, prefix) as options.input:
         summary = work_on(options, keys, is_implied)
     if url is not None and not is_uploaded(prefix, url, options.overwrite):

@@ -20,8 +20,6 @@ def fetch_inputs(inputs: Sequence[str], folder: Path) -> list[str]:
     Raises:
         UserError: for an input that cannot be fetched, or without a file of a known type.
     """
-    if not any(map(is_remote, inputs)):
-        return list(inputs)
     store, found = Store(), []
     for given in inputs:
         objects = store.find(given) if is_remote(given) else []
