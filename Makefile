@@ -48,12 +48,13 @@ test-slurm: $(VENV)/.installed-dev ## Run the job chain on a real two-node SLURM
 gpu-proof: $(VENV)/.installed-dev ## Measure this machine's GPU in a quarter of an hour: rates, numerics, MFU, memory, resume; writes runs/gpu_proof.
 	$(BIN)/python -m benchmarks.gpu_proof
 
-lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy), imports (import-linter) and shell scripts (shellcheck).
+lint: $(VENV)/.installed-dev ## Check style (ruff), types (mypy), imports (import-linter), shell scripts (shellcheck), Dockerfile (hadolint).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh slurm/site.env.example tools/completion.bash .ci/run deploy/install.sh benchmarks/gpu_proof/offline.sh
+	$(BIN)/hadolint deploy/Dockerfile
 
 format: $(VENV)/.installed-dev ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from setuptools import build_meta
+from torch.distributed.run import get_args_parser
 
 from pipeline import config as configuration
 from support.programs import ROOT
@@ -104,9 +105,10 @@ def test_the_job_starts_a_training_that_is_accepted() -> None:
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
-    program, *arguments = container["command"]
-    assert (program, *arguments[:2]) == ("torchrun", "--module", "pipeline.train")
-    config = configuration.load(arguments[2:])
+    launch = get_args_parser().parse_args(container["command"][1:])
+    assert (launch.module, launch.training_script) == (True, "pipeline.train")
+    assert launch.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    config = configuration.load(launch.training_script_args)
     config.check()
     assert config.run_dir.startswith("/runs/")
 
