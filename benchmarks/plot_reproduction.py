@@ -27,10 +27,11 @@ COLOURS = {  # the same in every figure; no figure shows two objectives of one c
     "random_stratified": "tab:olive",
     "puma": "tab:red",
     "puma_threshold": "tab:pink",
+    "puma_mixed": "tab:pink",
     "puma_turns": "tab:orange",
     "puma_turns_mixed": "tab:blue",
     "puma_turns_8_mixed": "tab:blue",
-    "puma_turns_8": "tab:cyan",
+    "puma_turns_8": "tab:orange",
     "puma_turns_8_mixed_bell": "tab:cyan",
     "puma_jumps": "tab:green",
     "random_then_puma": "tab:purple",
@@ -99,10 +100,11 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def draw(score: str, runs: Runs, path: Path) -> None:
-    """Draw score and bound against steps, and the score against unique examples.
+def draw(scores: Sequence[str], runs: Runs, path: Path) -> None:
+    """Draw the first score and the bound against steps, and a third panel.
 
-    A line is the mean over the seeds, the shade the range between them.
+    It has the second score where all checkpoints have one, otherwise the first against unique examples. A
+    line is the mean over the seeds, the shade the range between them.
     """
     import matplotlib
 
@@ -110,7 +112,10 @@ def draw(score: str, runs: Runs, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    panels = [("step", score), ("step", "bound"), ("unique_samples", score)]
+    first, second = scores[:2]
+    everywhere = all(second in p for each in runs.values() for points in each.values() for p in points)
+    third = ("step", second) if everywhere else ("unique_samples", first)
+    panels = [("step", first), ("step", "bound"), third]
     for panel, (across, up) in zip(axes, panels, strict=True):
         for variant, each in runs.items():
             colour, style = COLOURS.get(variant.removesuffix(TWICE)), "--" if TWICE in variant else "-"
@@ -145,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shown = options.shown or list(runs)
         if len(shown) > MOST or not runs.keys() >= set(shown):
             raise UserError(f"--shown {' '.join(shown)}: choose at most {MOST} of {', '.join(runs)}.")
-        draw(scores[0], {name: runs[name] for name in shown}, options.figure)
+        draw(scores, {name: runs[name] for name in shown}, options.figure)
 
 
 if __name__ == "__main__":

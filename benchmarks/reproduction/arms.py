@@ -4,7 +4,8 @@ from __future__ import annotations
 
 BELL = "--objective.mask_ratio_std 0.2"
 RANDOM = "--objective.kind random_masking"
-MIXED = "--objective.turns 8 --objective.random_share 0.25"
+TURNS, SHARE = "--objective.turns 8", "--objective.random_share 0.25"
+MIXED = f"{TURNS} {SHARE}"
 LAST_THIRD = "{last_third}"  # the driver knows the steps of a run
 
 
@@ -19,6 +20,8 @@ def arms(stages: int) -> dict[str, str]:
         "random": RANDOM,
         "random_bell": f"{RANDOM} {BELL}",
         "puma": puma,
+        "puma_turns_8": f"{puma} {TURNS}",
+        "puma_mixed": f"{puma} {SHARE}",
         "puma_turns_8_mixed": f"{puma} {MIXED}",
         "puma_turns_8_mixed_bell": f"{puma} {MIXED} {BELL}",
         "puma_jumps": f"{puma} --objective.stages_skipped 2",
