@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from pipeline import objectives
-from pipeline.chains.slots import SlotGroup, make_groups
+from pipeline.chains.groups import SlotGroups
+from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
 from pipeline.data.examples import ANSWER, Array
@@ -44,7 +45,7 @@ def engine_on_random_text(
     ranks.connect()
     engine = build_engine(config, ranks, Vocabulary(tokens, tokens, MASK))
     stream = SlotStream(RandomText(tokens, length), config.slots, config.train.seed, workers=1)
-    yield engine, make_groups(config, ranks, stream, objectives.build(config, MASK, False))[0]
+    yield engine, SlotGroups(config, ranks, stream, objectives.build(config, MASK, False)).turns[0]
     stream.close()
     engine.close()
     ranks.disconnect()

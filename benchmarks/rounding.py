@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline import config as configuration
 from pipeline import objectives
 from pipeline.base.cli import ToolParser, run
-from pipeline.chains.slots import make_groups
+from pipeline.chains.groups import SlotGroups
 from pipeline.chains.stream import SlotStream
 from pipeline.config import Config
 from pipeline.data.datasets import Datasets, build_datasets
@@ -66,7 +66,7 @@ class Training:
         self.engine = build_engine(config, Ranks(), read_vocabulary(config, tokenizer))
         stream = SlotStream(data.train, config.slots, config.train.seed, workers=0)
         schedule = objectives.build(config, tokenizer.mask, data.has_padding)
-        self.groups = make_groups(config, Ranks(), stream, schedule)[0]
+        self.groups = SlotGroups(config, Ranks(), stream, schedule).turns[0]
 
     def step(self, step: int, leader: Shown | None = None) -> Shown:
         """Run a step; the chains follow the confidences of `leader`, if it is given."""

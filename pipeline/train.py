@@ -40,6 +40,7 @@ def train_step(
     from pipeline.training.tracing import part
 
     parts = []
+    engine.begin_step(len(groups))
     for group in groups:  # one per micro-batch
         with part("inputs"):
             batch = group.inputs(step)  # xt: examples under the masks of their chains
@@ -71,13 +72,15 @@ def train(run: Training) -> bool:
         run.watchdog.enter("step")
         if config.changes_at(step):
             run.guard.forget()  # its window is of another objective's or data mix's losses
-        groups = run.groups_of(step)
+        if step in config.train.batches:
+            run.log.flush()  # rates are of steps with one batch
+        groups = run.groups.of_step(step)
         run.log.begin_step(groups)
-        peak = config.optimizer.learning_rate
+        peak = config.peak_rate(step)
         rate = learning_rate(step, config.train.steps, peak, config.schedule, state.branched_at)
         loss, gradient_norm = train_step(run.engine, groups, rate, step, run.guard)
         run.watchdog.enter("bookkeeping")
-        state.advance(config.train.global_batch_size * config.data.sequence_length)
+        state.advance(config.train.batch_at(step) * config.data.sequence_length)
         run.log.collect(loss, gradient_norm, rate)
         if run.recovery.rolled_back(groups):
             continue

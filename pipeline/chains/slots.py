@@ -4,7 +4,8 @@ A slot always holds a chain. The next example of each slot is prefetched to the 
 finished chain is a `torch.where`, without a host sync. The flags of finished slots travel to the host during
 the backward pass; the next step reads them.
 
-There are as many slots as sequences in a global batch or, with ``objective.turns``, a multiple of that.
+There are as many slots as sequences in a global batch or, with ``objective.turns``, a multiple of that; where
+the batch grows, more of them (`pipeline.chains.groups`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from pipeline.chains.statistics import ChainStatistics, Walk
 from pipeline.chains.stream import SlotStream
-from pipeline.config import Config
 from pipeline.data.examples import Examples
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.seam import (
@@ -30,7 +30,6 @@ from pipeline.objectives.seam import (
     Scores,
     model_input,
 )
-from pipeline.ranks import Ranks
 
 
 class Slots(NamedTuple):
@@ -133,8 +132,8 @@ class SlotGroup:
         self.statistics = ChainStatistics(objectives.longest, device, sources)
         self.trained = np.zeros_like(self.slots)  # examples that each slot has been trained on
         self.age = torch.zeros_like(self.numbers)  # steps that the current examples have been trained on
-        phase = stream.phase_at(first_step)
-        self._begin(np.full(len(slots), stream.first_cursor(phase), dtype=np.int64), first_step)
+        deal = stream.deal_at(first_step)
+        self._begin(np.full(len(slots), stream.first_cursor(deal), dtype=np.int64), first_step)
         objective = objectives.at(first_step)
         first = objective.first_stage(self.numbers, first_step)
         state = objective.begin(self.chains, first[:, None], first_step)
@@ -152,7 +151,7 @@ class SlotGroup:
         """
         rows = range(len(self.slots))
         self.next_step = step
-        self.phase = self.stream.phase_at(step + self.interval)  # of the following examples
+        self.deal = self.stream.deal_at(step + self.interval)  # of the following examples
         self.cursors = self._admitted(rows, cursors)
         self.next_cursors = self._after(rows)
         self.chains = self.objectives.at(step).layout.chains(self._read(rows, self.cursors))
@@ -160,7 +159,7 @@ class SlotGroup:
 
     def _after(self, rows: Sequence[int]) -> np.ndarray:
         """Return the cursors of the examples that follow the current ones of `rows`."""
-        following = [self.stream.following(cursor, self.phase) for cursor in self.cursors[rows].tolist()]
+        following = [self.stream.following(cursor, self.deal) for cursor in self.cursors[rows].tolist()]
         return self._admitted(rows, np.asarray(following))
 
     def _admitted(self, rows: Sequence[int], cursors: np.ndarray) -> np.ndarray:
@@ -184,16 +183,16 @@ class SlotGroup:
     def _settle(self) -> int:
         """Prefetch for the slots whose chain has ended; return the number of masked positions.
 
-        Once, for all slots: when those that end at the next step begin their examples in a new phase.
+        Once, for all slots: when those that end at the next step begin their examples of another deal.
         """
         if self._arrived is not None:
             self._arrived.synchronize()  # recorded before the last backward pass: already done
         *ended, masked = self._report.tolist()
         rows = [row for row, flag in enumerate(ended) if flag]
         self.cursors[rows] = self.next_cursors[rows]
-        phase = self.stream.phase_at(self.next_step + self.interval)
-        if phase != self.phase:
-            rows, self.phase = list(range(len(ended))), phase
+        deal = self.stream.deal_at(self.next_step + self.interval)
+        if deal != self.deal:
+            rows, self.deal = list(range(len(ended))), deal
         if rows:
             self.next_cursors[rows] = self._after(rows)
             fresh = self._read(rows, self.next_cursors[rows])
@@ -226,7 +225,12 @@ class SlotGroup:
 
     def begun(self, step: int) -> tuple[int, int]:
         """Return how many examples of the phase of `step` were trained on, and those of its first epoch."""
-        return self.stream.begun(self.slots, self.trained, self.stream.phase_at(step))
+        return self.stream.begun(self.slots, self.trained, step)
+
+    def begun_of(self, deal: int) -> np.ndarray:
+        """Return how many examples of a deal each slot has begun, [B] int64, the current one included."""
+        self._settle()
+        return self.stream.counts(self.cursors + 1, deal)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the state, a slot a row; a resumed run reads the examples again by their cursors."""
@@ -261,34 +265,3 @@ class SlotGroup:
         self.trained = state["cursors"] + (age > 0)
         self.statistics.take()  # drops those of steps that are trained again
         self._enter(chains, torch.zeros_like(self.numbers, dtype=torch.bool))
-
-
-def make_groups(
-    config: Config, ranks: Ranks, stream: SlotStream, objectives: ObjectiveSchedule, first_step: int = 1
-) -> list[list[SlotGroup]]:
-    """Return this rank's chains: for each turn (``objective.turns``) one group per micro-batch.
-
-    They begin at `first_step`, which is not 1 in a run that branched off another one.
-    """
-    train, turns = config.train, config.objective.turns
-    parts = slots_of_rank(ranks.data_rank, train.accumulation(ranks.data_size), train.micro_batch_size)
-    return [
-        [
-            SlotGroup(
-                [turn * train.global_batch_size + slot for slot in part],
-                stream, objectives, ranks.device, first_step + (turn - first_step + 1) % turns, turns,
-                compiled=config.engine.compile_functions, sources=config.data.sources,
-            )
-            for part in parts
-        ]
-        for turn in range(turns)
-    ]  # fmt: skip
-
-
-def slots_of_rank(rank: int, accumulation: int, micro_batch_size: int) -> list[list[int]]:
-    """Return the slot numbers of each micro-batch of a rank: consecutive, in rank order."""
-    first = rank * accumulation * micro_batch_size
-    return [
-        list(range(first + i * micro_batch_size, first + (i + 1) * micro_batch_size))
-        for i in range(accumulation)
-    ]

@@ -5,9 +5,10 @@ Slot s of S reads the positions s, s + S, s + 2S, ... Its cursor, the number of 
 the whole state.
 
 Each phase of the data is a stream of its own. From its first step on, every example that a slot begins comes
-from it, the first one at position s; the chain that the slot was in is trained to its end. A cursor holds the
-phase in its high bits, so that it stays the whole state. The id of an example is s + S x cursor: in the first
-phase, the position.
+from it, the first one at position s; the chain that the slot was in is trained to its end. Where the batch
+grows (`pipeline.chains.deal`), the positions that no slot has begun are dealt out anew, in order, to the old
+and the new slots. A cursor holds the number of the deal in its high bits, so that it stays the whole state of
+a slot. The id of an example is its position, and its phase in the high bits.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.base.errors import Failure
+from pipeline.chains.deal import Deal
 from pipeline.data.examples import Array, ExampleDataset, Examples, stack_examples
 
 _ROUNDS = 4
 _EPOCHS = 256  # permutations kept; far fewer epochs are in use at once
-_COUNT_BITS = 32  # of a cursor: chains begun in a phase; the phase above them
+_COUNT_BITS = 32  # of a cursor: chains begun in a deal; the number of the deal above them
 
 
 class Permutation:
@@ -81,8 +83,9 @@ class SlotStream:
         seed: int,
         workers: int,
         later: Mapping[int, ExampleDataset] | None = None,
+        larger: Mapping[int, int] | None = None,
     ) -> None:
-        """Make the stream.
+        """Make the stream, before its first step.
 
         Args:
             dataset: examples of an epoch of the first phase.
@@ -90,8 +93,9 @@ class SlotStream:
             seed: seed of the permutations.
             workers: prefetching threads; with 0, `read` itself reads. It does not change the examples.
             later: examples of an epoch of each later phase, by the first step of the phase, in order.
+            larger: a larger S by the step from which on it holds, in order.
         """
-        self.slots = slots
+        self.slots = {1: slots, **(larger or {})}
         self.phases: list[StreamPhase] = []
         examples = 0
         for first_step, each in {1: dataset, **(later or {})}.items():
@@ -106,34 +110,81 @@ class SlotStream:
         self._waited = 0.0
         self._excluded: frozenset[int] = frozenset()
         self._pool = ThreadPoolExecutor(workers, "samples") if workers else None
+        self.begin(1, {})
+
+    def begin(self, step: int, dealt: Mapping[int, Sequence[int]]) -> None:
+        """Be as before `step`.
+
+        Args:
+            step: the next one.
+            dealt: what `deal` was given at each of the steps before it.
+        """
+        self.dealt: dict[int, list[int]] = {}
+        self.deals: list[Deal] = []
+        for first_step in sorted({phase.first_step for phase in self.phases} | self.slots.keys()):
+            slots = max(slots for first, slots in self.slots.items() if first <= first_step)
+            phase = self.phase_at(first_step)
+            # The batch grew before a branch, at whose first step nothing has been begun, or it will grow.
+            known = first_step < step or first_step == self.phases[phase].first_step
+            self.deals.append(Deal(first_step, phase, slots, known))
+            if first_step in dealt:
+                self.deal(first_step, dealt[first_step])
+
+    def deal(self, step: int, begun: Sequence[int]) -> None:
+        """Deal the examples that no slot has begun to the larger number of slots that begins at `step`.
+
+        Args:
+            step: the first one of the larger batch.
+            begun: for each slot before, the examples that it has begun since the deal before.
+        """
+        number = next(n for n, deal in enumerate(self.deals) if deal.first_step == step)
+        before, deal = self.deals[number - 1], self.deals[number]
+        if before.phase == deal.phase:  # a phase that begins here has all its examples to deal
+            self.dealt[step] = list(begun)
+            self.deals[number] = before.dealt_anew(step, deal.slots, begun, self.phases[deal.phase].size)
 
     def phase_at(self, step: int) -> int:
         """Return the phase whose examples slots begin at `step`, 0 for the first."""
         return sum(phase.first_step <= step for phase in self.phases) - 1
 
+    def deal_at(self, step: int) -> int:
+        """Return the number of the deal from which slots begin examples at `step`, as far as it is known."""
+        return max(n for n, deal in enumerate(self.deals) if deal.known and deal.first_step <= step)
+
     @staticmethod
-    def first_cursor(phase: int) -> int:
-        """Return the cursor of a slot at its first example of `phase`."""
-        return phase << _COUNT_BITS
+    def first_cursor(deal: int) -> int:
+        """Return the cursor of a slot at its first example of a deal."""
+        return deal << _COUNT_BITS
 
-    def following(self, cursor: int, phase: int) -> int:
-        """Return the cursor after `cursor` of a slot that begins its next example in `phase`."""
-        return cursor + 1 if cursor >> _COUNT_BITS == phase else self.first_cursor(phase)
+    def following(self, cursor: int, deal: int) -> int:
+        """Return the cursor after `cursor` of a slot that begins its next example in `deal`."""
+        return cursor + 1 if cursor >> _COUNT_BITS == deal else self.first_cursor(deal)
 
-    def begun(self, slots: np.ndarray, cursors: np.ndarray, phase: int) -> tuple[int, int]:
-        """Return how many examples of `phase` precede `cursors` of `slots`, and those of its first epoch."""
-        counts = np.where(cursors >> _COUNT_BITS == phase, cursors & ((1 << _COUNT_BITS) - 1), 0)
-        of_epoch = -(-(self.phases[phase].size - slots) // self.slots)
-        return int(counts.sum()), int(np.minimum(counts, of_epoch).sum())
+    @staticmethod
+    def counts(cursors: np.ndarray, deal: int) -> np.ndarray:
+        """Return how many examples of `deal` precede each of the `cursors`."""
+        return np.where(cursors >> _COUNT_BITS == deal, cursors & ((1 << _COUNT_BITS) - 1), 0)
+
+    def begun(self, slots: np.ndarray, cursors: np.ndarray, step: int) -> tuple[int, int]:
+        """Return how many examples of the phase of `step` precede `cursors` of `slots`.
+
+        And those of its first epoch. What was begun before the examples were dealt anew is counted at slot 0.
+        """
+        number = self.deal_at(step)
+        deal, counts = self.deals[number], self.counts(cursors, number)
+        first_epoch = np.minimum(counts, deal.counts_below(self.phases[deal.phase].size, slots))
+        before = deal.begun if 0 in slots else (0, 0)
+        return before[0] + int(counts.sum()), before[1] + int(first_epoch.sum())
 
     def _id(self, slot: int, cursor: int) -> int:
-        return slot + cursor * self.slots
+        number, count = divmod(cursor, 1 << _COUNT_BITS)
+        deal = self.deals[number]
+        return deal.position(slot, count) + (deal.phase * self.slots[1] << _COUNT_BITS)
 
     def _place(self, id: int) -> tuple[StreamPhase, int, int]:
         """Return phase and epoch of an id, and the index of its example within the phase."""
-        cursor, slot = divmod(id, self.slots)
-        phase, count = divmod(cursor, 1 << _COUNT_BITS)
-        epoch, offset = divmod(slot + count * self.slots, self.phases[phase].size)
+        phase, position = divmod(id, self.slots[1] << _COUNT_BITS)
+        epoch, offset = divmod(position, self.phases[phase].size)
         return self.phases[phase], epoch, self._permutation(phase, epoch)(offset)
 
     def epoch(self, id: int) -> int:
@@ -179,14 +230,14 @@ class SlotStream:
         began = time.perf_counter()
         ids = [self._id(slot, cursor) for slot, cursor in zip(slots, cursors, strict=True)]
         rows = []
-        for slot, id in zip(slots, ids, strict=True):
+        for slot, cursor, id in zip(slots, cursors, ids, strict=True):
             expected, ahead = self._ahead.pop(slot, (None, None))
-            if ahead is None or expected != id:  # it has been left out since, or a phase has begun
+            if ahead is None or expected != id:  # it has been left out since, or another deal has begun
                 rows.append(self._read(id))
             else:
                 rows.append(ahead.result())
             if self._pool is not None:
-                following = id + self.slots
+                following = self._id(slot, cursor + 1)
                 self._ahead[slot] = following, self._pool.submit(self._read, following)
         examples = stack_examples(rows, ids)
         self._waited += time.perf_counter() - began

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.chains.slots import SlotGroup
+from pipeline.chains.groups import SlotGroups
 from pipeline.checkpoint.manifest import (
     Damaged,
     Identity,
@@ -101,6 +101,7 @@ def check_continues(folder: Path, saved: Manifest, now: Identity, config: Config
                 f"{folder} was written with {what} = {then}, the run has {new}: set it back, or start a new "
                 f"run with another run_dir{start}."
             )
+    _check_ramp(folder, saved.step, before, config)
     _check_same_parent(folder, saved, before, config)
     _check_phases(folder, saved, now, before, config)
     start_from = config.train.initial_weights
@@ -133,6 +134,20 @@ def _check_phases(folder: Path, saved: Manifest, now: Identity, before: Config, 
     )
 
 
+def _check_ramp(folder: Path, step: int, before: Config, config: Config) -> None:
+    """Raise a `UserError` unless the larger batches that have begun are those of the checkpoint of `step`."""
+    then, new = (
+        [vars(larger) for larger in run.train.batch_ramp if larger.first_step <= step]
+        for run in (before, config)
+    )
+    if then != new:
+        raise UserError(
+            f"{folder} was written with train.batch_ramp = {then} up to its step, the run has {new}: a batch "
+            f"that has begun cannot change. Set it back, or give other batches a first_step of {step + 1} or "
+            "more."
+        )
+
+
 def _check_same_parent(folder: Path, saved: Manifest, before: Config, config: Config) -> None:
     """Raise a `UserError` if ``train.branch_from`` names other than the parent of the run in `folder`."""
     given, parent = config.train.branch_from, saved.parent
@@ -158,12 +173,13 @@ def _differences(section: str, before: Any, now: Any) -> list[tuple[str, Any, An
     return [(f"{section}.{key}", getattr(before, key), getattr(now, key)) for key in keys]
 
 
-def load(folder: Path, manifest: Manifest, engine: Engine, groups: Sequence[SlotGroup]) -> None:
+def load(folder: Path, manifest: Manifest, engine: Engine, groups: SlotGroups) -> None:
     """Restore engine and slots from a checkpoint of any ZeRO stage and world size; every rank calls this.
 
     Raises:
         UserError: when a file cannot be read.
     """
+    groups.begin(manifest.step + 1, manifest.dealt)
     with engine.ranks.agreeing():
         try:
             states = _states_of_slots(folder, manifest, engine.ranks.rank, [group.slots for group in groups])

@@ -79,6 +79,8 @@ class Manifest:
         held_out_loss: measured at this step; None = not measured.
         guard: the guard's window of past steps, see `Window.to_json`.
         parent: where the run branched from; None for a run of its own.
+        dealt: by the first step of each larger batch, the examples that each slot before had begun, see
+            `SlotStream.deal`.
         versions: versions of `PACKAGES` that wrote it.
         files: every other file of the folder, by its relative path.
     """
@@ -95,6 +97,7 @@ class Manifest:
     held_out_loss: float | None = None
     guard: dict[str, Any] = field(default_factory=dict)
     parent: Parent | None = None
+    dealt: dict[int, list[int]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in PACKAGES})
     files: dict[str, FileFacts] = field(default_factory=dict)
 
@@ -151,7 +154,8 @@ def read_manifest(folder: Path) -> Manifest:
             raise Damaged(f"the content of its {MANIFEST} has changed since it was written (sha256)")
         files = {_inside(name): FileFacts(**facts) for name, facts in values.pop("files").items()}
         parent = values.pop("parent", None)  # missing in older checkpoints
-        return Manifest(**values, parent=parent and Parent(**parent), files=files)
+        dealt = {int(step): begun for step, begun in values.pop("dealt", {}).items()}
+        return Manifest(**values, parent=parent and Parent(**parent), dealt=dealt, files=files)
     except FileNotFoundError:
         raise Damaged(f"it has no {MANIFEST}: it was never finished, or was copied in part") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

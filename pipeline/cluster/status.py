@@ -90,14 +90,12 @@ def describe_training(run_dir: Path) -> str:
     if not losses:
         return "no step yet"
     step, steps = int(losses[-1]["step"]), config.train.steps
-    a_step = config.train.global_batch_size * config.data.sequence_length
+    tokens, end = (config.train.examples_until(n) * config.data.sequence_length for n in (step, steps))
     loss = losses[-1]["loss"]  # a loss that is not finite is null in JSON
-    facts = (
-        f"step {step:,}/{steps:,}  {step * a_step:,} tokens  loss {math.nan if loss is None else loss:.4f}"
-    )
+    facts = f"step {step:,}/{steps:,}  {tokens:,} tokens  loss {math.nan if loss is None else loss:.4f}"
     rates = [point["tokens_per_second"] for point in losses if "tokens_per_second" in point]
     if rates and step < steps:
-        facts += f"  {tqdm.format_interval((steps - step) * a_step / rates[-1])} left"
+        facts += f"  {tqdm.format_interval((end - tokens) / rates[-1])} left"
     age = time.time() - path.stat().st_mtime
     return facts + (f"  (written {tqdm.format_interval(age)} ago)" if step < steps else "")
 

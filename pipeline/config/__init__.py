@@ -12,7 +12,14 @@ from pipeline.config.monitor import MonitorConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.resilience import GuardConfig, WatchdogConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig, TaskConfig
-from pipeline.config.training import EngineConfig, OptimizerConfig, Recompute, ScheduleConfig, TrainConfig
+from pipeline.config.training import (
+    EngineConfig,
+    LargerBatchConfig,
+    OptimizerConfig,
+    Recompute,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "CheckpointConfig",
@@ -21,6 +28,7 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "GuardConfig",
+    "LargerBatchConfig",
     "ModelConfig",
     "MonitorConfig",
     "ObjectiveConfig",

@@ -22,7 +22,15 @@ from pipeline.config.monitor import MonitorConfig
 from pipeline.config.objective import ObjectiveConfig
 from pipeline.config.resilience import GuardConfig, WatchdogConfig
 from pipeline.config.run import CheckpointConfig, EvaluationConfig, ProfilingConfig
-from pipeline.config.training import EngineConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from pipeline.config.training import (
+    HIGHEST_LEARNING_RATE,
+    EngineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+_GROWTH = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # power of the batch by which the learning rate grows
 
 
 @dataclass
@@ -51,8 +59,13 @@ class Config:
 
     @property
     def slots(self) -> int:
-        """The number of examples in flight at any time, over all ranks."""
-        return self.train.global_batch_size * self.objective.turns
+        """The most examples in flight at any time, over all ranks."""
+        return self.train.batch_at(self.train.steps) * self.objective.turns
+
+    def peak_rate(self, step: int) -> float:
+        """Return the peak learning rate for the batch of `step`."""
+        growth = self.train.batch_at(step) / self.train.global_batch_size
+        return self.optimizer.learning_rate * growth ** _GROWTH[self.schedule.batch_scaling]
 
     def changes_at(self, step: int) -> bool:
         """Return whether `step` is the first of another objective or data mix."""
@@ -72,6 +85,7 @@ class Config:
             f"schedule.rewarm_steps is {self.schedule.rewarm_steps}, which has no effect without "
             "train.branch_from: leave it out, or set schedule.warmup_steps.",
         )
+        self._check_ramp()
         self.checkpoint.check(self.evaluation.interval)
         self.evaluation.check()
         self.engine.check(self.model, self.data.sequence_length)
@@ -79,6 +93,26 @@ class Config:
         self.guard.check()
         self.watchdog.check()
         self.profiling.check(self.engine, self.train.steps)
+
+    def _check_ramp(self) -> None:
+        scaling, optimizer = self.schedule.batch_scaling, self.optimizer
+        highest = max(optimizer.learning_rate, optimizer.muon_learning_rate or 0.0)
+        rate = self.peak_rate(self.train.steps) * highest / optimizer.learning_rate
+        require(
+            scaling == "none" or bool(self.train.batch_ramp),
+            f"schedule.batch_scaling is {scaling!r}, which has no effect without train.batch_ramp: leave it "
+            "out, or set train.batch_ramp.",
+        )
+        require(
+            scaling == "none" or rate <= HIGHEST_LEARNING_RATE,
+            f"schedule.batch_scaling is {scaling!r}, by which train.batch_ramp raises the learning rate to "
+            f"{rate:.4g}: keep it at {HIGHEST_LEARNING_RATE} or less.",
+        )
+        require(
+            not self.train.batch_ramp or self.objective.turns == 1,
+            f"objective.turns is {self.objective.turns}, and train.batch_ramp is set: a ramp needs turns of "
+            "1. Leave out one of the two.",
+        )
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import yaml
 from pipeline.config.data import PhaseConfig
 from pipeline.config.load import Config, described
 from pipeline.config.run import TaskConfig
+from pipeline.config.training import LargerBatchConfig
 
 HEAD = """\
 # Settings
@@ -30,7 +31,8 @@ def page() -> str:
     sections = typing.get_type_hints(Config)
     parts = [HEAD, _section("run", Config)]
     parts += [_section(name, hint) for name, hint in sections.items() if dataclasses.is_dataclass(hint)]
-    parts += [_section("data.phases", PhaseConfig), _section("evaluation.tasks", TaskConfig)]
+    parts += [_section("data.phases", PhaseConfig), _section("train.batch_ramp", LargerBatchConfig)]
+    parts += [_section("evaluation.tasks", TaskConfig)]
     return "\n".join(parts)
 
 

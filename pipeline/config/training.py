@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pipeline.config.checks import require, require_not_negative, require_positive
@@ -101,6 +102,9 @@ class ScheduleConfig:
         final_ratio: Learning rate at the last step, as a fraction of the peak; without a final decay, wsd and
             inverse_sqrt do not use it.
         rewarm_steps: Steps after train.branch_from over which the rate climbs from 0 to that of the schedule.
+        batch_scaling: How the learning rate grows with the batch in train.batch_ramp; optimizer.learning_rate
+            is that of train.global_batch_size. sqrt = with the square root of the batch; linear = with the
+            batch; none = not at all.
     """
 
     kind: Literal["cosine", "wsd", "inverse_sqrt"] = "cosine"
@@ -109,6 +113,7 @@ class ScheduleConfig:
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
     final_ratio: float = 0.1
     rewarm_steps: int = 0
+    batch_scaling: Literal["none", "sqrt", "linear"] = "none"
 
     def check(self, steps: int) -> None:
         """Raise a `UserError` for the first setting that is invalid in a run of `steps` steps."""
@@ -148,14 +153,29 @@ class ScheduleConfig:
 
 
 @dataclass
+class LargerBatchConfig:
+    """A larger batch of a ramp.
+
+    Args:
+        first_step: Step from which on the batch has this size.
+        global_batch_size: As train.global_batch_size; larger than before.
+    """
+
+    first_step: int
+    global_batch_size: int
+
+
+@dataclass
 class TrainConfig:
     """Training loop.
 
     Args:
         steps: Optimizer steps.
         global_batch_size: Examples per optimizer step, over all ranks.
+        batch_ramp: Larger global batches by step, such as [{first_step: 1001, global_batch_size: 128}].
+            See schedule.batch_scaling. Not with objective.turns.
         micro_batch_size: Maximum examples per forward pass on one rank; lowered to the next divisor of the
-            rank's share of the global batch. Gradient accumulation makes up the rest.
+            rank's share of every global batch. Gradient accumulation makes up the rest.
         seed: Seed of the initial weights, the example order and all masks.
         log_interval: Steps between two log lines and two writes of the metrics.
         log_samples: Write the examples that each step was trained on to samples/ in the run folder; slower.
@@ -168,6 +188,7 @@ class TrainConfig:
 
     steps: int = 1000
     global_batch_size: int = 64
+    batch_ramp: list[LargerBatchConfig] = field(default_factory=list)
     micro_batch_size: int = 32
     seed: int = 1234
     log_interval: int = 10
@@ -184,9 +205,59 @@ class TrainConfig:
         )
         require_positive("train", self, "steps", "global_batch_size", "micro_batch_size", "log_interval")
         require(0 <= self.seed < 2**31, f"train.seed is {self.seed}: it must be at least 0 and below 2^31.")
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        step, size = 1, self.global_batch_size
+        for number, larger in enumerate(self.batch_ramp):
+            section, of = (
+                f"train.batch_ramp[{number}]",
+                "the entry before it" if number else "the first batch",
+            )
+            require(
+                larger.first_step > step,
+                f"{section}.first_step is {larger.first_step}: it must be above {step}, that of {of}.",
+            )
+            require(
+                larger.global_batch_size > size,
+                f"{section}.global_batch_size is {larger.global_batch_size}: the batch only grows, give more "
+                f"than {size}, that of {of}.",
+            )
+            step, size = larger.first_step, larger.global_batch_size
+        require(
+            step <= self.steps,
+            f"train.batch_ramp[{len(self.batch_ramp) - 1}].first_step is {step}, beyond train.steps = "
+            f"{self.steps}: lower it, leave the entry out, or train longer.",
+        )
+
+    @property
+    def batches(self) -> dict[int, int]:
+        """Every global batch of the run, by its first step, in order."""
+        larger = {each.first_step: each.global_batch_size for each in self.batch_ramp}
+        return {1: self.global_batch_size} | larger
+
+    def batch_at(self, step: int) -> int:
+        """Return the global batch of `step`; the first step is 1."""
+        return max(size for first_step, size in self.batches.items() if first_step <= max(1, step))
+
+    def examples_until(self, step: int) -> int:
+        """Return the examples trained in the steps up to `step`, an example counted once for each step."""
+        total, before = 0, 0
+        for first_step, size in self.batches.items():
+            total += (size - before) * max(0, step + 1 - first_step)
+            before = size
+        return total
+
+    def at(self, step: int) -> TrainConfig:
+        """Return these settings with the batch of `step` in the whole run."""
+        return replace(self, global_batch_size=self.batch_at(step), batch_ramp=[])
+
+    def common_share(self, data_size: int) -> int:
+        """Return the greatest number of examples that divides a data-parallel rank's share of every batch."""
+        return math.gcd(*self.batches.values()) // data_size
 
     def fitted(self, data_size: int, sequence_size: int = 1) -> TrainConfig:
-        """Return these settings with micro_batch_size lowered to a divisor of a rank's share.
+        """Return these settings with micro_batch_size lowered to a divisor of a rank's share of every batch.
 
         The global batch stays the same, so a run resumes with the same losses on more or fewer ranks.
 
@@ -195,21 +266,23 @@ class TrainConfig:
             sequence_size: ranks per sequence-parallel group.
 
         Raises:
-            UserError: if the global batch does not divide evenly among the ranks.
+            UserError: if a global batch does not divide evenly among the ranks.
         """
-        total, ranks = self.global_batch_size, data_size * sequence_size
-        possible = [str(n * sequence_size) for n in range(1, total + 1) if total % n == 0]
-        require(
-            str(ranks) in possible,
-            f"train.global_batch_size = {total} examples cannot be split evenly over {ranks} ranks: start "
-            f"{', '.join(possible)} ranks, or begin a new run with another global batch.",
-        )
-        share = total // data_size
+        ranks, common = data_size * sequence_size, self.common_share(1)
+        possible = [str(n * sequence_size) for n in range(1, common + 1) if common % n == 0]
+        for number, total in enumerate(self.batches.values()):
+            key = f"batch_ramp[{number - 1}].global_batch_size" if number else "global_batch_size"
+            require(
+                total % data_size == 0,
+                f"train.{key} = {total} examples cannot be split evenly over {ranks} ranks: start "
+                f"{', '.join(possible)} ranks, or begin a new run with another global batch.",
+            )
+        share = self.common_share(data_size)
         fitting = max(n for n in range(1, min(share, self.micro_batch_size) + 1) if share % n == 0)
         return replace(self, micro_batch_size=fitting)
 
     def accumulation(self, data_size: int) -> int:
-        """Return the micro-batches per step and rank; call this on `fitted` settings."""
+        """Return the micro-batches per rank in the first step; call this on `fitted` settings."""
         return self.global_batch_size // (data_size * self.micro_batch_size)
 
 

@@ -76,6 +76,9 @@ class PlainEngine:
         if self.average is not None:
             self.average.restart()
 
+    def begin_step(self, micro_batches: int) -> None:
+        self.accumulation = micro_batches
+
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`; bf16 is torch's autocast here."""
         enabled = self.precision == "bf16"

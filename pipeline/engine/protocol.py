@@ -46,6 +46,9 @@ class Engine(Protocol):
             UserError: for a weight that is missing or has the wrong shape.
         """
 
+    def begin_step(self, micro_batches: int) -> None:
+        """Say, before a step, how many micro-batches it has: the gradient is their mean."""
+
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """Run the model on a micro-batch."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint.manifest import Manifest
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.huggingface.formats import PROJECTS, Exported, Format
 
 _CARD = """\
@@ -152,7 +152,7 @@ def model_card(
         "position i is predicted at": _PREDICTED[model.prediction],
         "attention": exported.attention,
     }
-    examples, loss = manifest.step * train.global_batch_size, manifest.held_out_loss
+    examples, loss = train.examples_until(manifest.step), manifest.held_out_loss
     facts = {
         "optimizer steps": f"{manifest.step:,}",
         "sequences seen": f"{examples:,} of {config.data.sequence_length} tokens",
@@ -164,7 +164,7 @@ def model_card(
         "objective": _settings(objective),
         "optimizer": _settings(config.optimizer),
         "schedule": _settings(config.schedule),
-        "global batch": f"{train.global_batch_size} sequences",
+        "global batch": f"{_batches(train)} sequences",
         "seed": train.seed,
         "ranks": manifest.world_size,
         "software": ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
@@ -178,6 +178,12 @@ def model_card(
         weights=long[weights],
         dtype=exported.dtype,
     )
+
+
+def _batches(train: TrainConfig) -> str:
+    """Return the global batch, and the later ones of a ramp."""
+    larger = (f", {each.global_batch_size} from step {each.first_step:,}" for each in train.batch_ramp)
+    return f"{train.global_batch_size}{''.join(larger)}"
 
 
 def _settings(section: Any) -> str:

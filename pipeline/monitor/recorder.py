@@ -153,12 +153,14 @@ class Recorder:
         }
         if len(stream.phases) > 1:
             figures["progress/phase"] = phase
+        if self.config.train.batch_ramp:
+            figures["progress/global_batch"] = self.config.train.batch_at(step)
         stages = stages_at(self.config.objective, step)
         return figures if stages is None else figures | {"chains/stages": stages}
 
     def _speed(self, step: int, timed: Timed, chains: ChainFigures) -> dict[str, float]:
-        """Return rates over the timed steps up to `step`; no rates if none was timed."""
-        examples = self.config.train.global_batch_size
+        """Return rates over the timed steps up to `step`, all of one batch; no rates if none was timed."""
+        examples = self.config.train.batch_at(step)
         rows, prompt = chains.masked_rows, chains.prompt_length
         flops = step_flops(self.config, self.vocabulary_rows, rows, step, prompt, self.within).model
         figures = {"progress/flops_per_step": flops, "time/training": timed.seconds}

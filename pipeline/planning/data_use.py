@@ -93,13 +93,13 @@ def planned_use(config: Config) -> list[PhaseUse]:
 def _begun(config: Config, first: int, end: int) -> float:
     """Return the examples that begin from step `first` to before `end`: each is trained on for K steps."""
     objective = config.objective
-    changes = {objective.switch_step or 0}
+    changes = {objective.switch_step or 0} | config.train.batches.keys()
     if objective.stages_increment:
         changes |= set(range(objective.stages_first_increase or 1, end, objective.stages_interval or 1))
     examples = 0.0
     for start, stop in pairwise([first, *sorted(step for step in changes if first < step < end), end]):
         lasts = stages_at(objective, start) or (2 if objective.complementary else 1)
-        examples += (stop - start) * config.train.global_batch_size / lasts
+        examples += (stop - start) * config.train.batch_at(start) / lasts
     return examples
 
 

@@ -63,11 +63,11 @@ def step_flops(
         config: configuration of the run.
         vocabulary_rows: rows of the output matrix (`Vocabulary.rows`).
         masked_rows: positions with logits in the global batch; may be a mean.
-        step: optimizer step, from 1; selects the objective if the run switches.
+        step: optimizer step, from 1; selects the objective if the run switches, and the batch if it grows.
         prompt_length: mean prompt length in tokens; in block diffusion the prompt is its own block.
         within: pairs of a sequence that lie in one document, see `document_pairs`; None = all.
     """
-    model, sequences, length = config.model, config.train.global_batch_size, config.data.sequence_length
+    model, sequences, length = config.model, config.train.batch_at(step), config.data.sequence_length
     inputs = sequences * length * copies(config.objective, step)
     pairs = sequences * visible_pairs(config.objective, step, length, prompt_length, within)
     width, kv_width = model.heads * model.head_width, (model.kv_heads or model.heads) * model.head_width

@@ -96,11 +96,15 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str, sources: Mapping[st
         sources: of assumptions that were given or measured, by name.
     """
     config = planner.config
-    train, tokens = config.train, config.train.global_batch_size * config.data.sequence_length
+    train, length = config.train, config.data.sequence_length
+    tokens, total = train.batch_at(train.steps) * length, train.examples_until(train.steps) * length
+    sizes = " to ".join(
+        f"{size:,}" for size in sorted({train.global_batch_size, train.batch_at(train.steps)})
+    )
     zero = f"ZeRO-{planner.zero.stage} ({config.engine.deepspeed_config})" if planner.zero.stage else "plain"
     lines = [
-        f"{plan.parameters / 1e6:,.1f} M parameters; {train.steps:,} steps of {train.global_batch_size:,} "
-        f"examples of {config.data.sequence_length:,} tokens, {train.steps * tokens / GIGA:,.1f} G tokens",
+        f"{plan.parameters / 1e6:,.1f} M parameters; {train.steps:,} steps of {sizes} "
+        f"examples of {length:,} tokens, {total / GIGA:,.1f} G tokens",
         f"{plan.gpus} x {gpu_name}, {zero}, micro-batch {plan.micro_batch} x {plan.accumulation} per rank, "
         f"activation checkpointing {config.engine.activation_checkpointing}",
         "",
@@ -116,6 +120,7 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str, sources: Mapping[st
         lines += _remedy_lines(remedies(planner, plan.gpus))
     lines += [
         "",
+        *_ramp_lines(plan, length),
         f"per step: {plan.flops.model:.3g} FLOPs, plus {plan.flops.recomputed:.3g} recomputed",
         *(f"  {name:24}{duration(seconds):>11}" for name, seconds in plan.seconds.items()),
         f"  {'MFU':24}{plan.mfu:8.2f}",
@@ -158,6 +163,19 @@ def basis(planner: Planner, sources: Mapping[str, str]) -> list[tuple[str, float
     known = {"host_milliseconds": "benchmarks/host_time.py", **sources}
     assumed = dataclasses.asdict(planner.assumed) | {"host_milliseconds": planner.host_milliseconds}
     return rows + [(name, value, known.get(name, "assumed")) for name, value in assumed.items()]
+
+
+def _ramp_lines(plan: RunPlan, length: int) -> list[str]:
+    """Describe the batches of a ramp; nothing without one."""
+    if not plan.batches:
+        return []
+    rows = [
+        f"  from step {each.first_step:<10,}{each.global_batch_size:>8,} examples, micro-batch "
+        f"{plan.micro_batch} x {each.accumulation}, {duration(each.seconds)} a step, MFU {each.mfu:.2f}, "
+        f"{each.global_batch_size * length / each.seconds:,.0f} tokens/s"
+        for each in plan.batches
+    ]
+    return ["batch ramp", *rows, "", "with the largest batch"]
 
 
 def _rows(values: dict[str, float], form: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from pipeline.base.errors import UserError
 from pipeline.config import Config
@@ -14,6 +15,25 @@ from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import FULL, HALF, Memory, Parameters, Zero, count_parameters, plan_memory
 
 SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The steps with one global batch.
+
+    Attributes:
+        first_step: of the batch.
+        global_batch_size: examples per step.
+        accumulation: micro-batches per rank and step.
+        seconds: per step, at the first one.
+        mfu: model FLOPs utilisation then.
+    """
+
+    first_step: int
+    global_batch_size: int
+    accumulation: int
+    seconds: float
+    mfu: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +57,7 @@ class RunPlan:
         checkpoint_seconds: seconds to write a checkpoint.
         kept_checkpoints: maximum number of checkpoints on disk at once.
         cost: cost of the run; None without a price.
+        batches: the steps with each global batch of a ramp.
     """
 
     gpus: int
@@ -55,6 +76,7 @@ class RunPlan:
     checkpoint_seconds: float
     kept_checkpoints: int
     cost: float | None
+    batches: list[BatchPlan]
 
     @property
     def fits(self) -> bool:
@@ -81,9 +103,9 @@ class Planner:
     def plan(self, gpus: int, price: float | None = None, largest: bool = False) -> RunPlan:
         """Return the plan for `gpus` GPUs.
 
-        If the objective switches, FLOPs, MFU and seconds are those of the first step, memory is that of the
-        larger objective, and days cover both. The all-to-all of sequence parallelism is not included in the
-        communication.
+        If the objective switches, FLOPs, MFU and seconds are those of the first one, memory is that of the
+        larger one, and days cover both. If the batch grows, they are those of the largest, and days cover
+        all. The all-to-all of sequence parallelism is not included in the communication.
 
         Args:
             gpus: world size.
@@ -99,16 +121,16 @@ class Planner:
                 "'deepspeed'."
             )
         config, largest_fitting = self._with_micro_batch(gpus, largest)
-        train, groups = config.train, gpus // config.engine.sequence_parallel_size
-        accumulation = train.accumulation(groups)
-        communication = step_communication(self.zero, self.parameters, accumulation, self.width)
-        flops = self._flops(config, 1)
-        seconds = self._seconds(gpus, accumulation, flops, communication)
-        days = seconds["step"] * train.steps / SECONDS_A_DAY
-        switch = config.objective.switch_step
-        if switch is not None:
-            after = self._seconds(gpus, accumulation, self._flops(config, switch), communication)
-            days += (after["step"] - seconds["step"]) * (train.steps - switch + 1) / SECONDS_A_DAY
+        train, batches, total = config.train, [], 0.0
+        changes = {config.objective.switch_step or 1, *train.batches}
+        for first, end in pairwise([*sorted(changes), train.steps + 1]):
+            accumulation, _, flops, seconds = self._step(config, gpus, first, first)
+            total += seconds["step"] * (end - first)
+            if first in train.batches:
+                mfu = self._mfu(flops, seconds, gpus)
+                batches.append(BatchPlan(first, train.batch_at(first), accumulation, seconds["step"], mfu))
+        accumulation, communication, flops, seconds = self._step(config, gpus, 1, train.steps)
+        days = total / SECONDS_A_DAY
         checkpoint = checkpoint_bytes(config, self.zero, self.parameters, self.width)
         nodes = -(-gpus // self.gpu.node_size)
         return RunPlan(
@@ -122,13 +144,27 @@ class Planner:
             flops,
             communication,
             seconds,
-            flops.model / seconds["step"] / gpus / self.gpu.flops,
+            self._mfu(flops, seconds, gpus),
             days,
             checkpoint,
             checkpoint / nodes / self.assumed.disk_gigabytes_per_second / 1e9,
             kept_checkpoints(config),
             None if price is None else price * gpus * days * 24,
+            batches if train.batch_ramp else [],
         )
+
+    def _step(
+        self, config: Config, gpus: int, step: int, batch_of: int
+    ) -> tuple[int, Communication, Flops, dict[str, float]]:
+        """Return accumulation, communication, FLOPs and seconds of `step` with the batch of `batch_of`."""
+        config = replace(config, train=config.train.at(batch_of))
+        accumulation = config.train.accumulation(gpus // config.engine.sequence_parallel_size)
+        communication = step_communication(self.zero, self.parameters, accumulation, self.width)
+        flops = self._flops(config, step)
+        return accumulation, communication, flops, self._seconds(gpus, accumulation, flops, communication)
+
+    def _mfu(self, flops: Flops, seconds: dict[str, float], gpus: int) -> float:
+        return flops.model / seconds["step"] / gpus / self.gpu.flops
 
     def _with_micro_batch(self, gpus: int, largest: bool) -> tuple[Config, int]:
         """Return the configuration with the planned micro-batch, and the largest micro-batch that fits."""
@@ -138,7 +174,7 @@ class Planner:
                 f"--gpus is {gpus}: it must be a multiple of engine.sequence_parallel_size = {size}."
             )
         wanted = replace(self.config, train=self.config.train.fitted(gpus // size, size))
-        share = self.config.train.global_batch_size // (gpus // size)
+        share = self.config.train.common_share(gpus // size)
         candidates = [n for n in range(1, share + 1) if share % n == 0]
         fitting = 0
         for number in candidates:
@@ -152,10 +188,11 @@ class Planner:
 
     def _flops(self, config: Config, step: int) -> Flops:
         share = 1.0 if is_autoregressive(config.objective, step) else self.assumed.masked_share
-        rows = share * config.train.global_batch_size * config.data.sequence_length
+        rows = share * config.train.batch_at(step) * config.data.sequence_length
         return step_flops(config, self.vocabulary_rows, rows, step, within=self.within)
 
     def _memory(self, config: Config, gpus: int) -> Memory:
+        config = replace(config, train=config.train.at(config.train.steps))  # the most micro-batches
         rows = config.train.micro_batch_size * config.data.sequence_length  # all may be masked
         return plan_memory(config, self.zero, self.parameters, gpus, rows, self.gpu.memory)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.base.errors import Failure
-from pipeline.chains.slots import SlotGroup
+from pipeline.chains.groups import SlotGroups
 from pipeline.checkpoint.branching import check_state, find_parent, parent_of
 from pipeline.checkpoint.loading import load
 from pipeline.checkpoint.manifest import FORMAT, Identity, Manifest
@@ -22,9 +21,7 @@ from pipeline.training.state import TrainState
 from pipeline.training.step_log import StepLog
 
 
-def resume(
-    folder: Path, saved: Manifest, engine: Engine, groups: Sequence[SlotGroup], state: TrainState
-) -> None:
+def resume(folder: Path, saved: Manifest, engine: Engine, groups: SlotGroups, state: TrainState) -> None:
     """Restore weights, chains and state from a checkpoint; every rank calls this."""
     load(folder, saved, engine, groups)
     state.step, state.tokens, state.held_out_loss = saved.step, saved.tokens, saved.held_out_loss
@@ -72,6 +69,7 @@ class Checkpoints:
         config: the run.
         identity: what a run that resumes must have in common with the checkpoints.
         state: progress of the run.
+        groups: the chains of this rank.
         saver: writes the checkpoints.
         log: is on the disk before a checkpoint is.
         stop: whether the run is to stop.
@@ -81,6 +79,7 @@ class Checkpoints:
     config: Config
     identity: Identity
     state: TrainState
+    groups: SlotGroups
     saver: Saver
     log: StepLog
     stop: Stop
@@ -98,7 +97,7 @@ class Checkpoints:
         state, world_size = self.state, self.saver.engine.ranks.world_size
         manifest = Manifest(
             FORMAT, state.step, state.tokens, world_size, *self.identity, state.held_out_loss,
-            state.window.to_json(), state.parent,
+            state.window.to_json(), state.parent, self.groups.stream.dealt,
         )  # fmt: skip
         with self.log.recorder.apart(state.step, "checkpoint_stall"):
             self.saver.save(manifest)

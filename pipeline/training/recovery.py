@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.base.errors import Failure
+from pipeline.chains.groups import SlotGroups
 from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
 from pipeline.checkpoint.loading import newest
@@ -38,7 +39,7 @@ class Recovery:
     guard: Guard
     stream: SlotStream
     skipped: SkipLog
-    groups: Sequence[SlotGroup]
+    groups: SlotGroups
     checkpoints: Checkpoints
 
     def rolled_back(self, trained: Sequence[SlotGroup]) -> bool:
@@ -65,7 +66,7 @@ class Recovery:
     def _examples(self, trained: Sequence[SlotGroup]) -> list[int]:
         """Return the numbers of the examples that a step trained, over all ranks."""
         ranks = self.checkpoints.saver.engine.ranks
-        ids = torch.full((self.stream.slots,), -1, device=ranks.device)
+        ids = torch.full((self.config.slots,), -1, device=ranks.device)
         for group in trained:
             ids[group.numbers] = group.trained_ids
         return [self.stream.index(id) for id in ranks.max(ids).tolist() if id >= 0]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from pipeline import objectives
 from pipeline.base.progress import Progress
-from pipeline.chains.slots import SlotGroup, make_groups
+from pipeline.chains.groups import SlotGroups
 from pipeline.chains.stream import SlotStream
 from pipeline.checkpoint.loading import check_continues, newest
 from pipeline.checkpoint.lock import RunLock
@@ -66,7 +66,7 @@ class Training:
     Attributes:
         config: the run; its micro-batch fits the world size.
         engine: executes the steps.
-        turns: this rank's chains: for each turn one group per micro-batch.
+        groups: this rank's chains.
         state: progress of the run.
         guard: judges each update before it happens.
         stop: whether the run is to stop.
@@ -80,7 +80,7 @@ class Training:
 
     config: Config
     engine: Engine
-    turns: list[list[SlotGroup]]
+    groups: SlotGroups
     state: TrainState
     guard: Guard
     stop: Stop
@@ -90,10 +90,6 @@ class Training:
     evaluations: tuple[Component, ...]
     checkpoints: Checkpoints
     tracer: Tracer
-
-    def groups_of(self, step: int) -> list[SlotGroup]:
-        """Return the chains that `step` trains, one group per micro-batch."""
-        return self.turns[(step - 1) % len(self.turns)]
 
     def outcome(self) -> str:
         """Return how the process ended, unless by an error."""
@@ -156,13 +152,14 @@ def _assemble(
     """Begin the chains or resume them from the checkpoint `found`, and build what surrounds the loop."""
     run_dir, ranks = Path(config.run_dir), engine.ranks
     first, later = data[1], {step: phase.train for step, phase in data.items() if step > 1}
-    stream = SlotStream(first.train, config.slots, config.train.seed, config.data.workers, later)
+    slots = config.train.global_batch_size * config.objective.turns
+    larger = {each.first_step: each.global_batch_size for each in config.train.batch_ramp}
+    stream = SlotStream(first.train, slots, config.train.seed, config.data.workers, later, larger)
     stack.callback(stream.close)
     skipped = SkipLog(run_dir, ranks)
     stream.exclude(skipped.excluded())
     schedule = objectives.build(config, tokenizer.mask, any(phase.has_padding for phase in data.values()))
-    turns = make_groups(config, ranks, stream, schedule, state.step + 1)
-    groups = [group for turn in turns for group in turn]
+    groups = SlotGroups(config, ranks, stream, schedule, state.step + 1)
     if found is not None:
         resume(*found, engine, groups, state)
     log = _open_log(config, identity.vocabulary["rows"], engine, stream, groups, skipped, state)
@@ -173,7 +170,7 @@ def _assemble(
     stack.callback(saver.close)
     stop = Stop(ranks, lambda: signals.received)
     guard = Guard(config.guard, config.optimizer.gradient_clip, state.window, stop)
-    checkpoints = Checkpoints(config, identity, state, saver, log, stop, watchdog)
+    checkpoints = Checkpoints(config, identity, state, groups, saver, log, stop, watchdog)
 
     def stopped() -> bool:
         watchdog.enter("evaluation")
@@ -188,7 +185,7 @@ def _assemble(
     tracer = Tracer(config, ranks, state, log.recorder.clock)
     stack.callback(tracer.close)
     training = Training(
-        config, engine, turns, state, guard, stop, watchdog, log, recovery, evaluations, checkpoints, tracer
+        config, engine, groups, state, guard, stop, watchdog, log, recovery, evaluations, checkpoints, tracer
     )
     machine = machine_of(ranks)
     if ranks.is_first:
@@ -204,9 +201,10 @@ def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
     """Return the configuration with a micro-batch that fits the world size; print it if it is smaller."""
     wanted, train = config.train, config.train.fitted(ranks.data_size, ranks.sequence_size)
     if ranks.is_first and train.micro_batch_size != wanted.micro_batch_size:
+        shares = ", ".join(str(size // ranks.data_size) for size in wanted.batches.values())
         print(
             f"train.micro_batch_size is {train.micro_batch_size} instead of {wanted.micro_batch_size}: it "
-            f"must divide the {wanted.global_batch_size // ranks.data_size} sequences of a rank and step",
+            f"must divide the {shares} sequences of a rank and step",
             flush=True,
         )
     return dataclasses.replace(config, train=train)
@@ -261,7 +259,7 @@ def _open_log(
     vocabulary_rows: int,
     engine: Engine,
     stream: SlotStream,
-    groups: Sequence[SlotGroup],
+    groups: SlotGroups,
     skipped: SkipLog,
     state: TrainState,
 ) -> StepLog:

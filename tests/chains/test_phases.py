@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipeline.base.errors import Failure
-from pipeline.chains.slots import SlotGroup, slots_of_rank
+from pipeline.chains.groups import slots_of_rank
+from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import Permutation, SlotStream
 from pipeline.checkpoint.saving import merge_states
 from pipeline.config import Config, ObjectiveConfig, TrainConfig

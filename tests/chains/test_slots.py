@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.base.errors import Failure
-from pipeline.chains.slots import SlotGroup, make_groups, slots_of_rank
+from pipeline.chains.groups import SlotGroups, slots_of_rank
+from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
 from pipeline.config import Config, ObjectiveConfig, TrainConfig
 from pipeline.objectives import build
@@ -107,7 +108,7 @@ def test_turns_share_out_the_samples() -> None:
     train = TrainConfig(global_batch_size=4, micro_batch_size=4, seed=SEED)
     config = Config("unused", objective=replace(PUMA, turns=3), train=train)
     stream = SlotStream(Pairs(SIZE), config.slots, SEED, workers=0)
-    turns = make_groups(config, Ranks(), stream, build(config, MASK, True))
+    turns = SlotGroups(config, Ranks(), stream, build(config, MASK, True)).turns
     slots = [group.slots.tolist() for groups in turns for group in groups]
     assert slots == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     visits: dict[int, list[int]] = defaultdict(list)
@@ -128,7 +129,7 @@ def test_turns_begin_after_a_branch(turns: int) -> None:
     config = Config("unused", objective=replace(PUMA, turns=turns), train=train)
     stream = SlotStream(Pairs(SIZE), config.slots, SEED, workers=0)
     for begin in range(1, 12):
-        found = make_groups(config, Ranks(), stream, build(config, MASK, True), begin)
+        found = SlotGroups(config, Ranks(), stream, build(config, MASK, True), begin).turns
         for turn, groups in enumerate(found):
             first = next(number for number in range(begin, 99) if (number - 1) % turns == turn)
             assert [(group.first_step, group.interval) for group in groups] == [(first, turns)] * 2

@@ -20,7 +20,8 @@ from pipeline import config as configuration
 from pipeline import objectives
 from pipeline.base import cli
 from pipeline.base.files import write_hashed
-from pipeline.chains.slots import SlotGroup, make_groups
+from pipeline.chains.groups import SlotGroups
+from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, stack_examples
 from pipeline.engine.build import build_engine, read_weights
@@ -119,18 +120,21 @@ def main(output: str, steps: int, leader: str, arguments: list[str]) -> None:
     engine = build_engine(config, ranks, Vocabulary(VOCABULARY, VOCABULARY, MASK))
     orthogonalise_in_fp32()
     data = SyntheticPairs(config.data.isolate_documents)
-    stream = SlotStream(data, config.slots, config.train.seed, workers=1)
-    groups = make_groups(config, ranks, stream, objectives.build(config, MASK, True))[0]
+    slots, *larger = config.train.batches.items()
+    stream = SlotStream(data, slots[1], config.train.seed, workers=1, larger=dict(larger))
+    groups = SlotGroups(config, ranks, stream, objectives.build(config, MASK, True))
     led_by = None if leader == "-" else torch.load(leader, weights_only=True)["notes"][0]
     notes = Notes(steps, config.slots, led_by)
-    for group in groups:
-        notes.attach(group)
+    attached: set[SlotGroup] = set()
     losses, norms, history = [], [], []
     if isinstance(engine, PlainEngine):
         history.append(weights_of(engine))
     for step in range(1, steps + 1):
         rate = learning_rate(step, steps, config.optimizer.learning_rate, config.schedule)
-        loss, norm = train_step(engine, groups, rate, step)
+        for group in set(groups.of_step(step)) - attached:
+            notes.attach(group)
+            attached.add(group)
+        loss, norm = train_step(engine, groups.of_step(step), rate, step)
         losses.append(float(ranks.sum(loss[None])) / ranks.world_size)
         norms.append(float(norm))
         if isinstance(engine, PlainEngine):

@@ -113,6 +113,13 @@ class DeepSpeedEngine:
         if self.average is not None:
             self.average.restart()
 
+    def begin_step(self, micro_batches: int) -> None:
+        """See `Engine`; DeepSpeed tells the last micro-batch by the number of those before it."""
+        before = self.engine.gradient_accumulation_steps()
+        if micro_batches != before:
+            self.engine.set_train_batch_size(self.engine.train_batch_size() // before * micro_batches)
+            self.engine.micro_steps = 0
+
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         with self.profiler.forward():
             output: HeadOutput = self.engine(batch)
