@@ -2,26 +2,37 @@
 
 A log-likelihood is the negative bound of `pipeline.evaluation.likelihood`: a sum over all masks for short
 answers, an estimate with a fixed seed for longer ones, and exact for autoregressive models.
+
+On several ranks the harness runs on the first one alone. All ranks load the model and share its requests. The
+noise of a request depends on its number, so the results equal those of one rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
 from pipeline.checkpoint.load_model import load_model
+from pipeline.corpus.chat import Written
+from pipeline.corpus.chat_template import read_template, rendered
+from pipeline.corpus.encode import WordEncoder
+from pipeline.corpus.reading import BadRecord
+from pipeline.corpus.special_text import SpecialEncoder
 from pipeline.decoding.batching import MaskedSequence
 from pipeline.decoding.completing import Completion, fill_sequences
 from pipeline.decoding.sampling import SamplingSettings
-from pipeline.evaluation.likelihood import score_answers
+from pipeline.evaluation.likelihood import AnswerScore, score_answers
 from pipeline.evaluation.options import DRAWS
+from pipeline.ranks import Ranks, join_ranks
 
 with extra("eval", "pipeline.evaluation.harness"):
     from lm_eval.api.instance import Instance
@@ -30,7 +41,9 @@ with extra("eval", "pipeline.evaluation.harness"):
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 Tokens = list[int]
+Pair = tuple[Tokens, Tokens]  # a context and its continuation
 LENGTH = 256  # default answer length in tokens
+_peers = Ranks()  # those that share the requests; see `on_all_ranks`
 
 
 @register_model("puma")
@@ -47,6 +60,7 @@ class PumaLM(TemplateLM):
         check_greedy: bool = True,
         max_batch_size: int | None = None,
         verify: bool = True,
+        chat_template: str | None = None,
         **sampler: Any,
     ) -> None:
         """Load the model.
@@ -54,13 +68,15 @@ class PumaLM(TemplateLM):
         Args:
             checkpoint: run folder, RUN:STEP, or checkpoint folder.
             weights: ema or raw; None = ema if the checkpoint has it.
-            device: torch device; by default a GPU if available.
+            device: torch device; by default a GPU if available. Of several ranks each has its own.
             batch_size: sequences per forward.
             draws: masks per sequence for its likelihood, an even number.
             check_greedy: also decode each scored continuation, because some metrics (accuracy of
                 lambada_openai) need to know whether decoding finds it; False saves one forward per token.
             max_batch_size: unused; the harness passes it for its own batch size search.
             verify: compare the hashes of the checkpoint's files.
+            chat_template: what --apply_chat_template applies; see `chat_template.read_template`. The special
+                tokens in all contexts are then those tokens.
             sampler: fields of `SamplingSettings`, such as tokens_per_step=4 or seed=1.
 
         Raises:
@@ -80,7 +96,20 @@ class PumaLM(TemplateLM):
         wanted = device or "cuda"  # the harness's default, with or without a GPU
         usable = torch.cuda.is_available() or not wanted.startswith("cuda")
         self._device = torch.device(wanted if usable else "cpu")
-        self.loaded = load_model(Path(checkpoint), self._device, weights=weights, verify=verify)  # type: ignore[arg-type]
+        if _peers.world_size > 1:
+            self._device = _peers.device
+        settings = dict(weights=weights, batch_size=batch_size, draws=draws, verify=verify, **sampler)
+        _tell_peers("load", {"checkpoint": checkpoint, **settings})
+        with _peers.agreeing():
+            self.loaded = load_model(
+                Path(checkpoint),
+                self._device,
+                weights=weights,  # type: ignore[arg-type]
+                verify=verify,
+                ranks=_peers,
+            )
+        self.template = None if chat_template is None else read_template(Path(chat_template))
+        self.encoder = SpecialEncoder(WordEncoder(self.loaded.tokenizer, cut=False))
         self.batch_size, self.draws, self.check_greedy = int(batch_size), draws, check_greedy
         # Prompts and answers of pairs were tokenized separately, packed text as a whole.
         self.backend = "causal" if self.loaded.config.data.kind == "packed" else "seq2seq"
@@ -101,9 +130,29 @@ class PumaLM(TemplateLM):
         return self.loaded.tokenizer.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> Tokens:
-        """Return the tokens of a text; no special tokens are added."""
-        ids: Tokens = self.loaded.tokenizer.encode(string).tolist()
+        """Return the tokens of a text; no special tokens are added, and with a template those in it count."""
+        text = string if self.template is None else Written.apart([string])
+        ids: Tokens = self.encoder.encode_batch([text])[0].tolist()
         return ids
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the chat template for the harness's log."""
+        if self.template is None:
+            raise UserError(
+                "--apply_chat_template needs a template: add chat_template=FOLDER to --model_args."
+            )
+        return self.template
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the messages as text; without a generation prompt, the last one is to be continued."""
+        given = chat_history if add_generation_prompt else chat_history[:-1]
+        try:
+            text = rendered(self.chat_template(), given, add_generation_prompt=True)
+        except BadRecord as bad:
+            raise UserError(f"{bad.detail}: give another chat_template in --model_args.") from None
+        return text if add_generation_prompt else text + chat_history[-1]["content"]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], Tokens, Tokens]], disable_tqdm: bool = False, **more: Any
@@ -121,10 +170,11 @@ class PumaLM(TemplateLM):
                 )
             room = self.limit - len(continuation)
             pairs.append((context[-room:] if room else [], continuation))
-        scores = score_answers(self.loaded, pairs, self.draws, self.batch_size, self.settings.seed)
+        scores = self._shared("scores", pairs)
         greedy = [False] * len(pairs)
         if self.check_greedy:
-            found = self._decode([(context, len(answer)) for context, answer in pairs], self.settings)
+            prompts = [(context, len(answer)) for context, answer in pairs]
+            found = self._shared("completions", prompts, self.settings)
             greedy = [one.tokens == answer for one, (_, answer) in zip(found, pairs, strict=True)]
         return [(-score.nll, same) for score, same in zip(scores, greedy, strict=True)]
 
@@ -136,7 +186,7 @@ class PumaLM(TemplateLM):
             for window in get_rolling_token_windows(ids, self.eot_token_id, self.limit - 1, 1):
                 pairs.append(make_disjoint_window(window))
                 owners.append(number)
-        scores = score_answers(self.loaded, pairs, self.draws, self.batch_size, self.settings.seed)
+        scores = self._shared("scores", pairs)
         totals = [0.0] * len(requests)
         for owner, score in zip(owners, scores, strict=True):
             totals[owner] -= score.nll
@@ -160,7 +210,7 @@ class PumaLM(TemplateLM):
             alike[self._settings_of(task)].append(number)
         texts: dict[int, str] = {}
         for settings, numbers in alike.items():
-            found = self._decode([prompts[i] for i in numbers], settings)
+            found = self._shared("completions", [prompts[i] for i in numbers], settings)
             for number, completion in zip(numbers, found, strict=True):
                 stops = requests[number].args[1].get("until") or []
                 texts[number] = before_first(completion.text, [stops] if isinstance(stops, str) else stops)
@@ -175,11 +225,69 @@ class PumaLM(TemplateLM):
         settings.check()
         return settings
 
-    def _decode(self, prompts: Sequence[tuple[Tokens, int]], settings: SamplingSettings) -> list[Completion]:
+    def _shared(self, work: Literal["scores", "completions"], items: Sequence[Any], *more: Any) -> list[Any]:
+        """Return what `_scores` or `_completions` finds for all items; every rank does its part of them."""
+        _tell_peers(work, (items, *more))
+        return self.part_of(work, items, *more)
+
+    def part_of(self, work: str, items: Sequence[Any], *more: Any) -> list[Any]:
+        """Return what all ranks find for all items; every rank calls this."""
+        numbers = range(_peers.rank, len(items), _peers.world_size)
+        with _peers.agreeing():
+            found = getattr(self, f"_{work}")([items[i] for i in numbers], numbers, *more)
+        results: list[Any] = [None] * len(items)
+        for rank, part in enumerate(_peers.all_gather(found)):
+            results[rank :: _peers.world_size] = part
+        return results
+
+    def _scores(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> list[AnswerScore]:
+        common = self.loaded, pairs, self.draws, self.batch_size, self.settings.seed
+        return score_answers(*common, numbers=numbers)
+
+    def _completions(
+        self, prompts: Sequence[tuple[Tokens, int]], numbers: Sequence[int], settings: SamplingSettings
+    ) -> list[Completion]:
         """Return the continuation of each (prompt, length)."""
         mask = self.loaded.tokenizer.mask
         sequences = [MaskedSequence.behind(ids, [mask] * length) for ids, length in prompts]
-        return fill_sequences(self.loaded, sequences, settings, self.batch_size, self.eot_token_id)
+        common = self.loaded, sequences, settings, self.batch_size, self.eot_token_id
+        return fill_sequences(*common, numbers=numbers)
+
+
+def on_all_ranks(harness: Callable[[], None]) -> None:
+    """Run the harness on the first rank, and its model on all."""
+    global _peers
+    _peers = join_ranks()
+    _peers.connect("gloo", timedelta(days=7))  # requests may take very different times
+    with contextlib.ExitStack() as stack:
+        stack.callback(_peers.disconnect)
+        if _peers.is_first:
+            stack.callback(_tell_peers, "end")
+            harness()
+        else:
+            _serve()
+
+
+def _tell_peers(work: str, arguments: Any = None) -> None:
+    """Let the other ranks, which wait in `_serve`, join in some work of the first one."""
+    if _peers.world_size > 1 and _peers.is_first:
+        _peers.all_gather((work, arguments))
+
+
+def _serve() -> None:
+    """Do this rank's part of what the first rank's model is asked, until that has ended."""
+    model: PumaLM | None = None
+    while True:
+        work: str
+        arguments: Any
+        work, arguments = _peers.all_gather(("", None))[0]
+        if work == "end":
+            return
+        with contextlib.suppress(UserError):  # the first rank has it, too
+            if work == "load":
+                model = PumaLM(**arguments)
+            elif model is not None:
+                model.part_of(work, *arguments)
 
 
 def before_first(text: str, stops: Sequence[str]) -> str:

@@ -138,11 +138,8 @@ def test_help_does_not_wait_for_torch() -> None:
     assert result.stdout.splitlines()[-1] == "False"
 
 
-def test_the_harness_runs_local_tasks(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
-    """A multiple-choice and a generation task, through the harness's evaluation, by model name."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
+def write_tasks(loaded: Loaded, tmp_path: Path) -> list[dict[str, Any]]:
+    """Write a multiple-choice and a generation task; return their items."""
     rows = [{"prompt": p, "choices": ["gg", p[::-1], "abc"], "label": 1} for p in ("ab", "fed", "ca", "ddd")]
     written = complete(loaded, [row["prompt"] for row in rows], length=4)
     for row, completion, keep in zip(rows, written, (True, True, True, False), strict=True):
@@ -163,6 +160,15 @@ target_delimiter: ""
         f"task: local_write\noutput_type: generate_until{common}doc_to_target: text\n"
         "generation_kwargs: {max_gen_toks: 4, until: []}\nmetric_list: [{metric: exact_match}]\n"
     )
+    return rows
+
+
+def test_the_harness_runs_local_tasks(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
+    """A multiple-choice and a generation task, through the harness's evaluation, by model name."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    rows = write_tasks(loaded, tmp_path)
     found = simple_evaluate(
         model="puma",
         model_args=f"checkpoint={run_dir},check_greedy=false",
@@ -181,3 +187,61 @@ target_delimiter: ""
     assert found is not None
     assert found["results"]["local_choice"]["acc,none"] == right / 4
     assert found["results"]["local_write"]["exact_match,none"] == 0.75
+
+
+def test_two_ranks_find_what_one_finds(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
+    """Every answer and every likelihood, with noise; an error is one line."""
+    write_tasks(loaded, tmp_path)
+    command = ["-m", "pipeline.evaluation.harness", "--model", "puma", "--tasks", "local_choice,local_write"]
+    command += ["--include_path", str(tmp_path), "--log_samples", "--batch_size", "3", "--output_path"]
+    sampler = f"checkpoint={run_dir},draws=2,temperature=1"
+    logs = []
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        outcome = run_program(*command, str(output), "--model_args", sampler, ranks=ranks)
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout.count("|local_choice|") == 1, "the first rank prints"
+        paths = [
+            path for task in ("choice", "write") for path in output.rglob(f"samples_local_{task}_*.jsonl")
+        ]
+        assert len(paths) == 2
+        logs.append([json.loads(line) for path in paths for line in path.read_text().splitlines()])
+    assert len(logs[0]) == 8
+    for one, two in zip(*logs, strict=True):
+        assert one["arguments"] == two["arguments"]
+        assert as_numbers(one["filtered_resps"]) == pytest.approx(as_numbers(two["filtered_resps"]), rel=1e-4)
+    outcome = run_program(*command, str(tmp_path / "3"), "--model_args", "checkpoint=nowhere", ranks=2)
+    assert outcome.returncode != 0
+    assert "error: nowhere holds no checkpoint" in outcome.stderr
+
+
+def as_numbers(responses: list[Any]) -> list[float]:
+    """Return the likelihoods of choices, or the characters of a text."""
+    if isinstance(responses[0], str):
+        return [float(ord(character)) for character in responses[0]]
+    return [float(value) for value, _ in responses]
+
+
+def test_chat_templates(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
+    """What the harness shows the model is what the template writes; special tokens in it are those tokens."""
+    end = loaded.tokenizer.model.token(loaded.tokenizer.eos)
+    template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    template += "{% if add_generation_prompt %}g{% endif %}"
+    (tmp_path / "c.jinja").write_text(template)
+    model = PumaLM(str(run_dir), chat_template=str(tmp_path / "c.jinja"))
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    assert model.chat_template(True) == template
+    assert model.apply_chat_template(chat) == f"ab{end}c{end}g"
+    assert model.apply_chat_template(chat, add_generation_prompt=False) == f"ab{end}gc"
+    encode, eos = loaded.tokenizer.encode, loaded.tokenizer.eos
+    prompt = [*encode("ab").tolist(), eos, *encode("c").tolist(), eos, *encode("g").tolist()]
+    assert model.tok_encode(f"ab{end}c{end}g") == prompt
+    [(value, _)] = model.loglikelihood(requests("loglikelihood", (f"ab{end}c{end}g", "abc")))
+    assert -value == pytest.approx(bound(loaded, prompt, encode("abc").tolist()), rel=1e-5)
+    without = PumaLM(str(run_dir))
+    assert without.tok_encode(end) == encode(end).tolist()
+    with pytest.raises(UserError, match="--apply_chat_template needs a template"):
+        without.chat_template(True)
+    (tmp_path / "c.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(UserError, match=r"refuses the messages \(no\): give another chat_template"):
+        PumaLM(str(run_dir), chat_template=str(tmp_path / "c.jinja")).apply_chat_template(chat)
