@@ -1,4 +1,4 @@
-"""Train with several objectives for a few hundred steps on your own data, and print a table (Markdown).
+"""Train with your objective and others for a few hundred steps on your data, and print a table (Markdown).
 
 usage: python benchmarks/pilot.py --config configs/tiny_text.yaml --steps 300
 
@@ -25,7 +25,7 @@ from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, add_overrides, overrides, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
-from pipeline.config import Config
+from pipeline.config import Config, ObjectiveConfig
 from pipeline.monitor.writers import METRICS_FILE
 from plot_reproduction import markdown, spread
 from reproduction.arms import arms
@@ -41,7 +41,7 @@ def as_pilot(config: Config, steps: int) -> Config:
     interval = max(1, steps // 10)
     return dataclasses.replace(
         config,
-        objective=configuration.ObjectiveConfig(block_size=block),
+        objective=ObjectiveConfig(block_size=block),
         schedule=configuration.ScheduleConfig(kind="wsd", warmup_steps=warmup),
         train=dataclasses.replace(config.train, steps=steps, log_interval=interval),
         checkpoint=dataclasses.replace(config.checkpoint, interval=steps),
@@ -49,10 +49,17 @@ def as_pilot(config: Config, steps: int) -> Config:
     )
 
 
+def settings_of(objective: ObjectiveConfig) -> str:
+    """Return the settings of an objective that are not the default ones, as on a command line."""
+    default = dataclasses.asdict(ObjectiveConfig())
+    changed = {key: x for key, x in dataclasses.asdict(objective).items() if x != default[key]}
+    return " ".join(f"--objective.{key} {value}" for key, value in changed.items())
+
+
 def run_all(options: Namespace) -> list[list[str]]:
     """Train what is not trained yet; return the table, the head first."""
     config = configuration.load(["--config", str(options.config), *overrides(options)])
-    variants = arms(config.objective.stages)
+    variants = {"configured": settings_of(config.objective), **arms(config.objective.stages)}
     for name in options.variants or []:
         if name not in variants:
             raise UserError(f"--variants {name} is unknown: choose from {', '.join(variants)}.")

@@ -67,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if (options.task in WITH_INPUT) != bool(options.input):
         raise UserError(f"--input belongs to the tasks {', '.join(WITH_INPUT)}, --task is {options.task}.")
     for name in SIZES:
-        if getattr(options, name) is None:
-            setattr(options, name, getattr(task, name))
+        given, usual = getattr(options, name), getattr(task, name)
+        if usual is None and given is not None:
+            raise UserError(f"{option(name)} has no effect with --task {options.task}: leave it out.")
+        setattr(options, name, usual if given is None else given)
     options.variants = options.variants or list(task.variants)
     for name in options.variants:
         if name not in task.variants:

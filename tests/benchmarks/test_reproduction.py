@@ -166,3 +166,20 @@ def test_ratios_are_of_the_same_seeds_and_say_who_did_not_arrive() -> None:
     assert steps_ratio(runs, "a", "b", "solved_1", 0.9)[1] == "?"
     assert steps_ratio(runs, "b", "a", "solved_1", 0.7)[1] == ">"
     assert difference(runs, "a", "b", "solved_1") == pytest.approx((0.25, 0.2, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--task", "text"], "--input"),
+        (["--task", "sudoku4", "--input", "text.jsonl"], "--input"),
+        (["--task", "sudoku4", "--vocabulary", "9"], "--vocabulary"),
+        (["--task", "sudoku4", "--variants", "pumas"], "pumas"),
+    ],
+)
+def test_what_does_not_belong_to_a_task(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run_here(reproduce.main, [*arguments, "--folder", str(tmp_path / "runs")], capsys)
+    assert named in outcome.complaint()
+    assert not (tmp_path / "runs").exists()

@@ -137,11 +137,14 @@ def test_a_pilot_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     made = run_here(reproduce.main, sums, capsys)
     assert made.code == 0, made.error
     arguments = ["--config", str(data / "random_5/config.yaml"), "--steps", "10", "--seeds", "5"]
-    arguments += ["--variants", "puma", "random_bell", "--folder", str(tmp_path / "pilot")]
+    arguments += ["--variants", "configured", "puma", "--folder", str(tmp_path / "pilot")]
     outcome = run_here(pilot.main, [*arguments, "--set", "data.split=90,10,0"], capsys)
     assert outcome.code == 0, outcome.error
     head, _, *rows = outcome.output.splitlines()
     assert head == "| objective | seeds | held-out loss | tokens/s |"
     cells = [row.split(" | ") for row in rows]
-    assert {name for name, *_ in cells} == {"| puma", "| random_bell"}
+    assert {name for name, *_ in cells} == {"| configured", "| puma"}
     assert 0 < float(cells[0][2]) <= float(cells[1][2]) < 4
+    ran = (tmp_path / "pilot/configured_5/config.yaml").read_text()
+    assert "kind: random_masking\n" in ran
+    assert "kind: puma\n" in (tmp_path / "pilot/puma_5/config.yaml").read_text()
