@@ -23,8 +23,9 @@ MOST = 6  # objectives that a figure can show
 TWICE = "_twice"
 COLOURS = {  # the same in every figure; no figure shows two objectives of one colour
     "random": "black",
-    "random_bell": "tab:gray",
-    "random_stratified": "tab:olive",
+    "random_bell": "tab:green",
+    "random_bell_narrow": "tab:olive",
+    "random_stratified": "tab:gray",
     "puma": "tab:red",
     "puma_threshold": "tab:pink",
     "puma_mixed": "tab:pink",
@@ -33,9 +34,9 @@ COLOURS = {  # the same in every figure; no figure shows two objectives of one c
     "puma_turns_8_mixed": "tab:blue",
     "puma_turns_8": "tab:orange",
     "puma_turns_8_mixed_bell": "tab:cyan",
-    "puma_jumps": "tab:green",
+    "puma_jumps": "tab:brown",
     "random_then_puma": "tab:purple",
-    "chain_random_order": "tab:brown",
+    "chain_random_order": "tab:gray",
 }
 COSTS = {
     "tokens": ("M tokens", 1e6),

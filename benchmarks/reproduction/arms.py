@@ -19,6 +19,7 @@ def arms(stages: int) -> dict[str, str]:
     return {
         "random": RANDOM,
         "random_bell": f"{RANDOM} {BELL}",
+        "random_bell_narrow": f"{RANDOM} --objective.mask_ratio_std 0.1",
         "puma": puma,
         "puma_turns_8": f"{puma} {TURNS}",
         "puma_mixed": f"{puma} {SHARE}",
