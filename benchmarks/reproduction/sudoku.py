@@ -14,6 +14,7 @@ from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.recipes.puzzles import is_solved
 from pipeline.decoding.completing import complete
 from pipeline.decoding.sampling import SamplingSettings
+from reproduction.arms import BELL, RANDOM
 
 VARIANTS = {
     "puma": "--objective.stages 6",
@@ -29,9 +30,9 @@ VARIANTS = {
     "puma_margin": "--objective.stages 6 --objective.policy margin",
     "chain_random_order": "--objective.stages 6 --objective.policy random",
     "chain_left_to_right": "--objective.stages 6 --objective.policy left_to_right",
-    "random": "--objective.kind random_masking",
-    "random_stratified": "--objective.kind random_masking --objective.mask_count bernoulli"
-    " --objective.stratified true",
+    "random": RANDOM,
+    "random_bell": f"{RANDOM} {BELL}",
+    "random_stratified": f"{RANDOM} --objective.mask_count bernoulli --objective.stratified true",
 }
 TWICE = {f"{name}_twice": VARIANTS[name] for name in ("random", "puma_turns_mixed")}  # of the steps
 DECODINGS = {
