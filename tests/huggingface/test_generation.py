@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.decoding.completing import Completion, complete, infill
+from pipeline.decoding.samples import generate
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
 from support.exports import LENGTH, export_random
@@ -27,39 +28,31 @@ MODELS: dict[str, dict[str, Any]] = {
     "blocks, packed": {"objective": {"block_size": 4}, "data_kind": "packed", "prediction": "shifted"},
     "causal": {"objective": {"kind": "autoregressive"}, "prediction": "shifted"},
 }
-# The sampler's settings, and the arguments of `generate` that are to mean the same.
-SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "confidence": ({}, {}),
-    "two a step": ({"tokens_per_step": 2}, {"tokens_per_step": 2}),
-    "steps": ({"steps": 3}, {"steps": 3}),
-    "threshold": ({"threshold": 0.4}, {"threshold": 0.4}),
-    "margin": ({"policy": "margin", "tokens_per_step": 2}, {"policy": "margin", "tokens_per_step": 2}),
-    "entropy": ({"policy": "entropy"}, {"policy": "entropy"}),
-    "random": ({"policy": "random", "seed": 5}, {"policy": "random", "seed": 5}),
-    "left to right": ({"policy": "left_to_right"}, {"policy": "left_to_right"}),
-    "drawn": ({"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "seed": 3}),
-    "drawn by threshold": ({"threshold": 0.3, "temperature": 0.7}, {"threshold": 0.3, "temperature": 0.7}),
-    "drawn by margin": ({"policy": "margin", "temperature": 1.5}, {"policy": "margin", "temperature": 1.5}),
-    "drawn by entropy": (
-        {"policy": "entropy", "temperature": 2.0},
-        {"policy": "entropy", "temperature": 2.0},
-    ),
-    "drawn at random": ({"policy": "random", "temperature": 1.0}, {"policy": "random", "temperature": 1.0}),
-    "top k": ({"temperature": 1.0, "top_k": 3}, {"temperature": 1.0, "top_k": 3}),
-    "top p": ({"temperature": 1.0, "top_p": 0.6}, {"temperature": 1.0, "top_p": 0.6}),
-    "cap": (
-        {"tokens_per_step": 2, "temperature": 1.0, "remasking": "cap", "eta": 0.3},
-        {"tokens_per_step": 2, "temperature": 1.0, "remasking": "cap", "eta": 0.3},
-    ),
-    "rescale": (
-        {"steps": 9, "temperature": 1.0, "remasking": "rescale", "eta": 0.8},
-        {"steps": 9, "temperature": 1.0, "remasking": "rescale", "eta": 0.8},
-    ),
-    "no cache": ({"cache": False, "temperature": 1.0}, {"use_cache": False, "temperature": 1.0}),
+# Arguments of `generate`.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "confidence": {},
+    "two a step": {"tokens_per_step": 2},
+    "steps": {"steps": 3},
+    "threshold": {"threshold": 0.4},
+    "margin": {"policy": "margin", "tokens_per_step": 2},
+    "entropy": {"policy": "entropy"},
+    "random": {"policy": "random", "seed": 5},
+    "left to right": {"policy": "left_to_right"},
+    "drawn": {"temperature": 1.0, "seed": 3},
+    "drawn by threshold": {"threshold": 0.3, "temperature": 0.7},
+    "drawn by margin": {"policy": "margin", "temperature": 1.5},
+    "drawn by entropy": {"policy": "entropy", "temperature": 2.0},
+    "drawn at random": {"policy": "random", "temperature": 1.0},
+    "top k": {"temperature": 1.0, "top_k": 3},
+    "top p": {"temperature": 1.0, "top_p": 0.6},
+    "cap": {"tokens_per_step": 2, "temperature": 1.0, "remasking": "cap", "eta": 0.3},
+    "rescale": {"steps": 9, "temperature": 1.0, "remasking": "rescale", "eta": 0.8},
+    "no cache": {"use_cache": False, "temperature": 1.0},
 }
-IN_BLOCKS = ({"block_size": 3, "tokens_per_step": 2}, {"block_length": 3, "tokens_per_step": 2})
+IN_BLOCKS = {"block_length": 3, "tokens_per_step": 2}
+OURS = {"block_length": "block_size", "use_cache": "cache"}  # what the sampler's settings are called here
 PROMPTS = ["abc", "f", "gfedcba", "ba"]
-GAPS = [["ab", 3, "c", 1], ["g", 2], ["abcdefg"]]
+GAPS = [["ab", 3, "c", 1], ["g", 2]]
 
 
 @dataclass
@@ -78,15 +71,20 @@ def cases_of(loaded: Loaded) -> dict[str, Case]:
     if whole:
         settings["in blocks"] = IN_BLOCKS
     found = {}
-    for number, (name, (ours, theirs)) in enumerate(settings.items()):
-        expected = complete(loaded, PROMPTS, SamplingSettings(**ours), 8)
-        found[name] = Case(PROMPTS, ["left", "right"][number % 2], {"max_new_tokens": 8, **theirs}, expected)
+    for number, (name, given) in enumerate(settings.items()):
+        ours = SamplingSettings(**{OURS.get(key, key): value for key, value in given.items()})
+        expected = complete(loaded, PROMPTS, ours, 8)
+        found[name] = Case(PROMPTS, ["left", "right"][number % 2], {"max_new_tokens": 8, **given}, expected)
     found["to the end"] = Case(PROMPTS, "left", {}, complete(loaded, PROMPTS))
+    drawn = {"temperature": 1.0, "seed": 2}
+    samples = list(generate(loaded, PROMPTS, SamplingSettings(**drawn), samples=2, length=6))
+    texts = [sample.prompt for sample in samples]
+    arguments = {"max_new_tokens": 6, **drawn}
+    found["samples"] = Case(texts, "right", arguments, [sample.completion for sample in samples])
     if whole:
         mask = loaded.tokenizer.model.token(loaded.tokenizer.mask)
         texts = ["".join(p if isinstance(p, str) else mask * p for p in pieces) for pieces in GAPS]
-        drawn = {"temperature": 1.0, "seed": 2}
-        found["gaps"] = Case(texts[:2], "left", drawn, infill(loaded, GAPS[:2], SamplingSettings(**drawn)))
+        found["gaps"] = Case(texts, "left", drawn, infill(loaded, GAPS, SamplingSettings(**drawn)))
     return found
 
 
