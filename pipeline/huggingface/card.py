@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.checkpoint.manifest import Manifest
 from pipeline.config import Config, TrainConfig
+from pipeline.data.tokenizer import HUGGING_FACE
 from pipeline.huggingface.formats import PROJECTS, Exported, Format
 
 _CARD = """\
@@ -108,7 +109,9 @@ def _usage(name: str, exported: Exported, form: Format) -> dict[str, str]:
         "code": project and project.code,
     }
     if project is None:
-        usage, facts, sampling = _OWN, _OWN_FACTS, "It needs\ntransformers 4.57 or later, and no other code:"
+        usage, facts = _OWN, _OWN_FACTS
+        needed = "" if tokenizer.model_type == HUGGING_FACE else " and sentencepiece"
+        sampling = f"It needs torch,\ntransformers 4.57 or later{needed}:"
         values["attention"] = _ATTENTION[exported.attention].format(**values)
     else:
         usage, facts = (_DLLM if project.code is None else _OTHER), _OTHER_FACTS
