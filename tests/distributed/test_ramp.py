@@ -14,7 +14,7 @@ from support.programs import Outcome, run_here
 from support.runs import curve, examples_of, metrics, train_on
 from tools import plan_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ramp")]
+pytestmark = pytest.mark.slow
 
 Train = Callable[..., Outcome]
 # The reveals do not ask the model: at another number of ranks, scores that nearly tie are ranked differently.

@@ -21,7 +21,8 @@ from pipeline.evaluation.intervals import Z95, ratio_interval
 from pipeline.evaluation.quality import distinct, entropy, text_behind
 from pipeline.evaluation.scorers import RunScorer, TransformersScorer, Window, score_texts, windows_of
 from support.bigrams import LETTERS, bigram, surprise, write_bigram
-from support.programs import Outcome, run_here, run_program
+from support.forked import run_forked
+from support.programs import Outcome, run_here
 from tools import evaluate
 
 CPU = torch.device("cpu")
@@ -231,7 +232,7 @@ def test_two_ranks_find_the_same(
     assert run("--output", str(one)).code == 0
     command = ["tools/evaluate.py", "--checkpoint", str(run_dir), "--task", TASK, "--scorer", str(folder)]
     command += ["--data", str(data / "corpus.jsonl"), "--temperature", "1", "--output", str(two)]
-    outcome = run_program(*command, ranks=2)
+    outcome = run_forked(*command, ranks=2)
     assert outcome.returncode == 0, outcome.stderr
     found, expected = read(two), read(one)
     assert [row["sample"]["text"] for row in found["items"]] == [
