@@ -1,7 +1,7 @@
 """Kill a training again and again, and compare its losses with those of a run that was left alone.
 
 usage: python benchmarks/kill_resume.py --kills 100
-       python benchmarks/kill_resume.py --kills 20 --curriculum --ranks 2 1 2 --tolerance 1e-3
+       python benchmarks/kill_resume.py --kills 10 --curriculum --ranks 2 1 2 --tolerance 1e-3
 
 Every process of the training is killed (SIGKILL) at random moments: some steps after it has come up, while
 it comes up, while a checkpoint is being written, during an evaluation. The first kill waits for a checkpoint.
