@@ -34,9 +34,16 @@ class Sourced(Pairs):
         return super().__getitem__(index) | {"source": np.array(int(index % 3 == 0))}
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("block", [None, 2])
-@pytest.mark.parametrize("kind", ["puma", "random_masking"])
+@pytest.mark.parametrize(
+    ("kind", "block", "compiled"),
+    [
+        ("puma", None, False),
+        ("puma", 2, False),
+        ("random_masking", None, False),
+        ("random_masking", 2, False),
+        pytest.param("puma", 2, True, marks=pytest.mark.slow),
+    ],
+)
 def test_training_loss_by_source_equals_loops(kind: str, block: int | None, compiled: bool) -> None:
     """Mean over sequences of the mean over chains of the mean NLL; nothing is read back in a step."""
     settings = ObjectiveConfig(kind, block_size=block, stages=3)  # type: ignore[arg-type]
