@@ -237,14 +237,21 @@ def compare(
         }
         for lines in (alone, killed)
     ]
-    nan, keys = math.nan, flat[0].keys() | flat[1].keys()
-    apart = {key: abs(flat[0].get(key, nan) - flat[1].get(key, nan)) for key in keys}
+    apart = {key: distance(*(side.get(key) for side in flat)) for key in flat[0].keys() | flat[1].keys()}
     differing = [key for key, distance in apart.items() if not distance <= tolerance]
     largest = max((each for each in apart.values() if each == each), default=0.0)
     return {
         "values": len(flat[0]), "differing": len(differing), "first": sorted(differing)[:3],
         "largest_difference": largest,
     }  # fmt: skip
+
+
+def distance(one: object, other: object) -> float:
+    """Return how far two values are apart; NaN for what differs and is no number, such as a missing one."""
+    if one == other:
+        return 0.0
+    are_numbers = isinstance(one, int | float) and isinstance(other, int | float)
+    return abs(one - other) if are_numbers else math.nan
 
 
 def examples(run_dir: Path) -> dict[int, list[list[int]]]:
