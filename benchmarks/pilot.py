@@ -6,11 +6,16 @@ Model, data, optimizer and batch are those of the YAML; the learning rate is con
 --learning-rates each objective runs with each of them. The held-out loss uses the same masks for all, and the
 averaged weights where the run keeps them. It says little of decoding: with tasks in the YAML (the list
 evaluation.tasks) the table has their scores, too. The same command resumes an interrupted pilot.
+
+--also compares anything else with the configured run, such as another optimizer. --output keeps the curves of
+the held-out loss; benchmarks/summarize_reproduction.py tells the steps to a loss from them.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import shlex
 import sys
 from argparse import Namespace
@@ -29,6 +34,7 @@ from pipeline.config import Config, ObjectiveConfig
 from pipeline.monitor.writers import METRICS_FILE
 from plot_reproduction import markdown, spread
 from reproduction.arms import arms
+from reproduction.curves import HELD_OUT_LOSS
 
 TASKS = "evaluation/"  # begins the names of their curves
 LOSS = ("held_out/ema_loss", "held_out/loss")  # the first that a run has
@@ -59,43 +65,62 @@ def settings_of(objective: ObjectiveConfig) -> str:
 def run_all(options: Namespace) -> list[list[str]]:
     """Train what is not trained yet; return the table, the head first."""
     config = configuration.load(["--config", str(options.config), *overrides(options)])
-    variants = {"configured": settings_of(config.objective), **arms(config.objective.stages)}
+    configured = settings_of(config.objective)
+    known = {"configured": configured, **arms(config.objective.stages)}
     for name in options.variants or []:
-        if name not in variants:
-            raise UserError(f"--variants {name} is unknown: choose from {', '.join(variants)}.")
+        if name not in known:
+            raise UserError(f"--variants {name} is unknown: choose from {', '.join(known)}.")
+    variants = {name: known[name] for name in options.variants or known}
+    variants |= {name: f"{configured} {settings}" for name, settings in options.also}
     options.folder.mkdir(parents=True, exist_ok=True)
     common = options.folder.resolve() / "pilot.yaml"
     with replacing(common) as file:
         file.write(configuration.to_yaml(as_pilot(config, options.steps)).encode())
     ends: dict[str, list[dict[str, float]]] = {}
+    curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for seed in options.seeds:
-        for name in options.variants or variants:
+        for name, settings_of_variant in variants.items():
             for rate in options.learning_rates or [str(config.optimizer.learning_rate)]:
                 label = f"{name}_{rate}" if options.learning_rates else name
                 run_dir = options.folder.resolve() / f"{label}_{seed}"
                 run_dir.mkdir(exist_ok=True)
-                objective = variants[name].format(last_third=2 * options.steps // 3 + 1)
-                settings = ["--config", str(common), "--run_dir", str(run_dir), *objective.split()]
+                own = settings_of_variant.format(last_third=2 * options.steps // 3 + 1)
+                settings = ["--config", str(common), "--run_dir", str(run_dir), *own.split()]
                 settings += ["--train.seed", str(seed), "--optimizer.learning_rate", rate]
                 configuration.load(settings)
                 trainings.train([*options.launcher, *settings], run_dir, {})
-                ends.setdefault(label, []).append(last_figures(run_dir))
+                figures, curves[label, seed] = figures_of(run_dir)
+                ends.setdefault(label, []).append(figures)
+    if options.output:
+        write_curves(options.output, curves, config.evaluation.samples)
     return table(ends)
 
 
-def last_figures(run_dir: Path) -> dict[str, float]:
-    """Return held-out loss, scores of tasks and speed of a run, each as it was written last."""
+def figures_of(run_dir: Path) -> tuple[dict[str, float], list[tuple[int, float]]]:
+    """Return held-out loss, scores of tasks and speed of a run at its end, and the held-out loss by step."""
     lines = [orjson.loads(line) for line in (run_dir / METRICS_FILE).read_bytes().splitlines()]
     last = {key: value for line in lines for key, value in line.items()}
-    loss = next((last[key] for key in LOSS if key in last), None)
-    if loss is None:
+    name = next((key for key in LOSS if key in last), None)
+    if name is None:
         raise UserError(f"{run_dir} has no held-out loss: give data.split a validation part, such as 95,5,0.")
     tasks = {
         key.removeprefix(TASKS).removesuffix("/accuracy"): value
         for key, value in last.items()
         if key.startswith(TASKS) and key.endswith("/accuracy")
     }
-    return {"held-out loss": loss, **tasks, "tokens/s": last["tokens_per_second"]}
+    curve = [(line["step"], line[name]) for line in lines if name in line]
+    return {"held-out loss": last[name], **tasks, "tokens/s": last["tokens_per_second"]}, curve
+
+
+def write_curves(path: Path, curves: dict[tuple[str, int], list[tuple[int, float]]], examples: int) -> None:
+    """Write the curves as benchmarks/reproduce.py writes its own; `examples` have made each point."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("variant", "seed", "step", "items", HELD_OUT_LOSS))
+    for label_and_seed, curve in curves.items():
+        rows.writerows((*label_and_seed, step, examples, f"{loss:.6g}") for step, loss in curve)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def table(ends: dict[str, list[dict[str, float]]]) -> list[list[str]]:
@@ -116,8 +141,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--variants", nargs="+", help="objectives (default: all)")
+    parser.add_argument(
+        "--also",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "SETTINGS"),
+        help='the configured run with other settings, such as: muon "--optimizer.kind muon"',
+    )
     parser.add_argument("--learning-rates", nargs="+", default=[], metavar="RATE", help="default: the YAML's")
     parser.add_argument("--folder", type=Path, default=Path("runs/pilot"), help="gets the runs")
+    parser.add_argument("--output", type=Path, help="CSV for the curves of the held-out loss")
     parser.add_argument(
         "--launcher",
         type=shlex.split,

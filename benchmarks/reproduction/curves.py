@@ -15,7 +15,8 @@ from pipeline.data.arrays import Array
 
 Run = list[dict[str, float]]  # the points of one run's curve, by step
 Runs = dict[str, dict[str, Run]]  # by variant and seed
-LOWER = ("bound",)  # scores of which a lower one is better
+HELD_OUT_LOSS = "held_out_loss"
+LOWER = ("bound", HELD_OUT_LOSS)  # scores of which a lower one is better
 RESAMPLES = 10_000
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config import OptimizerConfig
 
+MUON_ITERATIONS = 5  # of Newton-Schulz, as in torch.optim.Muon
 MUON_ROUND = 2**26  # elements that a rank orthogonalises between two exchanges, or one larger matrix
 
 

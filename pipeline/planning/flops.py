@@ -6,9 +6,11 @@ embeddings, AdamW) is left out: for models of a relevant size it is below 1%.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import Config, ObjectiveConfig
+from pipeline.engine.optimizer import MUON_ITERATIONS
 
 BACKWARD = 2  # the backward of a product is two products of its size
 
@@ -133,3 +135,12 @@ def _block_causal_pairs(size: int, length: int, prompt_length: float) -> float:
     ends += [(size, prompt_length + size * (i + 1)) for i in range(int(full))]
     ends.append((rest, length))
     return sum(tokens * end for tokens, end in ends)
+
+
+def muon_flops(matrices: Iterable[Sequence[int]]) -> float:
+    """Return the FLOPs of one update of these matrices by Muon, given their shapes.
+
+    An iteration of Newton-Schulz on an m x n matrix, m <= n, takes X X^T, its square, and its product with X.
+    """
+    sides = (sorted(shape) for shape in matrices)
+    return float(MUON_ITERATIONS * sum(4 * m * m * n + 2 * m**3 for m, n in sides))

@@ -5,6 +5,8 @@ The formulas follow DeepSpeed 0.19.8 and are checked against it on two ranks (be
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,35 +33,44 @@ class Parameters:
     """The parameters of a model.
 
     Attributes:
-        sizes: elements of each parameter, by name.
+        shapes: of each parameter, by name.
         rows: rows of the embedding and the output matrix.
         embedding: elements of the embedding.
         tied: whether the embedding is also the output matrix.
     """
 
-    sizes: dict[str, int]
+    shapes: dict[str, Sequence[int]]
     rows: int
     embedding: int
     tied: bool
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The elements of each parameter, by name."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     @property
     def count(self) -> int:
         """The total number of elements."""
         return sum(self.sizes.values())
 
-    def muon(self, config: Config) -> list[int]:
-        """Return the elements of each matrix that Muon updates in a run; none if AdamW updates all."""
+    def matrices(self, config: Config) -> list[Sequence[int]]:
+        """Return the shape of each matrix that Muon updates in a run; none if AdamW updates all."""
         by_muon = config.optimizer.kind == "muon"
-        return [size for name, size in self.sizes.items() if by_muon and is_hidden_matrix(name)]
+        return [shape for name, shape in self.shapes.items() if by_muon and is_hidden_matrix(name)]
+
+    def muon(self, config: Config) -> list[int]:
+        """Return the elements of each of the `matrices`."""
+        return [math.prod(shape) for shape in self.matrices(config)]
 
 
 def count_parameters(config: Config, vocabulary_rows: int) -> Parameters:
     """Return the parameters of the configured model, built on the meta device."""
     with torch.device("meta"):
         model = MaskedDiffusionModel(config.model, Vocabulary(vocabulary_rows, vocabulary_rows, 0))
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     embedding = vocabulary_rows * config.model.hidden_size
-    return Parameters(sizes, vocabulary_rows, embedding, config.model.tie_embeddings)
+    return Parameters(shapes, vocabulary_rows, embedding, config.model.tie_embeddings)
 
 
 @dataclass(frozen=True)

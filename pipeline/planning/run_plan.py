@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.planning.assumptions import UPDATE_BYTES, Assumptions, host_milliseconds
 from pipeline.planning.communication import Communication, step_communication
 from pipeline.planning.documents import document_pairs
-from pipeline.planning.flops import Flops, is_autoregressive, step_flops
+from pipeline.planning.flops import Flops, is_autoregressive, muon_flops, step_flops
 from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import FULL, HALF, Memory, Parameters, Zero, count_parameters, plan_memory
 
@@ -220,10 +220,13 @@ class Planner:
         }
 
     def _update_seconds(self, gpus: int) -> float:
-        """Return the seconds of AdamW: bytes read and written per element over the memory bandwidth."""
-        elements = self.parameters.count / (gpus if self.zero.stage else 1)
+        """Return the seconds of an update: what AdamW reads and writes, and the products of Muon."""
+        ranks = gpus if self.zero.stage else 1
+        elements = self.parameters.count / ranks
         if self.zero.optimizer == "gpu":
-            return elements * UPDATE_BYTES / self.gpu.memory_bandwidth / self.assumed.update_share
+            products = muon_flops(self.parameters.matrices(self.config)) / ranks
+            moved = elements * UPDATE_BYTES / self.gpu.memory_bandwidth / self.assumed.update_share
+            return moved + products / self.gpu.flops / self.assumed.efficiency
         bandwidth = self.assumed.host_gigabytes_per_second * 1e9
         return elements * (28 + 2 * self.width) / bandwidth
 

@@ -15,6 +15,7 @@ import pytest
 import fetch_text
 import pilot
 import reproduce
+from reproduction.curves import read_scores
 from reproduction.problems import compositions, problems
 from reproduction.sums import chain_of, draw_sums
 from support.programs import run_here
@@ -138,13 +139,20 @@ def test_a_pilot_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert made.code == 0, made.error
     arguments = ["--config", str(data / "random_5/config.yaml"), "--steps", "10", "--seeds", "5"]
     arguments += ["--variants", "configured", "puma", "--folder", str(tmp_path / "pilot")]
+    arguments += ["--also", "muon", "--optimizer.kind muon", "--output", str(tmp_path / "curves.csv")]
     outcome = run_here(pilot.main, [*arguments, "--set", "data.split=90,10,0"], capsys)
     assert outcome.code == 0, outcome.error
     head, _, *rows = outcome.output.splitlines()
     assert head == "| objective | seeds | held-out loss | tokens/s |"
     cells = [row.split(" | ") for row in rows]
-    assert {name for name, *_ in cells} == {"| configured", "| puma"}
-    assert 0 < float(cells[0][2]) <= float(cells[1][2]) < 4
+    assert {name for name, *_ in cells} == {"| configured", "| puma", "| muon"}
+    assert 0 < float(cells[0][2]) <= float(cells[1][2]) <= float(cells[2][2]) < 4
+    _, runs = read_scores(tmp_path / "curves.csv")
+    last = {f"| {name}": f"{seeds['5'][-1]['held_out_loss']:.3f}" for name, seeds in runs.items()}
+    assert last == {name: loss for name, _, loss, _ in cells}
     ran = (tmp_path / "pilot/configured_5/config.yaml").read_text()
     assert "kind: random_masking\n" in ran
     assert "kind: puma\n" in (tmp_path / "pilot/puma_5/config.yaml").read_text()
+    muon = (tmp_path / "pilot/muon_5/config.yaml").read_text()
+    assert "kind: muon\n" in muon
+    assert "kind: random_masking\n" in muon

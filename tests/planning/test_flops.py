@@ -22,7 +22,7 @@ from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask
 from pipeline.objectives.seam import model_input
 from pipeline.planning.documents import document_pairs, pairs_within
-from pipeline.planning.flops import Flops, step_flops, visible_pairs
+from pipeline.planning.flops import Flops, muon_flops, step_flops, visible_pairs
 from pipeline.planning.gpus import GPUS, find_gpu, gpu_of_device
 
 SEQUENCES, LENGTH, ROWS, MASK = 3, 24, 104, 4
@@ -177,3 +177,14 @@ def test_pairs_come_from_the_indices_of_the_blend(tmp_path: Path) -> None:
     assert document_pairs(hot) == pytest.approx((3**0.5 * short + long) / (3**0.5 + 1))
     assert document_pairs(dataclasses.replace(data, isolate_documents=False)) is None
     assert document_pairs(dataclasses.replace(data, prefixes=[str(tmp_path / "none")])) is None
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (56, 32), (12, 40)])
+def test_an_update_by_muon(shape: tuple[int, int]) -> None:
+    """The products of torch's own Muon, as its counter sees them."""
+    weight = torch.nn.Parameter(torch.randn(shape))
+    weight.grad = torch.randn(shape)
+    optimizer = torch.optim.Muon([weight])
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == muon_flops([shape])

@@ -20,12 +20,11 @@ import deepspeed.comm
 import torch
 from torch import Tensor
 
-from pipeline.engine.optimizer import MUON_ROUND, is_muon
+from pipeline.engine.optimizer import MUON_ITERATIONS, MUON_ROUND, is_muon
 from pipeline.engine.weights import Piece
 
 RMS = 0.2  # of AdamW's updates over the learning rate, which Muon's are scaled to
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon, as are the next three
-ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon, as is the next one
 SMALLEST_NORM = 1e-7
 PRECISION = torch.bfloat16  # of the iteration, and so of what is sent
 
@@ -204,7 +203,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = wide / wide.norm().clamp(min=SMALLEST_NORM)
-    for _ in range(ITERATIONS):
+    for _ in range(MUON_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if wide is not matrix else x
