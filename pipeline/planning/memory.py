@@ -39,7 +39,7 @@ class Parameters:
         tied: whether the embedding is also the output matrix.
     """
 
-    shapes: dict[str, Sequence[int]]
+    shapes: Mapping[str, Sequence[int]]
     rows: int
     embedding: int
     tied: bool

@@ -16,10 +16,10 @@ from support.programs import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SCALES = {"M": 1e6, "B": 1e9, " G": 1e9}
-WORDS = {"one": 1}
+WORDS = {"one": 1, "two": 2}
 NOT_OF_THE_PLAN = (
     r"python tools/\S+ .*",  # tests/corpus and tools/make_sudoku.py itself
-    r"arXiv [\d.]+", r"LLaDA 8B", r"Qwen2", r"GSM8K", r"configs/\S+", r"\dx\d",
+    r"arXiv [\d.]+", r"LLaDA 8B", r"Qwen2", r"GSM8K", r"configs/\S+", r"\dx\d", r"--task \w+",
     r"2 CPU ranks, under 5 minutes",  # measured: docs/tutorials/first_run.md
     r"--objective\.block_size 256|--objective\.stages 5|--objective\.stages_maximum 41",  # loaded below
 )  # fmt: skip
@@ -74,6 +74,10 @@ def test_the_numbers_of_comments(path: Path) -> None:
     for clues, cells in found:
         assert int(clues) + int(cells) == length
         assert math.isqrt(int(cells)) ** 2 == int(cells)
+    found, text = take(r"(\w+) numbers of (\d+) digits, \+ and =; (\d+) digits of their sum", text)
+    for numbers, digits, of_sum in found:
+        assert WORDS[numbers] * int(digits) + len("+=") + int(of_sum) == length
+        assert int(of_sum) == len(str(2 * (10 ** int(digits) - 1)))
     found, text = take(r"paper's ([\d,]+)(?: tokens)?, padded(?: to a multiple of (\d+))?", text)
     for size, multiple in found:
         step = int(multiple or 8)

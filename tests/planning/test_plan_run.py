@@ -55,7 +55,8 @@ def call(config: str, capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_the_figures_that_follow_from_the_shapes(call: Any) -> None:
     """ZeRO-3 in bf16 on 8 ranks: 2 + 4 + 12 + 4 bytes a parameter, divided; 16 in a checkpoint; the price."""
-    outcome = call("--gpus", "8", "--gpu", "a100-80", "--cost-per-gpu-hour", "2", "--json")
+    given = ["--cost-per-gpu-hour", "2", "--host-milliseconds", "1"]
+    outcome = call("--gpus", "8", "--gpu", "a100-80", *given, "--json")
     assert outcome.code == 0, outcome.error
     plan = json.loads(outcome.output)["plan"]
     parameters = 32_000 * 1024 + 10 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024) + 1024
@@ -138,7 +139,8 @@ def test_both_objectives_of_a_switch_are_planned(call: Any) -> None:
     """Blocks from step 2,001 of 10,000 on: the memory is theirs, and four fifths of the time."""
 
     def plan(*settings: str) -> Any:
-        outcome = call("--gpus", "8", "--json", "--set", "model.prediction=shifted", *settings)
+        given = ["--gpus", "8", "--host-milliseconds", "1", "--json"]
+        outcome = call(*given, "--set", "model.prediction=shifted", *settings)
         assert outcome.code == 0, outcome.error
         return json.loads(outcome.output)["plan"]
 
