@@ -39,10 +39,9 @@ def test_an_export_behaves_as_a_model_of_transformers(model: str, tmp_path: Path
     assert facts["resized"], "more rows, which are never predicted"
     assert facts["dtypes"] == ["torch.bfloat16", "torch.float32"], "logits are float32"
     assert 0 < facts["bf16 error"] < 0.1, "in standard deviations of the logits"
-    if "trained" in facts:  # with accelerate
-        assert facts["same from disk"]
-        assert 0 < facts["trained"]["loss"] < 50
-        assert facts["trained"]["unchanged"] == []
-        assert facts["trained"]["is tied"] == loaded.config.model.tie_embeddings
+    assert facts["same from disk"]
+    assert 0 < facts["trained"]["loss"] < 50
+    assert facts["trained"]["unchanged"] == []
+    assert facts["trained"]["is tied"] == loaded.config.model.tie_embeddings
     again = {path.name for path in (tmp_path / "again").glob("*.py")}
     assert {f"{kind}_masked_diffusion.py" for kind in ("modeling", "generation", "decoding")} <= again
