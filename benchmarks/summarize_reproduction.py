@@ -4,8 +4,9 @@ usage: python benchmarks/summarize_reproduction.py addition.csv:easy_1:0.9 text.
 
 Each argument names a CSV of benchmarks/reproduce.py, a score and a target. Steps to the target are a share of
 those of the baseline with the same seeds; a run that does not get there counts with all its steps, which "<"
-(the baseline), ">" (the objective) or "?" (both) marks. Behind them are the differences of the last scores.
-Brackets are 95% intervals of a paired bootstrap over the seeds; with few seeds they are rough.
+(the baseline), ">" (the objective) or "?" (both) marks. Behind them are the differences of the scores, at the
+last step that both have. Brackets are 95% intervals of a paired bootstrap over the seeds; with few seeds they
+are rough.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ def summary(path: Path, score: str, target: float, baseline: str) -> list[list[s
         if variant == baseline:
             continue
         ratio, sign = steps_ratio(runs, variant, baseline, score, target)
+        seeds = len(runs[variant].keys() & runs[baseline].keys())
         last = [difference(runs, variant, baseline, name) for name in scores]
-        cells = [sign + _cell(ratio), *(_cell(estimate, "+") for estimate in last)]
-        rows.append([path.stem, variant, str(len(runs[variant])), *cells])
+        cells = [sign + _cell(ratio, seeds), *("" if x is None else _cell(x, seeds, "+") for x in last)]
+        rows.append([path.stem, variant, str(seeds), *cells])
     return rows
 
 
-def _cell(estimate: Estimate, sign: str = "") -> str:
-    return f"{estimate.value:{sign}.2f} [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]"
+def _cell(estimate: Estimate, seeds: int, sign: str = "") -> str:
+    interval = f" [{estimate.low:{sign}.2f}, {estimate.high:{sign}.2f}]" if seeds > 1 else ""
+    return f"{estimate.value:{sign}.2f}{interval}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

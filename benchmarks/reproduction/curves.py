@@ -92,12 +92,21 @@ def steps_ratio(runs: Runs, variant: str, baseline: str, score: str, target: flo
     return _interval(steps[0].mean() / steps[1].mean(), draws[0] / draws[1]), sign
 
 
-def difference(runs: Runs, variant: str, baseline: str, score: str) -> Estimate:
-    """Return how far the last scores are above those of the baseline's runs with the same seeds."""
-    seeds = _paired(runs, variant, baseline)
-    ends = np.array([[runs[name][seed][-1][score] for seed in seeds] for name in (variant, baseline)])
-    draws = _resampled(ends)
-    return _interval(ends[0].mean() - ends[1].mean(), draws[0] - draws[1])
+def difference(runs: Runs, variant: str, baseline: str, score: str) -> Estimate | None:
+    """Return how far a score is above the baseline's with the same seeds, at the last step that both have it.
+
+    None where they have it at no common step.
+    """
+    ends = []
+    for seed in _paired(runs, variant, baseline):
+        both = [{p["step"]: p[score] for p in runs[name][seed] if score in p} for name in (variant, baseline)]
+        common = both[0].keys() & both[1].keys()
+        if not common:
+            return None
+        ends.append([each[max(common)] for each in both])
+    pairs = np.array(ends).T
+    draws = _resampled(pairs)
+    return _interval(pairs[0].mean() - pairs[1].mean(), draws[0] - draws[1])
 
 
 def _paired(runs: Runs, variant: str, baseline: str) -> Sequence[str]:

@@ -80,7 +80,7 @@ def test_the_comparison_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert figure.stat().st_size > 10_000
     named = [f"{table}:solved_1:0.5", "--baseline", "puma_turns_0.1"]
     summed = run_here(summarize_reproduction.main, named, capsys)
-    assert "| scores | puma_turns_2e-3 | 1 | ?1.00 [1.00, 1.00] |" in summed.output
+    assert "| scores | puma_turns_2e-3 | 1 | ?1.00 |" in summed.output
 
 
 @pytest.mark.usefixtures("forked_trainings")
@@ -166,6 +166,10 @@ def test_ratios_are_of_the_same_seeds_and_say_who_did_not_arrive() -> None:
     assert steps_ratio(runs, "a", "b", "solved_1", 0.9)[1] == "?"
     assert steps_ratio(runs, "b", "a", "solved_1", 0.7)[1] == ">"
     assert difference(runs, "a", "b", "solved_1") == pytest.approx((0.25, 0.2, 0.3))
+    runs["a"] = {seed: points[:2] for seed, points in runs["a"].items()}
+    assert difference(runs, "a", "b", "solved_1") == pytest.approx((0.3, 0.3, 0.3))  # at step 200
+    runs["a"] = {"1": [{"step": 50.0, "solved_1": 1.0}]}
+    assert difference(runs, "a", "b", "solved_1") is None
 
 
 @pytest.mark.parametrize(
