@@ -70,7 +70,7 @@ def run_all(options: Namespace) -> list[list[str]]:
     for name in options.variants or []:
         if name not in known:
             raise UserError(f"--variants {name} is unknown: choose from {', '.join(known)}.")
-    variants = {name: known[name] for name in options.variants or known}
+    variants = {name: known[name] for name in (known if options.variants is None else options.variants)}
     variants |= {name: f"{configured} {settings}" for name, settings in options.also}
     options.folder.mkdir(parents=True, exist_ok=True)
     common = options.folder.resolve() / "pilot.yaml"
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_overrides(parser)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--variants", nargs="+", help="objectives (default: all)")
+    parser.add_argument("--variants", nargs="*", help="objectives (default: all); none to leave it at --also")
     parser.add_argument(
         "--also",
         nargs=2,

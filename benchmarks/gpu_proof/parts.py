@@ -101,7 +101,7 @@ def shape(dry: bool) -> list[str]:
 
 
 def trainings(gpus: int, dry: bool) -> Iterator[Part]:
-    """Yield the trainings of the presets: the smallest with everything, the others as they are shipped."""
+    """Yield the trainings of the presets by PUMA: the smallest with everything, the others once."""
     json = "--engine.deepspeed_config"
     zero2, zero3 = (json, "ds_configs/zero2.json"), (json, "ds_configs/zero3.json")
     plain = ("--engine.kind", "plain")
@@ -128,7 +128,8 @@ def trainings(gpus: int, dry: bool) -> Iterator[Part]:
         size = name.split("_")[0]
         steps = ["--warmup", "1", "--steps", "1"] if dry else ["--steps", "10" if size == "1B" else "30"]
         arguments = ["-m", f"{HERE}.training", "--output", "{output}", *steps, "--"]
-        arguments += ["--config", f"configs/{PRESETS[size]}.yaml", *settings, *(MINIATURE if dry else [])]
+        config = ["--config", f"configs/{PRESETS[size]}.yaml", "--objective.kind", "puma"]
+        arguments += [*config, *settings, *(MINIATURE if dry else [])]
         seconds = (40 if size == "1B" else 30) + (30 if "--engine.compile" in settings else 0)
         yield Part(name, f"{size}: {how}", tuple(arguments), seconds, 120, gpus, "training")
 
