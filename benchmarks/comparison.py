@@ -22,6 +22,7 @@ import torch
 import trainings
 from pipeline import config as configuration
 from pipeline.base.cli import overrides
+from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
 from pipeline.checkpoint.load_model import Loaded, load_model
 from pipeline.checkpoint.manifest import checkpoints, find
@@ -124,6 +125,25 @@ def compare(options: Namespace, comparison: Comparison) -> None:
         write_table(options.output, rows, comparison, list(variants))
         last = max(scores, key=lambda row: row["step"])
         print("  ".join(f"{key} {value}" for key, value in last.items()), flush=True)
+
+
+def sequence_length(options: Namespace) -> int:
+    """Return ``data.sequence_length`` of the runs that a command line asks for."""
+    return configuration.load(["--config", str(options.config), *overrides(options)]).data.sequence_length
+
+
+def split_records(options: Namespace, keys: tuple[str, ...]) -> tuple[list[Texts], list[Texts]]:
+    """Return the records of --input to train on, and the last ones, as many as --held-out.
+
+    Raises:
+        UserError: if none is left to train on.
+    """
+    records = [tuple(record.texts) for record in read_all(options.input, Keys(keys))]
+    if len(records) <= options.held_out:
+        raise UserError(
+            f"--input has {len(records)} records, and --held-out is {options.held_out}: lower it."
+        )
+    return records[: -options.held_out], records[-options.held_out :]
 
 
 def chosen_variants(options: Namespace, comparison: Comparison) -> dict[str, list[str]]:

@@ -38,22 +38,14 @@ def sudoku_settings(folder: Path, size: int, clues: int, count: int, held_out: i
         count: puzzles to train on.
         held_out: puzzles that share no grid with those.
     """
-    corpus, tokenizer, pairs = folder / "train.jsonl", folder / "tokenizer", folder / "pairs"
-    keys = ["--input", str(corpus), "--prompt-key", "prompt", "--answer-key", "answer"]
+    corpus = folder / "train.jsonl"
     sudoku = ["tools/make_sudoku.py", "--size", str(size), "--clues", str(clues), "--count"]
-    characters = ["--vocab-size", "16", "--model-type", "char", "--output", str(tokenizer)]
-    commands = [
-        [*sudoku, str(count), "--seed", "1", "--split", "train", "--output", str(corpus)],
-        ["tools/train_tokenizer.py", *keys, *characters],
-        ["tools/preprocess_data.py", *keys, "--tokenizer", str(tokenizer), "--output-prefix", str(pairs)],
-    ]
-    if held_out:
-        output = ["--output", str(folder / "held_out.jsonl")]
-        commands.insert(0, [*sudoku, str(held_out), "--seed", "2", "--split", "held-out", *output])
-    if not pairs.with_suffix(".idx").exists():
-        for command in commands:
-            run_tool(*command)
-    return dataset_settings(tokenizer, pairs, 2 * size * size)
+    if not (folder / "pairs.idx").exists():
+        if held_out:
+            output = ["--output", str(folder / "held_out.jsonl")]
+            run_tool(*sudoku, str(held_out), "--seed", "2", "--split", "held-out", *output)
+        run_tool(*sudoku, str(count), "--seed", "1", "--split", "train", "--output", str(corpus))
+    return pairs_settings(folder, corpus, 2 * size * size)
 
 
 def pairs_settings(folder: Path, train: Path, length: int, vocabulary: int | None = None) -> list[str]:

@@ -17,11 +17,7 @@ from pathlib import Path
 import comparison
 import trainings
 from comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
-from pipeline import config as configuration
-from pipeline.base.cli import overrides
-from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
-from pipeline.corpus.records import Keys, read_all
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.completing import complete
 from pipeline.decoding.sampling import SamplingSettings
@@ -67,17 +63,12 @@ def prepare(folder: Path, options: Namespace) -> list[str]:
 
     The tokenizer is trained on all records but those held out; both files hold those that fit.
     """
-    length = configuration.load(["--config", str(options.config), *overrides(options)]).data.sequence_length
+    length = comparison.sequence_length(options)
     tokenizer, pairs = folder / "tokenizer", folder / "pairs"
     files = {"train": folder / "train.jsonl", "held_out": folder / HELD_OUT}
     keys = ["--input", str(files["train"]), "--prompt-key", KEYS[0], "--answer-key", KEYS[1]]
     if not pairs.with_suffix(".idx").exists():
-        records = [record.texts for record in read_all(options.input, Keys(KEYS))]
-        if len(records) <= options.held_out:
-            raise UserError(
-                f"--input has {len(records)} records, and --held-out is {options.held_out}: lower it."
-            )
-        parts = {"train": records[: -options.held_out], "held_out": records[-options.held_out :]}
+        parts = dict(zip(files, comparison.split_records(options, KEYS), strict=True))
         trainings.write_records(files["train"], parts["train"], KEYS)
         made = ["--vocab-size", str(options.vocabulary), "--output", str(tokenizer)]
         trainings.run_tool("tools/train_tokenizer.py", *keys, *made)

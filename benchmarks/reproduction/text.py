@@ -10,11 +10,8 @@ from pathlib import Path
 import comparison
 import trainings
 from comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
-from pipeline import config as configuration
-from pipeline.base.cli import overrides
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
-from pipeline.corpus.records import Keys, read_all
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import MaskedSequence
 from pipeline.decoding.completing import fill_sequences
@@ -52,18 +49,14 @@ def prepare(folder: Path, options: Namespace) -> list[str]:
 
     The last documents are held out, as many as --held-out; pieces are spread over them.
     """
-    length = configuration.load(["--config", str(options.config), *overrides(options)]).data.sequence_length
+    length = comparison.sequence_length(options)
     tokenizer, prefix, train = folder / "tokenizer", folder / "documents", folder / "train.jsonl"
     if not prefix.with_suffix(".idx").exists():
-        documents = [record.texts for record in read_all(options.input, Keys(KEYS))]
-        if len(documents) <= options.held_out:
-            raise UserError(
-                f"--input has {len(documents)} records, and --held-out is {options.held_out}: lower it."
-            )
-        trainings.write_records(train, documents[: -options.held_out], KEYS)
+        documents, last = comparison.split_records(options, KEYS)
+        trainings.write_records(train, documents, KEYS)
         made = ["--vocab-size", str(options.vocabulary), "--output", str(tokenizer)]
         trainings.run_tool("tools/train_tokenizer.py", "--input", str(train), *made)
-        held_out = pieces(documents[-options.held_out :], Tokenizer.load(tokenizer), length, options.items)
+        held_out = pieces(last, Tokenizer.load(tokenizer), length, options.items)
         trainings.write_records(folder / HELD_OUT, held_out, KEYS)
         output = ["--tokenizer", str(tokenizer), "--output-prefix", str(prefix)]
         trainings.run_tool("tools/preprocess_data.py", "--input", str(train), *output)

@@ -11,8 +11,6 @@ from pathlib import Path
 import comparison
 import trainings
 from comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
-from pipeline import config as configuration
-from pipeline.base.cli import overrides
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.decoding.completing import complete
 from pipeline.decoding.sampling import SamplingSettings
@@ -48,7 +46,7 @@ def score(loaded: Loaded, pairs: Sequence[Texts], last: bool) -> Scores:
 def prepare(folder: Path, options: Namespace) -> list[str]:
     """Make problems, select them by tools/prepare_tinygsm.py, and make tokenizer and dataset, once."""
     made, selected = folder / "made.jsonl", folder / "selected"
-    length = configuration.load(["--config", str(options.config), *overrides(options)]).data.sequence_length
+    length = comparison.sequence_length(options)
     if not (folder / "pairs.idx").exists():
         trainings.write_records(made, (p[:2] for p in islice(problems(1, False), options.count)), RECORD)
         held_out = [p[:2] for p in islice(problems(2, True), options.items)]
