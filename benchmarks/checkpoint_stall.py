@@ -1,6 +1,6 @@
 """How long a save keeps training waiting: written behind it, against written at once, in turns.
 
-usage: torchrun --standalone --nproc_per_node 2 benchmarks/checkpoint_stall.py [--section.key value ...]
+usage: torchrun --standalone --nproc_per_node 2 -m benchmarks.checkpoint_stall [--section.key value ...]
 
 Two figures a save: the stall, during which the loop stands still in `Saver.save`, and the drag, by which the
 steps afterwards are slower than the others while the files are written (on a CPU the writing takes its time
@@ -21,6 +21,7 @@ from statistics import median
 
 import torch
 
+from benchmarks.random_text import engine_on_random_text
 from pipeline import config as configuration
 from pipeline.base.cli import run
 from pipeline.chains.slots import SlotGroup
@@ -29,7 +30,6 @@ from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config
 from pipeline.engine.protocol import Engine
 from pipeline.train import train_step
-from random_text import engine_on_random_text
 
 ROUNDS, LENGTH, TOKENS = 3, 16, 32000
 RESULT = Path("benchmarks/results/checkpoint_stall.json")

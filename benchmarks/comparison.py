@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 import torch
 
-import trainings
+from benchmarks import trainings
 from pipeline import config as configuration
 from pipeline.base.cli import overrides
 from pipeline.base.errors import UserError

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.folder.mkdir(parents=True)
     train_tokenizer(["a b c"], 266, "bpe", tokenizer)
     write_synthetic(prefix, options.documents, options.mean_tokens, tokenizer)
-    command = [sys.executable, __file__, *(arguments or sys.argv[1:]), "--only-start"]
+    command = [sys.executable, "-m", __spec__.name, *(arguments or sys.argv[1:]), "--only-start"]
     for name in ("built", "cached"):
         began = time.monotonic()
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,6 +1,6 @@
 """Download the Linux kernel's documentation as Debian packages it, and write its English texts as records.
 
-usage: python benchmarks/fetch_text.py --output runs/linux_text.jsonl
+usage: python -m benchmarks.fetch_text --output runs/linux_text.jsonl
 
 The text is 25 MB, under the GNU General Public License, version 2, unless a file says otherwise; the
 package's `copyright` is written beside the records. It needs apt and dpkg, but no rights of an administrator.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import trainings
+from benchmarks import trainings
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
 

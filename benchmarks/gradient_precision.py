@@ -1,6 +1,6 @@
 """The error of a summed bf16 gradient, and of AdamW's first update from it, for each width of the sum.
 
-usage: python benchmarks/gradient_precision.py [--micro-batches 1 32 128] [--ranks 2] [--output FILE.json]
+usage: python -m benchmarks.gradient_precision [--micro-batches 1 32 128] [--ranks 2] [--output FILE.json]
 
 Every micro-batch has its gradient from the same bf16 weights, whoever computes it. One process adds those of
 all micro-batches in float64; that sum is exact. Ranks of ZeRO-2 and ZeRO-3 then sum the same micro-batches as
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ranks import start_ranks
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
@@ -25,7 +26,6 @@ from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
 from pipeline.model.batch import MaskedBatch, Vocabulary
 from pipeline.ranks import join_ranks
-from ranks import start_ranks
 
 TOKENS, LENGTH, SEQUENCES, MASK = 500, 32, 4, 3
 EPSILON = 1e-8
@@ -139,7 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     with tempfile.TemporaryDirectory() as temporary:
         exact, measured = Path(temporary) / "exact.pt", Path(temporary) / "measured.pt"
-        given = [__file__, "--ranks", str(options.ranks), "--micro-batches", *map(str, options.micro_batches)]
+        given = [
+            __spec__.name,
+            "--ranks",
+            str(options.ranks),
+            "--micro-batches",
+            *map(str, options.micro_batches),
+        ]
         start_ranks("exact sum", 1, [*given, "--measure", "exact", "--output", str(exact)])
         sums = torch.load(exact, weights_only=True)
         print(

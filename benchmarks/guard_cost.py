@@ -1,6 +1,6 @@
 """What the guard and the moving average cost: the same ZeRO-3 steps with and without them, in turns.
 
-usage: torchrun --standalone --nproc_per_node 2 benchmarks/guard_cost.py [--section.key value ...]
+usage: torchrun --standalone --nproc_per_node 2 -m benchmarks.guard_cost [--section.key value ...]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+from benchmarks.random_text import engine_on_random_text
 from pipeline import config as configuration
 from pipeline.base.cli import run
 from pipeline.chains.slots import SlotGroup
@@ -17,7 +18,6 @@ from pipeline.config import Config
 from pipeline.engine.protocol import Engine
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
-from random_text import engine_on_random_text
 
 WARM_UP, ROUNDS, LENGTH, TOKENS = 5, 80, 128, 4000
 SETTINGS = """

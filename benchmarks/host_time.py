@@ -1,6 +1,6 @@
 """What a training step costs the host, by engine: a model of tiny matrices, whose arithmetic takes no time.
 
-usage: python benchmarks/host_time.py [--layers 14] [--rounds 3] [--output FILE.json]
+usage: python -m benchmarks.host_time [--layers 14] [--rounds 3] [--output FILE.json]
 
 A GPU waits whenever the host launches kernels more slowly than they run. Here one CPU rank trains layers of
 width 32 in bf16; what remains is dispatch, hooks, autograd and Python. The cases take turns, each in a
@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.random_text import engine_on_random_text
+from benchmarks.ranks import start_ranks
+from benchmarks.train_step import machine
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
-from random_text import engine_on_random_text
-from ranks import start_ranks
-from train_step import machine
 
 TOKENS, WARM_UP, BLOCKS, STEPS = 200, 5, 5, 8
 SETTINGS = """
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     blocks: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "measured.json"
-        own = [__file__, "--layers", str(options.layers), "--output", str(output)]
+        own = [__spec__.name, "--layers", str(options.layers), "--output", str(output)]
         for _ in range(options.rounds):
             for name in options.only:
                 start_ranks(name, 1, [*own, "--measure", name])

@@ -1,6 +1,6 @@
 """How often DeepSpeed makes the host wait for the device, by ZeRO settings; counted on CPU ranks.
 
-usage: python benchmarks/host_waits.py [--ranks 2] [--output FILE.json]
+usage: python -m benchmarks.host_waits [--ranks 2] [--output FILE.json]
 
 A host that waits launches nothing meanwhile, and the device idles afterwards until new work arrives. On a
 CPU, DeepSpeed leaves its waits out. Here its accelerator claims to run behind the host, as a GPU does, with
@@ -22,11 +22,11 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.random_text import engine_on_random_text
+from benchmarks.ranks import start_ranks
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.ranks import join_ranks
-from random_text import engine_on_random_text
-from ranks import start_ranks
 
 STEPS, MICRO_BATCHES, SEQUENCES, TOKENS = 3, 4, 2, 500
 KINDS = ("wait", "read")
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "counted.json"
         for name in options.only:
-            start_ranks(name, options.ranks, [__file__, "--measure", name, "--output", str(output)])
+            start_ranks(name, options.ranks, [__spec__.name, "--measure", name, "--output", str(output)])
             results[name] = counts = json.loads(output.read_text())
             cells = (f"{each['wait']:.1f} + {each['read']:.1f}" for each in counts.values())
             print(f"{name:38}" + "".join(f"{cell:>16}" for cell in cells), flush=True)

@@ -1,7 +1,7 @@
 """Kill a training again and again, and compare its losses with those of a run that was left alone.
 
-usage: python benchmarks/kill_resume.py --kills 100
-       python benchmarks/kill_resume.py --kills 10 --curriculum --ranks 2 1 2 --tolerance 1e-3
+usage: python -m benchmarks.kill_resume --kills 100
+       python -m benchmarks.kill_resume --kills 10 --curriculum --ranks 2 1 2 --tolerance 1e-3
 
 Every process of the training is killed (SIGKILL) at random moments: some steps after it has come up, while
 it comes up, while a checkpoint is being written, during an evaluation. The first kill waits for a checkpoint.
@@ -34,13 +34,13 @@ from statistics import median
 import psutil
 import torch
 
+from benchmarks.trainings import ROOT, end_with_parent, run_tool, sudoku_settings
 from pipeline.base.cli import ToolParser, add_overrides, overrides, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.base.files import replacing
 from pipeline.checkpoint.manifest import checkpoints
 from pipeline.monitor.example_log import FOLDER as EXAMPLES
 from pipeline.monitor.writers import METRICS_FILE, is_measured
-from trainings import ROOT, end_with_parent, run_tool, sudoku_settings
 
 SETTINGS = """
     --model.layers 2 --model.hidden_size 64 --model.intermediate_size 128 --objective.threshold 0.3

@@ -1,6 +1,6 @@
 """Train with your objective and others for a few hundred steps on your data, and print a table (Markdown).
 
-usage: python benchmarks/pilot.py --config configs/tiny_text.yaml --steps 300
+usage: python -m benchmarks.pilot --config configs/tiny_text.yaml --steps 300
 
 Model, data, optimizer and batch are those of the YAML; the learning rate is constant after its warm-up. With
 --learning-rates each objective runs with each of them. The held-out loss uses the same masks for all, and the
@@ -25,16 +25,16 @@ from statistics import mean
 
 import orjson
 
-import trainings
+from benchmarks import trainings
+from benchmarks.plot_reproduction import markdown, spread
+from benchmarks.reproduction.arms import arms
+from benchmarks.reproduction.curves import HELD_OUT_LOSS
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, add_overrides, overrides, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
 from pipeline.config import Config, ObjectiveConfig
 from pipeline.monitor.writers import METRICS_FILE
-from plot_reproduction import markdown, spread
-from reproduction.arms import arms
-from reproduction.curves import HELD_OUT_LOSS
 
 TASKS = "evaluation/"  # begins the names of their curves
 LOSS = ("held_out/ema_loss", "held_out/loss")  # the first that a run has

@@ -1,6 +1,6 @@
 """The memory and the collectives of real ZeRO steps on CPU ranks beside what the plan says of them.
 
-usage: python benchmarks/plan_memory.py [--ranks 2] [--only NAME ...] [--output FILE.json]
+usage: python -m benchmarks.plan_memory [--ranks 2] [--only NAME ...] [--output FILE.json]
 
 Every case starts gloo ranks that train three steps. The storages of all tensors are added up while they
 live (`LiveStorages`), and the tensors of all collectives of the last step; nothing of it comes from the plan.
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.random_text import engine_on_random_text
+from benchmarks.ranks import start_ranks
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
@@ -30,8 +32,6 @@ from pipeline.planning.live_memory import LiveStorages
 from pipeline.planning.memory import FULL, HALF, Zero, count_parameters, plan_memory
 from pipeline.planning.run_plan import checkpoint_bytes
 from pipeline.train import train_step
-from random_text import engine_on_random_text
-from ranks import start_ranks
 
 STEPS = 3
 SETTINGS = """
@@ -187,7 +187,7 @@ def compare(name: str, ranks: int) -> dict[str, Any]:
         output = Path(temporary) / "measured.json"
         for rank in range(ranks):
             (Path(temporary) / str(rank)).mkdir()
-        start_ranks(name, ranks, [__file__, "--measure", name, "--output", str(output)])
+        start_ranks(name, ranks, [__spec__.name, "--measure", name, "--output", str(output)])
         found = json.loads(output.read_text())
         planned = plan(CASES[name], Path(temporary), ranks, max(rank["rows"] for rank in found))
     collectives = Counter(found[0]["collectives"])

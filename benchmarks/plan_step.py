@@ -1,6 +1,6 @@
 """The parts of real ZeRO-3 steps on 1, 2 and 4 CPU ranks beside what the plan says of them.
 
-usage: python benchmarks/plan_step.py [--ranks 1 2 4] [--output benchmarks/results/plan_step.json]
+usage: python -m benchmarks.plan_step [--ranks 1 2 4] [--output benchmarks/results/plan_step.json]
 
 What a GPU's data sheet says is measured here first, with all ranks at once: the rate of matrix products, the
 bytes a second of gloo's collectives, those of adding vectors. The efficiency is that of one rank, so its own
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.random_text import engine_on_random_text
+from benchmarks.ranks import start_ranks
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
@@ -29,8 +31,6 @@ from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.gpus import GIB, Gpu
 from pipeline.planning.memory import Zero
 from pipeline.planning.run_plan import Planner
-from random_text import engine_on_random_text
-from ranks import start_ranks
 
 TOKENS = 4000
 SEQUENCES = 8  # of a rank and step
@@ -122,7 +122,7 @@ def measured(ranks: int, folder: Path) -> dict[str, float]:
     output = folder / "measured.json"
     for rank in range(ranks):
         (folder / str(rank)).mkdir(exist_ok=True)
-    arguments = [__file__, "--measure", str(ranks), "--output", str(output)]
+    arguments = [__spec__.name, "--measure", str(ranks), "--output", str(output)]
     start_ranks(f"{ranks} ranks", ranks, arguments)
     found: dict[str, float] = json.loads(output.read_text())
     return found

@@ -1,6 +1,6 @@
 """Turn the scores of a comparison of objectives into tables (Markdown, on stdout) and a figure (PNG).
 
-usage: python benchmarks/plot_reproduction.py --scores addition.csv --figure addition.png
+usage: python -m benchmarks.plot_reproduction --scores addition.csv --figure addition.png
 
 All numbers are means over the seeds, with the standard deviation between seeds behind them. Steps to a target
 are those to a share of the first score, the one that all checkpoints have; they are read off each run's own
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from benchmarks.reproduction.curves import Runs, reach, read_scores
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
-from reproduction.curves import Runs, reach, read_scores
 
 TARGETS = (0.5, 0.7, 0.9)
 MOST = 6  # objectives that a figure can show

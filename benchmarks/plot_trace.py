@@ -1,6 +1,6 @@
 """Draw the parts of the traced steps, one line a rank, as a figure (PNG).
 
-usage: python benchmarks/plot_trace.py --run runs/mine --figure trace.png
+usage: python -m benchmarks.plot_trace --run runs/mine --figure trace.png
 
 For a first look where no viewer is at hand; the operators and kernels inside the parts are in the trace.
 """

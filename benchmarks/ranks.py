@@ -11,12 +11,12 @@ from pipeline.base.errors import Failure
 
 
 def start_ranks(name: str, ranks: int, arguments: Sequence[str], device: str = "cpu") -> None:
-    """Run `python ARGUMENTS` on so many ranks by torchrun, one thread each.
+    """Run `python -m ARGUMENTS` on so many ranks by torchrun, one thread each.
 
     Args:
         name: what is measured, for the error.
         ranks: world size.
-        arguments: the program and its options.
+        arguments: the module and its options.
         device: "cpu" hides the GPUs.
 
     Raises:
@@ -26,6 +26,6 @@ def start_ranks(name: str, ranks: int, arguments: Sequence[str], device: str = "
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([*start, *arguments], env=environment, capture_output=True, text=True)
+    result = subprocess.run([*start, "-m", *arguments], env=environment, capture_output=True, text=True)
     if result.returncode:
         raise Failure(f"{name}: {' '.join(result.stderr.split())[-500:]}")

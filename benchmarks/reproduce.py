@@ -1,6 +1,6 @@
 """Train models that differ in their objective alone on one of several tasks, and score all alike.
 
-usage: python benchmarks/reproduce.py --task addition --seeds 1 2 3 --jobs 2
+usage: python -m benchmarks.reproduce --task addition --seeds 1 2 3 --jobs 2
 
 See benchmarks/comparison.py for what is equal in all of them; the same command resumes an interrupted
 comparison. The result is a CSV; benchmarks/plot_reproduction.py draws it.
@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import comparison
-import trainings
+from benchmarks import comparison, trainings
+from benchmarks.reproduction.addition import ADDITION_5, ADDITION_6
+from benchmarks.reproduction.questions import QUESTIONS
+from benchmarks.reproduction.sudoku import SUDOKU_4, SUDOKU_6
+from benchmarks.reproduction.text import TEXT
+from benchmarks.reproduction.word_problems import TINYGSM
 from pipeline.base.cli import ToolParser, add_overrides, option, run
 from pipeline.base.errors import UserError
-from reproduction.addition import ADDITION_5, ADDITION_6
-from reproduction.questions import QUESTIONS
-from reproduction.sudoku import SUDOKU_4, SUDOKU_6
-from reproduction.text import TEXT
-from reproduction.word_problems import TINYGSM
 
 TASKS = {
     "addition": ADDITION_5,

@@ -1,6 +1,6 @@
 """How far rounding moves a training that takes its sums in another order.
 
-    python benchmarks/rounding.py --output benchmarks/results/rounding.json
+    python -m benchmarks.rounding --output benchmarks/results/rounding.json
 
 It trains the 4x4 puzzles of configs/sudoku_demo.yaml from the same weights with one micro-batch per step, and
 with one per rank of `--ranks` ranks: another number of ranks changes the arithmetic in the same way. The
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.trainings import sudoku_settings
 from pipeline import config as configuration
 from pipeline import objectives
 from pipeline.base.cli import ToolParser, run
@@ -34,7 +35,6 @@ from pipeline.objectives.seam import Scores
 from pipeline.ranks import Ranks
 from pipeline.training.learning_rate import learning_rate
 from pipeline.training.preflight import read_vocabulary
-from trainings import sudoku_settings
 
 CLOSE = (1e-7, 1e-6, 1e-5)  # gaps whose shares are reported
 

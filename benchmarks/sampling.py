@@ -1,6 +1,6 @@
 """Tokens a second of the sampler: with and without the cache, one and several tokens a step, by threshold.
 
-    python benchmarks/sampling.py --output benchmarks/results/sampling.json
+    python -m benchmarks.sampling --output benchmarks/results/sampling.json
 
 One network decodes the same prompts in every way, in turns, in one process: seeing everything, or in blocks.
 Its weights are random, which changes nothing but how many tokens a threshold lets through at a step (given as

@@ -1,6 +1,6 @@
 """Programs a second in the sandbox, beside a new Python process for each, which protects nothing.
 
-python benchmarks/sandbox.py --programs 2000
+python -m benchmarks.sandbox --programs 2000
 """
 
 from __future__ import annotations

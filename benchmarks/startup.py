@@ -1,6 +1,6 @@
 """Seconds until every program has printed its help, or refused a setting; the least of several starts.
 
-python benchmarks/startup.py --output benchmarks/results/startup.json
+python -m benchmarks.startup --output benchmarks/results/startup.json
 """
 
 from __future__ import annotations

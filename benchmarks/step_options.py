@@ -1,6 +1,6 @@
 """What single choices inside a training step cost: each option beside the default, in turns, in one process.
 
-    python benchmarks/step_options.py --shape small --output benchmarks/results/step_options_small_cpu.json
+    python -m benchmarks.step_options --shape small --output benchmarks/results/step_options_small_cpu.json
 
 Forward and backward of one micro-batch, half of the positions masked; "head" and "attention" are those parts
 alone. Clocks and memory are those of benchmarks/train_step.py. What ZeRO-3 takes: benchmarks/zero_options.py.
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.train_step import MASK, SHAPES, RandomTokens, Shape, machine, peak_of, seconds
 from pipeline import objectives
 from pipeline.base import cli
 from pipeline.chains.slots import SlotGroup, Slots, moved
@@ -36,7 +37,6 @@ from pipeline.model.masked_head import HeadOptions
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.model.visibility import attention_mask, block_mask, sees
-from train_step import MASK, SHAPES, RandomTokens, Shape, machine, peak_of, seconds
 
 CHUNKS = (64, 256, 1024, 4096)
 BLOCK_SIZE = 32

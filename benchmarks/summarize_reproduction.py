@@ -1,6 +1,6 @@
 """Print which objective suits which data: a row for each task and objective (Markdown).
 
-usage: python benchmarks/summarize_reproduction.py addition.csv:easy_1:0.9 text.csv:bound:190
+usage: python -m benchmarks.summarize_reproduction addition.csv:easy_1:0.9 text.csv:bound:190
 
 Each argument names a CSV of benchmarks/reproduce.py, a score and a target. Steps to the target are a share of
 those of the baseline with the same seeds; a run that does not get there counts with all its steps, which "<"
@@ -15,9 +15,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.plot_reproduction import markdown
+from benchmarks.reproduction.curves import Estimate, difference, read_scores, steps_ratio
 from pipeline.base.cli import ToolParser, run
-from plot_reproduction import markdown
-from reproduction.curves import Estimate, difference, read_scores, steps_ratio
 
 
 def summary(path: Path, score: str, target: float, baseline: str) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """Cost of a training step: ours with PUMA, ours with random masking, and a straightforward full-logit step.
 
-    python benchmarks/train_step.py --shape paper --batch-size 4 --output benchmarks/results/train_step.json
+    python -m benchmarks.train_step --shape paper --batch-size 4 --output benchmarks/results/train_step.json
 
 All three train the same network in one process, in turns which each of them begins as often as the others, on
 batches with the same number of masked positions. The full-logit step is written here as one would first write

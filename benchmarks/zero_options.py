@@ -1,6 +1,6 @@
 """What the settings of ZeRO-3 do to a step: its time, what is gathered how often, and the memory of a rank.
 
-    python benchmarks/zero_options.py --output benchmarks/results/zero_options_cpu.json
+    python -m benchmarks.zero_options --output benchmarks/results/zero_options_cpu.json
 
 Every option starts ranks that train the same model on the same random text. Times are those of the clock on
 GPUs; on CPUs the processor time of a rank, which stays comparable on a machine that has other work.
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.plan_memory import Collectives
+from benchmarks.random_text import engine_on_random_text
+from benchmarks.ranks import start_ranks
+from benchmarks.train_step import RATE, SHAPES, machine, seconds
 from pipeline import config as configuration
 from pipeline.base import cli
 from pipeline.train import train_step
-from plan_memory import Collectives
-from random_text import engine_on_random_text
-from ranks import start_ranks
-from train_step import RATE, SHAPES, machine, seconds
 
 PREFETCH, PERSISTENCE = "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"
 LIVE, REUSE, BUCKET = "stage3_max_live_parameters", "stage3_max_reuse_distance", "reduce_bucket_size"
@@ -93,7 +93,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
         given = [
             part for key in numbers for part in (f"--{key.replace('_', '-')}", str(getattr(options, key)))
         ]
-        start = [__file__, "--measure", name, "--output", str(output), *given]
+        start = [__spec__.name, "--measure", name, "--output", str(output), *given]
         start_ranks(name, options.ranks, start, options.device)
         found: dict[str, Any] = json.loads(output.read_text())
     return found

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_proof.measuring import output_of, there, write
+from benchmarks.train_step import machine
 from pipeline.base.cli import run
-from train_step import machine
 
 PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "numpy", "transformers")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.train_step import seconds
 from pipeline.base.cli import ToolParser
-from train_step import seconds
 
 
 def there() -> torch.device:

@@ -77,10 +77,10 @@ def all_parts(gpus: int = 1, dry: bool = False) -> list[Part]:
         *links(gpus),
         *trainings(gpus, dry),
         resume(gpus, dry),
-        _part("step", "a step beside full logits", 50, 120, "benchmarks/train_step.py", *step),
+        _part("step", "a step beside full logits", 50, 120, "-m", "benchmarks.train_step", *step),
         _part("tests", "tests marked gpu", 60, 150, "-m", f"{HERE}.tests"),
-        _part("options", "options of a step", 80, 150, "benchmarks/step_options.py", *options),
-        _part("sampling", "sampling with and without cache", 40, 90, "benchmarks/sampling.py", *sampled),
+        _part("options", "options of a step", 80, 150, "-m", "benchmarks.step_options", *options),
+        _part("sampling", "sampling with and without cache", 40, 90, "-m", "benchmarks.sampling", *sampled),
     ]
 
 
@@ -139,7 +139,7 @@ def resume(gpus: int, dry: bool) -> Part:
     size = MINIATURE_RESUMED if dry else RESUMED
     if dry and gpus == 1:
         size = ["engine.kind=plain", *size]  # starts in half of the time
-    arguments = ["benchmarks/kill_resume.py", "--kills", "1", "--steps", "40" if dry else "60"]
+    arguments = ["-m", "benchmarks.kill_resume", "--kills", "1", "--steps", "40" if dry else "60"]
     arguments += ["--ranks", str(gpus), "--folder", "{folder}/kill_resume", "--output", "{output}"]
     arguments += ["--set", "engine.deterministic=true", *size]
     return Part("resume", "killed and resumed, bit for bit", tuple(arguments), 100, 200, 1, "resume")

@@ -88,7 +88,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def environment(dry: bool) -> dict[str, str]:
     """Return the environment of a part: paths, and what a job script of this project sets."""
-    paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     found = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_proof.measuring import wait, write
 from benchmarks.gpu_proof.peak import at_peak
+from benchmarks.random_text import engine_on_random_text
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, run
 from pipeline.chains.slots import SlotGroup
@@ -37,7 +38,6 @@ from pipeline.planning.run_plan import Assumptions, Planner
 from pipeline.ranks import join_launch
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
-from random_text import engine_on_random_text
 
 RATE = 1e-4
 BLOCK = 5  # steps between two looks at the clock

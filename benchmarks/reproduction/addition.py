@@ -8,14 +8,13 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import comparison
-import trainings
-from comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
+from benchmarks import comparison, trainings
+from benchmarks.comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
+from benchmarks.reproduction.arms import arms
+from benchmarks.reproduction.sums import chain_of, draw_sums
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.decoding.completing import complete
 from pipeline.decoding.sampling import SamplingSettings
-from reproduction.arms import arms
-from reproduction.sums import chain_of, draw_sums
 
 STAGES = 6
 KINDS = {"easy": range(3), "hard": range(4, 100)}  # lengths of the longest carry chain

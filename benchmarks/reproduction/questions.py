@@ -14,9 +14,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import comparison
-import trainings
-from comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
+from benchmarks import comparison, trainings
+from benchmarks.comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.completing import complete

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import comparison
-import trainings
-from comparison import BATCH_SIZE, Comparison, Scores, Texts
+from benchmarks import comparison, trainings
+from benchmarks.comparison import BATCH_SIZE, Comparison, Scores, Texts
+from benchmarks.reproduction.arms import BELL, RANDOM
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.corpus.recipes.puzzles import is_solved
 from pipeline.decoding.completing import complete
 from pipeline.decoding.sampling import SamplingSettings
-from reproduction.arms import BELL, RANDOM
 
 VARIANTS = {
     "puma": "--objective.stages 6",

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import comparison
-import trainings
-from comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
+from benchmarks import comparison, trainings
+from benchmarks.comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
+from benchmarks.reproduction.arms import arms
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import MaskedSequence
 from pipeline.decoding.completing import fill_sequences
 from pipeline.decoding.sampling import SamplingSettings
-from reproduction.arms import arms
 
 KEYS = ("text",)
 STAGES = 12

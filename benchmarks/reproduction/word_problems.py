@@ -8,16 +8,15 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-import comparison
-import trainings
-from comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
+from benchmarks import comparison, trainings
+from benchmarks.comparison import BATCH_SIZE, HELD_OUT, Comparison, Scores, Texts
+from benchmarks.reproduction.arms import arms
+from benchmarks.reproduction.problems import problems
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.decoding.completing import complete
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.evaluation.pairs import as_trained
 from pipeline.evaluation.sandbox import Sandbox
-from reproduction.arms import arms
-from reproduction.problems import problems
 
 STAGES = 12
 RECORD = ("question", "code")  # TinyGSM's keys

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import trainings
+from benchmarks import trainings
 from support.forked import run_forked
 
 

@@ -11,15 +11,12 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-import gradient_precision
-import sampling
-import step_options
-import train_step
+from benchmarks import gradient_precision, sampling, step_options, train_step
+from benchmarks.train_step import MASK, Shape
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from support.forked import start_forked
 from support.programs import ROOT
-from train_step import MASK, Shape
 
 pytestmark = pytest.mark.slow
 

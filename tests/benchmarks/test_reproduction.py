@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import plot_reproduction
-import reproduce
-import summarize_reproduction
-from reproduction import questions
-from reproduction.curves import Run, difference, reach, steps_ratio
+from benchmarks import plot_reproduction, reproduce, summarize_reproduction
+from benchmarks.reproduction import questions
+from benchmarks.reproduction.curves import Run, difference, reach, steps_ratio
 from support.programs import run_here
 
 pytestmark = pytest.mark.slow

@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
-import fetch_text
-import pilot
-import reproduce
-from reproduction.curves import read_scores
-from reproduction.problems import compositions, problems
-from reproduction.sums import chain_of, draw_sums
+from benchmarks import fetch_text, pilot, reproduce
+from benchmarks.reproduction.curves import read_scores
+from benchmarks.reproduction.problems import compositions, problems
+from benchmarks.reproduction.sums import chain_of, draw_sums
 from support.programs import run_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_trainings")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-import trainings
+from benchmarks import trainings
 from support.programs import ROOT
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 # Each worker starts a training: a process that writes its number and sleeps.
 DRIVER = """
 import subprocess, sys
-import trainings
+from benchmarks import trainings
 
 def work(path):
     program = f"import os, time; open({path!r}, 'w').write(str(os.getpid())); time.sleep(300)"
@@ -36,7 +36,7 @@ def test_workers_and_trainings_end_with_a_killed_driver(tmp_path: Path, how: sig
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     paths = [tmp_path / "one", tmp_path / "two"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     driver = subprocess.Popen([sys.executable, str(script), *map(str, paths)], cwd=ROOT, env=environment)
     while not all(path.exists() and path.read_text() for path in paths):
         assert driver.poll() is None

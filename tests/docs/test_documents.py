@@ -154,15 +154,17 @@ def accept(command: list[str]) -> None:
         if rest[start] == "-m":
             accept_module(rest[start + 1], rest[start + 2 :])
         else:
-            accept_file(Path(rest[start]), rest[start + 1 :])
+            tool = Path(rest[start])
+            assert (ROOT / tool).exists(), tool
+            accept_program(f"tools.{tool.stem}", rest[start + 1 :])
     elif program.startswith("slurm/"):
         assert (ROOT / program).exists(), command
 
 
 def accept_module(name: str, arguments: list[str]) -> None:
-    """Have the settings of a training checked; another module must exist."""
+    """Have the settings of a training checked, and the arguments of a benchmark read."""
     if name != "pipeline.train":
-        assert importlib.util.find_spec(name) is not None, name
+        accept_program(name, arguments)
         return
     if "--help" in arguments:
         return
@@ -173,10 +175,13 @@ def accept_module(name: str, arguments: list[str]) -> None:
     configuration.load([word for i, word in enumerate(arguments) if i not in without])
 
 
-def accept_file(path: Path, arguments: list[str]) -> None:
-    """Have the arguments of a tool or a benchmark read."""
-    assert (ROOT / path).exists(), path
-    name = f"tools.{path.stem}" if path.parts[0] == "tools" else path.stem
-    if path.stem not in WITHOUT_PARSER:
+def accept_program(module: str, arguments: list[str]) -> None:
+    """Have the arguments of a tool or a benchmark read; another module must exist."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, module
+    package, _, name = module.partition(".")
+    if spec.submodule_search_locations:
+        module += ".__main__"
+    if package in ("tools", "benchmarks") and name not in WITHOUT_PARSER:
         with pytest.raises(Parsed):
-            importlib.import_module(name).main(arguments)
+            importlib.import_module(module).main(arguments)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.random_text import engine_on_random_text
 from pipeline import config as configuration
 from pipeline.train import train_step
-from random_text import engine_on_random_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 STEPS, LENGTH, TOKENS = 4, 64, 1000

@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.profiler import ProfilerActivity, profile
 
-import plan_memory
+from benchmarks import plan_memory
 from pipeline.config import ModelConfig, Recompute
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import Body

@@ -49,7 +49,7 @@ def run_forked(*command: str, ranks: int = 1, timeout: int = 300) -> subprocess.
 
 def start_forked(name: str, ranks: int, arguments: Sequence[str], device: str = "cpu") -> None:
     """Stand in for `start_ranks` of the benchmarks."""
-    result = run_forked(*arguments, ranks=ranks)
+    result = run_forked("-m", *arguments, ranks=ranks)
     assert result.returncode == 0, (name, result.stderr)
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.profiler import profile
 
-import plot_trace
+from benchmarks import plot_trace
 from pipeline.base.errors import UserError
 from pipeline.config import Config, ProfilingConfig
 from pipeline.engine.build import read_weights

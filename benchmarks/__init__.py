@@ -1,0 +1,1 @@
+"""What is claimed of cost, memory, quality and resume, one command each: `python -m benchmarks.NAME`."""
