@@ -18,8 +18,8 @@ from pipeline.ranks import Ranks
 class SlotGroups(Sequence[SlotGroup]):
     """All chains of this rank: for each turn (``objective.turns``) one group per micro-batch.
 
-    A slot stays on its rank when the batch grows: each rank holds an equal part of the first batch's slots,
-    and an equal part of those that each larger batch adds.
+    A slot stays on its rank and in its turn when the batch grows: each rank and turn holds an equal part of
+    the first batch's slots, and an equal part of those that each larger batch adds.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SlotGroups(Sequence[SlotGroup]):
         accumulation = (size - self.size) // (ranks.data_size * train.micro_batch_size)
         parts = slots_of_rank(ranks.data_rank, accumulation, train.micro_batch_size)
         for turn, groups in enumerate(self.turns):
-            before = turn * size + self.size  # slots; turns > 1 have one batch
+            before = turns * self.size + turn * (size - self.size)  # slots
             groups += [
                 SlotGroup(
                     [before + slot for slot in part], self.stream, self.objectives, ranks.device,
@@ -66,7 +66,8 @@ class SlotGroups(Sequence[SlotGroup]):
         Every rank calls this before each step.
         """
         if self.config.train.batch_at(step) > self.size:
-            begun = torch.zeros(self.size, dtype=torch.int64, device=self.ranks.device)
+            slots = self.size * len(self.turns)
+            begun = torch.zeros(slots, dtype=torch.int64, device=self.ranks.device)
             deal = self.stream.deal_at(step - 1)
             for group in self:
                 begun[group.numbers] = torch.from_numpy(group.begun_of(deal)).to(begun.device)

@@ -108,11 +108,16 @@ class Config:
             f"schedule.batch_scaling is {scaling!r}, by which train.batch_ramp raises the learning rate to "
             f"{rate:.4g}: keep it at {HIGHEST_LEARNING_RATE} or less.",
         )
-        require(
-            not self.train.batch_ramp or self.objective.turns == 1,
-            f"objective.turns is {self.objective.turns}, and train.batch_ramp is set: a ramp needs turns of "
-            "1. Leave out one of the two.",
-        )
+        turns = self.objective.turns
+        for number, larger in enumerate(self.train.batch_ramp):
+            for section, first, _ in self.data.by_phase():
+                # Slots that wait for their turn hold its examples, and no longer tell what they began before.
+                require(
+                    not larger.first_step < first < larger.first_step + turns,
+                    f"{section}.first_step is {first}, fewer than objective.turns = {turns} steps after "
+                    f"train.batch_ramp[{number}].first_step = {larger.first_step}: let both begin at the "
+                    f"same step, or the phase at {larger.first_step + turns} or later.",
+                )
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:

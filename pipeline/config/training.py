@@ -173,7 +173,7 @@ class TrainConfig:
         steps: Optimizer steps.
         global_batch_size: Examples per optimizer step, over all ranks.
         batch_ramp: Larger global batches by step, such as [{first_step: 1001, global_batch_size: 128}].
-            See schedule.batch_scaling. Not with objective.turns.
+            See schedule.batch_scaling.
         micro_batch_size: Maximum examples per forward pass on one rank; lowered to the next divisor of the
             rank's share of every global batch. Gradient accumulation makes up the rest.
         seed: Seed of the initial weights, the example order and all masks.

@@ -85,8 +85,9 @@ def check_samples(config: Config, facts: Mapping[str, DatasetFacts]) -> None:
     for section, _, data in config.data.by_phase():
         examples = sum(share.examples for share in estimated_shares(data, facts))
         if examples < config.slots:
-            largest = "the largest batch of train.batch_ramp"
-            batch = largest if config.train.batch_ramp else "train.global_batch_size x objective.turns"
+            ramp = config.train.batch_ramp
+            batch = "the largest batch of train.batch_ramp" if ramp else "train.global_batch_size"
+            batch += " x objective.turns"
             raise UserError(
                 f"{section}.prefixes = {', '.join(data.prefixes)} give about {examples} training examples of "
                 f"data.sequence_length = {data.sequence_length}, fewer than {batch} = {config.slots}: bring "

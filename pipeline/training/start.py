@@ -152,9 +152,8 @@ def _assemble(
     """Begin the chains or resume them from the checkpoint `found`, and build what surrounds the loop."""
     run_dir, ranks = Path(config.run_dir), engine.ranks
     first, later = data[1], {step: phase.train for step, phase in data.items() if step > 1}
-    slots = config.train.global_batch_size * config.objective.turns
-    larger = {each.first_step: each.global_batch_size for each in config.train.batch_ramp}
-    stream = SlotStream(first.train, slots, config.train.seed, config.data.workers, later, larger)
+    slots = {step: size * config.objective.turns for step, size in config.train.batches.items()}
+    stream = SlotStream(first.train, slots.pop(1), config.train.seed, config.data.workers, later, slots)
     stack.callback(stream.close)
     skipped = SkipLog(run_dir, ranks)
     stream.exclude(skipped.excluded())

@@ -28,10 +28,19 @@ from support.walks import MASK, SEED, step
 STAGES, STEPS = 4, 30
 PUMA = ObjectiveConfig(stages=STAGES)
 RANDOM = ObjectiveConfig(kind="random_masking")
-OBJECTIVES = {"puma": PUMA, "random": RANDOM}
+TURNS = ObjectiveConfig(stages=STAGES, turns=3)
 BATCHES = {1: 4, 6: 12, 7: 16, 18: 24}
 ONE_MIX = {1: 61}  # examples of each phase of the data, by its first step
 MIXES = {1: 61, 8: 43, 18: 50}  # the step after a growth, and the step of one
+MIXES_OF_TURNS = {1: 61, 10: 43, 18: 50}  # as soon after a growth as it may be, and the step of one
+CASES = {
+    "puma": (PUMA, ONE_MIX),
+    "puma-phases": (PUMA, MIXES),
+    "random": (RANDOM, ONE_MIX),
+    "random-phases": (RANDOM, MIXES),
+    "turns": (TURNS, ONE_MIX),
+    "turns-phases": (TURNS, MIXES_OF_TURNS),
+}
 
 
 @dataclass
@@ -97,7 +106,8 @@ class Run:
         self.ranks: list[SlotGroups] = []
         for rank in range(ranks):
             data, *later = ((begin, Marked(begin, size)) for begin, size in mixes.items())
-            stream = SlotStream(data[1], first, SEED, 1, dict(later), dict(larger))
+            slots = {begin: size * objective.turns for begin, size in batches.items()}
+            stream = SlotStream(data[1], slots.pop(1), SEED, 1, dict(later), slots)
             place = Thread(rank, ranks, meeting=meeting)
             self.ranks.append(SlotGroups(config, place, stream, objectives, first_step))
 
@@ -132,57 +142,65 @@ def by_hand(
     """Return for each step the mark of the example of each slot, by the definition.
 
     The positions of a phase are a list. Its slots take every S-th of them, in order. Where S grows, those
-    that no slot has taken make up a new list, of which the new slots take first. `begun` gets step, phase and
-    epoch of each example as a slot begins it.
+    that no slot has taken make up a new list, of which the new slots take first. A slot whose chain ends
+    takes its next example at once, of the phase at the step that will train it. `begun` gets that step, the
+    phase and the epoch of each example.
     """
+    turns, puma = objective.turns, objective.kind == "puma"
     found: dict[int, dict[int, int]] = {}
     left: dict[int, int] = {}  # steps of the chain that each slot is in
     holds: dict[int, int] = {}
-    taken: set[int] = set()
-    hands: list[list[int]] = []
-    slots = first = 0
+    members: list[list[int]] = [[] for _ in range(turns)]  # slots of each turn
+    taken: dict[int, set[int]] = {first: set() for first in mixes}
+    hands: dict[int, list[list[int]]] = {}
 
-    def deal(first_slot: int) -> None:
-        positions = list(islice((p for p in count() if p not in taken), 2000))
-        hands[:] = [positions[(slot - first_slot) % slots :: slots] for slot in range(slots)]
+    def phase_at(number: int) -> int:
+        return max(first for first in mixes if first <= number)
 
-    def take() -> None:
-        for slot in range(len(hands)):
-            if left.get(slot, 0) == 0:
-                staggered = 0 if slot in left else slot % STAGES
-                left[slot] = STAGES - staggered if objective.kind == "puma" else 1
-                position = hands[slot].pop(0)
-                assert position not in taken
-                taken.add(position)
-                epoch, offset = divmod(position, mixes[first])
-                phase = list(mixes).index(first)
-                if begun is not None:
-                    begun.append((number, first, epoch))
-                holds[slot] = 1000 * first + Permutation(mixes[first], SEED, epoch, phase)(offset)
+    def slots_at(number: int) -> int:
+        return turns * max(size for first, size in BATCHES.items() if first <= number)
 
+    def deal(first: int, slots: int, first_slot: int) -> None:
+        positions = list(islice((p for p in count() if p not in taken[first]), 2000))
+        hands[first] = [positions[(slot - first_slot) % slots :: slots] for slot in range(slots)]
+
+    def take(slot: int, number: int) -> None:
+        first = phase_at(number)
+        position = hands[first][slot].pop(0)
+        assert position not in taken[first]
+        taken[first].add(position)
+        epoch, offset = divmod(position, mixes[first])
+        if begun is not None:
+            begun.append((number, first, epoch))
+        holds[slot] = 1000 * first + Permutation(mixes[first], SEED, epoch, list(mixes).index(first))(offset)
+
+    for first in mixes:
+        deal(first, slots_at(first), 0)
     for number in range(1, STEPS + 1):
-        slots = BATCHES.get(number, slots)
-        if number in mixes:
-            first = number
-            taken.clear()
-            deal(0)
-        elif number in BATCHES:
-            take()  # a chain that ended before has begun its next example already
-            deal(len(hands))
-        take()
-        found[number] = dict(holds)
-        for slot in holds:
+        if number in BATCHES:
+            before = len(holds)
+            if number not in mixes:
+                deal(phase_at(number), slots_at(number), before)
+            added = (slots_at(number) - before) // turns
+            for turn, of_turn in enumerate(members):
+                for slot in range(before + turn * added, before + (turn + 1) * added):
+                    of_turn.append(slot)
+                    left[slot] = STAGES - slot % STAGES if puma else 1
+                    take(slot, number + (turn - number + 1) % turns)
+        now = members[(number - 1) % turns]
+        found[number] = {slot: holds[slot] for slot in now}
+        for slot in now:
             left[slot] -= 1
+            if left[slot] == 0:
+                left[slot] = STAGES if puma else 1
+                take(slot, number + turns)
     return found
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 4), (1, 1), (2, 2), (4, 1)])
-@pytest.mark.parametrize("mixes", [ONE_MIX, MIXES], ids=["one-mix", "phases"])
-@pytest.mark.parametrize("kind", OBJECTIVES)
-def test_each_step_trains_the_examples_of_the_list(
-    kind: str, mixes: dict[int, int], ranks: int, micro_batch: int
-) -> None:
-    expected, run = by_hand(OBJECTIVES[kind], mixes), Run(OBJECTIVES[kind], mixes, ranks, micro_batch)
+@pytest.mark.parametrize("case", CASES)
+def test_each_step_trains_the_examples_of_the_list(case: str, ranks: int, micro_batch: int) -> None:
+    expected, run = by_hand(*CASES[case]), Run(*CASES[case], ranks, micro_batch)
     for number in range(1, STEPS + 1):
         found = run.train(number)
         assert len(found) == run.config.train.batch_at(number)
@@ -190,11 +208,10 @@ def test_each_step_trains_the_examples_of_the_list(
 
 
 @pytest.mark.parametrize("done", [0, 4, 5, 6, 7, 8, 11, 16, 17, 18, 19, 25])
-@pytest.mark.parametrize("mixes", [ONE_MIX, MIXES], ids=["one-mix", "phases"])
-@pytest.mark.parametrize("kind", OBJECTIVES)
-def test_a_run_resumes_at_any_step_and_world_size(kind: str, mixes: dict[int, int], done: int) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_resumes_at_any_step_and_world_size(case: str, done: int) -> None:
     """From 2 ranks to 1 and 4, with chains of two or three deals under way; and once more."""
-    objective = OBJECTIVES[kind]
+    objective, mixes = CASES[case]
     expected, first = by_hand(objective, mixes), Run(objective, mixes, 2, 2)
     for number in range(1, done + 1):
         first.train(number)
@@ -222,18 +239,20 @@ def test_the_future_of_the_ramp_may_change() -> None:
         assert other.train(number) == expected[number], number
 
 
+@pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("threshold", [None, 0.6])
-def test_nothing_is_passed_over_and_nothing_comes_twice(threshold: float | None) -> None:
+def test_nothing_is_passed_over_and_nothing_comes_twice(threshold: float | None, turns: int) -> None:
     """Chains of all lengths: at each growth every position up to the last one is begun, or dealt anew."""
-    run = Run(ObjectiveConfig(stages=STAGES, threshold=threshold), {1: 5000}, 2, 2)
+    run = Run(ObjectiveConfig(stages=STAGES, threshold=threshold, turns=turns), {1: 5000}, 2, 2)
     seen: set[int] = set()
-    held: set[int] = set()
+    held: dict[int, set[int]] = {}  # by turn
     for number in range(1, STEPS + 1):
         run.train(number)
-        now = {id for group in run.groups() for id in group.trained_ids.tolist()}
-        assert not (now - held) & seen, "an example that has left its slot came back"
+        groups = [group for rank in run.ranks for group in rank.of_step(number)]
+        now = {id for group in groups for id in group.trained_ids.tolist()}
+        assert not (now - held.get(number % turns, set())) & seen, "an example that left its slot came back"
         seen |= now
-        held = now
+        held[number % turns] = now
         deal = run.ranks[0].stream.deals[-1]
         if number == 18:
             assert deal.known
@@ -258,13 +277,16 @@ def test_random_masking_uses_the_examples_in_order() -> None:
     assert done == run.config.train.examples_until(STEPS) == 4 * 5 + 12 + 16 * 11 + 24 * 13
 
 
-@pytest.mark.parametrize("mixes", [ONE_MIX, MIXES], ids=["one-mix", "phases"])
-@pytest.mark.parametrize("kind", OBJECTIVES)
-def test_epochs_are_counted(kind: str, mixes: dict[int, int]) -> None:
-    run, begun = Run(OBJECTIVES[kind], mixes, 2, 2), list[tuple[int, int, int]]()
-    by_hand(OBJECTIVES[kind], mixes, begun)
+@pytest.mark.parametrize("case", CASES)
+def test_epochs_are_counted(case: str) -> None:
+    """A growth counts what waits for its turn at once."""
+    objective, mixes = CASES[case]
+    run, begun = Run(objective, mixes, 2, 2), list[tuple[int, int, int]]()
+    by_hand(objective, mixes, begun)
     for number in range(1, STEPS + 1):
         run.train(number)
+        if number > 5 and any(first <= number <= first + objective.turns - 2 for first in BATCHES):
+            continue
         first = max(each for each in mixes if each <= number)
         epochs = [epoch for step, phase, epoch in begun if step <= number and phase == first]
         counts = np.sum([group.begun(number) for group in run.groups()], axis=0).tolist()

@@ -78,13 +78,18 @@ def test_metrics_know_the_batch(train: Train, tmp_path: Path) -> None:
         assert lines[step]["samples_per_second"] == pytest.approx(count * SIZES[step - 1] / seconds)
 
 
-@pytest.mark.parametrize("kind", ["puma", "random_masking"])
+@pytest.mark.parametrize("kind", ["puma", "random_masking", "turns"])
 @pytest.mark.distributed
 def test_a_ramp_at_other_world_sizes(data: Path, train: Train, tmp_path: Path, kind: str) -> None:
     """2 ranks through the first growth, 1, then 2 through the second: the examples of one plain process."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = SETTINGS if kind == "puma" else [*SETTINGS[4:], "--objective.kind", kind]
-    both = [*settings, *ramp(*RAMP), *phase(data, 11)]
+    settings, last, later = SETTINGS, RAMP[1], phase(data, 11)
+    if kind == "random_masking":
+        settings = [*SETTINGS[4:], "--objective.kind", kind]
+    elif kind == "turns":  # 48 chains in the end
+        settings, later = [*SETTINGS, "--objective.turns", "2"], phase(data, 12)
+        last = last | {"global_batch_size": 24}
+    both = [*settings, *ramp(RAMP[0], last), *later]
     assert train(whole, *both).code == 0
     for ranks, steps, stage in ((2, 8, 3), (1, 9, 2), (2, 16, 2)):
         zero = tmp_path / f"zero{stage}.json"
@@ -117,8 +122,8 @@ def test_a_batch_that_has_begun_is_fixed(train: Train, tmp_path: Path) -> None:
     assert train(run_dir, *SETTINGS, *ramp(RAMP[0], {"first_step": 9, "global_batch_size": 24})).code == 0
 
 
-def test_a_bad_ramp_is_one_line_and_nothing_is_written(train: Train, tmp_path: Path) -> None:
-    first, turns = RAMP[0], ["--objective.turns", "2"]
+def test_a_bad_ramp_is_one_line_and_nothing_is_written(data: Path, train: Train, tmp_path: Path) -> None:
+    first, turns = RAMP[0], ["--objective.turns", "3", *phase(data, 8)]
     for bad, more, parts in [
         ([first, first], [], ["train.batch_ramp[1].first_step is 6", "above 6"]),
         ([RAMP[1], first], [], ["train.batch_ramp[1].first_step is 6", "above 10"]),
@@ -126,10 +131,14 @@ def test_a_bad_ramp_is_one_line_and_nothing_is_written(train: Train, tmp_path: P
         ([first | {"first_step": 17}], [], ["train.batch_ramp[0].first_step is 17", "train.steps = 16"]),
         ([first | {"global_batch_size": 8}], [], ["train.batch_ramp[0].global_batch_size is 8", "than 8"]),
         ([first, RAMP[1] | {"global_batch_size": 12}], [], ["batch_ramp[1].global_batch_size is 12", "16"]),
-        ([first | {"global_batch_size": 64}], [], ["the largest batch of train.batch_ramp = 64", "lower"]),
+        (
+            [first | {"global_batch_size": 64}],
+            [],
+            ["the largest batch of train.batch_ramp x objective.turns = 64", "lower"],
+        ),
         ([{"first_step": 7}], [], ["train.batch_ramp", "required: global_batch_size"]),
         ([first | {"size": 1}], [], ["train.batch_ramp", "'size'"]),
-        ([first], turns, ["objective.turns is 2", "train.batch_ramp"]),
+        ([first], turns, ["data.phases[0].first_step is 8", "batch_ramp[0].first_step = 6", "at 9 or later"]),
         ([], ["--schedule.batch_scaling", "sqrt"], ["schedule.batch_scaling is 'sqrt'", "train.batch_ramp"]),
         (
             [first],
