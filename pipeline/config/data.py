@@ -71,7 +71,7 @@ class DataConfig:
         cache: Folder for example indices and fetched datasets; null = dataset_cache in the run folder.
         workers: Threads that prefetch examples; 0 = read in the training thread.
         phases: Later mixes, such as [{first_step: 1001, prefixes: [data/math], temperature: 2}]; prefixes and
-            weights above are the first mix. Validation examples stay those of the first.
+            weights above are the first mix.
     """
 
     tokenizer: str = "data/tokenizer"
@@ -110,6 +110,14 @@ class DataConfig:
     def all_prefixes(self) -> list[str]:
         """The datasets of all phases, each once."""
         return list(dict.fromkeys(prefix for phase in self.by_phase() for prefix in phase.data.prefixes))
+
+    @property
+    def added_prefixes(self) -> list[set[str]]:
+        """For each phase, the datasets that no phase before it has."""
+        found: list[set[str]] = []
+        for phase in self.by_phase():
+            found.append(set(phase.data.prefixes).difference(*found))
+        return found
 
     def check(self, steps: int) -> None:
         """Raise a `UserError` for the first setting that is invalid in a run of `steps` steps."""

@@ -85,10 +85,10 @@ class EvaluationConfig:
 
     Args:
         interval: Steps between two measurements of the held-out loss; 0 = none.
-        samples: Maximum number of validation examples for the held-out loss; examples and masks are the same
-            every time.
-        bound_draws: Also estimate the NLL bound of these examples with this many masks per example (an even
-            number), at the cost of as many forward passes. 0 = none.
+        samples: Maximum number of validation examples for the held-out loss, and as many again for the
+            datasets that each later phase of the data adds; examples and masks are the same every time.
+        bound_draws: Also estimate the NLL bound of the examples of data.prefixes with this many masks per
+            example (an even number), at the cost of as many forward passes. 0 = none.
         tasks: Tasks whose accuracy is measured, such as [{task: sudoku, data: held_out.jsonl}].
     """
 

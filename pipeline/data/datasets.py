@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
+from torch.utils.data import Subset
 
 from pipeline.base.errors import UserError
 from pipeline.config import DataConfig
@@ -187,6 +188,16 @@ class Datasets:
     has_padding: bool
     fingerprint: str
     shares: list[Share]
+
+    def valid_of(self, prefixes: Collection[str]) -> ExampleDataset | None:
+        """Return the validation examples of some of the datasets, in their order; None if there are none."""
+        valid: Any = self.valid
+        parts = getattr(valid, "datasets", [] if valid is None else [valid])
+        chosen = [number for number, part in enumerate(parts) if part.dataset_path in prefixes]
+        if len(chosen) == len(parts):
+            return self.valid
+        indices: Any = np.flatnonzero(np.isin(valid.dataset_index, chosen))
+        return Subset(valid, indices) if chosen else None
 
 
 def data_fingerprint(

@@ -15,6 +15,7 @@ LAYOUT: Layout = {
         "loss by stage": ["Multiline", [r"loss_by_stage/.*"]],
         "loss by source": ["Multiline", [r"loss_by_source/.*"]],
         "held-out loss by source": ["Multiline", [r"held_out_by_source/.*"]],
+        "held-out loss by phase": ["Multiline", [r"held_out_by_phase/.*"]],
         "accuracy on tasks": ["Multiline", [r"evaluation/.*/accuracy$"]],
     },
     "2 Is it stable?": {

@@ -52,6 +52,7 @@ def report(run_dirs: Sequence[Path]) -> str:
         ("Scores", _scores(records)),
         *((heading, _figures(numbers)) for heading, numbers in headings.items()),
         ("Settings that differ", _differences(records)) if len(records) > 1 else None,
+        *((f"Phases of {record.name}", _phases(record)) for record in records),
         ("Time", _table(_time_use(records))),
         *((f"Starts of {record.name}", _starts(record)) for record in records),
         *((f"Skipped steps of {record.name}", _skipped(record)) for record in records),
@@ -180,6 +181,22 @@ def _differences(records: Sequence[Record]) -> str:
         if len(set(values)) > 1:
             rows.append([key, *values])
     return _table(rows) if len(rows) > 1 else "<p>Only the run folder.</p>"
+
+
+def _phases(record: Record) -> str:
+    """Return the held-out figures at the last evaluation of each phase; nothing unless several have one."""
+    first = [1, *(phase["first_step"] for phase in record.settings.get("data.phases") or [])]
+    names = sorted(name for name in record.curves if name.startswith("held_out"))
+    columns = []
+    for phase, (start, end) in enumerate(itertools.pairwise([*first, record.last_step + 1])):
+        last = {name: point for name in names for point in record.curve(name) if start <= point[0] < end}
+        if last:
+            step = max(step for step, _ in last.values())
+            figures = [f"{last[name][1]:.4f}" if name in last else "-" for name in names]
+            columns.append([f"phase {phase}", f"{step:,}", *figures])
+    if len(columns) < 2:
+        return ""
+    return _table(zip(["", "last evaluation, step", *names], *columns, strict=True))
 
 
 def _settings(record: Record) -> str:

@@ -134,6 +134,8 @@ def describe(planner: Planner, plan: RunPlan, gpu_name: str, sources: Mapping[st
         f"{tqdm.format_sizeof(plan.kept_checkpoints * plan.checkpoint, 'B')}",
         f"run: {duration(plan.days * SECONDS_A_DAY)}, {plan.days * 24 * plan.gpus:,.0f} GPU hours"
         + ("" if plan.cost is None else f", cost {plan.cost:,.0f}"),
+        f"held-out losses: {duration(plan.held_out_seconds)} more, "
+        f"{plan.held_out_seconds / plan.days / SECONDS_A_DAY:.2%} of the run",
         "",
         "what the times and the usable memory rest on",
         *(

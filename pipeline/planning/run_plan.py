@@ -52,7 +52,8 @@ class RunPlan:
         communication: bytes communicated per step.
         seconds: seconds per step, by part: computation, communication, update, and the whole step.
         mfu: model FLOPs utilisation.
-        days: duration of the run.
+        days: duration of the run, without evaluations.
+        held_out_seconds: duration of all measurements of the held-out loss and bound.
         checkpoint: bytes per checkpoint.
         checkpoint_seconds: seconds to write a checkpoint.
         kept_checkpoints: maximum number of checkpoints on disk at once.
@@ -72,6 +73,7 @@ class RunPlan:
     seconds: dict[str, float]
     mfu: float
     days: float
+    held_out_seconds: float
     checkpoint: int
     checkpoint_seconds: float
     kept_checkpoints: int
@@ -146,6 +148,7 @@ class Planner:
             seconds,
             self._mfu(flops, seconds, gpus),
             days,
+            self._held_out_seconds(train.micro_batch_size, gpus, accumulation, seconds),
             checkpoint,
             checkpoint / nodes / self.assumed.disk_gigabytes_per_second / 1e9,
             kept_checkpoints(config),
@@ -218,6 +221,20 @@ class Planner:
             "update": update,
             "step": computation + traffic - hidden + update,
         }
+
+    def _held_out_seconds(
+        self, micro_batch: int, gpus: int, accumulation: int, seconds: dict[str, float]
+    ) -> float:
+        """Return the seconds of all held-out losses; a forward takes a third of a micro-batch of a step."""
+        config, settings = self.config, self.config.evaluation
+        if not settings.interval:
+            return 0.0
+        ranks = gpus // config.engine.sequence_parallel_size
+        batches = -(-settings.samples // (ranks * micro_batch))
+        sets = sum(map(bool, config.data.added_prefixes))
+        forwards = batches * (sets + settings.bound_draws) * (1 if config.optimizer.ema_decay is None else 2)
+        times = -(-config.train.steps // settings.interval)
+        return times * forwards * (seconds["step"] - seconds["update"]) / accumulation / 3
 
     def _update_seconds(self, gpus: int) -> float:
         """Return the seconds of an update: what AdamW reads and writes, and the products of Muon."""

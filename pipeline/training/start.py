@@ -21,6 +21,7 @@ from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config
 from pipeline.data.blend import Order, describe_order, write_order
 from pipeline.data.datasets import Datasets, build_datasets, data_fingerprint
+from pipeline.data.examples import ExampleDataset
 from pipeline.data.facts import DatasetFacts
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import build_engine
@@ -177,7 +178,7 @@ def _assemble(
 
     averaged = config.optimizer.ema_decay is not None
     evaluations = (
-        Validation(config, engine, first.valid, schedule, tokenizer, state, log, stopped),
+        Validation(config, engine, *_held_out(config, data), schedule, tokenizer, state, log, stopped),
         Tasks(tasks, engine, averaged, state, log, stop, stopped),
     )
     recovery = Recovery(config, state, guard, stream, skipped, groups, checkpoints)
@@ -251,6 +252,21 @@ def _open_data(
         for order, use in zip(orders, data_use(config, [order.shares for order in orders]), strict=True):
             print(f"{describe_order(order.shares)}\n{use.describe()}", flush=True)
     return data
+
+
+def _held_out(
+    config: Config, data: Mapping[int, Datasets]
+) -> tuple[list[ExampleDataset], list[dict[str, int]]]:
+    """Return the validation examples, and the mix of each phase: training examples by name of the source.
+
+    Of the first phase come the examples of all its datasets, of each later one those of the datasets that it
+    adds, from the start of the run.
+    """
+    names = dict(zip(config.data.all_prefixes, config.data.sources, strict=False))  # none for one dataset
+    phases = zip(data.values(), config.data.added_prefixes, strict=True)
+    found = [phase.valid_of(added) for phase, added in phases]
+    mixes = [{names[share.prefix]: share.used for share in phase.shares if names} for phase in data.values()]
+    return [valid for valid in found if valid is not None], mixes if len(mixes) > 1 else []
 
 
 def _open_log(

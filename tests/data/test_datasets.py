@@ -22,7 +22,7 @@ from pipeline.corpus.records import Keys
 from pipeline.corpus.tokenizer_making import train_tokenizer
 from pipeline.data.blend import Order, blend_sizes, build_once, describe_order, write_order
 from pipeline.data.datasets import Datasets, build_datasets
-from pipeline.data.examples import ANSWER, PADDING, PROMPT
+from pipeline.data.examples import ANSWER, PADDING, PROMPT, ExampleDataset
 from pipeline.data.facts import check_data
 from pipeline.ranks import Ranks
 from support.corpora import make_dataset
@@ -284,6 +284,26 @@ def test_a_small_dataset_may_join_a_blend(corpus: Corpus) -> None:
     corpus.write("u", [{"text": "ab"}], Keys(("text",)))
     with pytest.raises(UserError, match=r"/u gives no training example of data.sequence_length = 16"):
         corpus.build("ut", kind="packed", sequence_length=16, split="96,4,0")
+
+
+def test_validation_examples_of_some_datasets(corpus: Corpus) -> None:
+    """Those of each dataset are the ones that it has alone; one without any gives none."""
+    corpus.write("v", [{"a": "a", "b": "b"}], Keys(("a", "b")))
+    settings = {"kind": "pairs", "sequence_length": 16, "split": "75,25,0"}
+    data = corpus.build("qpv", **settings)
+    alone = {name: corpus.build(name, **settings).valid for name in "pq"}
+
+    def texts(valid: ExampleDataset | None) -> list[tuple[str, str, int]]:
+        assert valid is not None
+        return [corpus.decoded(valid[index]) for index in range(len(valid))]
+
+    for name, valid in alone.items():
+        assert texts(data.valid_of({str(corpus.folder / name)})) == texts(valid) != []
+    every = {str(corpus.folder / name) for name in "pqv"}
+    assert data.valid_of(every) is data.valid
+    assert data.valid_of(every - {str(corpus.folder / "v")}) is data.valid
+    assert data.valid_of({str(corpus.folder / "v")}) is data.valid_of(set()) is None
+    assert corpus.build("v", **settings | {"split": "100,0,0"}).valid_of(every) is None
 
 
 def test_pairs_that_are_too_long_are_counted(corpus: Corpus) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from support.programs import Outcome, run_here
-from support.runs import KEYS, curve, examples_of, train_on
-from tools import plan_run, preprocess_data
+from support.runs import KEYS, curve, examples_of, metrics, train_on
+from tools import plan_run, preprocess_data, report
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +75,45 @@ def test_two_phases_are_interrupted_and_resumed(
     order = json.loads((parts / "data_order.json").read_text())["phases"]
     assert [(phase["first_step"], phase["first_example"]) for phase in order] == [(1, 0), (7, FIRST)]
     assert [part["used"] for part in order[1]["datasets"]] == [51, 17], "68 examples, 3 : 1"
+
+
+def test_each_phase_has_held_out_curves(data: Path, second: Path, train: Train, tmp_path: Path) -> None:
+    """From the start, also of what only a later phase brings: the losses of branches on that data alone."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = [*SETTINGS, "--evaluation.interval", "4", "--optimizer.ema_decay", "0.5"]
+    mix = {"first_step": 7, "prefixes": [str(second), str(data / "pairs")], "weights": [3, 1]}
+    last = {"first_step": 14, "prefixes": [str(second)]}
+    assert train(whole, *more, *phases(mix, last)).code == 0
+    assert train(parts, *more, "--train.steps", "4").code == 0  # the phases are appended
+    shutil.rmtree(parts / "checkpoints/step_00000004")
+    assert train(parts, *more, *phases(mix), "--train.steps", "12").code == 0
+    assert train(parts, *more, *phases(mix, last)).code == 0
+
+    def held_out(run_dir: Path) -> dict[int, dict[str, float]]:
+        lines = (line for line in metrics(run_dir) if "held_out/loss" in line)
+        return {line["step"]: {name: x for name, x in line.items() if "held_out" in name} for line in lines}
+
+    found = held_out(whole)
+    assert list(found) == [4, 8, 12, 16]
+    resumed = held_out(parts)
+    assert resumed[16] == found[16]
+    assert resumed[8] == {name: x for name, x in found[8].items() if name[-1] != "2"}, "of two phases"
+    for step in (4, 12):
+        branch = ["--train.branch_from", f"{whole}:{step}", "--data.prefixes", f"[{second}]"]
+        assert train(tmp_path / f"branch_{step}", *more, *branch).code == 0
+        alone = held_out(tmp_path / f"branch_{step}")[step]
+        for kind in ("", "ema_"):
+            losses = {name: found[step][f"held_out_by_source/{kind}{name}"] for name in ("pairs", "second")}
+            assert losses["second"] == alone[f"held_out/{kind}loss"]
+            assert losses["pairs"] == found[step][f"held_out/{kind}loss"]
+            wanted = [losses["pairs"], (51 * losses["second"] + 17 * losses["pairs"]) / 68, losses["second"]]
+            by_phase = [found[step][f"held_out_by_phase/{kind}{phase}"] for phase in range(3)]
+            assert by_phase == pytest.approx(wanted)
+    report.main([str(whole), "--output", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text()
+    ends = [f"{found[step]['held_out_by_source/second']:.4f}" for step in (4, 12, 16)]
+    cells = "".join(f"<td class=n>{loss}</td>" for loss in ends)
+    assert f"<td>held_out_by_source/second</td>{cells}" in page
 
 
 def test_a_phase_that_has_begun_is_fixed(data: Path, second: Path, train: Train, tmp_path: Path) -> None:

@@ -53,6 +53,21 @@ def call(config: str, capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
+def test_held_out_losses_are_forwards(call: Any) -> None:
+    """20 times 512 examples on 8 ranks of 8, with the average; again for what a phase adds, not for a mix."""
+    added = {"first_step": 5000, "prefixes": ["unused", "better"]}
+    mix = {"first_step": 9000, "prefixes": ["better"]}
+    for settings, sets in (([], 1), ([f"data.phases={json.dumps([added, mix])}"], 2)):
+        for more, forwards in (([], sets), (["evaluation.bound_draws=4"], sets + 4)):
+            given = ["--set", *settings, *more] if settings or more else []
+            plan = json.loads(call("--gpus", "8", "--json", *given).output)["plan"]
+            seconds = plan["seconds"]
+            forward = (seconds["step"] - seconds["update"]) / plan["accumulation"] / 3
+            assert plan["held_out_seconds"] == pytest.approx(20 * 2 * 8 * forwards * forward)
+    off = call("--gpus", "8", "--json", "--set", "evaluation.interval=0", "evaluation.tasks=[]")
+    assert json.loads(off.output)["plan"]["held_out_seconds"] == 0, off.error
+
+
 def test_the_figures_that_follow_from_the_shapes(call: Any) -> None:
     """ZeRO-3 in bf16 on 8 ranks: 2 + 4 + 12 + 4 bytes a parameter, divided; 16 in a checkpoint; the price."""
     given = ["--cost-per-gpu-hour", "2", "--host-milliseconds", "1"]
