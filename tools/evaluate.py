@@ -158,11 +158,13 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, ranks: Ranks, stack:
     keys: tuple[str, ...] = (options.prompt_key or "prompt", options.answer_key or "answer")
     keys = (options.text_key,) if options.text_key else keys
     if options.task == PERPLEXITY:
-        cut = options.prefix_length, options.length
-        excerpts = read_excerpts(options.data, keys, loaded, *cut, options.limit)
+        of = loaded.tokenizer, loaded.config.data.sequence_length
+        excerpts = read_excerpts(
+            options.data, keys, *of, options.prefix_length, options.length, options.limit
+        )
         scorer = load_scorer(options.scorer, ranks.device)
         samples = GenerativePerplexity(excerpts, scorer, read_options(options))
-        samples.check(loaded)
+        samples.check(loaded.tokenizer, loaded.config)
         return samples
     if options.task == LIKELIHOOD:
         pairs, too_long = read_pairs(options.data, keys, loaded, options.limit)

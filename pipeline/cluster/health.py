@@ -86,7 +86,11 @@ def training_inputs(settings: Sequence[str]) -> list[Path]:
         paths += [Path(config.data.tokenizer), Path(config.engine.deepspeed_config)]
         for prefix in (Path(prefix) for prefix in config.data.all_prefixes if not is_remote(prefix)):
             paths += [bin_path(prefix), idx_path(prefix), facts_path(prefix)]
-        paths += [Path(task.data) for task in config.evaluation.tasks]
+        for task in config.evaluation.tasks:
+            data = Path(task.data)
+            paths.append(data if data.is_file() or not task.samples_text else bin_path(data))
+            if task.scorer is not None:
+                paths.append(split_step(task.scorer)[0])
         if config.train.initial_weights is not None:
             paths.append(Path(config.train.initial_weights))
         if config.train.branch_from is not None and not checkpoints(Path(config.run_dir)):

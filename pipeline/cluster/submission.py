@@ -97,6 +97,7 @@ def absolute_paths(config: Config, base: Path) -> Config:
     train.branch_from = train.branch_from and absolute(train.branch_from)
     for task in config.evaluation.tasks:
         task.data = absolute(task.data)
+        task.scorer = task.scorer and absolute(task.scorer)
     return config
 
 

@@ -56,22 +56,35 @@ class TaskConfig:
     """A task of `tools/evaluate.py` to evaluate during training.
 
     Args:
-        task: How answers are scored.
+        task: How answers are scored; generative-perplexity = by a causal model, as text.
         data: File of items: question and answer for GSM8K, prompt and answer for the other tasks.
+            For generative-perplexity also texts (text_key), or the PREFIX of a dataset.
         interval: Steps between two evaluations; the last step is always evaluated.
         samples: Maximum number of items; the first ones in the file are used.
         tokens_per_step: Tokens unmasked per decoding step, most confident first.
         length: Answer length in tokens; null = the task's default, or all that fit.
         name: Name of the curves, evaluation/NAME/accuracy; null = the task's name.
+        scorer: For generative-perplexity, a causal model in the format of transformers, or an autoregressive
+            run (RUN or RUN:STEP). Each rank loads it for a measurement and frees it afterwards.
+        text_key: For generative-perplexity, the key of the texts, if data has no pairs.
+        prefix_length: For generative-perplexity, tokens of a text that the model is given.
     """
 
-    task: Literal["sudoku", "gsm8k-program", "gsm8k-number", "exact"]
+    task: Literal["sudoku", "gsm8k-program", "gsm8k-number", "exact", "generative-perplexity"]
     data: str
     interval: int = 1000
     samples: int = 256
     tokens_per_step: int = 1
     length: int | None = None
     name: str | None = None
+    scorer: str | None = None
+    text_key: str | None = None
+    prefix_length: int = 0
+
+    @property
+    def samples_text(self) -> bool:
+        """Whether the task scores samples of text; the others know right answers."""
+        return self.task == "generative-perplexity"
 
     @property
     def curve(self) -> str:
@@ -89,7 +102,7 @@ class EvaluationConfig:
             datasets that each later phase of the data adds; examples and masks are the same every time.
         bound_draws: Also estimate the NLL bound of the examples of data.prefixes with this many masks per
             example (an even number), at the cost of as many forward passes. 0 = none.
-        tasks: Tasks whose accuracy is measured, such as [{task: sudoku, data: held_out.jsonl}].
+        tasks: Tasks to measure, such as [{task: sudoku, data: held_out.jsonl}].
     """
 
     interval: int = 500
@@ -110,6 +123,18 @@ class EvaluationConfig:
         for number, task in enumerate(self.tasks):
             keys = ("interval", "samples", "tokens_per_step", "length")
             require_positive(f"evaluation.tasks[{number}]", task, *keys)
+            require_not_negative(f"evaluation.tasks[{number}]", task, "prefix_length")
+            require(
+                not task.samples_text or task.scorer is not None,
+                f"evaluation.tasks[{number}].scorer is missing: task {task.task} needs a causal model that "
+                "scores the samples.",
+            )
+            for key in ("scorer", "text_key", "prefix_length"):
+                require(
+                    task.samples_text or not getattr(task, key),
+                    f"evaluation.tasks[{number}].{key} is {getattr(task, key)}: it has no effect with task "
+                    f"{task.task}, leave it out.",
+                )
             require(
                 task.curve not in curves,
                 f"evaluation.tasks[{number}].name is {task.name}, but another task already has the curve "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from pipeline.model.masked_head import chunk_rows, memory_of
 from pipeline.objectives import noise
 
 UNITS = 2**52  # of probability, in sums of whole numbers
+NOISY = 2**24  # float64 logits with noise at once: 128 MiB
 
 
 class Head(Protocol):
@@ -48,13 +50,24 @@ def draw_tokens(
     tokens = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        logits = head.logits(hidden[part])  # [C, V] float32
-        if settings.temperature > 0:
-            below = logits.double() - logits.amax(dim=-1, keepdim=True)  # max 0: no temperature overflows it
-            logits = restricted(below / settings.temperature, settings.top_k, settings.top_p)
-            logits += gumbel(settings.seed, [counter[part] for counter in counters], logits.shape[1])
-        tokens[part] = logits.argmax(dim=-1)
+        of_part = [counter[part] for counter in counters]
+        tokens[part] = draw_from(head.logits(hidden[part]), settings, of_part)
     return tokens
+
+
+def draw_from(logits: Tensor, settings: SamplingSettings, counters: Sequence[Tensor]) -> Tensor:
+    """Draw a token for each row of logits [R, V] float32, [R] int64; see `draw_tokens`."""
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1)
+    rows, tokens = max(1, NOISY // logits.shape[1]), []
+    for start in range(0, len(logits), rows):
+        part = logits[start : start + rows]
+        below = part.double() - part.amax(dim=-1, keepdim=True)  # max 0: no temperature overflows it
+        noisy = restricted(below / settings.temperature, settings.top_k, settings.top_p)
+        of_part = [counter[start : start + rows] for counter in counters]
+        noisy += gumbel(settings.seed, of_part, logits.shape[1])
+        tokens.append(noisy.argmax(dim=-1))
+    return torch.cat(tokens) if tokens else logits.new_empty(0, dtype=torch.int64)
 
 
 def restricted(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -11,12 +11,14 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.cli import option
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
+from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import MaskedSequence, check_beginnings, up_to_end
 from pipeline.decoding.completing import fill_sequences
@@ -48,41 +50,44 @@ class Excerpt:
 def read_excerpts(
     path: Path,
     keys: tuple[str, ...],
-    loaded: Loaded,
+    tokenizer: Tokenizer,
+    room: int,
     prefix_length: int,
     length: int | None,
     limit: int | None,
+    called: Callable[[str], str] = option,
 ) -> list[Excerpt]:
     """Return an excerpt of each document that leaves room for a sample and has a true text.
 
     Args:
         path: PREFIX of an indexed dataset, or a file of records.
         keys: see `read_documents`.
-        loaded: the model, for its tokenizer and sequence length.
+        tokenizer: of the model.
+        room: the sequence length that the model is trained with.
         prefix_length: tokens of a text that are the prompt; a pair has a prompt.
         length: tokens of a sample; None = all that fit.
         limit: maximum number of documents to read; None = all.
+        called: the name of a setting in a message; by default its command-line option.
 
     Raises:
         UserError: see `read_pairs`.
     """
-    room, found = loaded.config.data.sequence_length, []
-    for parts in read_documents(path, keys, loaded.tokenizer, limit):
+    found, prefix = [], called("prefix_length")
+    for parts in read_documents(path, keys, tokenizer, limit):
         if len(parts) == 2 and prefix_length:
             raise UserError(
-                f"--prefix-length is {prefix_length}, but {path} holds pairs, whose prompts are given: leave "
-                "it out."
+                f"{prefix} is {prefix_length}, but {path} holds pairs, whose prompts are given: leave it out."
             )
         whole = [token for part in parts for token in part]
         cut = len(parts[0]) if len(parts) == 2 else prefix_length
         size = min(room - cut, length or room)
-        truth = up_to_end(loaded.tokenizer, whole[cut:])[: max(size, 0)]
-        if loaded.tokenizer.decode(truth):
+        truth = up_to_end(tokenizer, whole[cut:])[: max(size, 0)]
+        if tokenizer.decode(truth):
             found.append(Excerpt(whole[:cut], truth, size))
     if not found:
         raise UserError(
-            f"{path} holds no document with text behind its prompt and within {room} tokens, the trained "
-            "sequence length: give other --data, or a shorter --prefix-length."
+            f"{called('data')} {path} holds no document with text behind its prompt and within {room} "
+            f"tokens, the trained sequence length: give another file, or a shorter {prefix}."
         )
     return found
 
@@ -104,23 +109,27 @@ class GenerativePerplexity(Measure):
     def __len__(self) -> int:
         return len(self.excerpts)
 
-    def check(self, loaded: Loaded) -> None:
+    def check(self, tokenizer: Tokenizer, config: Config) -> None:
         """Raise a `UserError` if the samples would be alike, or the model cannot begin them."""
         if self.settings.temperature == 0 and not all(excerpt.prompt for excerpt in self.excerpts):
             raise UserError(
                 "--temperature is 0: all samples without a prompt would be the same text; give "
                 "--temperature 1, or prompts by --prefix-length."
             )
-        check_beginnings(self._sequences(self.excerpts, loaded.tokenizer), loaded.config)
-
-    def _sequences(self, excerpts: Sequence[Excerpt], tokenizer: Tokenizer) -> list[MaskedSequence]:
-        return [MaskedSequence.behind(one.prompt, [tokenizer.mask] * one.length) for one in excerpts]
+        check_beginnings(to_be_written(self.excerpts, tokenizer), config)
 
     def rows(self, loaded: Loaded, numbers: Sequence[int], batch_size: int) -> list[Row]:
-        tokenizer, excerpts = loaded.tokenizer, [self.excerpts[number] for number in numbers]
-        asked = self._sequences(excerpts, tokenizer)
+        tokenizer = loaded.tokenizer
+        asked = to_be_written([self.excerpts[number] for number in numbers], tokenizer)
         found = fill_sequences(loaded, asked, self.settings, batch_size, tokenizer.eos, numbers=numbers)
-        pairs = [(one.prompt, completion.tokens) for one, completion in zip(excerpts, found, strict=True)]
+        return self.scored(numbers, [(one.tokens, one.steps) for one in found], tokenizer)
+
+    def scored(
+        self, numbers: Sequence[int], samples: Sequence[tuple[list[int], int]], tokenizer: Tokenizer
+    ) -> list[Row]:
+        """Return the rows of the items `numbers`, from the tokens and the forwards of each one's sample."""
+        excerpts = [self.excerpts[number] for number in numbers]
+        pairs = [(one.prompt, tokens) for one, (tokens, _) in zip(excerpts, samples, strict=True)]
         pairs += [(one.prompt, one.truth) for one in excerpts]
         texts = [text_behind(tokenizer, *pair) for pair in pairs]
         scores = [self._row(*one) for one in zip(texts, score_texts(self.scorer, texts), strict=True)]
@@ -131,10 +140,10 @@ class GenerativePerplexity(Measure):
                 "prompt": texts[i][0],
                 "sample": scores[i],
                 "reference": scores[count + i],
-                "tokens": len(found[i].tokens),
-                "steps": found[i].steps,
+                "tokens": len(tokens),
+                "steps": steps,
             }
-            for i, number in enumerate(numbers)
+            for i, (number, (tokens, steps)) in enumerate(zip(numbers, samples, strict=True))
         ]
 
     def _row(self, text: tuple[str, str], score: TextScore) -> Row:
@@ -182,6 +191,11 @@ class GenerativePerplexity(Measure):
             if of["unknown"]:
                 lines.append(f"the scorer's tokenizer does not know {of['unknown']} tokens of the {kind}")
         return "\n".join(lines)
+
+
+def to_be_written(excerpts: Sequence[Excerpt], tokenizer: Tokenizer) -> list[MaskedSequence]:
+    """Return each prompt with a masked sample behind it."""
+    return [MaskedSequence.behind(one.prompt, [tokenizer.mask] * one.length) for one in excerpts]
 
 
 def text_behind(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from pipeline.evaluation.likelihood import score_answers
 
 LOGITS = 2**27  # logits of one forward of a transformers model: half a GiB in float32
 CONFIG = "config.json"  # of a folder of transformers; a checkpoint has none
+NAME = "--scorer"  # in messages
 _NO_LIMIT = 2**20  # tokens; a tokenizer without a limit says 1e30
 
 
@@ -114,12 +115,12 @@ def windows_of(ids: list[int], first: int, limit: int) -> Iterator[Window]:
 class RunScorer:
     """An autoregressive run of ours; see `Scorer`. Its end-of-sequence token stands before a text."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, name: str = NAME) -> None:
         """Load the checkpoint; raise a `UserError` for a missing one, or a masked diffusion model."""
         self.loaded = load_model(path, device)
         if self.loaded.layout.attention != "causal":
             raise UserError(
-                f"--scorer {path} is a masked diffusion model, which only bounds a likelihood: give a run "
+                f"{name} {path} is a masked diffusion model, which only bounds a likelihood: give a run "
                 "with objective.kind autoregressive, or a folder of a causal model."
             )
         self.limit = self.loaded.config.data.sequence_length
@@ -138,13 +139,13 @@ class RunScorer:
 class TransformersScorer:
     """A causal model of transformers in a folder; see `Scorer`."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, name: str = NAME) -> None:
         """Load model and tokenizer, in the data type of the files; no code in the folder runs.
 
         Raises:
             UserError: for a folder without a causal model, or a tokenizer that does not fit it.
         """
-        with extra("hf", "--scorer"):
+        with extra("hf", name):
             from transformers import AutoModelForCausalLM, AutoTokenizer
             from transformers.utils import logging
 
@@ -156,7 +157,7 @@ class TransformersScorer:
         except (OSError, ValueError, KeyError, ImportError) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--scorer {folder} holds no causal model that transformers loads without foreign code "
+                f"{name} {folder} holds no causal model that transformers loads without foreign code "
                 f"({said}): give a folder such as GPT-2's, with config.json, weights and tokenizer."
             ) from None
         self.model = model.to(device).eval()
@@ -166,7 +167,7 @@ class TransformersScorer:
         found = next((token for token in begins if token is not None), None)
         if found is None:
             raise UserError(
-                f"--scorer {folder}: its tokenizer names neither bos_token nor eos_token: name one in "
+                f"{name} {folder}: its tokenizer names neither bos_token nor eos_token: name one in "
                 "tokenizer_config.json, it stands before each text."
             )
         self.begin = found
@@ -174,12 +175,12 @@ class TransformersScorer:
         highest = max(self.tokenizer.get_vocab().values(), default=0)
         if highest >= self.rows:
             raise UserError(
-                f"--scorer {folder}: its tokenizer has ids up to {highest}, but the model has {self.rows} "
+                f"{name} {folder}: its tokenizer has ids up to {highest}, but the model has {self.rows} "
                 "rows: tokenizer and model are not of one kind; download the folder again."
             )
         if not self._is_causal():
             raise UserError(
-                f"--scorer {folder} is not causal: its predictions depend on later tokens. Give a model that "
+                f"{name} {folder} is not causal: its predictions depend on later tokens. Give a model that "
                 "predicts from left to right."
             )
 
@@ -229,8 +230,12 @@ def _limit(model: Any, tokenizer: Any) -> int:
     return min((int(limit) for limit in limits if limit and limit < _NO_LIMIT), default=_NO_LIMIT)
 
 
-def find_scorer(path: Path) -> Path:
+def find_scorer(path: Path, name: str = NAME) -> Path:
     """Return the folder of a scorer: `path` itself, or the checkpoint that it names (RUN, RUN:STEP).
+
+    Args:
+        path: what the user gave.
+        name: of the option or setting that it was given by, for messages.
 
     Raises:
         UserError: if it holds neither a model of transformers nor a checkpoint.
@@ -241,13 +246,14 @@ def find_scorer(path: Path) -> Path:
         return find(path)[0]
     except UserError as error:
         raise UserError(
-            f"--scorer: {error} Or give a folder of a causal model of transformers, with {CONFIG}."
+            f"{name}: {error} Or give a folder of a causal model of transformers, with {CONFIG}."
         ) from None
 
 
-def load_scorer(folder: Path, device: torch.device) -> Scorer:
+def load_scorer(folder: Path, device: torch.device, name: str = NAME) -> Scorer:
     """Return the scorer in a folder that `find_scorer` found; see the classes for errors."""
-    return TransformersScorer(folder, device) if (folder / CONFIG).is_file() else RunScorer(folder, device)
+    kind = TransformersScorer if (folder / CONFIG).is_file() else RunScorer
+    return kind(folder, device, name)
 
 
 def identity_of(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,10 @@ class Visibility(NamedTuple):
 
 EVERYTHING = Visibility()
 
+# Draws tokens [C] int64 for the rows [C] of the flattened [B, L], from their logits [C, V] float32, which it
+# leaves unchanged and which are -inf at tokens never predicted.
+Draw = Callable[[Tensor, Tensor], Tensor]
+
 
 class MaskedBatch(NamedTuple):
     """Partly masked sequences with their targets.
@@ -53,7 +58,8 @@ class MaskedBatch(NamedTuple):
         targets: [R] int64, the true tokens of `rows`.
         weights: [R] float32, the loss weight of each row.
         visibility: which positions each position sees.
-        scores: which of "margin", "entropy" and "likeliest" to return besides the confidence.
+        scores: which of "margin" and "entropy" to return besides the confidence.
+        draw: draws a token for each row; without gradients only. A plain function: DeepSpeed warns of others.
     """
 
     input_ids: Tensor
@@ -63,6 +69,7 @@ class MaskedBatch(NamedTuple):
     weights: Tensor
     visibility: Visibility = Visibility()
     scores: tuple[str, ...] = ()
+    draw: Draw | None = None
 
 
 class HeadOutput(NamedTuple):
@@ -74,7 +81,7 @@ class HeadOutput(NamedTuple):
         confidence: [R] float32, max_v p(v | xt).
         margin: [R] float32, the highest probability minus the second highest; None unless in `scores`.
         entropy: [R] float32, -sum_v p(v | xt) log p(v | xt) in nats; None unless in `scores`.
-        likeliest: [R] int64, argmax_v p(v | xt); None unless in `scores`.
+        drawn: [R] int64, the tokens of `MaskedBatch.draw`; None without it.
     """
 
     loss: Tensor
@@ -82,7 +89,7 @@ class HeadOutput(NamedTuple):
     confidence: Tensor
     margin: Tensor | None = None
     entropy: Tensor | None = None
-    likeliest: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 def masked_batch(

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -64,18 +65,18 @@ class Values(NamedTuple):
     confidence: Tensor
     margin: Tensor | None
     entropy: Tensor | None
-    likeliest: Tensor | None
+    drawn: Tensor | None
 
     @classmethod
-    def empty(cls, targets: Tensor, scores: tuple[str, ...]) -> Values:
-        """Return room for the scores of targets [R]."""
+    def empty(cls, targets: Tensor, scores: tuple[str, ...], draws: bool = False) -> Values:
+        """Return room for the scores of targets [R], and for a drawn token of each."""
         new = functools.partial(torch.empty_like, targets, dtype=torch.float32)
         return cls(
             new(),
             new(),
             new() if "margin" in scores else None,
             new() if "entropy" in scores else None,
-            torch.empty_like(targets) if "likeliest" in scores else None,
+            torch.empty_like(targets) if draws else None,
         )
 
     def at(self, rows: slice) -> Values:
@@ -121,9 +122,10 @@ def _computed(
     scores: tuple[str, ...],
     options: HeadOptions,
     need_gradients: bool,
+    draw: Callable[[Tensor, slice], Tensor] | None = None,
 ) -> tuple[Tensor, Values, tuple[Tensor, Tensor] | None]:
     """Return loss, scores and, on demand, the gradients of hidden states and weight."""
-    fused = options.fused and not scores and _has_kernels(hidden.device)
+    fused = options.fused and not scores and draw is None and _has_kernels(hidden.device)
     if fused:
         from pipeline.model import head_kernels
     h, w = _operands(hidden, weight)
@@ -131,7 +133,7 @@ def _computed(
     if padding:  # rows of weight 0
         h = F.pad(h, (0, 0, 0, padding))
         targets, weights = F.pad(targets, (0, padding)), F.pad(weights, (0, padding))
-    values = Values.empty(targets, scores)
+    values = Values.empty(targets, scores, draw is not None)
     chunk = chunk_rows(len(weight), memory_of(hidden.device))
     buffer = h.new_empty(min(chunk, len(h)), len(weight), dtype=torch.float32)
     if need_gradients:
@@ -147,7 +149,11 @@ def _computed(
             nll, confidence, *_ = of_part
             sums = head_kernels.score(logits, target, nll, confidence, vocabulary)
         else:
-            total = score_rows(_forbidding(logits, vocabulary), target, of_part)
+            _forbidding(logits, vocabulary)
+            if draw is not None and of_part.drawn is not None:
+                count = min(len(target), max(0, rows - start))  # without the padding
+                of_part.drawn[:count] = draw(logits[:count], slice(start, start + count))
+            total = score_rows(logits, target, of_part)
         if need_gradients:
             grad_logits = of_logits[: len(target)]
             if fused:
@@ -183,11 +189,9 @@ def score_rows(logits: Tensor, target: Tensor, values: Values) -> Tensor:
         target: [C, 1] int64.
         values: room for the scores of these rows.
     """
-    nll, confidence, margin, entropy, likeliest = values
+    nll, confidence, margin, entropy, _ = values
     if margin is not None:
         top = logits.topk(2, dim=-1).values  # [C, 2]
-    if likeliest is not None:
-        likeliest.copy_(logits.argmax(dim=-1))
     highest = logits.amax(dim=-1, keepdim=True)  # [C, 1]
     nll.copy_((highest - logits.gather(1, target)).squeeze(1))
     exponentials = logits.sub_(highest).exp_()  # in place
@@ -263,7 +267,12 @@ class MaskedHead(nn.Module):
         self.options = HeadOptions()
 
     def forward(
-        self, hidden: Tensor, targets: Tensor, weights: Tensor, scores: tuple[str, ...] = ()
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        scores: tuple[str, ...] = (),
+        draw: Callable[[Tensor, slice], Tensor] | None = None,
     ) -> HeadOutput:
         """Return the loss, differentiable, and NLL and scores without gradients.
 
@@ -271,13 +280,14 @@ class MaskedHead(nn.Module):
             hidden: [R, H].
             targets: [R] int64.
             weights: [R] float32, the loss weight of each row.
-            scores: which of "margin", "entropy" and "likeliest" to compute besides the confidence.
+            scores: which of "margin" and "entropy" to compute besides the confidence.
+            draw: without gradients, draws a token for each row of a slice from their logits.
         """
         inputs = (hidden, self.weight, targets, weights, self.vocabulary, scores, self.options)
         if torch.is_grad_enabled():
             return HeadOutput(*_MaskedLoss.apply(*inputs))
         # Inside of `apply` the inputs seem to need gradients even under no_grad.
-        loss, values, _ = _computed(*inputs, need_gradients=False)
+        loss, values, _ = _computed(*inputs, need_gradients=False, draw=draw)
         return HeadOutput(loss, *values)
 
     def scores(self, hidden: Tensor, needs: tuple[str, ...]) -> HeadOutput:

@@ -130,10 +130,13 @@ class MaskedDiffusionModel(nn.Module):
         """Return loss, NLL and scores at the rows of `batch`."""
         hidden = self.model(batch.input_ids, batch.attention_mask, batch.visibility)
         outputs = self.outputs_of(batch.rows, batch.input_ids.shape[1], batch.visibility)
-        rows, targets, weights = (
-            self.sequence.own(x, dim=0) for x in (outputs, batch.targets, batch.weights)
+        rows, places, targets, weights = (
+            self.sequence.own(x, dim=0) for x in (outputs, batch.rows, batch.targets, batch.weights)
         )
-        output: HeadOutput = self.lm_head(hidden.flatten(0, 1)[rows], targets, weights, batch.scores)
+        draw, draw_places = None, batch.draw
+        if draw_places is not None:
+            draw = lambda logits, part: draw_places(logits, places[part])  # noqa: E731
+        output: HeadOutput = self.lm_head(hidden.flatten(0, 1)[rows], targets, weights, batch.scores, draw)
         return output if self.sequence.size == 1 else self._join(output, batch)
 
     def _join(self, own: HeadOutput, batch: MaskedBatch) -> HeadOutput:

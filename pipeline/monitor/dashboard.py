@@ -17,6 +17,8 @@ LAYOUT: Layout = {
         "held-out loss by source": ["Multiline", [r"held_out_by_source/.*"]],
         "held-out loss by phase": ["Multiline", [r"held_out_by_phase/.*"]],
         "accuracy on tasks": ["Multiline", [r"evaluation/.*/accuracy$"]],
+        "perplexity of samples": ["Multiline", [r"evaluation/.*/(reference_)?perplexity$"]],
+        "entropy of samples": ["Multiline", [r"evaluation/.*/(reference_)?entropy$"]],
     },
     "2 Is it stable?": {
         "gradient norm": ["Multiline", [r"train/gradient_norm$"]],

@@ -127,14 +127,21 @@ def _summary(records: Sequence[Record]) -> list[list[str]]:
         (step, value), low, high = ends[0][-1], ends[1][-1][1], ends[2][-1][1]
         return f"{value:.4f}, 95% interval {low:.4f} to {high:.4f} (step {step:,})"
 
+    def perplexity(record: Record, name: str) -> str:
+        curves = [record.curve(f"{name}/{kind}") for kind in ("perplexity", "low", "high", "entropy")]
+        if not all(curves):
+            return "-"
+        (step, value), (_, low), (_, high), (_, entropy) = (curve[-1] for curve in curves)
+        within = f"95% interval {low:.4g} to {high:.4g}"
+        return f"{value:.4g}, {within}, unigram entropy {entropy:.3f} nats (step {step:,})"
+
+    def measured(suffix: str) -> list[str]:
+        keys = {key for record in records for key in record.curves}
+        return sorted(
+            key.removesuffix(suffix) for key in keys if key.startswith("evaluation/") and key.endswith(suffix)
+        )
+
     rows = [["", *(record.name for record in records)]]
-    suffix = "/accuracy"
-    measured = {
-        key.removesuffix(suffix)
-        for record in records
-        for key in record.curves
-        if key.startswith("evaluation/") and key.endswith(suffix)
-    }
     facts: list[tuple[str, Callable[[Record], str]]] = [
         ("branched from", lambda r: next((start.parent for start in r.history if start.parent), "-")),
         ("steps", lambda r: f"{r.last_step:,} of {r.settings['train.steps']:,}"),
@@ -146,7 +153,11 @@ def _summary(records: Sequence[Record]) -> list[list[str]]:
         ("lowest held-out loss, EMA weights", lambda r: least(r, "held_out/ema_loss")),
         *(
             (f"last accuracy on {name.partition('/')[2]}", lambda r, name=name: accuracy(r, name))
-            for name in sorted(measured)
+            for name in measured("/accuracy")
+        ),
+        *(
+            (f"last perplexity of {name.partition('/')[2]}", lambda r, name=name: perplexity(r, name))
+            for name in measured("/perplexity")
         ),
         ("tokens a second, median", lambda r: middle(r, "tokens_per_second", "{:,.0f}")),
         ("TFLOP/s a rank, median", lambda r: middle(r, "speed/tflops", "{:.4g}")),

@@ -1,4 +1,4 @@
-"""Greedy decoding by the engine that trains, under any sharding: most confident positions first."""
+"""Decoding by the engine that trains, under any sharding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import Tensor
 
 from pipeline.data.examples import Examples
 from pipeline.decoding.decoding import decode_by
+from pipeline.decoding.drawing import draw_from
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import Sequences
 from pipeline.engine.protocol import Engine
 from pipeline.model.batch import HeadOutput
 from pipeline.objectives.seam import Layout
+
+GREEDY = SamplingSettings()
 
 
 class _Stopped(Exception):
@@ -24,16 +27,25 @@ class _Stopped(Exception):
 class EngineNetwork:
     """The model of an engine; see `pipeline.decoding.network.Network` for the methods.
 
-    ZeRO-3 needs as many forwards on each rank, so no sequence leaves early.
+    ZeRO-3 needs as many forwards on each rank, so no sequence leaves early. The engine returns no logits, so
+    each forward draws a token for every candidate, before it is known which of them are filled.
     """
 
     drops_rows = False
 
-    def __init__(self, engine: Engine, layout: Layout, step: int, stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        layout: Layout,
+        step: int,
+        settings: SamplingSettings,
+        stopped: Callable[[], bool],
+    ) -> None:
         """Take what `fill` was given."""
         self.engine = engine
         self.layout = layout
         self.step = step
+        self.settings = settings
         self.mask_id = layout.mask_id
         self.stopped = stopped
 
@@ -49,11 +61,16 @@ class EngineNetwork:
             raise _Stopped
         weights = torch.zeros(now.masked.shape, device=now.masked.device)
         batch = self.layout.batch(now.examples, now.masked, weights, int(now.masked.sum()), self.step)
-        output = self.engine.evaluate(batch._replace(scores=("likeliest",)))
+        ids, length = now.examples.ids, now.masked.shape[1]
+
+        def draw(logits: Tensor, places: Tensor) -> Tensor:
+            row, position = places // length, places % length
+            return draw_from(logits, self.settings, (ids[row], position, torch.full_like(row, now.step)))
+
+        output = self.engine.evaluate(batch._replace(draw=draw))
         where = torch.isin(batch.rows, rows)  # positions behind an end of sequence stay masked
-        likeliest = output.likeliest
-        assert likeliest is not None
-        self.tokens = likeliest[where]
+        assert output.drawn is not None
+        self.tokens = output.drawn[where]
         self.found = HeadOutput(output.loss, output.nll[where], output.confidence[where])
 
     def output(self, needs: tuple[str, ...]) -> HeadOutput:
@@ -61,7 +78,7 @@ class EngineNetwork:
         return self.found
 
     def draw(self, chosen: Tensor, settings: SamplingSettings, counters: tuple[Tensor, ...]) -> Tensor:
-        """See `Network`: the likeliest tokens."""
+        """See `Network`: the tokens of the last forward."""
         return self.tokens[chosen]
 
 
@@ -71,11 +88,11 @@ def fill(
     masked: Tensor,
     layout: Layout,
     step: int,
-    at_once: int = 1,
+    settings: SamplingSettings = GREEDY,
     stopped: Callable[[], bool] = lambda: False,
     stop: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Fill the positions `masked` [B, L] with the likeliest tokens, the most confident first.
+    """Fill the positions `masked` [B, L], the most confident first.
 
     Every rank calls this, with the same or different sequences.
 
@@ -85,7 +102,8 @@ def fill(
         masked: [B, L] bool.
         layout: shows sequences to the model; its blocks are filled one after another.
         step: current optimizer step.
-        at_once: tokens filled per sequence and forward; always one from left to right.
+        settings: of the sampler, with the confidence as policy; a causal model is always decoded a token at a
+            time from left to right.
         stopped: whether to stop, asked before every forward; all ranks must agree.
         stop: the end-of-sequence token; positions behind a filled one are left masked.
 
@@ -95,11 +113,10 @@ def fill(
     """
     examples = replace(examples, tokens=examples.tokens.clone())
     now = Sequences.start(examples, masked, layout.decoding(examples), None)
-    settings = SamplingSettings(tokens_per_step=at_once)
     if layout.attention == "causal":
-        settings = SamplingSettings(policy="left_to_right")
+        settings = replace(settings, policy="left_to_right", tokens_per_step=1)
     try:
-        decoded = decode_by(EngineNetwork(engine, layout, step, stopped), now, settings, stop)
+        decoded = decode_by(EngineNetwork(engine, layout, step, settings, stopped), now, settings, stop)
     except _Stopped:
         return None
     return decoded.tokens, decoded.order

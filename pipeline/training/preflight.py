@@ -14,8 +14,10 @@ from pipeline.checkpoint.manifest import checkpoints
 from pipeline.config import Config
 from pipeline.data.blend import estimated_shares
 from pipeline.data.facts import DatasetFacts, check_data
+from pipeline.data.paths import idx_path
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import engine_settings
+from pipeline.evaluation.scorers import find_scorer
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import Vocabulary
 from pipeline.planning.memory import FULL, HALF, Zero, count_parameters
@@ -44,11 +46,14 @@ def check_engine(
 ) -> None:
     """Check what `check_run` does, apart from the training data: they may not exist yet."""
     for number, task in enumerate(config.evaluation.tasks):
-        if not Path(task.data).is_file():
+        data = Path(task.data)
+        if not data.is_file() and not (task.samples_text and idx_path(data).is_file()):
             raise UserError(
                 f"evaluation.tasks[{number}].data is {task.data}: there is no such file. Name the file "
                 "of the items, or leave the task out."
             )
+        if task.scorer is not None:
+            find_scorer(Path(task.scorer), f"evaluation.tasks[{number}].scorer")
     vocabulary = read_vocabulary(config, tokenizer)
     check_beginning(config, vocabulary)
     settings = engine_settings(config, world_size)

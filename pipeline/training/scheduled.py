@@ -1,4 +1,4 @@
-"""Task accuracies during training, measured by the engine that trains."""
+"""Tasks during training, measured by the engine that trains."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,7 @@ from pipeline.base.errors import UserError
 from pipeline.config import Config, TaskConfig
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import behind_prompts, stack_sequences, that_fit, up_to_end
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.engine.protocol import Engine
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.tasks import TASKS
@@ -20,12 +22,41 @@ from pipeline.objectives import decoding_layout
 from pipeline.ranks import Ranks
 from pipeline.resilience.stop import Stop
 from pipeline.training.filling import fill
+from pipeline.training.sampled import ScheduledSamples
 from pipeline.training.state import TrainState
 from pipeline.training.step_log import StepLog
 
 
-class ScheduledTask:
+class Scheduled(Protocol):
     """One task with its items.
+
+    Attributes:
+        settings: what to measure, and when.
+    """
+
+    settings: TaskConfig
+
+    def measure(self, engine: Engine, step: int, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Return the figures by the names of their curves, alike on all ranks; every rank calls this.
+
+        Args:
+            engine: runs the model.
+            step: current optimizer step.
+            stopped: whether to stop, asked before every forward; all ranks must agree.
+
+        Returns:
+            The figures; None after a stop.
+
+        Raises:
+            UserError: on every rank, if it can no longer be measured.
+        """
+
+    def describe(self, figures: dict[str, float]) -> str:
+        """Return the figures in a line."""
+
+
+class ScheduledTask(Scheduled):
+    """A task with right answers; see `Scheduled` for the methods.
 
     Attributes:
         settings: what to measure, and when.
@@ -53,27 +84,18 @@ class ScheduledTask:
         self.items, self.sequences = [items[i] for i in fitting], list(fitting.values())
 
     def measure(self, engine: Engine, step: int, stopped: Callable[[], bool]) -> dict[str, float] | None:
-        """Return the accuracy and its 95% interval by the names of their curves; every rank calls this.
-
-        Args:
-            engine: runs the model.
-            step: current optimizer step.
-            stopped: whether to stop, asked before every forward; all ranks must agree.
-
-        Returns:
-            The figures; None after a stop.
-        """
+        """Return the accuracy and its 95% interval."""
         ranks, count = engine.ranks, len(self.items)
         batch_size = self.config.train.micro_batch_size
         layout = decoding_layout(self.config, self.tokenizer.mask, step)
+        sampler = SamplingSettings(tokens_per_step=self.settings.tokens_per_step)
         right = torch.zeros(1, dtype=torch.float64, device=ranks.device)
         with closing(TASKS[self.settings.task]()) as task:
             for indices in ranks.batches(count, batch_size):
                 numbers = [i % count for i in indices]  # past the end: not counted
                 sequences, kind = [self.sequences[i] for i in numbers], self.config.data.kind
                 examples, masked = stack_sequences(sequences, numbers, kind, self.tokenizer.pad, ranks.device)
-                at_once, stop = self.settings.tokens_per_step, self.tokenizer.eos
-                found = fill(engine, examples, masked, layout, step, at_once, stopped, stop)
+                found = fill(engine, examples, masked, layout, step, sampler, stopped, self.tokenizer.eos)
                 if found is None:
                     return None
                 answers = [
@@ -84,14 +106,24 @@ class ScheduledTask:
                 right += sum(verdict.right for verdict in task.score_all(items, answers[: len(items)]))
         count = round(float(ranks.sum(right)) / ranks.sequence_size)
         low, high = wilson_interval(count, self.total)
-        curve = self.settings.curve
-        return {f"{curve}/accuracy": count / self.total, f"{curve}/low": low, f"{curve}/high": high}
+        return {"accuracy": count / self.total, "low": low, "high": high}
+
+    def describe(self, figures: dict[str, float]) -> str:
+        without = self.total - len(self.items)
+        note = f", {without} without room for an answer" if without else ""
+        return f"accuracy {figures['accuracy']:.4f} of {self.total} items{note}"
 
 
-def read_tasks(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[ScheduledTask]:
+def read_tasks(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> list[Scheduled]:
     """Return the tasks of a run; raise a `UserError` on every rank for one that cannot be measured."""
-    with ranks.agreeing():
-        return [ScheduledTask(settings, config, tokenizer) for settings in config.evaluation.tasks]
+    tasks: list[Scheduled] = []
+    for number, settings in enumerate(config.evaluation.tasks):
+        if settings.samples_text:
+            tasks.append(ScheduledSamples(number, config, tokenizer, ranks))
+        else:
+            with ranks.agreeing():
+                tasks.append(ScheduledTask(settings, config, tokenizer))
+    return tasks
 
 
 @dataclass(eq=False)
@@ -103,12 +135,12 @@ class Tasks:
         engine: runs the model.
         averaged: whether the engine keeps averaged weights.
         state: progress of the run.
-        log: receives the accuracies.
+        log: receives the figures.
         stop: whether the run is to stop.
         stopped: whether to stop, asked before every forward; all ranks must agree.
     """
 
-    tasks: Sequence[ScheduledTask]
+    tasks: Sequence[Scheduled]
     engine: Engine
     averaged: bool
     state: TrainState
@@ -123,15 +155,17 @@ class Tasks:
         """
         step, recorder = self.state.step, self.log.recorder
         for task in self.tasks:
-            name = f"{task.settings.curve}/accuracy"
-            written = name in recorder.written_at(step)
+            curve = task.settings.curve
+            written = any(name.startswith(f"{curve}/") for name in recorder.written_at(step))
             if written or self.stop.agreed or not self.state.due(task.settings.interval):
                 continue
             weights = self.engine.averaged_weights() if self.averaged else nullcontext()
             with recorder.apart(step, "evaluation"), weights:
-                figures = task.measure(self.engine, step, self.stopped)
+                try:
+                    figures = task.measure(self.engine, step, self.stopped)
+                except UserError as error:  # on all ranks; the run is worth more than a point of a curve
+                    self.log.progress.say(f"step {step}: {curve} is not measured: {error}")
+                    figures = None
             if figures is not None:
-                recorder.write(step, figures)
-                without = task.total - len(task.items)
-                note = f", {without} without room for an answer" if without else ""
-                self.log.progress.say(f"step {step}: {name} {figures[name]:.4f} of {task.total} items{note}")
+                recorder.write(step, {f"{curve}/{name}": value for name, value in figures.items()})
+                self.log.progress.say(f"step {step}: {curve}/{task.describe(figures)}")

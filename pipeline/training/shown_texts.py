@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.data.examples import PROMPT, ExampleDataset, Examples, stack_examples
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.frames import pieces
+from pipeline.decoding.sampling import SamplingSettings
 from pipeline.engine.protocol import Engine
 from pipeline.monitor.texts import ShownText
 from pipeline.objectives.seam import Layout
@@ -49,7 +50,8 @@ def write_texts(
     examples = stack_examples([dataset[i] for i in range(count)], range(count)).to(engine.ranks.device)
     masked = to_be_written(examples, layout)
     at_once = -(-int(masked.sum(dim=1).max()) // FORWARDS)
-    found = fill(engine, examples, masked, layout, step, at_once, stopped)
+    settings = SamplingSettings(tokens_per_step=at_once)
+    found = fill(engine, examples, masked, layout, step, settings, stopped)
     if found is None:
         return []
     tokens, order = (x.tolist() for x in found)

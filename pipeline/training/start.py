@@ -46,7 +46,7 @@ from pipeline.training.checkpoints import Checkpoints, branch, resume
 from pipeline.training.fetching import fetch_datasets
 from pipeline.training.preflight import check_run, check_validation, read_vocabulary
 from pipeline.training.recovery import Recovery
-from pipeline.training.scheduled import ScheduledTask, Tasks, read_tasks
+from pipeline.training.scheduled import Scheduled, Tasks, read_tasks
 from pipeline.training.state import TrainState
 from pipeline.training.step_log import StepLog
 from pipeline.training.tracing import Tracer
@@ -145,7 +145,7 @@ def _assemble(
     identity: Identity,
     state: TrainState,
     found: tuple[Path, Manifest] | None,
-    tasks: Sequence[ScheduledTask],
+    tasks: Sequence[Scheduled],
     data: Mapping[int, Datasets],
     signals: StopSignals,
     stack: ExitStack,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.base.errors import UserError
 from pipeline.model import masked_head
 from pipeline.model.batch import HeadOutput, Vocabulary
-from pipeline.model.masked_head import MaskedHead, chunk_rows
+from pipeline.model.masked_head import HeadOptions, MaskedHead, chunk_rows
 from pipeline.planning.activations import head_memory
 from pipeline.planning.live_memory import LiveStorages
 from support import oracles
@@ -47,8 +47,7 @@ def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[torch.
 def run(rows: int = ROWS, dtype: torch.dtype = torch.float32, scores: tuple[str, ...] = SCORES) -> Case:
     """Return the head's output after a backward pass of twice its loss, and the oracle's."""
     hidden, weight, targets, weights = inputs(rows, dtype)
-    asked = (*scores, "likeliest")
-    output = HeadOutput(*masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY, asked))
+    output = HeadOutput(*masked_head._MaskedLoss.apply(hidden, weight, targets, weights, VOCABULARY, scores))
     (2 * output.loss).backward()
     arrays = [x.detach().double().numpy() for x in (hidden, weight)]
     expected = oracles.full_logit_head(*arrays, targets.numpy(), weights.double().numpy(), FORBIDDEN)
@@ -64,8 +63,6 @@ def check(case: Case, rtol: float = 1e-5, gradient_tolerance: float = 1e-6) -> N
         assert values.dtype == torch.float32
         assert not values.requires_grad
         np.testing.assert_allclose(values, getattr(expected, name), rtol=rtol, atol=1e-6, err_msg=name)
-    assert output.likeliest is not None
-    np.testing.assert_array_equal(output.likeliest, expected.likeliest)
     for gradient, wanted in [
         (case.hidden.grad, expected.grad_hidden),
         (case.weight.grad, expected.grad_weight),
@@ -105,6 +102,30 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch, ch
     assert not evaluated.loss.requires_grad
     for name in ("loss", "nll", "confidence", *SCORES):
         assert getattr(evaluated, name).equal(getattr(trained, name)), name
+
+
+@pytest.mark.parametrize("row_multiple", [1, 12])
+@pytest.mark.parametrize("chunk_rows", [5, 100])
+def test_tokens_are_drawn_from_the_logits_of_their_rows(
+    monkeypatch: pytest.MonkeyPatch, chunk_rows: int, row_multiple: int
+) -> None:
+    """Rows that pad a chunk draw nothing."""
+    monkeypatch.setattr(masked_head, "chunk_rows", lambda *_: chunk_rows)
+    hidden, weight, targets, weights = (x.detach() for x in inputs())
+    head = MaskedHead(torch.nn.Parameter(weight), VOCABULARY)
+    head.options = HeadOptions(row_multiple=row_multiple)
+    noise = torch.randn(ROWS, SIZE, generator=torch.Generator().manual_seed(1)) * 3
+    with torch.no_grad():
+        output = head(
+            hidden, targets, weights, (), lambda logits, part: (logits + noise[part]).argmax(dim=-1)
+        )
+        plain = head(hidden, targets, weights)
+    assert output.nll.equal(plain.nll)
+    assert plain.drawn is None
+    logits = hidden.double() @ weight.double().T
+    logits[:, FORBIDDEN] = -torch.inf
+    assert output.drawn is not None
+    np.testing.assert_array_equal(output.drawn, (logits + noise).argmax(dim=-1))
 
 
 @pytest.mark.parametrize("adds", [True, False], ids=["addmm", "mm-and-add"])

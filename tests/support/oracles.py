@@ -157,7 +157,6 @@ class HeadResult:
     confidence: np.ndarray
     margin: np.ndarray
     entropy: np.ndarray
-    likeliest: np.ndarray
     grad_hidden: np.ndarray
     grad_weight: np.ndarray
 
@@ -183,7 +182,6 @@ def full_logit_head(
         ordered[:, -1],
         ordered[:, -1] - ordered[:, -2],
         -(allowed * np.log(allowed)).sum(axis=1),
-        probabilities.argmax(axis=1),
         gradient @ weight,
         gradient.T @ hidden,
     )

@@ -107,12 +107,13 @@ def test_the_answers_are_those_of_the_sampler(
     examples, masked = stack(loaded, sequences, range(len(prompts)))
     engine: Any = SimpleNamespace(evaluate=torch.no_grad()(loaded.model), ranks=Ranks())
     end = loaded.tokenizer.eos
-    found = fill(engine, examples, masked, loaded.layout, loaded.step, at_once, stop=end)
+    settings = SamplingSettings(tokens_per_step=at_once)
+    found = fill(engine, examples, masked, loaded.layout, loaded.step, settings, stop=end)
     assert found is not None
     answers = [
         up_to_end(loaded.tokenizer, row[where].tolist()) for row, where in zip(found[0], masked, strict=True)
     ]
-    expected = complete(loaded, prompts, SamplingSettings(tokens_per_step=at_once))
+    expected = complete(loaded, prompts, settings)
     assert answers == [completion.tokens for completion in expected]
     assert 5 < sum(end in answer for answer in answers) < len(answers)
 
@@ -179,4 +180,5 @@ def test_two_tasks_need_two_names(train: Callable[..., Outcome], items: Path, tm
 
 def test_every_task_can_be_scheduled() -> None:
     """The names in the configuration, which imports nothing, are those of the tasks."""
-    assert set(typing.get_args(typing.get_type_hints(TaskConfig)["task"])) == set(TASKS)
+    names = typing.get_args(typing.get_type_hints(TaskConfig)["task"])
+    assert set(names) == {*TASKS, "generative-perplexity"}
