@@ -20,7 +20,7 @@ from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.manifest import MANIFEST, find
 from pipeline.checkpoint.options import add_options as add_checkpoint_options
-from pipeline.corpus.arguments import TEMPLATE_HELP
+from pipeline.corpus.arguments import add_template_options
 from pipeline.data.paths import bin_path
 from pipeline.decoding.sampling import SamplingSettings, add_options, read_options
 from pipeline.evaluation.options import DRAWS
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LIKELIHOOD = "likelihood"
 PERPLEXITY = "generative-perplexity"  # of samples
 OF_SAMPLES = ["scorer", "prefix_length"]
-OF_PROMPTS = ["prompt_format", "chat_template"]
+OF_PROMPTS = ["prompt_format", "chat_template", "chat"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -70,9 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         help="generative-perplexity: tokens of a text that the model is given; 0 = none",
     )
-    parser.add_argument(
-        "--chat-template", type=Path, help=f"make the prompt a message of a user; {TEMPLATE_HELP}"
-    )
+    add_template_options(parser, "make the prompt a message of a user")
     parser.add_argument("--prompt-format", default="{prompt}", help="template of the model's input")
     parser.add_argument(
         "--length", type=int, help="answer length in tokens (default: the task's, or all that fit)"
@@ -173,6 +171,8 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, ranks: Ranks, stack:
     names = (options.prompt_key or task.keys[0], options.answer_key or task.keys[1])
     items = task.read(options.data, names)[: options.limit]
     template = options.chat_template and read_template(options.chat_template)
+    if options.chat:
+        template = loaded.own_template("--chat", "name one by --chat-template")
     answers = Answers(task, items, read_options(options), options.length, options.prompt_format, template)
     answers.check(loaded)
     return answers

@@ -31,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="names of settings and weights: our own, with code for transformers, or those of LLaDA, Dream, "
         "SDAR or dllm's A2D models, for code that knows these",
     )
-    parser.add_argument("--chat-template", type=Path, help=f"write it into the folder: {TEMPLATE_HELP}")
+    parser.add_argument(
+        "--chat-template",
+        type=Path,
+        help=f"write it into the folder instead of that of the training: {TEMPLATE_HELP}",
+    )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.

@@ -20,7 +20,7 @@ from pipeline.base.cli import ToolParser, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.progress import Progress
 from pipeline.checkpoint.options import add_options as add_checkpoint_options
-from pipeline.corpus.arguments import TEMPLATE_HELP
+from pipeline.corpus.arguments import add_template_options
 from pipeline.decoding.prompts import read_prompts, spans
 from pipeline.decoding.sampling import add_options, read_options
 
@@ -46,9 +46,7 @@ def build_parser() -> ToolParser:
     )
     prompts.add_argument("--prompt-file", type=Path, help="txt with one prompt per line, jsonl or parquet")
     parser.add_argument("--prompt-key", default="prompt", help="key of the prompt in jsonl or parquet")
-    parser.add_argument(
-        "--chat-template", type=Path, help=f"make each text a message of a user; {TEMPLATE_HELP}"
-    )
+    add_template_options(parser, "make each text a message of a user")
     parser.add_argument("--length", type=int, help="tokens to add (default: all that fit)")
     parser.add_argument("--num-samples", type=int, default=1, help="samples per prompt")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per batch")
@@ -85,12 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{len(prompts) * options.num_samples}: give fewer prompts or a smaller --num-samples."
             )
     template = None
-    if options.chat_template is not None:
+    if options.chat or options.chat_template is not None:
         from pipeline.corpus.chat_template import asked, read_template
 
-        template = read_template(options.chat_template)
+        template = options.chat_template and read_template(options.chat_template)
         if any(isinstance(piece, int) for pieces in texts for piece in pieces):
-            raise UserError("--chat-template has no effect on texts with [MASK*N]: leave one of the two out.")
+            given = "--chat" if options.chat else "--chat-template"
+            raise UserError(f"{given} has no effect on texts with [MASK*N]: leave one of the two out.")
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
     import torch
 
@@ -115,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     progress = Progress(len(prompts) * options.num_samples, 0, "sample", enabled=view is None)
     shape = (options.num_samples, options.length, options.batch_size)
     as_asked: Callable[[str], str] = str
+    if options.chat:
+        template = loaded.own_template("--chat", "name one by --chat-template")
     if template is not None:
         as_asked = partial(asked, template, specials=list(loaded.tokenizer.model.specials()))
     for done, sample in enumerate(generate(loaded, prompts, settings, *shape, shows, as_asked), 1):

@@ -14,7 +14,7 @@ from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.manifest import check_hashes, find
 from pipeline.config import Config
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import TEMPLATE_FILE, Tokenizer
 from pipeline.engine.build import read_weights
 from pipeline.engine.ema import FILES, has_average
 from pipeline.engine.module import make_model
@@ -36,17 +36,25 @@ class Loaded:
         tokenizer: the tokenizer of the run.
         config: the configuration of the run.
         step: optimizer steps trained; 0 for an untrained model.
+        chat_template: what wrote the chats that the model was trained on; None if there were none.
     """
 
     model: MaskedDiffusionModel
     tokenizer: Tokenizer
     config: Config
     step: int
+    chat_template: str | None = None
 
     @property
     def layout(self) -> Layout:
         """The layout that the objective used at `step`."""
         return decoding_layout(self.config, self.tokenizer.mask, self.step)
+
+    def own_template(self, wanted_by: str, remedy: str) -> str:
+        """Return the chat template of the training; raise a `UserError` with the remedy if there is none."""
+        if self.chat_template is None:
+            raise UserError(f"{wanted_by}: this model carries no chat template: {remedy}.")
+        return self.chat_template
 
 
 def load_model(
@@ -85,7 +93,14 @@ def load_model(
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
         model.load_state_dict(state)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    return Loaded(model.to(device, dtype).eval(), tokenizer, config, 0 if untrained else manifest.step)
+    step, template = 0 if untrained else manifest.step, chat_template_beside(folder / "tokenizer")
+    return Loaded(model.to(device, dtype).eval(), tokenizer, config, step, template)
+
+
+def chat_template_beside(tokenizer: Path) -> str | None:
+    """Return the chat template in the folder of a tokenizer, if there is one."""
+    path = tokenizer / TEMPLATE_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def needed_for(averaged: bool | None) -> Callable[[str], bool]:

@@ -27,7 +27,10 @@ from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import MANIFEST, Manifest
 from pipeline.checkpoint.retention import discard, prune
 from pipeline.config import Config
-from pipeline.data.tokenizer import FACTS_FILE, read_facts
+from pipeline.data.facts import read_facts
+from pipeline.data.paths import facts_path
+from pipeline.data.tokenizer import FACTS_FILE, TEMPLATE_FILE
+from pipeline.data.tokenizer import read_facts as read_tokenizer_facts
 from pipeline.engine.protocol import Engine
 from pipeline.engine.snapshot import state_bytes
 
@@ -258,10 +261,14 @@ def _common_files(config: Config) -> dict[str, Callable[[BinaryIO], object]]:
     tokenizer = Path(config.data.tokenizer)
     # Nothing else of the folder: it may hold links to files that are not to be passed on.
     files = (
-        (FACTS_FILE, read_facts(tokenizer).model_file) if tokenizer.exists() else ()
+        (FACTS_FILE, read_tokenizer_facts(tokenizer).model_file) if tokenizer.exists() else ()
     )  # random text has none
     for name in files:
         contents[f"tokenizer/{name}"] = (tokenizer / name).read_bytes()
+    prefixes = [prefix for prefix in config.data.all_prefixes if facts_path(Path(prefix)).exists()]
+    templates = frozenset().union(*(read_facts(prefix).chat_templates for prefix in prefixes))
+    if len(templates) == 1:  # else none is that of the model
+        contents[f"tokenizer/{TEMPLATE_FILE}"] = next(iter(templates)).encode()
     return {name: _bytes_writer(content) for name, content in contents.items()}
 
 

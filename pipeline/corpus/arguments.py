@@ -15,6 +15,15 @@ TEMPLATE_HELP = (
 )
 
 
+def add_template_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --chat and --chat-template to a program that asks a model; `what` they do to a prompt."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--chat", action="store_true", help=f"{what}, by the chat template that wrote the training data"
+    )
+    group.add_argument("--chat-template", type=Path, help=f"{what}, by {TEMPLATE_HELP}")
+
+
 def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add --input and the options for the keys of records and for bad ones."""
     parser.add_argument(

@@ -20,8 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pipeline.base.errors import UserError
 from pipeline.corpus.chat import Message, Written, answers_in
 from pipeline.corpus.reading import BadRecord
+from pipeline.data.tokenizer import TEMPLATE_FILE
 
-TEMPLATE_FILE, SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
+SETTINGS_FILE = "tokenizer_config.json"
 # Unicode promises that these are no characters. Between the first two stands what {% generation %} marks; the
 # third takes apart what looks like a special token in a message.
 _OPEN, _CLOSE, _TORN = "\ufdd0", "\ufdd1", "\ufdd2"

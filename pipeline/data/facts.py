@@ -162,11 +162,22 @@ class DatasetFacts:
         return self.counts.tokens
 
     @property
+    def chat_templates(self) -> frozenset[str]:
+        """The chat templates that wrote its documents."""
+        return _templates_in(self.options)
+
+    @property
     def entropy(self) -> float:
         """Entropy of the token histogram, in nats per token: a trained model must do better."""
         counts = np.array(self.token_histogram, np.float64)
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
+
+
+def _templates_in(options: dict[str, Any]) -> frozenset[str]:
+    merged = (_templates_in(part["options"]) for part in options.get("merged", ()))
+    own = options.get("chat_template")
+    return frozenset().union([] if own is None else [own], *merged)
 
 
 def write_facts(facts: DatasetFacts, prefix: Path) -> None:

@@ -22,6 +22,7 @@ from pipeline.data.arrays import Array
 HUGGING_FACE = "huggingface"
 SPACE = "\u2581"  # what SentencePiece, and Metaspace of `tokenizers`, write for a space
 MODEL_FILE, HUGGING_FACE_FILE, FACTS_FILE = "tokenizer.model", "model.json", "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"  # beside a tokenizer: what wrote the chats of the training
 FORMAT = 1
 
 

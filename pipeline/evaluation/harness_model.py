@@ -75,8 +75,8 @@ class PumaLM(TemplateLM):
                 lambada_openai) need to know whether decoding finds it; False saves one forward per token.
             max_batch_size: unused; the harness passes it for its own batch size search.
             verify: compare the hashes of the checkpoint's files.
-            chat_template: what --apply_chat_template applies; see `chat_template.read_template`. The special
-                tokens in all contexts are then those tokens.
+            chat_template: what --apply_chat_template applies instead of the template of the training; see
+                `chat_template.read_template`. Special tokens in all contexts are then those tokens.
             sampler: fields of `SamplingSettings`, such as tokens_per_step=4 or seed=1.
 
         Raises:
@@ -138,9 +138,8 @@ class PumaLM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return the chat template for the harness's log."""
         if self.template is None:
-            raise UserError(
-                "--apply_chat_template needs a template: add chat_template=FOLDER to --model_args."
-            )
+            remedy = "add chat_template=FOLDER to --model_args"
+            self.template = self.loaded.own_template("--apply_chat_template", remedy)
         return self.template
 
     def apply_chat_template(

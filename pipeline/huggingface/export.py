@@ -55,7 +55,7 @@ def export(
         max_shard_size: maximum bytes per file, unless a single weight is larger.
         verify: compare the hashes of the files that are read.
         form: names of settings and weights; "own" comes with code.
-        chat_template: that of the tokenizer, from `read_template`.
+        chat_template: from `read_template`; None = that of the training, if there is one.
 
     Returns:
         The step of the exported checkpoint.

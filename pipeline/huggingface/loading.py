@@ -10,7 +10,7 @@ import torch
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
-from pipeline.checkpoint.load_model import Loaded, Weights, load_model
+from pipeline.checkpoint.load_model import Loaded, Weights, chat_template_beside, load_model
 from pipeline.config import Config, DataConfig, ObjectiveConfig
 from pipeline.engine.module import make_model
 from pipeline.huggingface import mapping
@@ -74,7 +74,8 @@ def _load_export(folder: Path, device: torch.device, dtype: torch.dtype) -> Load
         raise UserError(
             f"{folder}: the weights do not fit {CONFIG_FILE} ({reason}): copy it again."
         ) from None
-    return Loaded(network.to(device, dtype).eval(), load_tokenizer(folder, settings), config, 1)
+    tokenizer, template = load_tokenizer(folder, settings), chat_template_beside(folder)
+    return Loaded(network.to(device, dtype).eval(), tokenizer, config, 1, template)
 
 
 def _objective_of(settings: dict[str, Any], where: Path) -> ObjectiveConfig:

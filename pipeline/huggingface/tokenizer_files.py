@@ -11,13 +11,15 @@ from typing import Any
 import tokenizers
 
 from pipeline.base.errors import UserError
-from pipeline.corpus.chat_template import SETTINGS_FILE, TEMPLATE_FILE
+from pipeline.checkpoint.load_model import chat_template_beside
+from pipeline.corpus.chat_template import SETTINGS_FILE
 from pipeline.corpus.tokenizer_making import import_tokenizer
 from pipeline.data.tokenizer import (
     FACTS_FILE,
     FORMAT,
     HUGGING_FACE,
     MODEL_FILE,
+    TEMPLATE_FILE,
     HuggingFaceModel,
     SentencePieceModel,
     Tokenizer,
@@ -44,6 +46,8 @@ def write_tokenizer(
 ) -> Tokenizer:
     """Write the tokenizer in `source` twice: unchanged to FOLDER/tokenizer, and to FOLDER for transformers.
 
+    The chat template beside it comes along, or the one that is given instead.
+
     In transformers, the code in `remote_code` reads a SentencePiece model, and transformers itself reads a
     Hugging Face tokenizer, so the ids are the same. One difference is intended: transformers recognises
     special tokens in a text, such as "<mask>".
@@ -69,8 +73,9 @@ def write_tokenizer(
         (folder / "tokenizer.json").write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if chat_template is not None:
-        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+    template = chat_template_beside(source) if chat_template is None else chat_template
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     return tokenizer
 
 

@@ -240,7 +240,7 @@ def test_chat_templates(loaded: Loaded, run_dir: Path, tmp_path: Path) -> None:
     assert -value == pytest.approx(bound(loaded, prompt, encode("abc").tolist()), rel=1e-5)
     without = PumaLM(str(run_dir))
     assert without.tok_encode(end) == encode(end).tolist()
-    with pytest.raises(UserError, match="--apply_chat_template needs a template"):
+    with pytest.raises(UserError, match="--apply_chat_template: this model carries no chat template"):
         without.chat_template(True)
     (tmp_path / "c.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(UserError, match=r"refuses the messages \(no\): give another chat_template"):
