@@ -103,6 +103,26 @@ def test_a_ramp_at_other_world_sizes(data: Path, train: Train, tmp_path: Path, k
         assert dict(curve(parts, key)) == pytest.approx(dict(curve(whole, key)), abs=1e-5), key
 
 
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)  # the first run on a machine compiles DeepSpeed's Adam for CPUs
+def test_a_ramp_with_an_offloaded_optimizer(data: Path, train: Train, tmp_path: Path) -> None:
+    """Stopped after a growth and before one: bit for bit the uninterrupted run, and nearly a plain one."""
+    zero = tmp_path / "zero.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
+    more = [*SETTINGS, "--engine.deepspeed_config", str(zero)]
+    train_on(2, data, tmp_path / "whole", *more, *ramp(*RAMP))
+    for steps in (7, 9):
+        train_on(2, data, tmp_path / "parts", *more, *ramp(RAMP[0]), "--train.steps", str(steps))
+    train_on(2, data, tmp_path / "parts", *more, *ramp(*RAMP))
+    for key in ("loss", "gradient_norm", "learning_rate"):
+        assert curve(tmp_path / "parts", key) == curve(tmp_path / "whole", key), key
+    assert examples_of(tmp_path / "parts") == examples_of(tmp_path / "whole")
+    assert train(tmp_path / "plain", *SETTINGS, *ramp(*RAMP)).code == 0
+    for key in ("loss", "gradient_norm"):
+        plain = dict(curve(tmp_path / "plain", key))
+        assert dict(curve(tmp_path / "whole", key)) == pytest.approx(plain, abs=1e-5), key
+
+
 def test_a_batch_that_has_begun_is_fixed(train: Train, tmp_path: Path) -> None:
     run_dir, short = tmp_path / "run", (*SETTINGS, "--train.steps", "8")
     assert train(run_dir, *short, *ramp(RAMP[0])).code == 0

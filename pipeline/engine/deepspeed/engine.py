@@ -21,6 +21,7 @@ from pipeline.engine.deepspeed.private import (
     allow_optimizer,
     check_names,
     find_shards,
+    forget_powers,
     import_muon_uncompiled,
     keeping_gradient_clip,
     leave_out_op,
@@ -95,7 +96,9 @@ class DeepSpeedEngine:
         """Return the optimizer that DeepSpeed is to run on its shards."""
         groups, arguments = parameter_groups(model, config.optimizer), adamw_settings(config.optimizer)
         if offload_device(self.zero, "optimizer") != "none":
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments)
+            offloaded = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments)
+            forget_powers(offloaded)
+            return offloaded
         arguments |= adamw_kernel(self.ranks.device)
         if config.optimizer.kind == "muon":
             allow_optimizer(ShardedMuon)

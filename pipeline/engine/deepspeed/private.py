@@ -37,6 +37,7 @@ CLASSES_IN_FILES = (LossScaler, ZeroStageEnum, fragment_address)
 # torch's own switch: every torch.load is a restricted one, also where DeepSpeed asks for weights_only=False.
 RESTRICTED = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 STEP_FILE = "step.pt"  # the step counter of a weight in a universal checkpoint
+_FAR = 2**40  # a step that no run gets to
 REFUSED = -1.0  # DeepSpeed's sign for a norm that is not finite: it skips the step
 
 MODULE_NAMES = (
@@ -107,6 +108,21 @@ def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
     """Let ZeRO run an optimizer of this class; it asks for a list of classes, and warns of any other."""
     if kind not in deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS:
         deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+def forget_powers(optimizer: Any) -> None:
+    """Let DeepSpeedCPUAdam take the powers of its betas anew at each step.
+
+    It multiplies them up from step to step. A resumed run begins with the powers of its step, whose last bits
+    are others. After any step but the one before, they are taken anew.
+    """
+    update, number, zero = optimizer.ds_opt_adam.adam_update, optimizer.opt_id, torch.zeros(1)
+    betas = optimizer.param_groups[0]["betas"]
+
+    def jump(*arguments: object) -> None:
+        update(number, _FAR, 0.0, *betas, 1.0, 0.0, True, zero, zero, zero, zero)
+
+    optimizer.register_step_pre_hook(jump)
 
 
 def import_muon_uncompiled() -> None:
