@@ -194,10 +194,10 @@ class Datasets:
         valid: Any = self.valid
         parts = getattr(valid, "datasets", [] if valid is None else [valid])
         chosen = [number for number, part in enumerate(parts) if part.dataset_path in prefixes]
-        if len(chosen) == len(parts):
-            return self.valid
+        if len(chosen) in (0, len(parts)):
+            return self.valid if chosen else None
         indices: Any = np.flatnonzero(np.isin(valid.dataset_index, chosen))
-        return Subset(valid, indices) if chosen else None
+        return Subset(valid, indices)
 
 
 def data_fingerprint(

@@ -291,14 +291,15 @@ def test_validation_examples_of_some_datasets(corpus: Corpus) -> None:
     corpus.write("v", [{"a": "a", "b": "b"}], Keys(("a", "b")))
     settings = {"kind": "pairs", "sequence_length": 16, "split": "75,25,0"}
     data = corpus.build("qpv", **settings)
-    alone = {name: corpus.build(name, **settings).valid for name in "pq"}
+    apart = {name: corpus.build(name, **settings) for name in "pq"}
 
     def texts(valid: ExampleDataset | None) -> list[tuple[str, str, int]]:
         assert valid is not None
         return [corpus.decoded(valid[index]) for index in range(len(valid))]
 
-    for name, valid in alone.items():
-        assert texts(data.valid_of({str(corpus.folder / name)})) == texts(valid) != []
+    for name, alone in apart.items():
+        assert texts(data.valid_of({str(corpus.folder / name)})) == texts(alone.valid) != []
+        assert alone.valid_of(set()) is None
     every = {str(corpus.folder / name) for name in "pqv"}
     assert data.valid_of(every) is data.valid
     assert data.valid_of(every - {str(corpus.folder / "v")}) is data.valid
