@@ -28,7 +28,7 @@ from pipeline.checkpoint.load_model import Loaded, load_model
 from pipeline.checkpoint.manifest import checkpoints, find
 from pipeline.corpus.records import Keys, read_all
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
-from pipeline.monitor.writers import METRICS_FILE
+from pipeline.monitor.history import METRICS_FILE
 
 EFFORT = ("tokens", "unique_samples", "flops", "seconds")
 BOUND = ("bound", "bound_error")

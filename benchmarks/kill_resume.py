@@ -40,7 +40,8 @@ from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from pipeline.base.files import replacing
 from pipeline.checkpoint.manifest import checkpoints
 from pipeline.monitor.example_log import FOLDER as EXAMPLES
-from pipeline.monitor.writers import METRICS_FILE, is_measured
+from pipeline.monitor.history import METRICS_FILE
+from pipeline.monitor.writers import is_measured
 
 SETTINGS = """
     --model.layers 2 --model.hidden_size 64 --model.intermediate_size 128 --objective.threshold 0.3

@@ -34,7 +34,7 @@ from pipeline.base.cli import ToolParser, add_overrides, overrides, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
 from pipeline.config import Config, ObjectiveConfig
-from pipeline.monitor.writers import METRICS_FILE
+from pipeline.monitor.history import METRICS_FILE
 
 TASKS = "evaluation/"  # begins the names of their curves
 LOSS = ("held_out/ema_loss", "held_out/loss")  # the first that a run has

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
+from pipeline.base.files import require_new
+from pipeline.checkpoint.manifest import find
+from pipeline.checkpoint.options import check_shares
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="do not compare the hashes of the checkpoints' files: faster, but damage goes unnoticed",
     )
     options = parser.parse_args(arguments)
+    require_new(options.output)
+    check_shares(len(options.checkpoint), options.shares)
+    for path in options.checkpoint:
+        find(path)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
     from pipeline.checkpoint.averaging import average
 

@@ -26,6 +26,7 @@ from pipeline.decoding.sampling import SamplingSettings, add_options, read_optio
 from pipeline.evaluation.options import DRAWS
 from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
+from pipeline.huggingface.options import check_there, is_export
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.load_model import Loaded
@@ -103,6 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if "{prompt}" not in options.prompt_format:
         raise UserError(f"--prompt-format is {options.prompt_format!r}: it must contain {{prompt}}.")
     read_options(options)  # refuses the sampler's
+    check_there(options.checkpoint)
     return options
 
 
@@ -120,7 +122,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return every setting that affects the results, by option."""
     from pipeline.corpus.chat_template import read_template  # see `main`
     from pipeline.evaluation.scorers import identity_of
-    from pipeline.huggingface.loading import fingerprint, is_export
+    from pipeline.huggingface.loading import fingerprint
 
     without = {"batch_size", "output", "restart", "no_verify", *without_effect(options.task)}
     data = options.data if options.data.is_file() else bin_path(options.data)
@@ -181,7 +183,6 @@ def measure_of(options: argparse.Namespace, loaded: Loaded, ranks: Ranks, stack:
 def find_models(options: argparse.Namespace, ranks: Ranks) -> None:
     """Set the folders of checkpoint and scorer, alike on every rank: a run may write a newer one."""
     from pipeline.evaluation.scorers import find_scorer  # see `main`
-    from pipeline.huggingface.loading import is_export
 
     folders = options.checkpoint, options.scorer
     with ranks.agreeing():

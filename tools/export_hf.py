@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
+from pipeline.base.files import require_new
+from pipeline.checkpoint.manifest import find
 from pipeline.checkpoint.options import add_options
 from pipeline.corpus.arguments import TEMPLATE_HELP
 from pipeline.huggingface.options import add_shard_argument
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
+    require_new(options.output)
+    find(options.checkpoint)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
     from pipeline.corpus.chat_template import read_template
     from pipeline.huggingface.export import export

@@ -23,6 +23,7 @@ from pipeline.checkpoint.options import add_options as add_checkpoint_options
 from pipeline.corpus.arguments import add_template_options
 from pipeline.decoding.prompts import read_prompts, spans
 from pipeline.decoding.sampling import add_options, read_options
+from pipeline.huggingface.options import check_there
 
 if TYPE_CHECKING:
     from pipeline.decoding.cells import Show
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any(isinstance(piece, int) for pieces in texts for piece in pieces):
             given = "--chat" if options.chat else "--chat-template"
             raise UserError(f"{given} has no effect on texts with [MASK*N]: leave one of the two out.")
+    check_there(options.checkpoint)
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
     import torch
 

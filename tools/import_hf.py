@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
-from pipeline.huggingface.options import add_shard_argument
+from pipeline.base.errors import UserError
+from pipeline.base.files import require_new
+from pipeline.huggingface.options import CONFIG_FILE, add_shard_argument, is_export
 
 START = {
     False: "; the embeddings of these start at the mean of the others",
@@ -52,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_shard_argument(parser)
     options = parser.parse_args(arguments)
+    require_new(options.output)
+    if not is_export(options.input):
+        raise UserError(
+            f"--input {options.input} has no {CONFIG_FILE}: give the folder of a Hugging Face model."
+        )
     # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
     from pipeline.huggingface.importing import SETTINGS_FILE, import_model
 

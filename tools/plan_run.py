@@ -60,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     require_at_least_one(options, "gpus")
     config = configuration.load(["--config", options.config, *overrides(options)])
+    rows, proofs = vocabulary_rows(config), [Proof.read(path) for path in options.calibrate]
+    name = gpu_name(options.gpu, proofs)
+    gpu = find_gpu(name)
+    assumptions(options, {})  # refuses those that are given
     # Imported now: torch takes seconds, and neither help nor a wrong setting needs it.
     from pipeline.engine.build import engine_settings
     from pipeline.planning.data_use import planned_use
@@ -68,12 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from pipeline.planning.run_plan import Planner
 
     zero = Zero.of(engine_settings(config, options.gpus))
-    rows, proofs = vocabulary_rows(config), [Proof.read(path) for path in options.calibrate]
-    name = gpu_name(options.gpu, proofs)
     count = count_parameters(config, rows).count
     measured = calibrated(proofs, count, zero.stage, config.engine.compile)
     assumed, sources = assumptions(options, measured)
-    planner = Planner(config, zero, rows, find_gpu(name), assumed)
+    planner = Planner(config, zero, rows, gpu, assumed)
     plan = planner.plan(options.gpus, options.cost_per_gpu_hour)
     plans, uses = table(planner, price=options.cost_per_gpu_hour), planned_use(config)
     if options.json:

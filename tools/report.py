@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.files import replacing
+from pipeline.monitor.report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -17,9 +18,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file to write")
     options = parser.parse_args(arguments)
-    # Imported now: torch takes seconds, and neither help nor a wrong option needs it.
-    from pipeline.monitor.report import report
-
     page = report(options.runs)
     with replacing(options.output) as file:
         file.write(page.encode())

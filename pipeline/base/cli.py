@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
@@ -22,9 +23,11 @@ from pipeline.base.errors import (
     UserError,
     nearest,
 )
+from pipeline.base.launch import place, says
 
 _BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _OPTION = re.compile(r"--[a-z][\w-]*(=|$)", re.IGNORECASE)
+_SAME_ERROR = 1.0  # seconds for the other ranks of a node to find an error, too
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk accepts no more data
 
 
@@ -109,16 +112,19 @@ def overrides(options: argparse.Namespace) -> list[str]:
     return [f"--{setting}" for setting in options.set]
 
 
-def fail(message: str, code: int = EXIT_BAD_INPUT, alone: bool = False) -> NoReturn:
+def fail(message: str, code: int = EXIT_BAD_INPUT) -> NoReturn:
     """Print ``error: message`` to stderr and exit with `code`.
 
-    Usually all ranks fail with the same error, so only local rank 0 of each node prints it. With `alone`,
-    every rank prints: the error may concern that rank only.
+    Usually all ranks fail with the same error, and the launcher ends the others after the first: the first
+    one to fail on a node prints it.
     """
-    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    if alone or local_rank == "0":
-        message = message if rank == "0" else f"rank {rank}: {message}"
-        print(f"{in_red('error:', sys.stderr)} {' '.join(message.split())}", file=sys.stderr, flush=True)
+    here, text = place(), " ".join(message.split())
+    if here.world_size == 1 or says(text):
+        is_first_node = here.rank == here.local_rank
+        text = text if is_first_node else f"rank {here.rank}: {text}"
+        print(f"{in_red('error:', sys.stderr)} {text}", file=sys.stderr, flush=True)
+        if here.world_size > 1:
+            time.sleep(_SAME_ERROR)
     sys.exit(code)
 
 
@@ -184,7 +190,7 @@ def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fa
     except _BAD_PATH as error:
         if error.filename is None:
             raise
-        fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.", alone=True)
+        fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader (head, less) closed the pipe: not an error
@@ -197,4 +203,4 @@ def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fa
             raise
         where = error.filename or "writing output"
         message = f"{where}: {error.strerror}. Free disk space and rerun the same command."
-        fail(message, EXIT_FAILED, alone=True)
+        fail(message, EXIT_FAILED)

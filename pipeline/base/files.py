@@ -72,6 +72,12 @@ def creating_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(writing, ignore_errors=True)
 
 
+def require_new(output: Path) -> None:
+    """Raise a `UserError` if the folder to create is there already, or is a link to nowhere."""
+    if output.exists() or output.is_symlink():
+        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+
+
 def _writing(path: Path) -> Path:
     """Return a temporary name for `path` that no other process uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.writing")

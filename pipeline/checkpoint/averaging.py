@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.base.files import FileFacts, creating_folder, sha256_of, write_hashed
+from pipeline.base.files import FileFacts, creating_folder, require_new, sha256_of, write_hashed
 from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
 from pipeline.checkpoint.manifest import MANIFEST, Manifest, check_hashes, find
+from pipeline.checkpoint.options import check_shares
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import open_weights
@@ -89,14 +90,9 @@ def average(
     Raises:
         UserError: if checkpoints do not fit together, one is damaged, or `output` exists.
     """
-    if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or choose another folder.")
+    require_new(output)
+    check_shares(len(paths), shares)
     shares = [1.0] * len(paths) if shares is None else shares
-    if len(paths) < 2 or len(shares) != len(paths) or min(shares) <= 0:
-        raise UserError(
-            f"{len(paths)} checkpoints and --shares {list(shares)}: give two checkpoints or more, and one "
-            "share above 0 for each, or none."
-        )
     sources = [
         Source.of(path, share / sum(shares), weights, verify)
         for path, share in zip(paths, shares, strict=True)

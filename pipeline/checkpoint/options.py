@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
+
+from pipeline.base.errors import UserError
 
 
 def add_options(parser: argparse.ArgumentParser, exports: bool = False) -> None:
@@ -21,3 +25,13 @@ def add_options(parser: argparse.ArgumentParser, exports: bool = False) -> None:
         action="store_true",
         help="do not compare the hashes of the checkpoint's files: faster, but damage goes unnoticed",
     )
+
+
+def check_shares(count: int, shares: Sequence[float] | None) -> None:
+    """Raise a `UserError` unless each of two or more checkpoints has a share above 0; None = equal shares."""
+    given = [1.0] * count if shares is None else shares
+    if count < 2 or len(given) != count or not all(0 < share < math.inf for share in given):
+        raise UserError(
+            f"{count} checkpoints and --shares {list(given)}: give two checkpoints or more, and one share "
+            "above 0 for each, or none."
+        )

@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import creating_folder
+from pipeline.base.files import creating_folder, require_new
 from pipeline.corpus.records import LONGEST_RECORD
 from pipeline.corpus.tokenizer_checks import check_import, keep_apart
 from pipeline.data.tokenizer import FORMAT, HUGGING_FACE, Tokenizer, TokenizerFacts, write_tokenizer
@@ -46,8 +46,7 @@ USUAL_NAMES = {
 @contextlib.contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """Make the folder completely or not at all; one that cannot be made fails before the work."""
-    if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or name another folder.")
+    require_new(output)
     with creating_folder(output) as folder:
         yield folder
 

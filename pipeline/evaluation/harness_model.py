@@ -30,8 +30,8 @@ from pipeline.corpus.special_text import SpecialEncoder
 from pipeline.decoding.batching import MaskedSequence
 from pipeline.decoding.completing import Completion, fill_sequences
 from pipeline.decoding.sampling import SamplingSettings
+from pipeline.evaluation.harness_arguments import ModelArguments
 from pipeline.evaluation.likelihood import AnswerScore, score_answers
-from pipeline.evaluation.options import DRAWS
 from pipeline.ranks import Ranks, join_ranks
 
 with extra("eval", "pipeline.evaluation.harness"):
@@ -50,67 +50,38 @@ _peers = Ranks()  # those that share the requests; see `on_all_ranks`
 class PumaLM(TemplateLM):
     """A run or a checkpoint as a model of the harness."""
 
-    def __init__(
-        self,
-        checkpoint: str = "",
-        weights: str | None = None,
-        device: str | None = None,
-        batch_size: int | str = 64,
-        draws: int = DRAWS,
-        check_greedy: bool = True,
-        max_batch_size: int | None = None,
-        verify: bool = True,
-        chat_template: str | None = None,
-        **sampler: Any,
-    ) -> None:
+    def __init__(self, checkpoint: str = "", **given: Any) -> None:
         """Load the model.
 
         Args:
             checkpoint: run folder, RUN:STEP, or checkpoint folder.
-            weights: ema or raw; None = ema if the checkpoint has it.
-            device: torch device; by default a GPU if available. Of several ranks each has its own.
-            batch_size: sequences per forward.
-            draws: masks per sequence for its likelihood, an even number.
-            check_greedy: also decode each scored continuation, because some metrics (accuracy of
-                lambada_openai) need to know whether decoding finds it; False saves one forward per token.
-            max_batch_size: unused; the harness passes it for its own batch size search.
-            verify: compare the hashes of the checkpoint's files.
-            chat_template: what --apply_chat_template applies instead of the template of the training; see
-                `chat_template.read_template`. Special tokens in all contexts are then those tokens.
-            sampler: fields of `SamplingSettings`, such as tokens_per_step=4 or seed=1.
+            given: the other attributes of `ModelArguments`, and fields of `SamplingSettings`.
 
         Raises:
             UserError: for a missing checkpoint or a bad setting.
         """
         super().__init__()
-        if not checkpoint:
-            raise UserError("--model_args names no checkpoint: add checkpoint=RUN, a run folder.")
-        known = [field.name for field in dataclasses.fields(SamplingSettings)]
-        for name in sampler:
-            if name not in known:
-                raise UserError(f"--model_args has unknown setting {name}: choose from {known}.")
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"--batch_size is {batch_size}: give a number of sequences, 1 or more.")
-        self.settings = SamplingSettings(**sampler)
-        self.settings.check()
-        wanted = device or "cuda"  # the harness's default, with or without a GPU
+        arguments = ModelArguments.read({"checkpoint": checkpoint} | given)
+        self.settings = arguments.sampler
+        wanted = arguments.device or "cuda"  # the harness's default, with or without a GPU
         usable = torch.cuda.is_available() or not wanted.startswith("cuda")
         self._device = torch.device(wanted if usable else "cpu")
         if _peers.world_size > 1:
             self._device = _peers.device
-        settings = dict(weights=weights, batch_size=batch_size, draws=draws, verify=verify, **sampler)
-        _tell_peers("load", {"checkpoint": checkpoint, **settings})
+        _tell_peers("load", {"checkpoint": checkpoint} | given)
         with _peers.agreeing():
             self.loaded = load_model(
-                Path(checkpoint),
+                Path(arguments.checkpoint),
                 self._device,
-                weights=weights,  # type: ignore[arg-type]
-                verify=verify,
+                weights=arguments.weights,
+                verify=arguments.verify,
                 ranks=_peers,
             )
-        self.template = None if chat_template is None else read_template(Path(chat_template))
+        template = arguments.chat_template
+        self.template = None if template is None else read_template(Path(template))
         self.encoder = SpecialEncoder(WordEncoder(self.loaded.tokenizer, cut=False))
-        self.batch_size, self.draws, self.check_greedy = int(batch_size), draws, check_greedy
+        self.batch_size, self.draws = int(arguments.batch_size), arguments.draws
+        self.check_greedy = arguments.check_greedy
         # Prompts and answers of pairs were tokenized separately, packed text as a whole.
         self.backend = "causal" if self.loaded.config.data.kind == "packed" else "seq2seq"
 

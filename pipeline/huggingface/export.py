@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline import config as configuration
-from pipeline.base.errors import UserError
-from pipeline.base.files import creating_folder
+from pipeline.base.files import creating_folder, require_new
 from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
 from pipeline.checkpoint.manifest import check_hashes, find
 from pipeline.config import Config
@@ -64,8 +63,7 @@ def export(
         UserError: if there is no checkpoint, it is damaged, it lacks the weights, the model does not fit the
             format, or `output` exists.
     """
-    if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or choose another folder.")
+    require_new(output)
     folder, manifest = find(source)
     config = configuration.load(["--config", str(folder / "config.yaml")])
     averaged = takes_average(folder, weights)

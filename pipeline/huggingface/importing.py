@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import creating_folder
+from pipeline.base.files import creating_folder, require_new
 from pipeline.config import ModelConfig
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface import llada, mapping
@@ -79,8 +79,7 @@ def import_model(
     Raises:
         UserError: if the architecture is not supported, the folder is damaged, or `output` exists.
     """
-    if output.exists():
-        raise UserError(f"--output {output} exists: remove it, or choose another folder.")
+    require_new(output)
     where = source / "config.json"
     settings = mapping.read_json(where)
     model = mapping.from_json(settings, where, prediction)

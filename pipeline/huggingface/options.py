@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 from pipeline.base.errors import UserError
+from pipeline.checkpoint.manifest import find
+
+CONFIG_FILE = "config.json"
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -18,6 +22,17 @@ def add_shard_argument(parser: argparse.ArgumentParser) -> None:
         default="5GB",
         help="maximum size of a weights file, and roughly the memory used",
     )
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a folder is in the format of transformers, and no run or checkpoint."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def check_there(path: Path) -> None:
+    """Raise a `UserError` if `path` is neither an export nor a run, RUN:STEP or checkpoint."""
+    if not is_export(path):
+        find(path)
 
 
 def _bytes(text: str) -> int:

@@ -51,6 +51,11 @@ LAYOUT: Layout = {
 }
 
 
+def tag_of(name: str) -> str:
+    """Return the TensorBoard tag of a metric of metrics.jsonl."""
+    return name if "/" in name else f"train/{name}"
+
+
 def layout_of(tags: Iterable[str]) -> Layout:
     """Return the layout without the charts that none of the tags is in."""
     present = list(tags)

@@ -22,7 +22,7 @@ import psutil
 
 from pipeline.base.files import append, keep_lines, read_lines
 
-HISTORY_FILE = "history.jsonl"
+HISTORY_FILE, METRICS_FILE = "history.jsonl", "metrics.jsonl"
 KILLED = "killed (no end recorded)"
 
 

@@ -12,10 +12,9 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.base.files import read_lines
 from pipeline.config.load import flatten, read_yaml
-from pipeline.monitor.history import Start, read_history
+from pipeline.monitor.history import METRICS_FILE, Start, read_history
 from pipeline.monitor.scores import Score, read_scores
 from pipeline.monitor.texts import ShownText, read_texts
-from pipeline.monitor.writers import METRICS_FILE
 from pipeline.resilience.skipped import SKIPPED_FILE
 
 Curve = Sequence[tuple[float, float]]

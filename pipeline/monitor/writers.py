@@ -24,10 +24,10 @@ from pipeline.base.files import append, keep_lines
 from pipeline.chains.statistics import Histogram
 from pipeline.config import Config
 from pipeline.config.load import defaults, flatten, in_yaml
-from pipeline.monitor.dashboard import Layout, layout_of
+from pipeline.monitor.dashboard import Layout, layout_of, tag_of
+from pipeline.monitor.history import METRICS_FILE
 from pipeline.monitor.texts import TEXTS_FILE, ShownText, as_html, as_picture, as_plain
 
-METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_id"
 # Settings that differ between runs without being what somebody compares.
 _NOT_VARIED = (
@@ -43,11 +43,6 @@ def is_measured(name: str) -> bool:
         or name.endswith("_per_second")
         or name == "unix_time"
     )
-
-
-def tag_of(name: str) -> str:
-    """Return the TensorBoard tag of a metric of metrics.jsonl."""
-    return name if "/" in name else f"train/{name}"
 
 
 @dataclass

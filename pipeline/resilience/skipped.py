@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from pipeline.base.files import append, keep_lines, read_lines
-from pipeline.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pipeline.ranks import Ranks  # torch takes seconds, and a report needs only the file's name
 
 SKIPPED_FILE = "skipped.jsonl"
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from pipeline.base import cli, errors, files
 from pipeline.base.cpus import usable_cpus
 from pipeline.config import build_parser
-from support.programs import ROOT, run_here
+from support.programs import ROOT, free_ports, run_here
 
 pytestmark = pytest.mark.slow
 
@@ -126,8 +127,8 @@ def test_errors_are_red_on_a_terminal_alone(
     ("rank", "local_rank", "error", "message"),
     [
         ("0", "0", errors.UserError("no key"), "error: no key\n"),
-        ("8", "0", errors.UserError("no key"), "error: rank 8: no key\n"),  # first rank of another node
-        ("9", "1", errors.UserError("no key"), ""),
+        ("1", "1", errors.UserError("no key"), "error: no key\n"),
+        ("9", "1", errors.UserError("no key"), "error: rank 9: no key\n"),  # of another node
         (
             "9",
             "1",
@@ -138,7 +139,7 @@ def test_errors_are_red_on_a_terminal_alone(
         ("9", "1", OSError(28, "Full", "x"), "error: rank 9: x: Full. Free disk space and rerun"),
     ],
 )
-def test_a_node_or_a_rank_that_fails_alone_says_so(
+def test_an_error_names_the_rank_of_another_node(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     rank: str,
@@ -155,8 +156,72 @@ def test_a_node_or_a_rank_that_fails_alone_says_so(
 
     with pytest.raises(SystemExit):
         cli.run(main)
-    said = capsys.readouterr().err
-    assert said.startswith(message) if message else said == ""
+    assert capsys.readouterr().err.startswith(message)
+
+
+RANK = """
+import os, sys, time
+from pipeline.base import cli, errors
+
+def main(_):
+    late, message = sys.argv[1:][int(os.environ["RANK"])].split(":")
+    time.sleep(float(late))
+    raise errors.UserError(message)
+
+cli.run(main, of_ranks=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        (["0:no key", "0:no key", "0:no key"], ["no key"]),
+        (["0.5:no key", "0:no key", "0.5:no key"], ["no key"]),  # rank 0 is ended before it comes so far
+        (["60:no key", "60:no key", "0:no key"], ["no key"]),
+        (["0:no key", "0.2:no file", "60:"], ["no file", "no key"]),
+    ],
+)
+def test_an_error_is_said_once_whichever_rank_ends_first(
+    tmp_path: Path, ranks: list[str], said: list[str]
+) -> None:
+    """The stand-in for torchrun ends all ranks as soon as one has ended."""
+    reader, writer = os.pipe()
+    place = {"WORLD_SIZE": "3", "MASTER_PORT": str(free_ports(1)[0])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, *ranks],
+            cwd=ROOT,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=writer,
+        )
+        for rank in range(3)
+    ]
+    os.close(writer)
+    while all(process.poll() is None for process in started):
+        time.sleep(0.05)
+    for process in started:
+        process.terminate()
+        process.wait()
+    with open(reader, encoding="utf-8") as output:
+        assert sorted(output.read().splitlines()) == [f"error: {line}" for line in said]
+
+
+def test_ranks_with_logs_of_their_own_all_say_an_error(tmp_path: Path) -> None:
+    """SLURM gives every rank a file; the error is in whichever a user opens."""
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_PORT": str(free_ports(1)[0])}
+    logs = [tmp_path / f"rank_{rank}.log" for rank in range(2)]
+    with logs[0].open("w") as zero, logs[1].open("w") as one:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, "0:no key", "0:no key"],
+                cwd=ROOT,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=log,
+            )
+            for rank, log in enumerate((zero, one))
+        ]
+        assert [process.wait() for process in started] == [2, 2]
+    assert [log.read_text() for log in logs] == ["error: no key\n"] * 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file on a full disk")

@@ -110,7 +110,12 @@ def test_answers_end_at_stop_strings(loaded: Loaded, run_dir: Path) -> None:
     [
         ({"draw": 3}, "--model_args has unknown setting draw"),
         ({"batch_size": "auto"}, "--batch_size is auto"),
-        ({"tokens_per_step": 0}, "--tokens-per-step is 0"),
+        ({"tokens_per_step": 0}, "tokens_per_step in --model_args is 0"),
+        ({"temperature": "hot"}, "temperature in --model_args is hot: it must be a number"),
+        ({"seed": True}, "seed in --model_args is True: it must be a whole number"),
+        ({"verify": "no"}, "verify in --model_args is no: it must be true or false"),
+        ({"weights": "best"}, "weights in --model_args is best: choose from ema, raw"),
+        ({"draws": 3}, "draws in --model_args is 3: give an even number"),
         ({"checkpoint": "nowhere"}, "nowhere holds no checkpoint"),
         ({"checkpoint": ""}, "--model_args names no checkpoint: add checkpoint=RUN"),
     ],
@@ -121,7 +126,7 @@ def test_bad_arguments(run_dir: Path, arguments: dict[str, Any], message: str) -
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    monkeypatch.setitem(sys.modules, "lm_eval._cli", None)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(Path(harness.__file__)), run_name="__main__")
     assert ended.value.code == 2
@@ -130,12 +135,35 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "'puma-pipeline[eval]'" in error
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
-    code += "from pipeline.evaluation import harness; harness.main()"
-    result = run_program("-c", code, "--help")
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+from pipeline.base import cli
+from pipeline.evaluation import harness
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(sys.stdout):
+        cli.run(lambda _: harness.main())
+print("torch" in sys.modules)
+"""
+
+
+def test_help_and_refusals_do_not_wait_for_torch() -> None:
+    refused = {
+        "--tasks x --model_args checkpoint=nowhere": "error: nowhere holds no checkpoint",
+        "--tasks x --model_args checkpoint=a,chekpoint=b": "chekpoint: choose from",
+        "--tasks x --model_args checkpoint=a,batch_size=3": "give it as --batch_size",
+        '--tasks x --model_args {"checkpoint":': "error: Invalid JSON",
+        "--config nowhere.yaml": "error: Config file not found: ",
+        "--tasks x --limt 3": "unrecognized arguments: --limt 3",
+    }
+    commands = [["--help"], *(["--model", "puma", *each.split()] for each in refused)]
+    result = run_program("-c", WITHOUT_TORCH, json.dumps(commands))
     assert "Language Model Evaluation Harness" in result.stdout, result.stderr
-    assert result.stdout.splitlines()[-1] == "False"
+    *lines, has_torch = result.stdout.splitlines()
+    for line, words in zip(lines[-len(refused) - 1 :], refused.values(), strict=False):
+        assert words in line
+    assert has_torch == "False"
+    assert "Traceback" not in result.stdout
 
 
 def write_tasks(loaded: Loaded, tmp_path: Path) -> list[dict[str, Any]]:
@@ -212,7 +240,7 @@ def test_two_ranks_find_what_one_finds(loaded: Loaded, run_dir: Path, tmp_path: 
         assert as_numbers(one["filtered_resps"]) == pytest.approx(as_numbers(two["filtered_resps"]), rel=1e-4)
     outcome = run_program(*command, str(tmp_path / "3"), "--model_args", "checkpoint=nowhere", ranks=2)
     assert outcome.returncode != 0
-    assert "error: nowhere holds no checkpoint" in outcome.stderr
+    assert outcome.stderr.count("error: nowhere holds no checkpoint") == 1
 
 
 def as_numbers(responses: list[Any]) -> list[float]:
