@@ -191,6 +191,11 @@ def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fa
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
+    except UnicodeEncodeError:
+        for given in sys.argv[1:]:  # Python hides bytes that are no UTF-8 in half surrogate pairs
+            if not given.isascii() and given.encode(errors="ignore").decode() != given:
+                fail(f"argument {given!r} is not UTF-8: give it in UTF-8, or rename the file.")
+        raise
     except KeyboardInterrupt:
         fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:  # the reader (head, less) closed the pipe: not an error

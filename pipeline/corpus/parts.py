@@ -161,10 +161,10 @@ def check_bad(
     with first.open(encoding="utf-8") as file:
         entries = [json.loads(line) for line in file] if counts.lost_bytes else [json.loads(file.readline())]
     entry = next((entry for entry in entries if entry["reason"] == DAMAGED), entries[0])
-    kind = "byte" if "byte" in entry else "row"
+    kind, detail = "byte" if "byte" in entry else "row", entry["detail"].rstrip("?")
     raise UserError(
         f"{what}, more than --max-bad-fraction {limit}; the first: "
-        f"{entry['file']}, {kind} {entry[kind]}: {entry['detail']}. All are in {folder}/*/{QUARANTINE}. Fix "
+        f"{entry['file']}, {kind} {entry[kind]}: {detail}. All are in {folder}/*/{QUARANTINE}. Fix "
         "the corpus or the options and start over with --restart, or raise --max-bad-fraction."
     )
 

@@ -284,7 +284,7 @@ def _parquet(source: Source, span: Span, columns: Sequence[str]) -> Batches:
         groups = range(span.start, span.end)
         before = sum(file.metadata.row_group(g).num_rows for g in range(span.start))
         rows = sum(file.metadata.row_group(g).num_rows for g in groups)
-        chosen = [name for name in columns if name in file.schema_arrow.names] or None
+        chosen = _chosen(source, file.schema_arrow.names, columns) or None
         seen = 0
         for batch in file.iter_batches(ROWS, groups, chosen, use_threads=False):
             seen += batch.num_rows
@@ -299,9 +299,17 @@ def _arrow(source: Source, span: Span, columns: Sequence[str]) -> Batches:
         for batch, share in _arrow_batches(mapped, span.size):
             for first in range(0, batch.num_rows, ROWS):
                 part = batch.slice(first, ROWS)
-                chosen = [name for name in columns if name in part.schema.names]
+                chosen = _chosen(source, part.schema.names, columns)
                 yield seen, share, part.select(chosen) if chosen else part
                 seen += part.num_rows
+
+
+def _chosen(source: Source, names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return which of the columns a table has; raise a `UserError` for one that it has twice."""
+    for name in columns:
+        if names.count(name) > 1:
+            raise UserError(f"{source.path} has {names.count(name)} columns {name!r}: rename or drop one.")
+    return [name for name in columns if name in names]
 
 
 def _arrow_batches(mapped: Any, size: int) -> Iterator[tuple[Any, float]]:

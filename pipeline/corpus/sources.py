@@ -148,8 +148,9 @@ def other_encoding(head: bytes) -> str | None:
         ("UTF-16BE", (0,)),
     ):
         width = 4 if "32" in name else 2
-        counts = [head[first::width].count(0) for first in range(width)]
-        if all(counts[first] > len(head) / width / 2 for first in zeros) and sum(counts) < 0.8 * len(head):
+        shares = [head[first::width].count(0) * width / max(1, len(head)) for first in range(width)]
+        # A file system leaves a block of zeros behind a crash: those are in every place alike.
+        if all((share > 0.5) if first in zeros else (share < 0.25) for first, share in enumerate(shares)):
             return name
     return None
 
@@ -217,12 +218,15 @@ def _expanded(
 
 def _read_list(path: Path) -> list[str]:
     if not path.is_file():
-        raise UserError(f"--input @{path}: the list {path} does not exist.")
+        raise UserError(f"--input @{path}: the list {path} does not exist or is not a file.")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # names may hold U+2028 and the like
     except UnicodeDecodeError as error:
         raise UserError(f"--input @{path}: the list is not UTF-8 ({error.reason}): convert it.") from None
-    return [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--input @{path}: the list is empty: write one input a line.")
+    return found
 
 
 def _files_of_folder(folder: Path, skipped: list[Path]) -> list[Path]:

@@ -139,6 +139,6 @@ def _vanished(tokenizer: Tokenizer) -> list[str]:
         if character not in kept or (character.isspace() and not is_bytes):
             continue
         ids = tokenizer.encode(character).tolist()
-        if added.isdisjoint(ids) and tokenizer.unk not in ids and kept not in tokenizer.decode(ids):
+        if added.isdisjoint(ids) and tokenizer.unk not in ids and character not in tokenizer.decode(ids):
             found.append(character)
     return found

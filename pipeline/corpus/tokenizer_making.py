@@ -77,6 +77,7 @@ def import_tokenizer(path: Path, names: dict[str, str | None], output: Path) -> 
 
 def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, TokenizerFacts, list[str]]:
     """Return the content of the model file, its facts, and the added tokens."""
+    _check_names(names)
     try:
         found = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # `tokenizers` raises plain Exceptions
@@ -120,6 +121,12 @@ def _imported(path: Path, names: dict[str, str | None]) -> tuple[bytes, Tokenize
     return content, facts, added
 
 
+def _check_names(names: dict[str, str | None]) -> None:
+    for use, name in names.items():
+        if name is not None and not name.strip():
+            raise UserError(f"--{use}-token is {name!r}: name a token that is more than white space.")
+
+
 def _check_three(path: Path, ids: dict[str, int]) -> None:
     if len({ids["mask"], ids["pad"], ids["eos"]}) < 3:
         raise UserError(f"{path}: mask, pad and eos must be three tokens, not {ids}.")
@@ -134,6 +141,7 @@ def import_sentencepiece(
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # slow, and rarely needed
 
+    _check_names(names)
     content = ModelProto()
     try:
         content.ParseFromString(path.read_bytes())

@@ -93,6 +93,18 @@ def test_another_broken_pipe_of_a_rank_does_not_count_as_done() -> None:
     assert result.returncode not in (errors.EXIT_DONE, errors.EXIT_REQUEUE)
 
 
+def test_an_argument_that_is_not_utf8_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python hides its bytes in half surrogate pairs, which nothing can write."""
+    monkeypatch.setattr(sys, "argv", ["program", "caf\u00e9", os.fsdecode(b"caf\xe9")])
+    outcome = run_here(lambda _: sys.argv[2].encode() and None, [], capsys)
+    assert "argument 'caf\\udce9' is not UTF-8: give it in UTF-8" in outcome.complaint()
+    monkeypatch.setattr(sys, "argv", ["program", "caf\u00e9"])
+    with pytest.raises(UnicodeEncodeError):
+        cli.run(lambda _: "\udce9".encode() and None)
+
+
 class Terminal(io.StringIO):
     """A stream that claims to be a terminal."""
 

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from pipeline.base.errors import EXIT_LOST_DATA
+from pipeline.base.errors import EXIT_LOST_DATA, UserError
+from pipeline.corpus.records import Keys, read_all
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import read_index, read_sequence
 from pipeline.data.tokenizer import Tokenizer
@@ -88,6 +89,16 @@ def test_every_format_gives_the_same_tokens(corpus: Path, tmp_path: Path) -> Non
         facts = make_dataset(inputs, corpus / "tokenizer", tmp_path / f"d_{name}", PAIRS, 700)
         assert digests(tmp_path / f"d_{name}")[:2] == digests(tmp_path / "plain")[:2], name
         assert facts.counts.records - facts.counts.blank == 97
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Either of the two would be lost without a word."""
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array([1])], ["text", "text", "n"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    write_arrow(table, tmp_path / "x.arrow", pa.ipc.new_file)
+    for path in (tmp_path / "x.parquet", tmp_path / "x.arrow"):
+        with pytest.raises(UserError, match="has 2 columns 'text': rename or drop one"):
+            list(read_all([path], Keys(("text",))))
 
 
 def test_a_streamed_dataset_gives_the_same_tokens(

@@ -248,6 +248,8 @@ def test_other_encodings_are_named(encoding: str, tmp_path: Path) -> None:
         Source.of_file(path)
     path.write_bytes(b"text with a \0 or two \0\n")
     assert Source.of_file(path).size == 23
+    path.write_bytes(b"text before a crash\n" + bytes(4096))  # a file system may leave such a block
+    assert Source.of_file(path).size == 4116
 
 
 def test_marks_of_joined_files_are_no_part_of_a_record(tmp_path: Path) -> None:
@@ -277,6 +279,11 @@ def test_lists_links_and_pipes(tmp_path: Path) -> None:
     (tmp_path / "list").write_text(str(odd), encoding="utf-16")
     with pytest.raises(UserError, match="the list is not UTF-8"):
         find([f"@{tmp_path}/list"])
+    (tmp_path / "list").write_text("\n\n")
+    with pytest.raises(UserError, match="the list is empty: write one input a line"):
+        find([f"@{tmp_path}/list"])
+    with pytest.raises(UserError, match="does not exist or is not a file"):
+        find([f"@{tmp_path}"])
     (tmp_path / "d/e").mkdir(parents=True)
     (tmp_path / "d/e/x.jsonl").touch()
     (tmp_path / "d/e/up").symlink_to(tmp_path / "d")

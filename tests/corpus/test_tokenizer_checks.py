@@ -134,6 +134,33 @@ def test_lost_bytes_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "tokenizer").exists()
 
 
+def test_the_mark_of_a_word_in_front_is_no_loss(tmp_path: Path) -> None:
+    """As in the tokenizer.json of Llama 2 and Mistral: the normalizer writes it, the decoder removes it."""
+    found = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    marks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    found.normalizer = normalizers.Sequence(marks)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    found.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    found.train_from_iterator(TEXTS, trainer)
+    values = json.loads(found.to_str())
+    values["added_tokens"] = values["added_tokens"][:3]  # the bytes are ordinary tokens
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values))
+    tokenizer, added = import_tokenizer(path, {}, tmp_path / "t")
+    assert added == ["<mask>", "<pad>"]
+    for text in ("the cat, naïve, 日本 \x00", "a  b"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [change.split()[0] for change in check_import(tokenizer, path)] == ["U+2581"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_a_special_token_of_white_space_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--mask-token is '.*': name a token that is more than white space"):
+        imported(unigram(), tmp_path, mask=name)
+
+
 def test_a_model_that_raises_is_refused(tmp_path: Path) -> None:
     """`tokenizers` raises a plain Exception at the first word that such a model does not know."""
     words = {word: n for n, word in enumerate([*SPECIALS, "a"])}
