@@ -18,12 +18,8 @@ from pipeline.corpus.records import BadRecords, Keys, check_inputs, read_excerpt
 from pipeline.corpus.sources import Source, find
 from pipeline.corpus.standard_input import standard_input
 from pipeline.corpus.tokenizer_checks import check_import
-from pipeline.corpus.tokenizer_making import (
-    MODEL_TYPES,
-    import_sentencepiece,
-    import_tokenizer,
-    train_tokenizer,
-)
+from pipeline.corpus.tokenizer_making import import_sentencepiece, import_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import MODEL_TYPES
 
 
 def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float, bad: BadRecords) -> Iterator[str]:

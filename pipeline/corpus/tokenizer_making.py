@@ -20,8 +20,9 @@ from pipeline.corpus.records import LONGEST_RECORD
 from pipeline.corpus.tokenizer_checks import check_import, keep_apart
 from pipeline.data.tokenizer import FORMAT, HUGGING_FACE, Tokenizer, TokenizerFacts, write_tokenizer
 
-MODEL_TYPES = ("unigram", "bpe", "char", "word")
 MASK = "<mask>"
+BYTES_AND_SPECIALS = 256 + 5  # unknown, padding, end, mask, line end
+MOST_TOKENS = 2**24  # SentencePiece takes minutes to refuse more
 # Characters without a space, after which a line is cut for training. SentencePiece takes such a run as one
 # word: of a word of 100,000 characters unigram gets probabilities of 0, and its time grows with the square.
 LONGEST_RUN = 2000
@@ -157,6 +158,7 @@ def import_sentencepiece(
     for use in ("mask", "pad", "eos"):
         given = names.get(use)
         usual = (own.get(use, MASK), *USUAL_NAMES[use])
+        usual = tuple(dict.fromkeys(usual))
         known = [name for name in ([given] if given else usual) if name in pieces]
         if not known and use == "eos":
             raise UserError(
@@ -172,6 +174,8 @@ def import_sentencepiece(
         content.pieces[ids[use]].type = ModelProto.SentencePiece.CONTROL
     _check_three(path, ids)
     unknown = [n for n, piece in enumerate(content.pieces) if piece.type == ModelProto.SentencePiece.UNKNOWN]
+    if not unknown:
+        raise UserError(f"{path}: its unknown piece must stay that: name others as mask, pad and eos.")
     model_type = ("unigram", "bpe", "word", "char")[content.trainer_spec.model_type - 1]
     serialized = content.SerializeToString(deterministic=True)
     with _new_folder(output) as folder:
@@ -237,6 +241,13 @@ def _cut_runs(line: str) -> Iterator[str]:
 def _trained(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
     """Return a trained model; see `train_tokenizer`."""
     falls_back = model_type in ("unigram", "bpe")
+    if falls_back and vocab_size <= BYTES_AND_SPECIALS:
+        raise UserError(
+            f"--vocab-size {vocab_size} does not work for --model-type {model_type}: give more than the "
+            f"{BYTES_AND_SPECIALS} bytes and special tokens."
+        )
+    if vocab_size > MOST_TOKENS:
+        raise UserError(f"--vocab-size {vocab_size} does not work: give at most {MOST_TOKENS}.")
     model = io.BytesIO()
     texts = iter(texts)
     first = next(texts, None)

@@ -20,6 +20,7 @@ from pipeline.base.errors import UserError
 from pipeline.data.arrays import Array
 
 HUGGING_FACE = "huggingface"
+MODEL_TYPES = ("unigram", "bpe", "char", "word")  # of SentencePiece
 SPACE = "\u2581"  # what SentencePiece, and Metaspace of `tokenizers`, write for a space
 MODEL_FILE, HUGGING_FACE_FILE, FACTS_FILE = "tokenizer.model", "model.json", "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"  # beside a tokenizer: what wrote the chats of the training
@@ -57,6 +58,8 @@ class TokenizerFacts:
         for name, number in numbers.items():
             if type(number) is not int:
                 raise ValueError(f"{name} is {number!r}, not a whole number")
+        if self.model_type not in (*MODEL_TYPES, HUGGING_FACE):
+            raise ValueError(f"model_type is {self.model_type!r}, a kind of tokenizer")
         if self.format != FORMAT:
             raise ValueError(f"format is {self.format}, this program reads {FORMAT}")
         for name, token in special.items():
@@ -82,11 +85,15 @@ def read_facts(folder: Path) -> TokenizerFacts:
         facts = TokenizerFacts(**values)
         facts.check()
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).split(':')[0]}): train the tokenizer again, or "
-            "import a Hugging Face file with tools/train_tokenizer.py --import-json."
-        ) from None
+        raise _wrong_facts(path, str(error).split(":")[0]) from None
     return facts
+
+
+def _wrong_facts(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} is damaged ({reason}): train the tokenizer again, or import a Hugging Face file with "
+        "tools/train_tokenizer.py --import-json."
+    )
 
 
 class Model(Protocol):
@@ -100,6 +107,9 @@ class Model(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids."""
+
+    def size(self) -> int:
+        """Return the number of tokens, special ones included."""
 
     def token(self, token_id: int) -> str:
         """Return the name of an id."""
@@ -152,6 +162,11 @@ class SentencePieceModel:
     def decode(self, ids: list[int]) -> str:
         text: str = self.processor.decode(ids)
         return text
+
+    def size(self) -> int:
+        """See `Model`."""
+        number: int = self.processor.vocab_size()
+        return number
 
     def token(self, token_id: int) -> str:
         name: str = self.processor.id_to_piece(token_id)
@@ -215,6 +230,10 @@ class HuggingFaceModel:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
+    def size(self) -> int:
+        """See `Model`; ids may have gaps."""
+        return int(max(self.tokenizer.get_vocab().values())) + 1
+
     def token(self, token_id: int) -> str:
         return str(self.tokenizer.id_to_token(token_id))
 
@@ -271,7 +290,18 @@ class Tokenizer:
         content = model.read_bytes()
         if hashlib.sha256(content).hexdigest() != facts.sha256:
             raise UserError(f"{model} does not match its sha256 in {facts_path}: train the tokenizer again.")
-        return cls(_model(content, facts.model_type), facts)
+        loaded = _model(content, facts.model_type)
+        if loaded.size() != facts.vocab_size:
+            raise _wrong_facts(
+                facts_path, f"vocab_size is {facts.vocab_size}, but {model} has {loaded.size()}"
+            )
+        special = set(loaded.specials().values())
+        if isinstance(loaded, SentencePieceModel) and facts.unk_id != loaded.unknown():
+            raise _wrong_facts(facts_path, f"unk_id is {facts.unk_id}, {model} has {loaded.unknown()}")
+        for name in ("pad_id", "eos_id", "mask_id"):
+            if (number := getattr(facts, name)) not in special:
+                raise _wrong_facts(facts_path, f"{name} is {number}, an ordinary token of {model}")
+        return cls(loaded, facts)
 
     @property
     def special_ids(self) -> dict[str, int]:

@@ -214,6 +214,20 @@ def test_a_sentencepiece_model_is_imported(model_type: str, tmp_path: Path) -> N
     assert "runs of spaces" in named
 
 
+def test_the_unknown_piece_is_no_mask(tmp_path: Path) -> None:
+    path = tmp_path / "m.model"
+    path.write_bytes(foreign())
+    with pytest.raises(UserError, match="its unknown piece must stay that"):
+        import_sentencepiece(path, {"mask": "<unk>"}, tmp_path / "t")
+
+
+@pytest.mark.parametrize("size", [1, 261, 10**20])
+def test_impossible_vocabulary_sizes_are_named(size: int, tmp_path: Path) -> None:
+    """SentencePiece answers in its own terms, or after minutes."""
+    with pytest.raises(UserError, match=rf"--vocab-size {size} does not work.*: give"):
+        train_tokenizer(TEXTS, size, "bpe", tmp_path / "t")
+
+
 def test_pieces_of_the_user_become_special(tmp_path: Path) -> None:
     """A piece chosen as end of sequence is matched in text until it is a control piece."""
     (tmp_path / "t.model").write_bytes(foreign(user_defined_symbols=["<sep>", "<mask>"]))

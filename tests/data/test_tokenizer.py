@@ -240,6 +240,10 @@ def test_special_tokens_are_named_or_asked_for(tmp_path: Path, capsys: pytest.Ca
         ("unk_id", []),
         ("vocab_size", "300"),
         ("vocab_size", 0),
+        ("vocab_size", 301),  # the model has one less
+        ("mask_id", 50),  # an ordinary token: text would become the mask
+        ("unk_id", 50),
+        ("model_type", "../x"),
         ("format", 2),
     ],
 )
@@ -247,5 +251,7 @@ def test_special_ids_that_no_tokenizer_has(tmp_path: Path, name: str, value: obj
     train_tokenizer(CORPUS, 300, "bpe", tmp_path / "t")
     path = tmp_path / "t/tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(UserError, match=r"t/tokenizer\.json is damaged \(.*(_id|vocab_size|format)"):
+    with pytest.raises(
+        UserError, match=r"t/tokenizer\.json is damaged \(.*(_id|vocab_size|format|model_type)"
+    ):
         Tokenizer.load(tmp_path / "t")
