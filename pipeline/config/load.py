@@ -74,7 +74,7 @@ class Config:
 
     def check(self) -> None:
         """Raise a `UserError` for the first invalid setting."""
-        require(bool(self.run_dir), "run_dir is empty: name the folder of the run.")
+        require(bool(self.run_dir.strip()), "run_dir is empty: name the folder of the run.")
         for section in (self.model, self.optimizer, self.train):
             section.check()
         self.data.check(self.train.steps)
@@ -158,13 +158,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; raise a `UserError` with the file and line if it is not valid."""
     require(path.is_file(), f"configuration {path} does not exist: give --config the path of a YAML file.")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+        raise UserError(f"{path}{line} is not valid YAML: {_problem(error)}.") from None
     require(isinstance(tree, dict), f"{path} holds no settings: it must be a YAML mapping of sections.")
     return tree
+
+
+def _problem(error: Exception) -> str:
+    """Return what is wrong in a YAML, on one line."""
+    return " ".join(str(getattr(error, "problem", error)).split())
 
 
 def check_keys(keys: Sequence[str], where: str) -> None:
@@ -175,15 +180,23 @@ def check_keys(keys: Sequence[str], where: str) -> None:
 
 
 def check_yaml(tree: dict[str, Any], where: str) -> None:
-    """Raise a `UserError` for the first unknown key of a YAML file, at any depth.
+    """Raise a `UserError` for the first unknown key of a YAML file, at any depth, or a section that is none.
 
     jsonargparse passes some of them over, and imports the module that a ``class_path`` in a list names: a
     checkpoint's YAML could run code.
     """
-    leaves = flatten(tree)
+    try:
+        leaves = flatten(tree)
+    except RecursionError:
+        raise UserError(f"{where}: a section holds itself, by an anchor: write its settings out.") from None
     check_keys(list(leaves), where)
     hints = known_keys()
     for key, value in leaves.items():
+        require(
+            isinstance(value, dict) or not dataclasses.is_dataclass(hints[key]),
+            f"{where}: {key} is {in_yaml(value)}, but it is a section: give its settings as KEY: VALUE, or "
+            "leave it out.",
+        )
         known = _keys_of(hints[key])
         for number, entry in enumerate(value if known and isinstance(value, list) else []):
             for name in flatten(entry) if isinstance(entry, dict) else []:
@@ -232,7 +245,9 @@ def load(arguments: Sequence[str]) -> Config:
             files.append(value)
             given = list(flatten(tree))
         elif option.startswith("--") and option not in _QUESTIONS:
-            check_keys([option[2:].rstrip("+")], "command line")
+            key = option[2:].rstrip("+")
+            check_keys([key], "command line")
+            _check_json(key, value or "".join(arguments[position + 1 : position + 2]))
             overrides = True
         # jsonargparse fills entries of a list of sections from those of an earlier list of equal length.
         replacing += [f"--{key}=[]" for key in given if typing.get_origin(known.get(key)) is list]
@@ -241,6 +256,7 @@ def load(arguments: Sequence[str]) -> Config:
     where = ", ".join(files) + (" and the command line" if overrides and files else "")
     try:
         parsed = parser.parse_args(replacing)
+        _check_values(parsed.as_dict(), Config)
         values = parser.instantiate_classes(parsed)
         config = Config(**{k: v for k, v in values.items() if k != "config"})
         config.check()
@@ -249,6 +265,43 @@ def load(arguments: Sequence[str]) -> Config:
     except UserError as error:
         raise UserError(f"{where or 'command line'}: {error}") from None
     return config
+
+
+def _check_json(key: str, value: str) -> None:
+    """Raise a `UserError` for an unknown key in the value of an option that names a section, or several."""
+    hint = known_keys()[key]
+    if not _keys_of(hint):
+        return
+    try:
+        tree = yaml.load(value, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise UserError(f"command line: --{key} is not valid YAML: {_problem(error)}.") from None
+    if typing.get_origin(hint) is list and isinstance(tree, dict):
+        tree = [tree]  # an entry that --KEY+ appends
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    check_yaml(tree, "command line")
+
+
+def _check_values(values: dict[str, Any], cls: type, prefix: str = "") -> None:
+    """Raise a `UserError` for null in place of a value, and for what nothing can hold."""
+    for name, hint in typing.get_type_hints(cls).items():
+        key, value = f"{prefix}{name}", values.get(name)
+        entry = next(iter(typing.get_args(hint)), None)
+        if dataclasses.is_dataclass(hint):
+            _check_values(typing.cast(dict[str, Any], value), typing.cast(type, hint), f"{key}.")
+        elif value is None:
+            require(NoneType in typing.get_args(hint), f"{key} is null: it must be {described(hint)}.")
+        elif isinstance(value, str):
+            require(
+                "\0" not in value and value.encode(errors="ignore").decode() == value,
+                f"{key} is {value!r}: give a text in UTF-8, without NUL.",
+            )
+        elif isinstance(value, int):
+            require(-(2**63) <= value < 2**63, f"{key} is {value}: give a whole number of 64 bits.")
+        elif dataclasses.is_dataclass(entry):
+            for number, each in enumerate(value):
+                _check_values(each, typing.cast(type, entry), f"{key}[{number}].")
 
 
 def _explained(message: str) -> str:
@@ -266,9 +319,6 @@ def _explained(message: str) -> str:
         return (
             f"{': '.join(keys)} is {values[-1]}: it must be {described(hint)}.{nearest(values[-1], choices)}"
         )
-    unknown, known = re.search(r"Option '(.+?)' is not accepted", message), _keys_of(hint)
-    if unknown is not None and known:
-        return f"{': '.join(keys)}: {unknown[0]}.{nearest(unknown[1], known)} Known: {', '.join(known)}."
     if message.startswith("unrecognized arguments"):
         return f"{message}. Give the YAML file by --config, and each setting as --section.key VALUE."
     lines = [line.strip(" -") for line in message.splitlines() if "given class_path" not in line]

@@ -97,6 +97,51 @@ def test_resolved_yaml_reads_back_equal(good: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
+        *(
+            (f"model: {value}", [f"model is {value}", "is a section"])
+            for value in ("null", "[]", "5", "text")
+        ),
+        ("model:", ["model is null, but it is a section"]),
+        ("model: &m {layers: *m}", ["a section holds itself, by an anchor"]),
+        ("train: {steps: }", ["train.steps is null: it must be a whole number"]),
+        ("train: {batch_ramp: null}", ["train.batch_ramp is null: it must be a list"]),
+        ("evaluation: {tasks: [{task: exact, data: x, samples: null}]}", ["samples"]),
+        (f"train: {{steps: {10**30}}}", [f"train.steps is {10**30}: give a whole number of 64 bits"]),
+        ('engine: {deepspeed_config: "a\\0b"}', ["engine.deepspeed_config is 'a\\x00b'", "without NUL"]),
+    ],
+)
+def test_values_that_nothing_can_hold(tmp_path: Path, more: str, parts: list[str]) -> None:
+    """A section whose settings are all commented out is null; jsonargparse lets that pass."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run_dir: x\ndata: {{prefixes: [a]}}\n{more}\n")
+    with pytest.raises(UserError) as refused:
+        configuration.load(["--config", str(path)])
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model", "{layers: 2, unk: {}}", "command line: unknown key 'model.unk'"),
+        ("--model", "null", "command line: model is null, but it is a section"),
+        ("--model", "{layers: 2, layers: 3}", "--model is not valid YAML: 'layers' is given twice"),
+        ("--model", "{x", "--model is not valid YAML"),
+        ("--evaluation.tasks", "[{task: exact, data: x, unk: {}}]", "evaluation.tasks[0]: unknown key 'unk'"),
+        ("--evaluation.tasks+", "{unk: {}}", "evaluation.tasks[0]: unknown key 'unk'"),
+    ],
+)
+def test_sections_on_the_command_line(good: str, option: str, value: str, message: str) -> None:
+    for arguments in ([option, value], [f"{option}={value}"]):
+        with pytest.raises(UserError) as refused:
+            configuration.load(["--config", good, *arguments])
+        assert message in str(refused.value)
+    assert configuration.load(["--config", good, "--model", "{layers: 3}"]).model.layers == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
         ("modle: {}", ["'modle'", "'model'"]),
         ("modle:", ["'modle'", "'model'"]),
         ("modle: {layers: {}}", ["'modle.layers'", "'model.layers'"]),
@@ -147,7 +192,7 @@ def test_no_unknown_key_of_a_file_passes(
         ),
         (
             ["--evaluation.tasks", "[{tusk: exact}]"],
-            ["evaluation.tasks", "'tusk' is not accepted", "Did you mean 'task'", "tokens_per_step"],
+            ["evaluation.tasks", "unknown key 'tusk'", "Did you mean 'task'", "tokens_per_step"],
         ),
         (["--evaluation.tasks", "{task: exact, data: x}"], ["a list, such as [{key: value}]"]),
         (["--train.steps", "0"], ["train.steps is 0", "above 0"]),
