@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -120,7 +121,8 @@ class Config:
                 )
 
 
-def known_keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+@cache
+def known_keys(cls: type = Config, prefix: str = "") -> Mapping[str, Any]:
     """Return the type of every dotted configuration key, sections included."""
     keys: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
@@ -176,7 +178,8 @@ def check_keys(keys: Sequence[str], where: str) -> None:
     """Raise a `UserError` for the first unknown key, and suggest the nearest known one."""
     known = known_keys()
     for key in keys:
-        require(key in known, f"{where}: unknown key {key!r}.{nearest(key, known)}")
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}.{nearest(key, known)}")
 
 
 def check_yaml(tree: dict[str, Any], where: str) -> None:
@@ -200,16 +203,17 @@ def check_yaml(tree: dict[str, Any], where: str) -> None:
         known = _keys_of(hints[key])
         for number, entry in enumerate(value if known and isinstance(value, list) else []):
             for name in flatten(entry) if isinstance(entry, dict) else []:
-                require(
-                    name in known,
-                    f"{where}: {key}[{number}]: unknown key {name!r}.{nearest(name, known)} Known: "
-                    f"{', '.join(known)}.",
-                )
+                if name not in known:
+                    raise UserError(
+                        f"{where}: {key}[{number}]: unknown key {name!r}.{nearest(name, known)} Known: "
+                        f"{', '.join(known)}."
+                    )
 
 
 _QUESTIONS = ("--help", "--evaluation.tasks.help", "--print_config")  # options that print something and exit
 
 
+@cache
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of `pipeline.train`; its help texts are the docstrings of the config dataclasses."""
     parser = jsonargparse.ArgumentParser(
@@ -325,7 +329,7 @@ def _explained(message: str) -> str:
     return re.sub(r'Parser key "(.+?)"', r"\1", " ".join(line for line in lines if line))
 
 
-def _keys_of(hint: Any) -> dict[str, Any]:
+def _keys_of(hint: Any) -> Mapping[str, Any]:
     """Return the keys of a section, or of the sections in a list; empty for any other type."""
     entry = (*typing.get_args(hint), hint)[0]
     return known_keys(typing.cast(type, entry)) if dataclasses.is_dataclass(entry) else {}
