@@ -19,7 +19,7 @@ from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import FileFacts, creating_folder, require_new, sha256_of, write_hashed
 from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
-from pipeline.checkpoint.manifest import MANIFEST, Manifest, check_hashes, find
+from pipeline.checkpoint.manifest import AVERAGE, MANIFEST, Manifest, check_hashes, find
 from pipeline.checkpoint.options import check_shares
 from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
@@ -29,7 +29,6 @@ from pipeline.engine.weights import StoredWeights
 from pipeline.ranks import Ranks
 
 ORIGIN = "average.json"
-SHARDING = "the average of several checkpoints, without optimizer states"  # no run resumes from it
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def average(
             )
         files[ORIGIN] = write_hashed(writing / ORIGIN, lambda file: file.write(_origin(sources)))
         manifest = replace(
-            newest.manifest, world_size=1, sharding=SHARDING, held_out_loss=None, guard={}, files=files
+            newest.manifest, world_size=1, sharding=AVERAGE, held_out_loss=None, guard={}, files=files
         )
         (writing / MANIFEST).write_bytes(manifest.to_json())
     return newest.manifest.step

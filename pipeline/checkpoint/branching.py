@@ -14,7 +14,16 @@ from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.checkpoint.loading import GROUPS, kind_of_engine
-from pipeline.checkpoint.manifest import MANIFEST, Damaged, Manifest, Parent, check_files, find, split_step
+from pipeline.checkpoint.manifest import (
+    AVERAGE,
+    MANIFEST,
+    Damaged,
+    Manifest,
+    Parent,
+    check_files,
+    find,
+    split_step,
+)
 from pipeline.config import Config
 from pipeline.data.tokenizer import read_facts
 from pipeline.model.batch import Vocabulary
@@ -42,6 +51,11 @@ def find_parent(config: Config, vocabulary: Vocabulary) -> tuple[Path, Manifest]
         before = configuration.load(["--config", str(folder / "config.yaml")])
     except UserError as error:
         raise UserError(f"train.branch_from: {error}") from None
+    if saved.sharding == AVERAGE:
+        raise UserError(
+            f"train.branch_from is {given}, {AVERAGE}: name it in train.initial_weights instead, or branch "
+            "from a run."
+        )
     if saved.step >= config.train.steps:
         raise UserError(
             f"train.steps is {config.train.steps}, but train.branch_from = {given} is already at step "

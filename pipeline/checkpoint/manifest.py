@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+AVERAGE = "the average of several checkpoints, without optimizer states"  # as the sharding of one
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "numpy")
 

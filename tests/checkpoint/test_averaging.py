@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from pipeline import train as program
-from pipeline.checkpoint.averaging import SHARDING
+from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import load_model
-from pipeline.checkpoint.manifest import read_manifest
+from pipeline.checkpoint.manifest import AVERAGE, read_manifest
 from pipeline.engine.build import read_weights
 from pipeline.huggingface.export import export
 from support.programs import Outcome, run_here
@@ -67,7 +67,7 @@ def test_the_average_is_numpys(
         np.testing.assert_allclose(weight, expected, rtol=1e-7, atol=0)
         assert not np.allclose(weight, each[1][name], rtol=1e-3)
     manifest = read_manifest(output)
-    assert (manifest.step, manifest.sharding, manifest.held_out_loss) == (8, SHARDING, None)
+    assert (manifest.step, manifest.sharding, manifest.held_out_loss) == (8, AVERAGE, None)
     written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     assert written == set(manifest.files) | {"manifest.json"}, "no scratch file stays"
     origin = json.loads((output / "average.json").read_text())
@@ -98,6 +98,9 @@ def test_the_result_is_evaluated_exported_and_trained_from(
     other = command(data, tmp_path / "wide", *MORE, "--train.initial_weights", str(output))
     with pytest.raises(Exception, match=r"has model.hidden_size = 32, the run has 64: set it to 32"):
         program.main([*other, "--model.hidden_size", "64"])
+    branch = command(data, tmp_path / "branch", *MORE, "--train.branch_from", str(output))
+    with pytest.raises(UserError, match=r"without optimizer states: name it in train.initial_weights"):
+        program.main(branch)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(

@@ -165,13 +165,15 @@ def test_phases_at_other_world_sizes(data: Path, second: Path, train: Train, tmp
     """One process, then 2 ranks through the change of the mix, then one: the examples of one process."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     both = phases({"first_step": 7, "prefixes": [str(second)]})
-    assert train(whole, *SETTINGS, *both).code == 0
+    settings = [*SETTINGS, "--evaluation.interval", "8"]
+    assert train(whole, *settings, *both).code == 0
     train_on(1, data, parts, *SETTINGS, "--train.steps", "4")
-    train_on(2, data, parts, *SETTINGS, *both, "--train.steps", "8")
-    train_on(1, data, parts, *SETTINGS, *both)
+    train_on(2, data, parts, *settings, *both, "--train.steps", "8")
+    train_on(1, data, parts, *settings, *both)
     one, other = examples_of(whole), examples_of(parts)
     assert {step: sorted(each) for step, each in other.items()} == {s: sorted(e) for s, e in one.items()}
-    assert dict(curve(parts, "loss")) == pytest.approx(dict(curve(whole, "loss")), abs=1e-5)
+    for key in ("loss", "held_out/loss", "held_out_by_phase/1"):
+        assert dict(curve(parts, key)) == pytest.approx(dict(curve(whole, key)), abs=1e-5), key
 
 
 def test_a_plan_knows_the_epochs_of_each_phase(
