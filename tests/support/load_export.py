@@ -21,8 +21,8 @@ def main(output: str, text: str, *folders: str) -> None:
 
     results = []
     for folder in folders:
-        model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-        body = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+        body = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         present = torch.ones_like(ids)
