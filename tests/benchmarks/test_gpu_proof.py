@@ -10,21 +10,20 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from benchmarks.gpu_proof import __main__ as program
-from benchmarks.gpu_proof import peak, prepare, report, runner
+from benchmarks.gpu_proof import peak, prepare, report
 from benchmarks.gpu_proof.aims import aims
 from benchmarks.gpu_proof.parts import Part, all_parts
 from benchmarks.gpu_proof.runner import run_part
 from pipeline import config as configuration
-from pipeline.base.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED
+from pipeline.base.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from pipeline.engine.build import engine_settings
-from support.forked import ForkedPopen
+from support.forked import run_forked
 from support.programs import ROOT, environment_of_ranks, run_here, run_program
 
 pytestmark = pytest.mark.slow
@@ -42,11 +41,11 @@ def run(code: str, tmp_path: Path, limit: float = 60) -> dict[str, Any]:
     return run_part(part(code), tmp_path, tmp_path, limit, dry=True)
 
 
-def test_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dry_run(tmp_path: Path) -> None:
     """Every kind of part passes on a CPU, and has its section; the other trainings are the same program."""
-    forking = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedPopen})
-    monkeypatch.setattr(runner, "subprocess", forking)  # ten starts of torch take longer than what is tried
-    assert program.main(["--dry-run", "--only", *DRY, "--output", str(tmp_path)]) == EXIT_DONE
+    command = ["-m", "benchmarks.gpu_proof", "--dry-run", "--only", *DRY, "--output", str(tmp_path)]
+    result = run_forked(*command, timeout=500)
+    assert result.returncode == 0, result.stderr
     proof = json.loads((tmp_path / "proof.json").read_text())
     assert list(proof["parts"]) == [each.name for each in all_parts(dry=True) if each.name in DRY]
     assert {each["status"] for each in proof["parts"].values()} == {"passed"}

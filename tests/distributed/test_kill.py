@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.programs import run_program
+from support.forked import run_forked
 
 pytestmark = pytest.mark.distributed
 
@@ -17,7 +17,7 @@ def test_a_killed_run_repeats_the_undisturbed_one_bit_for_bit(tmp_path: Path) ->
     """Two ranks, accumulation, threshold, growing K, moving average; in a step, a save, an evaluation."""
     output = tmp_path / "result.json"
     options = ["--kills", "3", "--steps", "36", "--folder", str(tmp_path), "--output", str(output)]
-    result = run_program("-m", "benchmarks.kill_resume", *options, timeout=1400)
+    result = run_forked("-m", "benchmarks.kill_resume", *options, timeout=1400)
     assert result.returncode == 0, result.stderr
     facts = json.loads(output.read_text())
     assert [death["aim"] for death in facts["deaths"]] == ["training", "save", "evaluation"]

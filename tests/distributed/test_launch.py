@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.ranks import join_ranks
-from support.forked import run_forked
+from support.forked import RANKS, run_forked
 from support.programs import ROOT, environment_of_ranks, free_ports
 
 STEPS = str(ROOT / "tests/support/steps.py")
@@ -27,17 +25,19 @@ def test_two_agents_equal_one_machine(tmp_path: Path) -> None:
     one, two = str(tmp_path / "one.pt"), str(tmp_path / "two.pt")
     result = run_forked(STEPS, one, "3", "-", *SETTINGS, ranks=2)
     assert result.returncode == 0, result.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     place = ["--master_addr=127.0.0.1", f"--master_port={free_ports(1)[0]}"]
     agents = [
-        subprocess.Popen(
+        RANKS.start(
             [*command, *place, f"--node_rank={node}", STEPS, two, "3", "-", *SETTINGS],
-            cwd=ROOT,
-            env=environment_of_ranks(),
+            environment_of_ranks(),
+            [tmp_path / f"output_{node}", tmp_path / f"error_{node}"],
         )
         for node in (0, 1)
     ]
-    assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+    for node, agent in enumerate(agents):
+        agent.join(300)
+        assert agent.exitcode == 0, (tmp_path / f"error_{node}").read_text()
     single, joint = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
     assert len(single["losses"]) == 3
     assert joint["losses"] == single["losses"]

@@ -13,7 +13,8 @@ from pipeline.base.errors import UserError
 from pipeline.config.load import flatten
 from pipeline.engine.deepspeed import read_deepspeed_json
 from pipeline.monitor.texts import read_texts
-from support.programs import Outcome, run_program
+from support.forked import run_forked, torchrun
+from support.programs import Outcome
 from support.runs import command, curve, metrics, not_measured, train_on
 from tools import train_tokenizer
 
@@ -56,9 +57,13 @@ def test_resume_is_bit_for_bit(train: Train, tmp_path: Path) -> None:
 
 def test_launchers_agree(data: Path, tmp_path: Path) -> None:
     """torchrun and the deepspeed launcher start the same run, to the last bit."""
-    for launcher in ("torchrun", "deepspeed"):
+    starts = {
+        "torchrun": (*torchrun(2), "-m"),
+        "deepspeed": ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module"),
+    }
+    for launcher, start in starts.items():
         arguments = command(data, tmp_path / launcher, "--train.steps", "8")
-        result = run_program("-m", "pipeline.train", *arguments, ranks=2, launcher=launcher)
+        result = run_forked(*start, "pipeline.train", *arguments)
         assert result.returncode == 0, result.stderr
     losses = curve(tmp_path / "torchrun", "loss")
     assert len(losses) == 8

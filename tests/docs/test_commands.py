@@ -20,7 +20,8 @@ from tokenizers.models import WordLevel
 
 from pipeline import train
 from support.documents import blocks, commands, text_of, words
-from support.programs import ROOT, environment_of_ranks, run_here
+from support.forked import run_forked
+from support.programs import ROOT, run_here
 
 STEPS = """
     --train.steps 4 --train.global_batch_size 8 --train.micro_batch_size 4 --schedule.warmup_steps 1
@@ -70,10 +71,11 @@ def quick_start(folder: Path) -> None:
                 tool(arguments[0])(arguments[1:] + smaller(arguments))
                 continue
             arguments += STEPS if program == "torchrun" else ["--inspect"]  # tensorboard would serve for ever
-            binary = str(Path(sys.executable).parent / program)
-            result = subprocess.run(
-                [binary, *arguments], env=environment_of_ranks(), capture_output=True, text=True, timeout=300
-            )
+            if program == "torchrun":
+                result = run_forked("-m", "torch.distributed.run", *arguments, folder=folder)
+            else:
+                binary = str(Path(sys.executable).parent / program)
+                result = subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=300)
             assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
             assert ("done: 4 steps" if program == "torchrun" else "train/loss") in result.stdout
 

@@ -22,6 +22,7 @@ from pipeline.decoding.completing import complete
 from pipeline.evaluation import harness
 from pipeline.evaluation.harness_model import PumaLM, before_first
 from pipeline.model.batch import masked_batch
+from support.forked import LIBRARIES, run_forked, torchrun
 from support.programs import run_program
 
 pytestmark = pytest.mark.slow
@@ -226,7 +227,7 @@ def test_two_ranks_find_what_one_finds(loaded: Loaded, run_dir: Path, tmp_path: 
     logs = []
     for ranks in (1, 2):
         output = tmp_path / str(ranks)
-        outcome = run_program(*command, str(output), "--model_args", sampler, ranks=ranks)
+        outcome = run_forked(*command, str(output), "--model_args", sampler, ranks=ranks, by=LIBRARIES)
         assert outcome.returncode == 0, outcome.stderr
         assert outcome.stdout.count("|local_choice|") == 1, "the first rank prints"
         paths = [
@@ -238,7 +239,8 @@ def test_two_ranks_find_what_one_finds(loaded: Loaded, run_dir: Path, tmp_path: 
     for one, two in zip(*logs, strict=True):
         assert one["arguments"] == two["arguments"]
         assert as_numbers(one["filtered_resps"]) == pytest.approx(as_numbers(two["filtered_resps"]), rel=1e-4)
-    outcome = run_program(*command, str(tmp_path / "3"), "--model_args", "checkpoint=nowhere", ranks=2)
+    nowhere = [*command, str(tmp_path / "3"), "--model_args", "checkpoint=nowhere"]
+    outcome = run_program(*torchrun(2), *nowhere)
     assert outcome.returncode != 0
     assert outcome.stderr.count("error: nowhere holds no checkpoint") == 1
 

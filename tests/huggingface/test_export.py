@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +31,8 @@ from pipeline.huggingface.remote_code.configuration_masked_diffusion import Mask
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
 from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
-from support.programs import ROOT, Outcome, run_here, run_program
+from support.forked import LIBRARIES, run_forked
+from support.programs import ROOT, Outcome, run_here
 from support.runs import train_on
 from tools import export_hf
 
@@ -106,7 +104,7 @@ def test_transformers_gives_our_logits(
     folders = [tmp_path / f"out{number}" for number in range(len(cases))]
     for (run_dir, kind, dtype, _), folder in zip(cases, folders, strict=True):
         assert export(capsys, run_dir, folder, "--weights", kind, "--dtype", dtype).code == 0
-    result = run_program(LOAD, str(tmp_path / "theirs.pt"), TEXT, *map(str, folders))
+    result = run_forked(LOAD, str(tmp_path / "theirs.pt"), TEXT, *map(str, folders), by=LIBRARIES)
     assert result.returncode == 0, result.stderr
 
     all_theirs = torch.load(tmp_path / "theirs.pt", weights_only=True)
@@ -283,13 +281,7 @@ def test_the_script_of_the_card_runs(
         script = script.replace(text, prompt)  # the tokenizer knows these characters only
     (tmp_path / "script.py").write_text(script)
     without_us = "import runpy, sys; sys.modules['pipeline'] = None; runpy.run_path('script.py')"
-    outcome = subprocess.run(
-        [sys.executable, "-c", without_us],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        capture_output=True,
-        text=True,
-    )
+    outcome = run_forked("-c", without_us, folder=tmp_path, by=LIBRARIES)
     assert outcome.returncode == 0, outcome.stderr
     loaded = load_model(tmp_path / "run", torch.device("cpu"))
     expected = [

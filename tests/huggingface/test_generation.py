@@ -17,7 +17,8 @@ from pipeline.decoding.samples import generate
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
 from support.exports import LENGTH, export_random
-from support.programs import ROOT, run_program
+from support.forked import LIBRARIES, run_forked
+from support.programs import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -100,11 +101,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tup
         for case in of_model.values()
     ]
     (place / "cases.json").write_text(json.dumps(calls))
-    done = run_program(
-        str(ROOT / "tests/support/generate_with_export.py"),
-        str(place / "found.json"),
-        str(place / "cases.json"),
-    )
+    program = str(ROOT / "tests/support/generate_with_export.py")
+    done = run_forked(program, str(place / "found.json"), str(place / "cases.json"), by=LIBRARIES)
     assert done.returncode == 0, done.stderr
     found = iter(json.loads((place / "found.json").read_text()))
     return {

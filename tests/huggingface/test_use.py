@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from support.exports import export_random
-from support.programs import ROOT, run_program
+from support.forked import LIBRARIES, run_forked
+from support.programs import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("model", MODELS)
 def test_an_export_behaves_as_a_model_of_transformers(model: str, tmp_path: Path) -> None:
     loaded = export_random(tmp_path / "mine", **MODELS[model])
-    done = run_program(str(ROOT / "tests/support/use_export.py"), str(tmp_path), str(tmp_path / "mine"))
+    program = str(ROOT / "tests/support/use_export.py")
+    done = run_forked(program, str(tmp_path), str(tmp_path / "mine"), by=LIBRARIES)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["rows"] == MODELS[model].get("rows", facts["rows"])

@@ -18,8 +18,8 @@ import torch
 
 from pipeline.base import errors
 from pipeline.engine.plain import PlainEngine
-from support.forked import run_forked
-from support.programs import ROOT, Outcome, run_program
+from support.forked import RANKS, run_forked, torchrun
+from support.programs import ROOT, Outcome, environment_of_ranks
 from support.runs import command, curve, metrics, train_on
 
 pytestmark = pytest.mark.slow
@@ -214,7 +214,7 @@ def test_one_rank_is_signalled(data: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_on(2, data, whole, *settings)
     faults = json.dumps({"signal": {"rank": 1, "steps": [6]}})
-    result = run_program(FAULTY, faults, *command(data, parts, *settings), ranks=2)
+    result = run_forked(*torchrun(2), FAULTY, faults, *command(data, parts, *settings))
     assert result.returncode == 1, "torchrun returns 1 for any failed rank"
     assert "stopped after step 6 and saved" in result.stdout
     assert result.stderr.count("exitcode  : 75") == 2, result.stderr
@@ -226,20 +226,18 @@ def test_one_rank_is_signalled(data: Path, tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_the_process_group_is_signalled(data: Path, tmp_path: Path) -> None:
     """Ctrl+C reaches torchrun and its ranks, and torchrun forwards it: still one request."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = command(data, tmp_path, "--train.steps", "100000", "--checkpoint.interval", "50000")
-    with subprocess.Popen(
-        [*launcher, "-m", "pipeline.train", *arguments], cwd=ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    ) as process:  # fmt: skip
-        ranks = wait_for_steps(process.pid, tmp_path)
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "and saved: the same command resumes" in output
+    run_dir, files = tmp_path / "run", [tmp_path / "output", tmp_path / "error"]
+    arguments = command(data, run_dir, "--train.steps", "100000", "--checkpoint.interval", "50000")
+    start = [*torchrun(2), "-m", "pipeline.train", *arguments]
+    launcher = RANKS.start(start, environment_of_ranks(), files)
+    assert launcher.pid is not None
+    ranks = wait_for_steps(launcher.pid, run_dir)
+    os.killpg(launcher.pid, signal.SIGINT)
+    launcher.join(120)
+    assert launcher.exitcode not in (None, 0)
+    assert "and saved: the same command resumes" in files[0].read_text()
     assert not any(rank.is_running() for rank in ranks)
-    (saved,) = (tmp_path / "checkpoints").iterdir()
+    (saved,) = (run_dir / "checkpoints").iterdir()
     assert saved.name.startswith("step_")
 
 

@@ -13,7 +13,7 @@ from pipeline.checkpoint.manifest import checkpoints
 from pipeline.cluster.submission import read_submission
 from pipeline.engine.build import read_weights
 from support.cluster import Cluster, wait_for
-from support.programs import run_program
+from support.forked import run_forked
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
@@ -108,7 +108,7 @@ def test_chain_with_every_kind_of_interruption(cluster: Cluster, run: Path) -> N
     assert len(json.loads((run / "run/evaluation/step_00000150.json").read_text())["items"]) == 20
     assert list((run / "run/export").glob("*.safetensors"))
     undisturbed = ["--config", f"{run}/run.yaml", "--run_dir", f"{run}/undisturbed"]
-    result = run_program("-m", "pipeline.train", *undisturbed, ranks=2)
+    result = run_forked("-m", "pipeline.train", *undisturbed, ranks=2)
     assert result.returncode == 0, result.stderr
     weights, expected = (
         read_weights(run / name / "checkpoints/step_00000150/model") for name in ("run", "undisturbed")

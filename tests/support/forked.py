@@ -1,45 +1,95 @@
-"""Ranks as a launcher starts them, but forked from a process that has imported torch and DeepSpeed."""
+"""Programs, and ranks as a launcher starts them, forked from a process that has imported what they need."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import runpy
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TextIO
 from unittest import mock
 
+from support.becoming import become
 from support.programs import ROOT, environment_of_ranks, free_ports
 
-IMPORTED = """
-    torch._dynamo torch.utils.tensorboard pipeline.training.start
-    pipeline.engine.plain pipeline.engine.deepspeed
-""".split()
 GRACE = 10  # seconds between asking the other ranks to end and killing them
-FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(IMPORTED)
 
 
-def run_forked(*command: str, ranks: int = 1, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+class Forking:
+    """A process that has imported modules, and forks programs; the first program starts it.
+
+    Args:
+        modules: names of the modules.
+        variables: added to its environment, which some modules read when they are imported, and to that of
+            the programs.
+    """
+
+    def __init__(self, modules: str, **variables: str) -> None:
+        self.server = forkserver.ForkServer()
+        self.server.set_forkserver_preload(["support.forks_python", *modules.split()])
+        self.variables = variables
+
+    def start(
+        self, command: Sequence[str], environment: dict[str, str], files: Sequence[Path], folder: Path = ROOT
+    ) -> BaseProcess:
+        """Start ``python COMMAND`` in `folder` and a new session; `files` get its stdout and stderr."""
+        environment = environment | self.variables
+        paths = os.pathsep.join(filter(None, [str(ROOT / "tests"), environment.get("PYTHONPATH")]))
+        process = multiprocessing.get_context("forkserver").Process(
+            target=become, args=(command, environment, files, folder)
+        )
+        with (
+            mock.patch.dict(os.environ, environment | {"PYTHONPATH": paths}),
+            mock.patch.object(forkserver, "connect_to_new_process", self.server.connect_to_new_process),
+        ):
+            process.start()
+        return process
+
+
+RANKS = Forking(
+    "torch._dynamo torch.utils.tensorboard torch.distributed.launcher.api pipeline.training.start "
+    "pipeline.engine.plain pipeline.engine.deepspeed"
+)
+_MODULES = tempfile.TemporaryDirectory()  # copies of the code of exported folders
+LIBRARIES = Forking(
+    "transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto "
+    "transformers.pipelines transformers.trainer lm_eval.evaluator",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_MODULES_CACHE=_MODULES.name,
+)
+
+
+def run_forked(
+    *command: str, ranks: int = 1, timeout: int = 300, folder: Path = ROOT, by: Forking = RANKS
+) -> subprocess.CompletedProcess[str]:
     """Run ``python COMMAND`` on each of so many ranks; when one fails, the others are ended.
 
-    The return code is that of the rank that failed first. The output of the ranks is joined in their order.
+    Programs of Python that it starts, as launchers and benchmarks do, are forked as well.
+
+    Args:
+        command: arguments of Python.
+        ranks: processes, each with its place in the environment; one has none.
+        timeout: seconds.
+        folder: where they run.
+        by: what they need not import.
+
+    Returns:
+        The return code is that of the rank that failed first. The output of the ranks is joined in their
+        order.
     """
     place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
-    environment = environment_of_ranks() | place
-    with tempfile.TemporaryDirectory() as folder:
-        files = [[Path(folder, f"{name}_{rank}") for rank in range(ranks)] for name in ("output", "error")]
+    places = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as temporary:
+        files = [[Path(temporary, f"{name}_{rank}") for rank in range(ranks)] for name in ("output", "error")]
         processes = [
-            _start(command, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, of_rank)
-            for rank, of_rank in enumerate(zip(*files, strict=True))
+            by.start(command, environment_of_ranks() | (of_rank if ranks > 1 else {}), paths, folder)
+            for of_rank, paths in zip(places, zip(*files, strict=True), strict=True)
         ]
         code = _first_failure(processes, time.monotonic() + timeout)
         return subprocess.CompletedProcess(
@@ -53,26 +103,9 @@ def start_forked(name: str, ranks: int, arguments: Sequence[str], device: str = 
     assert result.returncode == 0, (name, result.stderr)
 
 
-class ForkedPopen:
-    """Stands in for `subprocess.Popen` of ``python COMMAND`` in a new session, its output in a file."""
-
-    def __init__(self, command: Sequence[str], env: dict[str, str], stdout: TextIO, **_: object) -> None:
-        self.process = _start(command[1:], env, (Path(stdout.name),) * 2)
-        self.pid = self.process.pid
-
-    def wait(self, timeout: float) -> int:
-        """Return the exit code."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired("python", timeout)
-        return self.process.exitcode
-
-
-def _start(command: Sequence[str], environment: dict[str, str], files: Sequence[Path]) -> BaseProcess:
-    process = FORKING.Process(target=_become, args=(command, environment, files))
-    with mock.patch.dict(os.environ, environment):  # the first one starts the process that forks
-        process.start()
-    return process
+def torchrun(ranks: int) -> tuple[str, ...]:
+    """Return the arguments of Python that start the arguments behind them on several ranks."""
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
 
 
 def _first_failure(processes: Sequence[BaseProcess], until: float) -> int:
@@ -92,25 +125,3 @@ def _first_failure(processes: Sequence[BaseProcess], until: float) -> int:
             for process in running:
                 process.join(GRACE)
     return code
-
-
-def _become(command: Sequence[str], environment: dict[str, str], files: Sequence[Path]) -> None:
-    """Be ``python COMMAND`` in a new session; `files` get what it prints to stdout and stderr."""
-    for number, path in enumerate(files, start=1):
-        with path.open("ab") as file:
-            os.dup2(file.fileno(), number)
-    os.setsid()
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())  # its own would be between processes, and outlive this one's os._exit
-    kind, program = command[:2] if command[0] in ("-m", "-c") else ("", command[0])
-    sys.argv = [program, *command[2 if kind else 1 :]]
-    if kind == "-c":
-        exec(program, {"__name__": "__main__"})
-    elif kind == "-m":
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(program, run_name="__main__")

@@ -33,23 +33,15 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def run_program(
-    *command: str, ranks: int = 1, launcher: str = "torchrun", timeout: int = 300
-) -> subprocess.CompletedProcess[str]:
-    """Run ``python COMMAND`` alone, or on several ranks under torchrun or deepspeed; its output is kept."""
-    start = [sys.executable]
-    if ranks > 1 and launcher == "torchrun":
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    elif ranks > 1:
-        start += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        command = tuple("--module" if part == "-m" else part for part in command)
+def run_program(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python COMMAND``; its output is kept. `run_forked` does without the time of its imports."""
     return subprocess.run(
-        [*start, *command],
+        [sys.executable, *command],
         cwd=ROOT,
         env=environment_of_ranks(),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
     )
 
 
