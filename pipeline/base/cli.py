@@ -28,6 +28,7 @@ from pipeline.base.launch import place, says
 _BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _OPTION = re.compile(r"--[a-z][\w-]*(=|$)", re.IGNORECASE)
 _SAME_ERROR = 1.0  # seconds for the other ranks of a node to find an error, too
+_ODD = (errno.ENAMETOOLONG, errno.ELOOP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # the disk accepts no more data
 
 
@@ -204,6 +205,8 @@ def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fa
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)
     except OSError as error:
+        if error.errno in _ODD and error.filename is not None:
+            fail(f"{error.filename}: {error.strerror}. Check the path.")
         if error.errno not in _FULL:
             raise
         where = error.filename or "writing output"

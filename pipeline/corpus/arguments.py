@@ -110,8 +110,8 @@ def corpus_keys(options: argparse.Namespace) -> Keys:
             chat_template=template,
             every_turn=options.every_turn,
         )
-    for name in ("chat_template", "every_turn"):
-        if getattr(options, name):
+    for name, default in (("message_format", MESSAGE_FORMAT), ("chat_template", None), ("every_turn", False)):
+        if getattr(options, name) != default:
             raise UserError(f"{option(name)} has no effect without --messages-key: give it, too.")
     if pair[0] is not None:
         if pair[0] == pair[1]:

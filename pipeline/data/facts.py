@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # preprocessing workers start faster without it
 
 FORMAT = 2
 LENGTH_BINS = 32  # powers of two
+SPECIAL_TOKENS = ("mask", "pad", "eos", "unk")
 PACKAGES = ("sentencepiece", "tokenizers", "numpy", "orjson", "pyarrow")
 
 
@@ -151,6 +152,33 @@ class DatasetFacts:
         }
     )
 
+    def check(self, pairs: bool) -> None:
+        """Raise a ValueError for values that no dataset has; the file may have been edited.
+
+        Args:
+            pairs: whether the index holds prompts and answers.
+        """
+        sizes = {
+            name: value for name, value in vars(self).items() if name in ("vocab_size", "longest_document")
+        }
+        for name, value in sizes.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} is {value!r}, not a whole number")
+        for name, keys in (("special_ids", SPECIAL_TOKENS), ("sha256", ("bin", "idx"))):
+            if not isinstance(getattr(self, name), dict) or not set(keys) <= set(getattr(self, name)):
+                raise ValueError(f"{name} lacks one of {', '.join(keys)}")
+        for name in ("options", "length_histogram"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is no object")
+        if not isinstance(self.tokenizer, str):
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, not a path")
+        if self.kind != ("pairs" if pairs else "text"):
+            raise ValueError(f"kind is {self.kind!r}, which the index does not hold")
+        for name, used in (("token_histogram", True), ("prompt_histogram", pairs)):
+            counts = getattr(self, name)
+            if not isinstance(counts, list) or len(counts) != (self.vocab_size if used else 0):
+                raise ValueError(f"{name} does not have vocab_size = {self.vocab_size} entries")
+
     @property
     def documents(self) -> int:
         """Number of documents."""
@@ -199,6 +227,7 @@ def read_facts(prefix: str | Path) -> DatasetFacts:
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, this program reads {FORMAT}")
         facts = DatasetFacts(**{**values, "counts": Counts(**values["counts"])})
+        facts.check(pairs=index.modes is not None)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: preprocess the corpus again.") from None
     except (ValueError, TypeError, KeyError) as error:

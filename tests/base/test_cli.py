@@ -148,6 +148,7 @@ def test_errors_are_red_on_a_terminal_alone(
             "error: rank 9: x: Denied. Check the path and its perm",
         ),
         ("0", "0", FileExistsError(17, "File exists", "x"), "error: x: File exists. Check the path"),
+        ("0", "0", OSError(36, "File name too long", "x"), "error: x: File name too long. Check the path"),
         ("9", "1", OSError(28, "Full", "x"), "error: rank 9: x: Full. Free disk space and rerun"),
     ],
 )

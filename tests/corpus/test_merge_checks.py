@@ -49,6 +49,31 @@ def test_damaged_datasets_are_not_merged(pair: list[Path], suffix: str, tmp_path
     assert facts.token_histogram == np.bincount(tokens, minlength=facts.vocab_size).tolist()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab_size", 10),  # of 300
+        ("vocab_size", "300"),
+        ("vocab_size", None),
+        ("special_ids", {}),
+        ("special_ids", None),
+        ("options", None),
+        ("kind", "pairs"),
+        ("tokenizer", 5),
+        ("token_histogram", [1, 2]),
+        ("token_histogram", "x"),
+        ("length_histogram", None),
+        ("longest_document", -5),
+        ("sha256", {"bin": "0"}),
+    ],
+)
+def test_edited_facts_are_named(pair: list[Path], name: str, value: object) -> None:
+    path = facts_path(pair[0])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=r"a\.json is damaged \(.*: preprocess the corpus again"):
+        read_facts(pair[0])
+
+
 def test_damaged_datasets_are_inspected(pair: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     """An id outside of the vocabulary, an offset outside of the file, another histogram: said, not raised."""
     facts = read_facts(pair[0])
@@ -113,7 +138,8 @@ def test_other_special_ids_and_integers_are_refused(pair: list[Path], tmp_path: 
     with pytest.raises(UserError, match="differ in the special ids"):
         check_same([facts[0], other], ["a", "b"], "datasets")
     values = json.loads(facts_path(pair[0]).read_text())
-    facts_path(pair[0]).write_text(json.dumps(values | {"vocab_size": 70000}))
+    values |= {"vocab_size": 70000, "token_histogram": [0] * 70000}
+    facts_path(pair[0]).write_text(json.dumps(values))
     with pytest.raises(UserError, match="a holds uint16, but int32 belongs to 70,000 tokens"):
         merge_datasets([pair[0]], tmp_path / "out")
 
