@@ -20,6 +20,7 @@ from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import EXIT_BAD_INPUT, EXIT_DONE
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTE = "cpu is user and system time; wall depends on what else the machine runs (load, 1 = one busy core)"
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 HARNESS = "-m pipeline.evaluation.harness"
 # What each program refuses: a value where it can be wrong, else a path that is not there.
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{cpu:6.2f} s of CPU {wall:6.2f} s  {name}", flush=True)
     if options.output is not None:
         machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
-        tree = {"machine": machine, "starts": options.starts, "seconds": results}
+        tree = {"note": NOTE, "machine": machine, "starts": options.starts, "seconds": results}
         options.output.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
