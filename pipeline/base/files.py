@@ -30,7 +30,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         OSError: with the path, when the file cannot be written.
+        UserError: for a folder, pipe or device, which a file must not replace.
     """
+    require_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _writing(path)
     try:
@@ -70,6 +72,12 @@ def creating_folder(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+
+
+def require_file(path: Path) -> None:
+    """Raise a `UserError` for a folder, pipe or device at `path`; a missing file will do."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a folder, pipe or device, not a file: name another path.")
 
 
 def require_new(output: Path) -> None:

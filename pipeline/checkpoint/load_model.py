@@ -91,7 +91,11 @@ def load_model(
         state = read_weights(folder / "model", averaged)
         if config.model.tie_embeddings:  # one tensor with two names; the checkpoint may have only one
             state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split()[:30])
+            raise UserError(f"{folder}: the weights do not fit config.yaml ({reason}): restore it.") from None
     tokenizer = Tokenizer.load(folder / "tokenizer")
     step, template = 0 if untrained else manifest.step, chat_template_beside(folder / "tokenizer")
     return Loaded(model.to(device, dtype).eval(), tokenizer, config, step, template)

@@ -115,6 +115,20 @@ def _inside(name: str) -> str:
     return name
 
 
+def _check_numbers(values: dict[str, Any]) -> None:
+    """Raise a ValueError for numbers that no checkpoint has: a manifest may have been edited."""
+    vocabulary = values["vocabulary"]
+    for tree, names in (
+        (values, ("step", "tokens", "world_size", "global_batch_size")),
+        (vocabulary, ("rows", "tokens", "mask_id")),
+    ):
+        for name in names:
+            if type(tree[name]) is not int or not 0 <= tree[name] < 2**63:
+                raise ValueError(f"{name} is {tree[name]!r}")
+    if not vocabulary["mask_id"] < vocabulary["tokens"] <= vocabulary["rows"]:
+        raise ValueError(f"vocabulary is {vocabulary}")
+
+
 def _sha256(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
@@ -156,10 +170,11 @@ def read_manifest(folder: Path) -> Manifest:
         files = {_inside(name): FileFacts(**facts) for name, facts in values.pop("files").items()}
         parent = values.pop("parent", None)  # missing in older checkpoints
         dealt = {int(step): begun for step, begun in values.pop("dealt", {}).items()}
+        _check_numbers(values)
         return Manifest(**values, parent=parent and Parent(**parent), dealt=dealt, files=files)
     except FileNotFoundError:
         raise Damaged(f"it has no {MANIFEST}: it was never finished, or was copied in part") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(f"its {MANIFEST} cannot be read ({error})") from None
 
 

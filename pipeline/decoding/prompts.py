@@ -17,7 +17,7 @@ def read_prompts(path: Path, key: str) -> list[str]:
     Raises:
         UserError: for an empty file, an unknown file type, or a record without the key.
     """
-    text = path.suffix == ".txt" or path.with_suffix("").suffix == ".txt"  # .txt, .txt.gz
+    text = ".txt" in path.suffixes[-2:]  # .txt, .txt.gz
     keys = Keys((key,), split="line" if text else None)
     prompts = [record.texts[0] for record in read_all([path], keys)]
     if not prompts:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import keep_lines, read_lines, replacing
+from pipeline.base.files import keep_lines, read_lines, replacing, require_file
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "sentencepiece", "tokenizers", "numpy")
@@ -21,13 +21,14 @@ class Results:
     """Results in ``NAME.json``; ``NAME.items.RANK.jsonl`` hold finished items until all are finished."""
 
     def __init__(self, path: Path, settings: dict[str, Any], restart: bool = False) -> None:
-        """Set the paths, without reading or writing.
+        """Set the paths, without reading or writing; raise a `UserError` for a path that is no file.
 
         Args:
             path: NAME.json.
             settings: all settings that affect the results, by command-line option.
             restart: remove the results of an earlier attempt.
         """
+        require_file(path)
         self.path, self.settings, self.restart = path, settings, restart
         self.items = f"{path.name.removesuffix('.json')}.items"  # not Path.stem: v1.2 differs from v1.3
         self.file: BinaryIO | None = None

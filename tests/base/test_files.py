@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
 
-from pipeline.base.files import keep_lines
+from pipeline.base.errors import UserError
+from pipeline.base.files import keep_lines, replacing
 
 
 def test_lines_are_kept_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,3 +33,16 @@ def test_lines_are_kept_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_file_that_is_not_there_yet_begins_empty(tmp_path: Path) -> None:
     keep_lines(tmp_path / "metrics.jsonl", lambda _: True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_only_files_are_replaced(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """A device such as /dev/full would be a file from then on."""
+    make(tmp_path / "x")
+    before = os.lstat(tmp_path / "x").st_mode
+    with (
+        pytest.raises(UserError, match="x is a folder, pipe or device, not a file"),
+        replacing(tmp_path / "x") as file,
+    ):
+        file.write(b"content")
+    assert os.lstat(tmp_path / "x").st_mode == before

@@ -73,7 +73,7 @@ def savers(tmp_path: Path) -> tuple[list[Saver], list[str]]:
 
 def save(savers: list[Saver], step: int) -> list[BaseException | None]:
     """Save on all ranks at once and wait; return the exception of each rank."""
-    manifest = Manifest(FORMAT, step, 0, RANKS, "zero3", RANKS, {}, "")
+    manifest = Manifest(FORMAT, step, 0, RANKS, "zero3", RANKS, {"rows": 1, "tokens": 1, "mask_id": 0}, "")
 
     def one(saver: Saver) -> None:
         saver.save(manifest)

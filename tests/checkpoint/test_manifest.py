@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.errors import UserError
-from pipeline.checkpoint.manifest import find
+from pipeline.checkpoint.manifest import FORMAT, Damaged, Manifest, find, read_manifest
 from support.programs import Outcome
 
 pytestmark = pytest.mark.slow
@@ -48,6 +48,32 @@ def change_manifest(path: Path, **values: object) -> None:
     manifest = json.loads(path.read_text()) | values
     del manifest["sha256"]
     path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", "6"),
+        ("step", -1),
+        ("world_size", 10**30),
+        ("tokens", None),
+        ("vocabulary", {}),
+        ("vocabulary", None),
+        ("vocabulary", {"rows": 9, "tokens": 10, "mask_id": 3}),
+        ("vocabulary", {"rows": 10, "tokens": 10, "mask_id": -1}),
+        ("vocabulary", {"rows": 10, "tokens": 10, "mask_id": 10}),
+        ("files", []),
+    ],
+)
+def test_numbers_that_no_checkpoint_has(tmp_path: Path, name: str, value: object) -> None:
+    """An edited manifest without a hash of its own, as older versions wrote it."""
+    path = tmp_path / "manifest.json"
+    vocabulary = {"rows": 10, "tokens": 10, "mask_id": 3}
+    path.write_bytes(Manifest(FORMAT, 6, 5, 1, "none", 1, vocabulary, "").to_json())
+    assert read_manifest(tmp_path).step == 6
+    change_manifest(path, **{name: value})
+    with pytest.raises(Damaged, match="cannot be read"):
+        read_manifest(tmp_path)
 
 
 def test_the_manifest_describes_every_file(run_dir: Path) -> None:

@@ -236,7 +236,9 @@ def test_which_checkpoints_stay() -> None:
     """The newest, every m-th and the best, against a hand-made table."""
 
     def manifest(step: int, loss: float | None) -> Manifest:
-        return Manifest(2, step, 0, 1, "none", 1, {}, "", held_out_loss=loss)
+        return Manifest(
+            2, step, 0, 1, "none", 1, {"rows": 1, "tokens": 1, "mask_id": 0}, "", held_out_loss=loss
+        )
 
     losses = {10: math.nan, 20: 1.0, 30: None, 40: 2.0, 50: 1.5, 60: None, 70: 2.5}
     manifests = [manifest(step, loss) for step, loss in losses.items()]
