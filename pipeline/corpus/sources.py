@@ -86,8 +86,10 @@ class Source:
         """
         if not path.is_file():
             if path.exists() and not path.is_dir():
-                raise UserError(f"{path} is a pipe, socket or device: give --input - and pipe the text in.")
-            raise UserError(f"{path} does not exist or is not a file: check --input.")
+                raise UserError(
+                    f"{path} is a pipe, socket or device: name a file; a corpus can be piped to --input -."
+                )
+            raise UserError(f"{path} does not exist or is not a file: check the path.")
         found = format_of(path)
         if found is None:
             raise UserError(f"{path}: unknown file type; use {KNOWN}.")

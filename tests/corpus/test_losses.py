@@ -292,7 +292,9 @@ def test_lists_links_and_pipes(tmp_path: Path) -> None:
     for given in (f"{tmp_path}/d", f"{tmp_path}/d/*.jsonl"):
         with pytest.raises(UserError, match=r"pipe.jsonl is a pipe, socket or device"):
             find([given])
-    with pytest.raises(UserError, match=r"pipe.jsonl is a pipe, .*: give --input -"):
+    with pytest.raises(
+        UserError, match=r"pipe.jsonl is a pipe, .*: name a file; a corpus can be piped to --input -"
+    ):
         Source.of_file(tmp_path / "d/pipe.jsonl")
 
 
