@@ -149,6 +149,7 @@ def run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fal
             could abort the process during shutdown and make a finished run count as failed. A full disk or
             a closed pipe behind stdout or stderr does not end the process either.
     """
+    _open_standard_streams()
     if not of_ranks:
         _run(main)
     faulthandler.enable()  # print the Python stack when a library crashes
@@ -162,6 +163,21 @@ def run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fal
         os._exit(end.code if isinstance(end.code, int) else EXIT_FAILED)
 
 
+def _open_standard_streams() -> None:
+    """Open standard streams that were closed before the process started, as empty ones.
+
+    A file would otherwise get the number of one of them, and what libraries print would land in it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 class _Lossy(io.FileIO):
     """The file of a standard stream; drops output on a full disk or a closed pipe."""
 
@@ -172,10 +188,8 @@ class _Lossy(io.FileIO):
         return len(content)
 
 
-def _lasting(stream: TextIO | None) -> TextIO:
+def _lasting(stream: TextIO) -> TextIO:
     """Return a stream with the same target as `stream` that never raises: lost output must not end a run."""
-    if stream is None:  # closed before the process started
-        return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
     file = io.BufferedWriter(_Lossy(stream.fileno(), "w", closefd=False))
     return io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True)

@@ -51,11 +51,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def creating_folder(path: Path) -> Iterator[Path]:
+def creating_folder(path: Path, shared: bool = True) -> Iterator[Path]:
     """Create a folder that appears as `path`, synced to disk, when the block ends without an error.
 
     Several processes and machines may create the same folder: the first one wins, the others are discarded.
-    Use it only for contents that do not depend on who writes them.
+
+    Args:
+        path: of the folder.
+        shared: the contents do not depend on who writes them; otherwise the others raise a `UserError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = _writing(path)
@@ -69,7 +72,16 @@ def creating_folder(path: Path) -> Iterator[Path]:
         except OSError:  # rename never replaces a folder that is not empty
             if not path.is_dir():
                 raise
+            if not shared:
+                raise UserError(
+                    f"{path} was written by another program meanwhile, and this result is dropped: name "
+                    "another folder."
+                ) from None
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # ENOSPC from write() carries no file name
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 

@@ -99,7 +99,7 @@ def average(
     for source in sources[1:]:
         _check_alike(sources[0], source)
     newest = max(sources, key=lambda source: source.manifest.step)
-    with creating_folder(output) as writing:
+    with creating_folder(output, shared=False) as writing:
         files = _copied(newest, writing)
         (writing / "model").mkdir()
         with TemporaryDirectory(dir=writing) as scratch:

@@ -46,6 +46,8 @@ def standard_input(inputs: Sequence[str], target: Path) -> Iterator[list[str]]:
 def _write(target: Path) -> Path:
     source = sys.stdin.buffer
     head = source.read(_PIECE)
+    if not head:
+        raise UserError("standard input is empty: pipe a corpus into --input -, or name files.")
     suffix = suffix_of(head)
     path = target.with_name(f".{target.name}.stdin{suffix}")
     digest, size = hashlib.sha256(), 0

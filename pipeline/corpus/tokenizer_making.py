@@ -48,7 +48,7 @@ USUAL_NAMES = {
 def _new_folder(output: Path) -> Iterator[Path]:
     """Make the folder completely or not at all; one that cannot be made fails before the work."""
     require_new(output)
-    with creating_folder(output) as folder:
+    with creating_folder(output, shared=False) as folder:
         yield folder
 
 

@@ -74,7 +74,7 @@ def export(
     stored = dict(open_weights(folder / "model", averaged))
     if config.model.tie_embeddings:  # one tensor with two names; a checkpoint may hold either or both
         stored.pop("lm_head.weight", None)
-    with creating_folder(output) as writing:
+    with creating_folder(output, shared=False) as writing:
         write_model(writing, form, exported, stored, max_shard_size)
         write_tokenizer(folder / "tokenizer", writing, exported.sequence_length, chat_template)
         card = model_card(

@@ -91,7 +91,7 @@ def import_model(
     if verify:
         check_sums(source)
     stored = parameters_in(source, model)
-    with creating_folder(output) as writing:
+    with creating_folder(output, shared=False) as writing:
         tokenizer, added = import_tokenizer_of(source, settings, special_tokens, is_diffusion, writing)
         tokens, old_rows = tokenizer.vocab_size, model.vocab_size or 0
         vocabulary = Vocabulary(max(old_rows, -(-tokens // 8) * 8), tokens, tokenizer.mask)

@@ -87,6 +87,30 @@ def test_a_rank_survives_a_closed_output_pipe() -> None:
     assert closed.returncode == errors.EXIT_REQUEUE
 
 
+WRITES_A_FILE = """
+import os, sys
+from pipeline.base import cli
+
+def main(_):
+    with open(sys.argv[1], "w") as file:
+        print("said", len(sys.stdin.read()))
+        print("complained", file=sys.stderr)
+        os.write(1, b"noise of a library")
+        file.write("content")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_empty(closed: str, tmp_path: Path) -> None:
+    """Python has None for them, and the first file would get their number."""
+    command = ["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, WRITES_A_FILE, str(tmp_path / "x")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert (tmp_path / "x").read_text() == "content"
+
+
 def test_another_broken_pipe_of_a_rank_does_not_count_as_done() -> None:
     """A broken pipe to another program is an error."""
     result = end("raise BrokenPipeError(32, 'Broken pipe')", of_ranks=True)

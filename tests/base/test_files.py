@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import orjson
 import pytest
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import keep_lines, replacing
+from pipeline.base.files import creating_folder, keep_lines, replacing
 
 
 def test_lines_are_kept_one_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,3 +47,16 @@ def test_only_files_are_replaced(make: Callable[[Path], None], tmp_path: Path) -
     ):
         file.write(b"content")
     assert os.lstat(tmp_path / "x").st_mode == before
+
+
+def test_a_folder_that_appears_meanwhile_is_no_success(tmp_path: Path) -> None:
+    """Where two programs write one folder, only one of them may say so; shared contents are all alike."""
+    for shared in (True, False):
+        path = tmp_path / str(shared)
+        refusal = contextlib.nullcontext() if shared else pytest.raises(UserError, match="by another program")
+        with refusal, creating_folder(path, shared) as writing:
+            (writing / "x").write_text("mine")
+            path.mkdir()
+            (path / "x").write_text("theirs")
+        assert (path / "x").read_text() == "theirs"
+        assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
