@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import importlib
 import json
 import os
@@ -21,18 +22,22 @@ import socket
 import struct
 import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
 sys.path.pop(0)  # this folder: programs import only the standard library
 
-# Modules a program can import: imported before it loses access to files. datetime needs `_strptime`.
+# Modules a program can import: imported before it loses access to files. datetime needs `_strptime`, and the
+# compiler `unicodedata`, for names that are not ASCII and for \N{...} in texts.
 MODULES = """
-    _strptime abc bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools
-    heapq itertools json math numbers operator random re statistics string textwrap time typing
+    _strptime abc array bisect calendar cmath collections contextlib copy dataclasses datetime decimal enum
+    fractions functools hashlib heapq inspect io itertools json math numbers operator pprint random re
+    statistics string struct textwrap time types typing unicodedata weakref
 """.split()
 # Function names of TinyGSM and PAL; other programs must define the function to call last.
 FUNCTIONS = ("simple_math_problem", "solution")
+FUNCTION_TYPES = types.FunctionType, type(functools.cache(len))  # the latter of cached functions
 LONGEST_RESULT = 4096  # bytes
 LOCKED_IN = b"+"
 
@@ -150,9 +155,15 @@ def lock_in(limits: dict[str, int], calls: _Filter) -> None:
 
 def result_of(program: str) -> str:
     """Run a program and return the value of its function as text."""
-    names: dict[str, object] = {"__name__": "program"}
-    exec(compile(program, "<program>", "exec"), names)
-    functions = [name for name, value in names.items() if callable(value) and type(value) is type(result_of)]
+    module = types.ModuleType("program")
+    sys.modules["program"] = module  # where dataclasses looks for the meaning of annotations
+    names = vars(module)
+    exec(compile(program, "<program>", "exec", dont_inherit=True), names)  # not this file's __future__
+    functions = [
+        name
+        for name, value in names.items()
+        if isinstance(value, FUNCTION_TYPES) and value.__module__ == "program"  # no imported one
+    ]
     known = [name for name in FUNCTIONS if name in functions]
     if not functions:
         raise NameError("the program defines no function")
@@ -222,7 +233,7 @@ def read_result(written: bytes) -> dict[str, str]:
     except (ValueError, AttributeError, RecursionError):
         key = value = None
     if key in ("value", "error") and isinstance(value, str):
-        return {key: value}
+        return {key: value.encode(errors="replace").decode()}  # no file can hold half a surrogate pair
     return {"error": "ended without a result"}
 
 

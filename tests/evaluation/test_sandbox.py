@@ -41,6 +41,31 @@ def test_the_layers(box: Sandbox, request: pytest.FixtureRequest) -> None:
             "3",
         ),
         ("from fractions import Fraction\nclass A: x = 3\ndef f(): return Fraction(A.x, 4)", "3/4"),
+        (
+            "from dataclasses import dataclass, field\n@dataclass(order=True, slots=True)\nclass A:\n"
+            "    x: int\n    y: list = field(default_factory=list)\ndef f(): return A(4).x",
+            "4",
+        ),
+        (
+            "from __future__ import annotations\nfrom dataclasses import KW_ONLY, dataclass\n@dataclass\n"
+            "class A:\n    x: int\n    _: KW_ONLY\n    y: int = 2\ndef f(): return A(1, y=3).y",
+            "3",
+        ),
+        ("import typing\ndef g(a: int): ...\ndef f(): return typing.get_type_hints(g)['a'] is int", "True"),
+        ("def f(x: int = 3): return f.__annotations__['x'].__name__", "int"),
+        ("def f():\n    größe = 3; π = 4\n    return größe + π", "7"),
+        ("def f():\n    ﬁ = 3\n    return fi", "3"),
+        ("def 计算(): return '\\N{GREEK SMALL LETTER ALPHA}'", "α"),
+        ("def f(): return 'a' + chr(0xd800)", "a?"),
+        ("from functools import cache\n@cache\ndef solution(): return 3\ndef g(): return 4", "3"),
+        ("def f(): return mean([1, 3])\nfrom statistics import mean", "2"),
+        ("def f(x=[1, 2, 3]):\n    match x:\n        case [a, *r] if a: return a + len(r)", "3"),
+        ("from typing import NamedTuple\nclass A(NamedTuple):\n    x: int\ndef f(): return A(3).x", "3"),
+        (
+            "import array, contextlib, hashlib, inspect, io, pprint, struct, types, weakref\n"
+            "def f(): return hashlib.sha256(b'').hexdigest()[:4]",
+            "e3b0",
+        ),
     ],
 )
 def test_programs_that_compute(box: Sandbox, program: str, value: str) -> None:
@@ -55,6 +80,7 @@ def test_programs_that_compute(box: Sandbox, program: str, value: str) -> None:
         ("def f(): return 1 / 0", "ZeroDivisionError: division by zero"),
         ("def f(x): return x", "TypeError: f() missing 1 required positional argument: 'x'"),
         ("def f(): raise SystemExit(0)", "SystemExit: 0"),
+        ("def f(): raise ValueError('a' + chr(0xd800))", "ValueError: a?"),
         ("import numpy", "ModuleNotFoundError: No module named 'numpy'"),
         ("def f(): return '\ud800'", "UnicodeEncodeError"),
         ("def f(): return f()", "RecursionError"),

@@ -92,6 +92,9 @@ def program() -> Iterator[Program]:
         ("return True", False),
         ("return float('nan')", False),
         ("return '1e999999999'", False),
+        ("return '72/2'", True),  # a Fraction, as text
+        ("return '36/0'", False),
+        ("return '/'", False),
         ("return '9' * 4000", False),
         ("print(36)", False),
         ("return rolls", False),

@@ -88,9 +88,13 @@ class Program(_Gsm8k):
 
 
 def is_close(value: str, reference: Decimal) -> bool:
-    """Return whether a program's value, given as text, equals the reference up to `TOLERANCE`."""
+    """Return whether a program's value, given as text, equals the reference up to `TOLERANCE`.
+
+    The value may be a fraction: 7/2 is what a program's `Fraction` is as text.
+    """
+    numerator, _, denominator = value.partition("/")
     try:
-        number = Decimal(value)
+        number = Decimal(numerator) / Decimal(denominator or 1)
         return number.is_finite() and abs(number - reference) <= TOLERANCE * max(Decimal(1), abs(reference))
     except ArithmeticError:  # not a number, or out of range, such as 1e9999999
         return False
