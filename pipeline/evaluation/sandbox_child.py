@@ -167,7 +167,7 @@ def result_of(program: str) -> str:
     known = [name for name in FUNCTIONS if name in functions]
     if not functions:
         raise NameError("the program defines no function")
-    return str(names[(known or functions[-1:])[0]]())  # type: ignore[operator]
+    return str(names[(known or functions[-1:])[0]]())
 
 
 def become(program: str, pipe: int, null: int, lock: Callable[[], None]) -> None:
