@@ -31,12 +31,12 @@ from pipeline.config import Config
 from pipeline.engine.protocol import Engine
 from pipeline.train import train_step
 
-ROUNDS, LENGTH, TOKENS = 3, 16, 32000
+ROUNDS, TOKENS = 3, 32000
 RESULT = Path("benchmarks/results/checkpoint_stall.json")
 SETTINGS = """
     --run_dir runs/checkpoint_stall --data.prefixes [unused] --data.tokenizer unused --checkpoint.keep 1
-    --train.global_batch_size 2 --train.micro_batch_size 1 --model.layers 12 --model.hidden_size 768
-    --model.heads 12 --model.intermediate_size 2048
+    --data.sequence_length 16 --train.global_batch_size 2 --train.micro_batch_size 1 --model.layers 12
+    --model.hidden_size 768 --model.heads 12 --model.intermediate_size 2048
 """.split()
 
 
@@ -75,7 +75,7 @@ class Training:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write the table."""
     config = configuration.load([*SETTINGS, *(sys.argv[1:] if arguments is None else arguments)])
-    with engine_on_random_text(config, TOKENS, LENGTH) as (engine, groups):
+    with engine_on_random_text(config, TOKENS) as (engine, groups):
         measure(config, engine, groups)
 
 

@@ -9,19 +9,16 @@ all micro-batches in float64; that sum is exact. Ranks of ZeRO-2 and ZeRO-3 then
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.ranks import start_ranks
-from pipeline import config as configuration
+from benchmarks.figures import add_output, write_figures
+from benchmarks.random_text import config_with
+from benchmarks.ranks import on_ranks
 from pipeline.base.cli import ToolParser, run
-from pipeline.config import Config
 from pipeline.engine.build import build_engine
 from pipeline.engine.protocol import Engine
 from pipeline.model.batch import MaskedBatch, Vocabulary
@@ -30,8 +27,8 @@ from pipeline.ranks import join_ranks
 TOKENS, LENGTH, SEQUENCES, MASK = 500, 32, 4, 3
 EPSILON = 1e-8
 SETTINGS = f"""
-    --run_dir unused --data.prefixes [unused] --data.sequence_length {LENGTH} --engine.precision bf16
-    --engine.device cpu --optimizer.gradient_clip 0 --train.micro_batch_size {SEQUENCES}
+    --data.sequence_length {LENGTH} --engine.precision bf16 --engine.device cpu
+    --optimizer.gradient_clip 0 --train.micro_batch_size {SEQUENCES}
     --model.layers 2 --model.hidden_size 128 --model.heads 4 --model.intermediate_size 384
 """.split()
 CHOICES = {
@@ -39,20 +36,6 @@ CHOICES = {
     "bf16 over ranks, fp32 over micro-batches": ("bf16", "fp32"),
     "bf16 over ranks and micro-batches": ("bf16", "bf16"),
 }
-
-
-def load(folder: Path, stage: int, choice: str, micro_batches: int) -> Config:
-    """Return the configuration of a run of `micro_batches` over all ranks, its JSON written into `folder`."""
-    reduction, accumulation = CHOICES[choice]
-    path = folder / f"{stage}.json"
-    settings = {
-        "zero_optimization": {"stage": stage},
-        "communication_data_type": reduction,
-        "data_types": {"grad_accum_dtype": accumulation},
-    }
-    path.write_text(json.dumps(settings))
-    more = ["--engine.deepspeed_config", str(path)]
-    return configuration.load([*SETTINGS, *more, "--train.global_batch_size", str(micro_batches * SEQUENCES)])
 
 
 def batch_of(number: int) -> MaskedBatch:
@@ -82,33 +65,36 @@ def gradients(engine: Any, numbers: Sequence[int]) -> Tensor:
     return torch.cat(found)
 
 
-def start_engine(config: Config) -> Engine:
-    """Return an engine around the weights of the run's seed."""
+def start_engine(stage: int, choice: str, micro_batches: int) -> Engine:
+    """Return an engine around the weights of the run's seed, for `micro_batches` over all ranks."""
+    reduction, accumulation = CHOICES[choice]
+    settings = {
+        "zero_optimization": {"stage": stage},
+        "communication_data_type": reduction,
+        "data_types": {"grad_accum_dtype": accumulation},
+    }
     ranks = join_ranks("cpu")
     ranks.connect()
-    return build_engine(config, ranks, Vocabulary(TOKENS, TOKENS, MASK))
+    batch = ["--train.global_batch_size", str(micro_batches * SEQUENCES)]
+    with config_with(settings, [*SETTINGS, *batch]) as config:
+        return build_engine(config, ranks, Vocabulary(TOKENS, TOKENS, MASK))
 
 
-def measure(stage: int, choice: str, micro_batches: int, output: Path) -> None:
-    """Write the gradient of `micro_batches`, dealt to the ranks in turn; called on the ranks."""
-    folder = output.parent / f"rank_{join_ranks('cpu').rank}"
-    folder.mkdir(exist_ok=True)
-    engine = start_engine(load(folder, stage, choice, micro_batches))
-    mine = range(engine.ranks.rank, micro_batches, engine.ranks.world_size)
-    gradient = gradients(engine, mine)
-    if engine.ranks.is_first:
-        torch.save(gradient, output)
+def measure(stage: int, choice: str, micro_batches: int) -> Tensor:
+    """Return the gradient of `micro_batches`, dealt to the ranks in turn; called on the ranks."""
+    engine = start_engine(stage, choice, micro_batches)
+    return gradients(engine, range(engine.ranks.rank, micro_batches, engine.ranks.world_size))
 
 
-def measure_exact(counts: Sequence[int], output: Path) -> None:
-    """Write the exact mean gradient of the first micro-batches for each of `counts`, in one process."""
-    engine = start_engine(load(output.parent, 2, next(iter(CHOICES)), 1))
+def measure_exact(counts: Sequence[int]) -> dict[int, Tensor]:
+    """Return the exact mean gradient of the first micro-batches for each of `counts`, in one process."""
+    engine = start_engine(2, next(iter(CHOICES)), 1)
     total, sums = torch.zeros((), dtype=torch.float64), {}
     for number in range(max(counts)):
         total = total + gradients(engine, [number])
         if number + 1 in counts:
             sums[number + 1] = total / (number + 1)
-    torch.save(sums, output)
+    return sums
 
 
 def first_update(gradient: Tensor) -> Tensor:
@@ -122,53 +108,31 @@ def relative_error(measured: Tensor, exact: Tensor) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every choice and print the errors; the ranks call this too."""
+    """Measure every choice and print the errors."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 32, 128], help="of each rank")
     parser.add_argument("--ranks", type=int, default=2, help="world size")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="ZeRO stages")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--measure", nargs="+", help="called on the ranks: exact, or STAGE CHOICE COUNT")
+    add_output(parser)
     options = parser.parse_args(arguments)
     counts = [count * options.ranks for count in options.micro_batches]
-    if options.measure == ["exact"]:
-        return measure_exact(counts, options.output)
-    if options.measure:
-        stage, choice, count = options.measure
-        return measure(int(stage), choice, int(count), options.output)
     results = []
-    with tempfile.TemporaryDirectory() as temporary:
-        exact, measured = Path(temporary) / "exact.pt", Path(temporary) / "measured.pt"
-        given = [
-            __spec__.name,
-            "--ranks",
-            str(options.ranks),
-            "--micro-batches",
-            *map(str, options.micro_batches),
-        ]
-        start_ranks("exact sum", 1, [*given, "--measure", "exact", "--output", str(exact)])
-        sums = torch.load(exact, weights_only=True)
-        print(
-            f"{'micro-batches of a rank':>24}  stage  {'gradient':>9}  {'update':>9}  summed in", flush=True
-        )
-        for choice in CHOICES:
-            for stage in options.stages:
-                for each, count in zip(options.micro_batches, counts, strict=True):
-                    how = ["--measure", str(stage), choice, str(count), "--output", str(measured)]
-                    start_ranks(choice, options.ranks, [*given, *how])
-                    gradient, true = torch.load(measured, weights_only=True), sums[count]
-                    errors = {
-                        "gradient": relative_error(gradient, true),
-                        "first update": relative_error(first_update(gradient), first_update(true)),
-                    }
-                    results.append({"sum": choice, "stage": stage, "micro-batches": each} | errors)
-                    values = "  ".join(f"{value:9.1e}" for value in errors.values())
-                    print(f"{each:24}  {stage:5}  {values}  {choice}", flush=True)
-    if options.output:
-        content = {"torch": torch.__version__, "ranks": options.ranks, "errors": results}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return None
+    sums = on_ranks(1, measure_exact, counts)
+    print(f"{'micro-batches of a rank':>24}  stage  {'gradient':>9}  {'update':>9}  summed in", flush=True)
+    for choice in CHOICES:
+        for stage in options.stages:
+            for each, count in zip(options.micro_batches, counts, strict=True):
+                gradient, true = on_ranks(options.ranks, measure, stage, choice, count), sums[count]
+                errors = {
+                    "gradient": relative_error(gradient, true),
+                    "first update": relative_error(first_update(gradient), first_update(true)),
+                }
+                results.append({"sum": choice, "stage": stage, "micro-batches": each} | errors)
+                values = "  ".join(f"{value:9.1e}" for value in errors.values())
+                print(f"{each:24}  {stage:5}  {values}  {choice}", flush=True)
+    content = {"torch": torch.__version__, "ranks": options.ranks, "errors": results}
+    write_figures(options.output, content)
 
 
 if __name__ == "__main__":
-    run(main, of_ranks=True)
+    run(main)

@@ -19,18 +19,18 @@ from pipeline.engine.protocol import Engine
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
 
-WARM_UP, ROUNDS, LENGTH, TOKENS = 5, 80, 128, 4000
+WARM_UP, ROUNDS, TOKENS = 5, 80, 4000
 SETTINGS = """
     --run_dir unused --data.prefixes [unused] --optimizer.ema_decay 0.9999 --train.global_batch_size 16
-    --train.micro_batch_size 8 --model.layers 4 --model.hidden_size 192 --model.heads 6
-    --model.intermediate_size 512
+    --train.micro_batch_size 8 --data.sequence_length 128 --model.layers 4 --model.hidden_size 192
+    --model.heads 6 --model.intermediate_size 512
 """.split()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the median time of a step in each way, and the ratios."""
     config = configuration.load([*SETTINGS, *(sys.argv[1:] if arguments is None else arguments)])
-    with engine_on_random_text(config, TOKENS, LENGTH) as (engine, groups):
+    with engine_on_random_text(config, TOKENS) as (engine, groups):
         measure(config, engine, groups)
 
 

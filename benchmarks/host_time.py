@@ -9,35 +9,33 @@ process of its own; the fastest block of steps of all turns counts, since other 
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
-from benchmarks.random_text import engine_on_random_text
-from benchmarks.ranks import start_ranks
-from benchmarks.train_step import machine
-from pipeline import config as configuration
+from benchmarks.figures import add_output, machine, write_figures
+from benchmarks.random_text import config_with, engine_on_random_text
+from benchmarks.ranks import on_ranks
 from pipeline.base.cli import ToolParser, run
 from pipeline.resilience.guard import Guard
 from pipeline.train import train_step
 
 TOKENS, WARM_UP, BLOCKS, STEPS = 200, 5, 5, 8
 SETTINGS = """
-    --run_dir unused --data.prefixes [unused] --data.sequence_length 16 --engine.device cpu
-    --engine.precision bf16 --train.global_batch_size 2 --train.micro_batch_size 2 --model.hidden_size 32
+    --data.sequence_length 16 --engine.device cpu --engine.precision bf16
+    --train.global_batch_size 2 --train.micro_batch_size 2 --model.hidden_size 32
     --model.heads 2 --model.intermediate_size 32 --optimizer.ema_decay 0.999
 """.split()
 ZERO_2: dict[str, Any] = {"stage": 2}
 ZERO_3: dict[str, Any] = {"stage": 3}
 OF_LAYERS = ZERO_3 | {"leaf_module": {"classes": []}}
+PLAIN = ("--engine.kind", "plain")
 COMPILED = ("--engine.compile", "true")
-CASES: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
-    "plain": (None, ()),
-    "plain, compiled": (None, COMPILED),
+CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, PLAIN),
+    "plain, compiled": ({}, (*PLAIN, *COMPILED)),
     "ZeRO-2": (ZERO_2, ()),
     "ZeRO-2, compiled": (ZERO_2, COMPILED),
     "ZeRO-3, gathers layers": (OF_LAYERS, ()),
@@ -47,17 +45,14 @@ CASES: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {
 BASE = "ZeRO-3, gathers layers"
 
 
-def measure(name: str, layers: int, output: Path) -> None:
-    """Train; write the seconds of a step in each block of steps."""
+def measure(name: str, layers: int) -> tuple[list[float], dict[str, Any]]:
+    """Train; return the seconds of a step in each block of steps, and the machine."""
     zero, more = CASES[name]
-    kind = ["--engine.kind", "plain"]
-    if zero is not None:
-        path = output.with_suffix(".deepspeed.json")
-        path.write_text(json.dumps({"zero_optimization": zero}))
-        kind = ["--engine.deepspeed_config", str(path)]
-    config = configuration.load([*SETTINGS, "--model.layers", str(layers), *kind, *more])
     seconds = []
-    with engine_on_random_text(config, TOKENS, config.data.sequence_length) as (engine, groups):
+    with ExitStack() as stack:
+        arguments = [*SETTINGS, "--model.layers", str(layers), *more]
+        config = stack.enter_context(config_with({"zero_optimization": zero}, arguments))
+        engine, groups = stack.enter_context(engine_on_random_text(config, TOKENS))
         guard, step = Guard(config.guard, config.optimizer.gradient_clip), 0
         for count in (WARM_UP, *[STEPS] * BLOCKS):
             began = time.perf_counter()
@@ -65,40 +60,29 @@ def measure(name: str, layers: int, output: Path) -> None:
                 step += 1
                 train_step(engine, groups, 1e-4, step, guard)
             seconds.append((time.perf_counter() - began) / count)
-        where = machine(engine.ranks.device)
-    output.write_text(json.dumps({"seconds": seconds[1:], "machine": where}))
+        return seconds[1:], machine(engine.ranks.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every case in turns, and print the fastest blocks; the processes call this too."""
+    """Measure every case in turns, and print the fastest blocks."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--layers", type=int, default=14, help="transformer blocks")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each case")
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), help="cases")
-    parser.add_argument("--measure", choices=list(CASES), help="called in the processes")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if options.measure:
-        return measure(options.measure, options.layers, options.output)
     blocks: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "measured.json"
-        own = [__spec__.name, "--layers", str(options.layers), "--output", str(output)]
-        for _ in range(options.rounds):
-            for name in options.only:
-                start_ranks(name, 1, [*own, "--measure", name])
-                found = json.loads(output.read_text())
-                blocks[name] += found["seconds"]
+    for _ in range(options.rounds):
+        for name in options.only:
+            seconds, where = on_ranks(1, measure, name, options.layers)
+            blocks[name] += seconds
     fastest = {name: min(of_case) for name, of_case in blocks.items()}
     base = fastest.get(BASE)
-    for name, seconds in fastest.items():
-        ratio = f"{seconds / base:8.2f} of {BASE}" if base else ""
-        print(f"{name:28} {1e3 * seconds:7.1f} ms{ratio}", flush=True)
-    if options.output:
-        content = {"layers": options.layers, "machine": found["machine"], "step_seconds": fastest}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return None
+    for name, least in fastest.items():
+        ratio = f"{least / base:8.2f} of {BASE}" if base else ""
+        print(f"{name:28} {1e3 * least:7.1f} ms{ratio}", flush=True)
+    write_figures(options.output, {"layers": options.layers, "machine": where, "step_seconds": fastest})
 
 
 if __name__ == "__main__":
-    run(main, of_ranks=True)
+    run(main)

@@ -10,29 +10,25 @@ reads from the device (`item`, `tolist`) are counted beside them.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.random_text import engine_on_random_text
-from benchmarks.ranks import start_ranks
-from pipeline import config as configuration
+from benchmarks.figures import add_output, write_figures
+from benchmarks.random_text import config_with, engine_on_random_text
+from benchmarks.ranks import on_ranks
 from pipeline.base.cli import ToolParser, run
-from pipeline.ranks import join_ranks
 
 STEPS, MICRO_BATCHES, SEQUENCES, TOKENS = 3, 4, 2, 500
 KINDS = ("wait", "read")
 SETTINGS = f"""
-    --run_dir unused --data.prefixes [unused] --data.sequence_length 32 --engine.device cpu
-    --train.micro_batch_size {SEQUENCES} --model.layers 6 --model.hidden_size 64 --model.heads 4
+    --data.sequence_length 32 --engine.device cpu --train.micro_batch_size {SEQUENCES}
+    --model.layers 6 --model.hidden_size 64 --model.heads 4
     --model.intermediate_size 192 --schedule.warmup_steps 1 --train.steps {STEPS}
 """.split()
 BUCKET = 100_000  # a third of the weights: several buckets a micro-batch
@@ -98,17 +94,15 @@ def behind_the_host() -> Iterator[None]:
         yield
 
 
-def measure(name: str, output: Path) -> None:
-    """Train on this rank; on the first, write the waits of a micro-batch and of a step."""
-    ranks = join_ranks("cpu")
-    path = output.parent / f"rank_{ranks.rank}.json"
-    path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET} | CASES[name]}))
-    batch = str(SEQUENCES * MICRO_BATCHES * ranks.world_size)
-    more = ["--engine.deepspeed_config", str(path), "--train.global_batch_size", batch]
-    config = configuration.load([*SETTINGS, *more])
+def measure(name: str, ranks: int) -> dict[str, dict[str, float]]:
+    """Train on this rank; return the waits and reads of a micro-batch and of a step."""
     found: dict[str, Counter[str]] = {}
-    text = engine_on_random_text(config, TOKENS, config.data.sequence_length)
-    with behind_the_host(), text as (engine, groups):
+    with ExitStack() as stack:
+        settings = {"zero_optimization": {"reduce_bucket_size": BUCKET} | CASES[name]}
+        arguments = [*SETTINGS, "--train.global_batch_size", str(SEQUENCES * MICRO_BATCHES * ranks)]
+        config = stack.enter_context(config_with(settings, arguments))
+        stack.enter_context(behind_the_host())
+        engine, groups = stack.enter_context(engine_on_random_text(config, TOKENS))
         with Reads():
             for step in range(STEPS):
                 Counted.waits.clear()
@@ -118,39 +112,28 @@ def measure(name: str, output: Path) -> None:
                 found["before the step"] = Counter(Counted.waits)
                 engine.step(1e-4)
                 found["step"] = Counter(Counted.waits)
-        if ranks.is_first:
-            last = found["micro-batches"]  # all but the last micro-batch, which also ends the accumulation
-            figures = {
-                "micro-batch": {kind: last[kind] / (MICRO_BATCHES - 1) for kind in KINDS},
-                "step": {kind: found["step"][kind] - found["before the step"][kind] for kind in KINDS},
-            }
-            output.write_text(json.dumps(figures))
+    last = found["micro-batches"]  # all but the last micro-batch, which also ends the accumulation
+    return {
+        "micro-batch": {kind: last[kind] / (MICRO_BATCHES - 1) for kind in KINDS},
+        "step": {kind: found["step"][kind] - found["before the step"][kind] for kind in KINDS},
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count for every case and print; the ranks call this too."""
+    """Count for every case and print."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--ranks", type=int, default=2, help="world size")
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), help="cases")
-    parser.add_argument("--measure", choices=list(CASES), help="called on the ranks")
-    parser.add_argument("--output", type=Path, help="JSON file for the counts")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if options.measure:
-        return measure(options.measure, options.output)
     results = {}
     print(f"{'waits and reads of':38}{'a micro-batch':>16}{'the step':>16}", flush=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "counted.json"
-        for name in options.only:
-            start_ranks(name, options.ranks, [__spec__.name, "--measure", name, "--output", str(output)])
-            results[name] = counts = json.loads(output.read_text())
-            cells = (f"{each['wait']:.1f} + {each['read']:.1f}" for each in counts.values())
-            print(f"{name:38}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
-    if options.output:
-        content = {"ranks": options.ranks, "cases": results}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return None
+    for name in options.only:
+        results[name] = counts = on_ranks(options.ranks, measure, name, options.ranks)
+        cells = (f"{each['wait']:.1f} + {each['read']:.1f}" for each in counts.values())
+        print(f"{name:38}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+    write_figures(options.output, {"ranks": options.ranks, "cases": results})
 
 
 if __name__ == "__main__":
-    run(main, of_ranks=True)
+    run(main)

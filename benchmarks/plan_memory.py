@@ -8,22 +8,21 @@ live (`LiveStorages`), and the tensors of all collectives of the last step; noth
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.random_text import engine_on_random_text
-from benchmarks.ranks import start_ranks
-from pipeline import config as configuration
+from benchmarks.figures import add_output, write_figures
+from benchmarks.random_text import config_with, engine_on_random_text
+from benchmarks.ranks import on_ranks
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
 from pipeline.engine.build import engine_settings
@@ -35,8 +34,8 @@ from pipeline.train import train_step
 
 STEPS = 3
 SETTINGS = """
-    --run_dir unused --data.prefixes [unused] --data.sequence_length 64 --train.global_batch_size 8
-    --train.micro_batch_size 4 --model.layers 6 --model.hidden_size 128 --model.heads 4
+    --data.sequence_length 64 --train.global_batch_size 8 --train.micro_batch_size 4
+    --engine.device cpu --model.layers 6 --model.hidden_size 128 --model.heads 4
     --model.intermediate_size 384 --schedule.warmup_steps 1 --train.steps 3
 """.split()
 LARGE = "--model.hidden_size 512 --model.heads 8 --model.intermediate_size 1536".split()
@@ -121,30 +120,27 @@ class Collectives(LiveStorages):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-def load(case: Case, folder: Path, ranks: int) -> Config:
-    """Return the configuration of a case, with its DeepSpeed JSON written into `folder`.
+@contextmanager
+def config_of(case: Case, ranks: int) -> Iterator[Config]:
+    """Give the configuration of a case.
 
     The global batches above are those of two ranks; a rank has the same work among more.
     """
-    path = folder / "ds.json"
     zero = ZERO | (case.zero or {})
     if zero["stage"] < 3:
         zero = {key: value for key, value in zero.items() if not key.startswith("stage3_")}
-    path.write_text(json.dumps({"zero_optimization": zero} | (case.top or {})))
-    more = ["--engine.deepspeed_config", str(path), "--engine.device", "cpu", *case.settings]
-    config = configuration.load([*SETTINGS, *more])
-    batch = config.train.global_batch_size * ranks // 2
-    return replace(config, train=replace(config.train, global_batch_size=batch))
+    with config_with({"zero_optimization": zero} | (case.top or {}), [*SETTINGS, *case.settings]) as config:
+        batch = config.train.global_batch_size * ranks // 2
+        yield replace(config, train=replace(config.train, global_batch_size=batch))
 
 
-def measure(name: str, output: Path) -> None:
-    """Train on this rank and, on the first, write what was measured."""
+def measure(name: str, ranks: int) -> list[dict[str, Any]]:
+    """Train on this rank; return what was measured on each."""
     case = CASES[name]
-    config = load(case, output.parent / os.environ["RANK"], int(os.environ["WORLD_SIZE"]))
-    with (
-        Collectives() as counted,
-        engine_on_random_text(config, case.tokens, config.data.sequence_length) as (engine, groups),
-    ):
+    with ExitStack() as stack:
+        config = stack.enter_context(config_of(case, ranks))
+        counted = stack.enter_context(Collectives())
+        engine, groups = stack.enter_context(engine_on_random_text(config, case.tokens))
         rows = 0
         for step in range(1, STEPS + 1):
             if step == STEPS:
@@ -153,19 +149,17 @@ def measure(name: str, output: Path) -> None:
                 counted.bytes.clear()
             train_step(engine, groups, 1e-4, step)
         peak, collectives = counted.peak, dict(counted.bytes)
-        states = engine.snapshot(output.parent)
+        with TemporaryDirectory() as folder:
+            states = engine.snapshot(Path(folder))
         saved = sum(t.nbytes for t in tree_leaves(states) if isinstance(t, Tensor))
-        found = engine.ranks.all_gather(
-            {"peak": peak, "rows": rows, "saved": saved, "collectives": collectives}
-        )
-        if engine.ranks.is_first:
-            output.write_text(json.dumps(found))
+        found = {"peak": peak, "rows": rows, "saved": saved, "collectives": collectives}
+        return engine.ranks.all_gather(found)
 
 
-def plan(case: Case, folder: Path, ranks: int, rows: int) -> dict[str, Any]:
+def plan(case: Case, ranks: int, rows: int) -> dict[str, Any]:
     """Return what the plan says of a case: bytes."""
-    config = load(case, folder, ranks)
-    zero = Zero.of(engine_settings(config))
+    with config_of(case, ranks) as config:
+        zero = Zero.of(engine_settings(config))
     width = HALF if config.engine.precision == "bf16" else FULL
     parameters = count_parameters(config, case.tokens)
     memory = plan_memory(config, zero, parameters, ranks, rows, gpu_memory=None)
@@ -183,13 +177,8 @@ def plan(case: Case, folder: Path, ranks: int, rows: int) -> dict[str, Any]:
 
 def compare(name: str, ranks: int) -> dict[str, Any]:
     """Measure a case and return it beside its plan, with their ratios."""
-    with tempfile.TemporaryDirectory() as temporary:
-        output = Path(temporary) / "measured.json"
-        for rank in range(ranks):
-            (Path(temporary) / str(rank)).mkdir()
-        start_ranks(name, ranks, [__spec__.name, "--measure", name, "--output", str(output)])
-        found = json.loads(output.read_text())
-        planned = plan(CASES[name], Path(temporary), ranks, max(rank["rows"] for rank in found))
+    found = on_ranks(ranks, measure, name, ranks)
+    planned = plan(CASES[name], ranks, max(rank["rows"] for rank in found))
     collectives = Counter(found[0]["collectives"])
     gathered = sum(size for kind, size in collectives.items() if "allgather" in kind)
     reduced = sum(size for kind, size in collectives.items() if "reduce_scatter" in kind)
@@ -205,16 +194,12 @@ def compare(name: str, ranks: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare every case and print the ratios; the ranks call this too."""
+    """Compare every case and print the ratios."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--ranks", type=int, default=2, help="world size")
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES), help="cases")
-    parser.add_argument("--measure", choices=list(CASES), help="called on the ranks")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if options.measure:
-        measure(options.measure, options.output)
-        return
     results = {}
     print(
         f"{'planned / measured':38}"
@@ -224,10 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[name] = compare(name, options.ranks)
         ratios = results[name]["planned / measured"]
         print(f"{name:38}" + "".join(f"{value:12.3f}" for value in ratios.values()), flush=True)
-    if options.output:
-        content = {"torch": torch.__version__, "ranks": options.ranks, "cases": results}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"torch": torch.__version__, "ranks": options.ranks, "cases": results}
+    write_figures(options.output, content)
 
 
 if __name__ == "__main__":
-    run(main, of_ranks=True)
+    run(main)

@@ -10,20 +10,18 @@ has as many sequences as the one had. The plan's formulas are those of tools/pla
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.random_text import engine_on_random_text
-from benchmarks.ranks import start_ranks
-from pipeline import config as configuration
+from benchmarks.figures import add_output, write_figures
+from benchmarks.random_text import config_with, engine_on_random_text
+from benchmarks.ranks import on_ranks
 from pipeline.base.cli import ToolParser, run
 from pipeline.config import Config
 from pipeline.engine.build import engine_settings
@@ -33,23 +31,21 @@ from pipeline.planning.memory import Zero
 from pipeline.planning.run_plan import Planner
 
 TOKENS = 4000
-SEQUENCES = 8  # of a rank and step
+SEQUENCES, LENGTH = 8, 128  # of a rank and step
 STEPS = 6  # with timed collectives; as many again without
 PARTS = ("computation", "communication", "update", "step")
 SETTINGS = f"""
-    --run_dir unused --data.prefixes [unused] --data.sequence_length 128 --train.micro_batch_size {SEQUENCES}
+    --data.sequence_length {LENGTH} --train.micro_batch_size {SEQUENCES}
     --model.layers 6 --model.hidden_size 384 --model.heads 6 --model.intermediate_size 1024
     --schedule.warmup_steps 1 --train.steps 100 --engine.device cpu --profiling.communication_steps {STEPS}
 """.split()
 ZERO = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 2000}
 
 
-def load(folder: Path, ranks: int) -> Config:
-    """Return the configuration, with its DeepSpeed JSON written into `folder`."""
-    path = folder / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": ZERO}))
-    more = ["--run_dir", str(folder), "--engine.deepspeed_config", str(path)]
-    return configuration.load([*SETTINGS, *more, "--train.global_batch_size", str(SEQUENCES * ranks)])
+def config_of(ranks: int) -> AbstractContextManager[Config]:
+    """Give the configuration of so many ranks."""
+    batch = ["--train.global_batch_size", str(SEQUENCES * ranks)]
+    return config_with({"zero_optimization": ZERO}, [*SETTINGS, *batch])
 
 
 def seconds_of(action: Callable[[], Any], times: int = 7) -> float:
@@ -81,10 +77,11 @@ def calibrate(ranks: int) -> dict[str, float]:
     }
 
 
-def measure(ranks: int, output: Path) -> None:
-    """Train on this rank and, on the first, write what was measured: means over the ranks."""
-    own = output.parent / os.environ["RANK"]
-    with engine_on_random_text(load(own, ranks), TOKENS, 128) as (engine, groups):
+def measure(ranks: int) -> dict[str, float]:
+    """Train on this rank; return what was measured: means over the ranks."""
+    with ExitStack() as stack:
+        config = stack.enter_context(config_of(ranks))
+        engine, groups = stack.enter_context(engine_on_random_text(config, TOKENS))
         calibrated = calibrate(ranks)
         steps: list[float] = []
         updates: list[float] = []
@@ -113,24 +110,11 @@ def measure(ranks: int, output: Path) -> None:
             "computation": step - communication - update,
         }
         found = engine.ranks.all_gather(figures)
-        if engine.ranks.is_first:
-            output.write_text(json.dumps({key: sum(f[key] for f in found) / ranks for key in figures}))
+        return {key: sum(each[key] for each in found) / ranks for key in figures}
 
 
-def measured(ranks: int, folder: Path) -> dict[str, float]:
-    """Start the ranks, and return what they found."""
-    output = folder / "measured.json"
-    for rank in range(ranks):
-        (folder / str(rank)).mkdir(exist_ok=True)
-    arguments = [__spec__.name, "--measure", str(ranks), "--output", str(output)]
-    start_ranks(f"{ranks} ranks", ranks, arguments)
-    found: dict[str, float] = json.loads(output.read_text())
-    return found
-
-
-def planned(ranks: int, folder: Path, found: dict[str, float], efficiency: float) -> dict[str, float]:
+def planned(ranks: int, found: dict[str, float], efficiency: float) -> dict[str, float]:
     """Return the seconds that the plan gives a step on the machine that `found` describes."""
-    config = load(folder / "0", ranks)
     machine = Gpu(
         found["flops"], 100 * GIB, int(found["memory"]), found["link"], found["link"], ranks, ("this CPU",)
     )
@@ -139,40 +123,34 @@ def planned(ranks: int, folder: Path, found: dict[str, float], efficiency: float
         host_milliseconds=0,
         link_share=1,
         overlap=0,
-        masked_share=found["rows"] / (SEQUENCES * config.data.sequence_length),
+        masked_share=found["rows"] / (SEQUENCES * LENGTH),
     )
-    zero = Zero.of(engine_settings(config))
+    with config_of(ranks) as config:
+        zero = Zero.of(engine_settings(config))
     return Planner(config, zero, TOKENS, machine, assumed).plan(ranks).seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the measured and the planned seconds of each part; the ranks call this too."""
+    """Print the measured and the planned seconds of each part."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], help="world sizes, 1 first")
-    parser.add_argument("--measure", type=int, help="called on the ranks")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if options.measure:
-        measure(options.measure, options.output)
-        return
     efficiency, results = 1.0, {}
     print("| ranks | " + " | ".join(f"{part}, s (plan)" for part in PARTS) + " | plan / step |")
     print("|---" * (len(PARTS) + 2) + "|")
     for ranks in options.ranks:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            found = measured(ranks, folder)
-            plan = planned(ranks, folder, found, efficiency)
-            if ranks == 1:
-                efficiency = plan["computation"] / found["computation"]
-                plan = planned(ranks, folder, found, efficiency)
+        found = on_ranks(ranks, measure, ranks)
+        plan = planned(ranks, found, efficiency)
+        if ranks == 1:
+            efficiency = plan["computation"] / found["computation"]
+            plan = planned(ranks, found, efficiency)
         cells = " | ".join(f"{found[part]:.3f} ({plan[part]:.3f})" for part in PARTS)
         print(f"| {ranks} | {cells} | {plan['step'] / found['step']:.2f} |", flush=True)
         results[ranks] = {"measured": found, "planned": plan, "efficiency": efficiency}
-    if options.output:
-        content = {"torch": torch.__version__, "cores": os.cpu_count(), "ranks": results}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"torch": torch.__version__, "cores": os.cpu_count(), "ranks": results}
+    write_figures(options.output, content)
 
 
 if __name__ == "__main__":
-    run(main, of_ranks=True)
+    run(main)

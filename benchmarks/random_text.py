@@ -1,12 +1,17 @@
-"""What a step needs, on random text: for benchmarks that time the engine and not the data."""
+"""What a step needs, on random text: for benchmarks that measure the engine and not the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
+from pipeline import config as configuration
 from pipeline import objectives
 from pipeline.chains.groups import SlotGroups
 from pipeline.chains.slots import SlotGroup
@@ -37,14 +42,23 @@ class RandomText:
 
 
 @contextmanager
-def engine_on_random_text(
-    config: Config, tokens: int, length: int
-) -> Iterator[tuple[Engine, list[SlotGroup]]]:
-    """Give the configured engine and this rank's slots, over sequences of `length` of `tokens` tokens."""
+def config_with(deepspeed: Mapping[str, Any], arguments: Sequence[str]) -> Iterator[Config]:
+    """Give the configuration of a training's arguments, with this DeepSpeed JSON and a folder of its own."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "deepspeed.json")
+        path.write_text(json.dumps(deepspeed))
+        fixed = ["--run_dir", folder, "--data.prefixes", "[unused]", "--engine.deepspeed_config", str(path)]
+        yield configuration.load([*fixed, *arguments])
+
+
+@contextmanager
+def engine_on_random_text(config: Config, tokens: int) -> Iterator[tuple[Engine, list[SlotGroup]]]:
+    """Give the configured engine and this rank's slots, over sequences of `tokens` different tokens."""
     ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
     ranks.connect()
     engine = build_engine(config, ranks, Vocabulary(tokens, tokens, MASK))
-    stream = SlotStream(RandomText(tokens, length), config.slots, config.train.seed, workers=1)
+    text = RandomText(tokens, config.data.sequence_length)
+    stream = SlotStream(text, config.slots, config.train.seed, workers=1)
     yield engine, SlotGroups(config, ranks, stream, objectives.build(config, MASK, False)).turns[0]
     stream.close()
     engine.close()

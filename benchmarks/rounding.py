@@ -10,7 +10,6 @@ every step; once they follow its own. Further options are settings of pipeline.t
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.figures import add_output, write_figures
 from benchmarks.trainings import sudoku_settings
 from pipeline import config as configuration
 from pipeline import objectives
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--ranks", type=int, default=4, help="ranks that the second training imitates")
     parser.add_argument("--interval", type=int, default=100, help="steps per line")
-    parser.add_argument("--output", type=Path, help="JSON file of the figures")
+    add_output(parser)
     options, settings = parser.parse_known_args(arguments)
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -165,10 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines.append({"step": step, **interval.figures()})
             print("  ".join(f"{name} {value:.3g}" for name, value in lines[-1].items()), flush=True)
             interval = Interval()
-    if options.output is not None:
-        facts = {"settings": settings, "ranks": options.ranks, "global_batch_size": batch}
-        facts["machine"] = f"{platform.machine()}, torch {torch.__version__}, 1 thread"
-        options.output.write_text(json.dumps(facts | {"intervals": lines}, indent=2) + "\n", encoding="utf-8")
+    facts = {"settings": settings, "ranks": options.ranks, "global_batch_size": batch}
+    facts["machine"] = f"{platform.machine()}, torch {torch.__version__}, 1 thread"
+    write_figures(options.output, facts | {"intervals": lines})
 
 
 if __name__ == "__main__":

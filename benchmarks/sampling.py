@@ -13,16 +13,17 @@ comparable on a machine that has other work.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.figures import add_output, seconds, write_figures
+from benchmarks.random_text import MASK
 from pipeline.base import cli
 from pipeline.checkpoint.load_model import load_model
 from pipeline.config import ModelConfig
@@ -33,8 +34,6 @@ from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives.layouts import Blocks, Whole
 from pipeline.objectives.seam import Layout
-
-MASK = 3
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    add_output(parser)
     return parser
 
 
@@ -136,21 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for repetition in range(options.repetitions + 1):
         for name, way in everything.items():
             visibility = layouts[way.blocks].decoding(examples)
-            started = seconds(device)
-            result = decode(model, examples, examples.answer, way.settings, visibility)
-            took = seconds(device) - started
-            if repetition:  # the first round warms up
-                rates[name].append(examples.answer.sum().item() / took)
-            forwards[name] = float(result.steps.double().mean())
+            run = partial(decode, model, examples, examples.answer, way.settings, visibility)
+            if repetition == 0:  # warms up
+                forwards[name] = float(run().steps.double().mean())
+            else:
+                rates[name].append(examples.answer.sum().item() / seconds(run, device))
     report(options, device, rates, forwards)
-
-
-def seconds(device: torch.device) -> float:
-    """Return a time: of the wall on a GPU, of the processor elsewhere."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def report(
@@ -166,19 +156,18 @@ def report(
         print(f"{name:32} {value:9.1f} tokens/s  {options.answer / forwards[name]:5.2f} tokens a forward")
     for name, value in ratios.items():
         print(f"{name:40} {value:.2f}")
-    if options.output is not None:
-        facts = {
-            "settings": {
-                k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "output"
-            },
-            "machine": f"{platform.machine()}, torch {torch.__version__}",
-            "clock": "wall" if device.type == "cuda" else "processor time of one thread",
-            "tokens_per_second": medians,
-            "all": rates,
-            "tokens_per_forward": {name: options.answer / value for name, value in forwards.items()},
-            "ratios": ratios,
-        }
-        options.output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    facts = {
+        "settings": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "output"
+        },
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "clock": "wall" if device.type == "cuda" else "processor time of one thread",
+        "tokens_per_second": medians,
+        "all": rates,
+        "tokens_per_forward": {name: options.answer / value for name, value in forwards.items()},
+        "ratios": ratios,
+    }
+    write_figures(options.output, facts)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,18 @@ python -m benchmarks.startup --output benchmarks/results/startup.json
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from benchmarks.figures import add_output, write_figures
+from benchmarks.trainings import ROOT
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import EXIT_BAD_INPUT, EXIT_DONE
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTE = "cpu is user and system time; wall depends on what else the machine runs (load, 1 = one busy core)"
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 HARNESS = "-m pipeline.evaluation.harness"
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every program and write the results."""
     parser = ToolParser(__doc__ or "")
     parser.add_argument("--starts", type=int, default=3, help="starts of each program")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    add_output(parser)
     options = parser.parse_args(arguments)
     results: dict[str, dict[str, float]] = {}
     for name, command in commands().items():
@@ -104,10 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cpu, wall = seconds(command, options.starts, codes)
         results[name] = {"cpu": round(cpu, 2), "wall": round(wall, 2)}
         print(f"{cpu:6.2f} s of CPU {wall:6.2f} s  {name}", flush=True)
-    if options.output is not None:
-        machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
-        tree = {"note": NOTE, "machine": machine, "starts": options.starts, "seconds": results}
-        options.output.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
+    figures = {"note": NOTE, "machine": machine, "starts": options.starts, "seconds": results}
+    write_figures(options.output, figures)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ alone. Clocks and memory are those of benchmarks/train_step.py. What ZeRO-3 take
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.train_step import MASK, SHAPES, RandomTokens, Shape, machine, peak_of, seconds
+from benchmarks.figures import add_output, machine, seconds, write_figures
+from benchmarks.random_text import MASK, RandomText
+from benchmarks.train_step import SHAPES, Shape, peak_of
 from pipeline import objectives
 from pipeline.base import cli
 from pipeline.chains.slots import SlotGroup, Slots, moved
@@ -180,7 +179,7 @@ def chains_options(work: Work) -> dict[str, Option]:
 
     def move(compiled: bool) -> Option:
         size, settings = work.batch_size, Config("unused", objective=ObjectiveConfig(stages=12))
-        stream = SlotStream(RandomTokens(work.shape), size, 0, workers=1)
+        stream = SlotStream(RandomText(work.shape.vocabulary, work.shape.length), size, 0, workers=1)
         objective = objectives.build(settings, MASK, False)
         group = SlotGroup(range(size), stream, objective, work.device, compiled=compiled)
         batch = group.inputs(1)
@@ -331,10 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="on an idle CPU: time by the clock, on all cores",
     )
-    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="JSON file for the figures")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if "output" in options:  # not after an hour of measuring
-        options.output.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.wall_clock:
         torch.set_num_threads(1)
@@ -346,8 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for group in options.only:
         print(group)
         results[group] = measure(GROUPS[group](work), work, options.repetitions, options.wall_clock)
-        if "output" in options:  # after each group: whatever ends this program leaves the ones before
-            options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_figures(options.output, results)  # whatever ends this program leaves the groups before
 
 
 if __name__ == "__main__":

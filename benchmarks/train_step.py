@@ -13,24 +13,20 @@ comparable on a machine that has other work; with --wall-clock those of the cloc
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import platform
 import statistics
-import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.figures import add_output, machine, seconds, write_figures
+from benchmarks.random_text import MASK, RandomText
 from pipeline import objectives
 from pipeline.base import cli
 from pipeline.chains.slots import SlotGroup
@@ -44,7 +40,6 @@ from pipeline.config import (
     Recompute,
     TrainConfig,
 )
-from pipeline.data.examples import ANSWER, Array
 from pipeline.engine.plain import PlainEngine
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
@@ -54,7 +49,6 @@ from pipeline.planning.live_memory import LiveStorages
 from pipeline.ranks import join_ranks
 from pipeline.train import train_step
 
-MASK = 3
 RATE = 1e-4
 
 
@@ -90,21 +84,6 @@ SHAPES = {
 }
 
 
-class RandomTokens:
-    """Examples of random tokens, all of them answer."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-
-    def __len__(self) -> int:
-        return 2**16
-
-    def __getitem__(self, index: int) -> dict[str, Array]:
-        """Return an example: {"tokens": [L] int64, "roles": [L] int8}."""
-        tokens = np.random.default_rng(index).integers(MASK + 1, self.shape.vocabulary, self.shape.length)
-        return {"tokens": tokens, "roles": np.full(self.shape.length, ANSWER, np.int8)}
-
-
 def full_logit_loss(model: MaskedDiffusionModel, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
     """Return loss [] and confidence [B * L] by logits of every position."""
     hidden = model.model(batch.input_ids, batch.attention_mask)  # [B, L, H]
@@ -136,7 +115,9 @@ class Contest:
         ranks = join_ranks(config.engine.device)
         self.device = ranks.device
         self.engine = PlainEngine(config, ranks, shape.tokens())
-        stream = SlotStream(RandomTokens(shape), batch_size, config.train.seed, workers=1)
+        stream = SlotStream(
+            RandomText(shape.vocabulary, shape.length), batch_size, config.train.seed, workers=1
+        )
         objective = objectives.build(config, MASK, False)
         self.group = SlotGroup(range(batch_size), stream, objective, self.device)
         self.step = 0
@@ -183,19 +164,6 @@ class Contest:
         return seconds(action, self.device, self.wall_clock)
 
 
-def seconds(action: Callable[[], Any], device: torch.device, wall_clock: bool = False) -> float:
-    """Return how long an action takes; see the module for what is measured."""
-    on_gpu = device.type == "cuda"
-    clock = time.perf_counter if on_gpu or wall_clock else time.process_time
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = clock()
-    action()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def peak_bytes(shape: Shape, batch_size: int, recompute: Recompute, device: str) -> dict[str, int]:
     """Return the most memory that forward and backward of each loss hold at once, at half the rows masked.
 
@@ -239,22 +207,6 @@ def matmul_flops_per_second(contest: Contest, dtype: torch.dtype) -> float:
     size = 8192 if contest.device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=contest.device, dtype=dtype)
     return 2 * size**3 / min(contest.seconds(lambda: a @ b) for _ in range(3))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return the facts that a time is worth nothing without."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def measure(
@@ -317,10 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="on an idle CPU: time by the clock, on all cores",
     )
-    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="JSON file for the figures")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if "output" in options:  # not after an hour of measuring
-        options.output.parent.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available() and not options.wall_clock:
         torch.set_num_threads(1)
     shape = SHAPES[options.shape]
@@ -328,8 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = measure(shape, options.batch_size, options.repetitions, recompute, options.wall_clock)
     for name, value in result["ratios"].items():
         print(f"{name:32} {value:.3f}")
-    if "output" in options:
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_figures(options.output, result)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.figures import add_output, machine, seconds, write_figures
 from benchmarks.plan_memory import Collectives
-from benchmarks.random_text import engine_on_random_text
-from benchmarks.ranks import start_ranks
-from benchmarks.train_step import RATE, SHAPES, machine, seconds
-from pipeline import config as configuration
+from benchmarks.random_text import config_with, engine_on_random_text
+from benchmarks.ranks import on_ranks
+from benchmarks.train_step import RATE, SHAPES
 from pipeline.base import cli
 from pipeline.train import train_step
 
@@ -47,24 +45,21 @@ OPTIONS: dict[str, dict[str, int]] = {
 }
 
 
-def measure(changes: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return a rank's seconds of each step; calls, bytes and peak memory of the one before them."""
     shape = SHAPES[options.shape]
-    path = options.output.with_suffix(f".{os.environ['RANK']}.json")
     settings = json.loads(Path("ds_configs/zero3.json").read_text())
-    settings["zero_optimization"] |= changes
-    path.write_text(json.dumps(settings))
-    config = configuration.load(
-        f"--run_dir unused --data.prefixes [unused] --data.sequence_length {shape.length} --model.layers "
+    settings["zero_optimization"] |= OPTIONS[name]
+    arguments = (
+        f"--data.sequence_length {shape.length} --model.layers "
         f"{shape.layers} --model.hidden_size {shape.hidden_size} --model.heads {shape.heads} "
         f"--model.intermediate_size {shape.intermediate_size} --train.micro_batch_size {options.batch_size} "
-        f"--train.global_batch_size {options.batch_size * options.ranks} "
-        f"--engine.deepspeed_config {path} --engine.device {options.device}".split()
-    )
+        f"--train.global_batch_size {options.batch_size * options.ranks} --engine.device {options.device}"
+    ).split()
     with contextlib.ExitStack() as stack:
+        config = stack.enter_context(config_with(settings, arguments))
         with Collectives() as counted:
-            running = engine_on_random_text(config, shape.vocabulary, shape.length)
-            engine, groups = stack.enter_context(running)
+            engine, groups = stack.enter_context(engine_on_random_text(config, shape.vocabulary))
             for step in (1, 2):  # in the first DeepSpeed learns in which order the weights are needed
                 counted.calls.clear()
                 counted.bytes.clear()
@@ -85,22 +80,8 @@ def measure(changes: dict[str, int], options: argparse.Namespace) -> dict[str, A
     }
 
 
-def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Start the ranks of an option and return what the first has measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "measured.json"
-        numbers = ("shape", "batch_size", "steps", "ranks", "device")
-        given = [
-            part for key in numbers for part in (f"--{key.replace('_', '-')}", str(getattr(options, key)))
-        ]
-        start = [__spec__.name, "--measure", name, "--output", str(output), *given]
-        start_ranks(name, options.ranks, start, options.device)
-        found: dict[str, Any] = json.loads(output.read_text())
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every option, print a table and write the figures; the ranks call this too."""
+    """Measure every option, print a table and write the figures."""
     parser = cli.ToolParser(description="What the settings of ZeRO-3 do to a step.")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="network and sequences")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a rank")
@@ -109,26 +90,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gpus = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=gpus, help="where")
     parser.add_argument("--only", nargs="+", choices=list(OPTIONS), default=list(OPTIONS), help="options")
-    parser.add_argument("--measure", choices=list(OPTIONS), help="called on the ranks")
-    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS, help="JSON file for the figures")
+    add_output(parser)
     options = parser.parse_args(arguments)
-    if options.measure:
-        found = measure(OPTIONS[options.measure], options)
-        if os.environ["RANK"] == "0":
-            options.output.write_text(json.dumps(found))
-        return
     results = {}
     for name in options.only:
-        found = results[name] = compare(name, options)
+        found = results[name] = on_ranks(options.ranks, measure, name, options, device=options.device)
         print(
             f"{name:32} {statistics.median(found['seconds']):8.4f} s {found['all-gathers']:4} all-gathers"
             f"{found['all-gathered bytes'] / 1e6:8.1f} MB, peak {found['peak bytes'] / 1e6:8.1f} MB",
             flush=True,
         )
-    if "output" in options:
-        facts = {"shape": options.shape, "batch_size": options.batch_size, "ranks": options.ranks}
-        options.output.write_text(json.dumps(facts | {"options": results}, indent=2) + "\n", encoding="utf-8")
+    facts = {"shape": options.shape, "batch_size": options.batch_size, "ranks": options.ranks}
+    write_figures(options.output, facts | {"options": results})
 
 
 if __name__ == "__main__":
-    cli.run(main, of_ranks=True)
+    cli.run(main)

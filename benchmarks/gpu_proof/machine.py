@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import machine
 from benchmarks.gpu_proof.measuring import output_of, there, write
-from benchmarks.train_step import machine
 from pipeline.base.cli import run
 
 PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "numpy", "transformers")

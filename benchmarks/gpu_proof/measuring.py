@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_step import seconds
+from benchmarks.figures import seconds
 from pipeline.base.cli import ToolParser
 
 

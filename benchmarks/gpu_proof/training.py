@@ -172,8 +172,7 @@ def measure(config: Config, warm_up: int, steps: int, path: Path) -> None:
     began = time.monotonic()
     with ExitStack() as stack:
         live = None if torch.cuda.is_available() else stack.enter_context(LiveStorages())
-        length = config.data.sequence_length
-        running = engine_on_random_text(config, vocabulary_of(config), length)
+        running = engine_on_random_text(config, vocabulary_of(config))
         run = Run(config, *stack.enter_context(running))
         ranks = run.engine.ranks
         started = time.monotonic()
@@ -194,7 +193,7 @@ def measure(config: Config, warm_up: int, steps: int, path: Path) -> None:
             "objective": config.objective.kind,
             "layers": config.model.layers,
             "micro_batch": config.train.micro_batch_size,
-            "length": length,
+            "length": config.data.sequence_length,
             "start_seconds": started - began,
             "warm_up_seconds": warm - started,
             "memory": memory_of(run, live),

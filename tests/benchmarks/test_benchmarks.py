@@ -11,8 +11,9 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import gradient_precision, sampling, step_options, train_step
-from benchmarks.train_step import MASK, Shape
+from benchmarks import gradient_precision, ranks, sampling, step_options, train_step
+from benchmarks.random_text import MASK
+from benchmarks.train_step import Shape
 from pipeline.model.batch import MaskedBatch, Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 from support.forked import start_forked
@@ -75,7 +76,7 @@ def test_counted_memory_is_the_allocators(full: bool) -> None:
 @pytest.mark.distributed
 def test_the_error_of_a_gradient_is_that_of_its_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums in fp32 are exact to fp32's rounding, those in bf16 are not: the check can fail."""
-    monkeypatch.setattr(gradient_precision, "start_ranks", start_forked)
+    monkeypatch.setattr(ranks, "start_ranks", start_forked)
     path = tmp_path / "errors.json"
     arguments = ["--micro-batches", "4", "--stages", "3", "--output", str(path)]
     gradient_precision.main(arguments)

@@ -28,7 +28,7 @@ OBJECTIVES = {
 def losses(*settings: str) -> list[float]:
     """Return the loss of each step of a short training."""
     config = configuration.load([*SETTINGS, *settings])
-    with engine_on_random_text(config, TOKENS, LENGTH) as (engine, groups):
+    with engine_on_random_text(config, TOKENS) as (engine, groups):
         return [float(train_step(engine, groups, 1e-3, step)[0]) for step in range(1, STEPS + 1)]
 
 

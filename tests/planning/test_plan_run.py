@@ -12,7 +12,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import plan_memory
+from benchmarks import plan_memory, ranks
 from pipeline.config import ModelConfig, Recompute
 from pipeline.model.sequence import WHOLE
 from pipeline.model.transformer import Body
@@ -209,7 +209,7 @@ def test_activations_are_those_that_are_allocated(recompute: Recompute, masked: 
 @pytest.mark.parametrize("case", ["300,000 weights stay gathered", "ZeRO-1, two micro-batches"])
 def test_the_plan_is_what_two_ranks_need(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory and collectives of real ZeRO steps; benchmarks/plan_memory.py has more cases."""
-    monkeypatch.setattr(plan_memory, "start_ranks", start_forked)
+    monkeypatch.setattr(ranks, "start_ranks", start_forked)
     ratios = plan_memory.compare(case, 2)["planned / measured"]
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.15)
 
