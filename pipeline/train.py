@@ -37,23 +37,16 @@ def train_step(
     """
     import torch  # here and in `main`: it takes seconds, which neither help nor a wrong setting needs
 
-    from pipeline.training.tracing import part
-
     parts = []
     engine.begin_step(len(groups))
     for group in groups:  # one per micro-batch
-        with part("inputs"):
-            batch = group.inputs(step)  # xt: examples under the masks of their chains
-        with part("forward"):
-            output = engine.forward(batch)
-        with part("chains"):
-            group.advance(batch, output, step)  # reveals x0 by the scores of this forward, the only one
-        with part("backward"):
-            engine.backward(output.loss)
+        batch = group.inputs(step)  # xt: examples under the masks of their chains
+        output = engine.forward(batch)
+        group.advance(batch, output, step)  # reveals x0 by the scores of this forward, the only one
+        engine.backward(output.loss)
         parts.append(output.loss.detach())
     losses = torch.stack(parts)
-    with part("update"):
-        return losses.mean(), engine.step(rate, guard.watch(engine.ranks, losses) if guard else None)
+    return losses.mean(), engine.step(rate, guard.watch(engine.ranks, losses) if guard else None)
 
 
 def train(run: Training) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.base.traced import traced
 from pipeline.chains.statistics import ChainStatistics, Walk
 from pipeline.chains.stream import SlotStream
 from pipeline.data.examples import Examples
@@ -202,12 +203,14 @@ class SlotGroup:
             self._report[:-1] = 0
         return int(masked)
 
+    @traced("inputs")
     def inputs(self, step: int) -> MaskedBatch:
         """Return the batch of the current chains for optimizer step `step` (1 is the first)."""
         rows = self._settle()
         self.trained = self.cursors + 1
         return model_input(self.objectives.at(step), self.chains, self.state, rows, step)
 
+    @traced("chains")
     def advance(self, batch: MaskedBatch, output: HeadOutput, step: int) -> None:
         """Advance the chains by the scores of the forward that gave the loss: no second forward."""
         next_step = step + self.interval

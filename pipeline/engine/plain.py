@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
+from pipeline.base.traced import traced
 from pipeline.config import Config
 from pipeline.engine.ema import WeightAverage, file_name
 from pipeline.engine.module import compile_parts, make_model, precision_of
@@ -79,6 +80,7 @@ class PlainEngine:
     def begin_step(self, micro_batches: int) -> None:
         self.accumulation = micro_batches
 
+    @traced("forward")
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         """See `Engine`; bf16 is torch's autocast here."""
         enabled = self.precision == "bf16"
@@ -86,9 +88,11 @@ class PlainEngine:
             output: HeadOutput = self.model(batch)
         return output
 
+    @traced("backward")
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
+    @traced("update")
     def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         limit = self.clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from pipeline.base.errors import UserError
+from pipeline.base.traced import trace
 from pipeline.config import Config
 from pipeline.monitor.clock import Clock
 from pipeline.ranks import Ranks
@@ -17,14 +18,6 @@ from pipeline.training.state import TrainState
 
 FOLDER = "traces"
 ALLOCATIONS = 100_000  # the newest ones and their stacks are kept for a snapshot
-
-_NOTHING = nullcontext()
-_tracing = False
-
-
-def part(name: str) -> AbstractContextManager[object]:
-    """Name what runs inside in a trace; without a trace, which is nearly always, it costs nothing."""
-    return record_function(name) if _tracing else _NOTHING
 
 
 class Tracer:
@@ -56,7 +49,6 @@ class Tracer:
         self._begin_if_due()
 
     def _begin_if_due(self) -> None:
-        global _tracing
         if self.steps is None or self.done != self.steps[0] - 2:
             return
         on_gpu = self.ranks.device.type == "cuda"
@@ -69,7 +61,7 @@ class Tracer:
         self.path = self.folder / f"rank_{self.ranks.rank:05d}.{first}.pt.trace.json.gz"
         self.clock.pause()
         self.profiler.start()
-        _tracing = True
+        trace(True)
 
     def _write(self, profiler: profile) -> None:
         try:
@@ -80,9 +72,8 @@ class Tracer:
 
     def close(self) -> None:
         """End the trace; one that is cut short is written as far as it came."""
-        global _tracing
         if self.profiler is not None:
-            _tracing = False
+            trace(False)
             self.profiler.stop()
             self.profiler = None
 

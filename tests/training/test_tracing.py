@@ -21,11 +21,12 @@ from torch.profiler import profile
 
 from benchmarks import plot_trace
 from pipeline.base.errors import UserError
+from pipeline.base.traced import traced
 from pipeline.config import Config, ProfilingConfig
 from pipeline.engine.build import read_weights
 from pipeline.monitor.clock import Clock
 from pipeline.ranks import join_ranks
-from pipeline.training.tracing import memory_snapshots, part
+from pipeline.training.tracing import memory_snapshots
 from support.programs import Outcome
 from support.runs import metrics, not_measured
 
@@ -62,7 +63,9 @@ def test_a_trace_holds_its_steps_and_changes_nothing(
     }, "4 micro-batches in each of 2 steps"  # fmt: skip
     first, last = min(s["ts"] for s in steps.values()), max(s["ts"] + s["dur"] for s in steps.values())
     assert all(first <= event["ts"] and event["ts"] + event["dur"] <= last for event in named)
-    assert part("forward") is part("update"), "the trace has ended: nothing is made for a part"
+    with profile() as record:
+        traced("later")(lambda: None)()
+    assert "later" not in {event.key for event in record.key_averages()}, "the trace has ended"
 
     plot_trace.main(["--run", str(run), "--figure", str(tmp_path / "trace.png")])
     assert Image.open(tmp_path / "trace.png").width > 1000

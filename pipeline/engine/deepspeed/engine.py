@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.errors import UserError
+from pipeline.base.traced import traced
 from pipeline.config import Config
 from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, check_files, make_universal
 from pipeline.engine.deepspeed.muon import ShardedMuon
@@ -123,11 +124,13 @@ class DeepSpeedEngine:
             self.engine.set_train_batch_size(self.engine.train_batch_size() // before * micro_batches)
             self.engine.micro_steps = 0
 
+    @traced("forward")
     def forward(self, batch: MaskedBatch) -> HeadOutput:
         with self.profiler.forward():
             output: HeadOutput = self.engine(batch)
         return output
 
+    @traced("backward")
     def backward(self, loss: Tensor) -> None:
         """See `Engine`; DeepSpeed counts micro-batches by the calls of its step."""
         # DeepSpeed averages over all ranks, but those of a sequence-parallel group share one loss.
@@ -135,6 +138,7 @@ class DeepSpeedEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
+    @traced("update")
     def step(self, learning_rate: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         self.accept = accept
         set_learning_rate(self.engine.optimizer, learning_rate)
