@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,56 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import FileFacts, creating_folder, require_new, sha256_of, write_hashed
-from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
-from pipeline.checkpoint.manifest import AVERAGE, MANIFEST, Manifest, check_hashes, find
+from pipeline.checkpoint.manifest import AVERAGE, MANIFEST
 from pipeline.checkpoint.options import check_shares
-from pipeline.config import Config
+from pipeline.checkpoint.saved_model import SavedModel, Weights, is_setting
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.engine.build import open_weights
 from pipeline.engine.plain import PLAIN_FILE
-from pipeline.engine.weights import StoredWeights
-from pipeline.ranks import Ranks
 
 ORIGIN = "average.json"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to average.
-
-    Attributes:
-        folder: of the checkpoint.
-        manifest: its manifest.
-        config: of its run.
-        share: of its weights in the average.
-        averaged: whether the weights are its moving average.
-    """
-
-    folder: Path
-    manifest: Manifest
-    config: Config
-    share: float
-    averaged: bool
-
-    @classmethod
-    def of(cls, path: Path, share: float, weights: Weights | None, verify: bool) -> Source:
-        """Find and check a checkpoint; raise a `UserError` if it is missing or damaged."""
-        folder, manifest = find(path)
-        averaged = takes_average(folder, weights)
-        if verify:
-            check_hashes(folder, manifest, needed_for(averaged), Ranks())
-        config = configuration.load(["--config", str(folder / "config.yaml")])
-        return cls(folder, manifest, config, share, averaged)
-
-    def open(self) -> StoredWeights:
-        """Return its weights by name; of tied embeddings, which have two names, under one."""
-        stored = dict(open_weights(self.folder / "model", self.averaged))
-        if self.config.model.tie_embeddings:
-            stored.pop("lm_head.weight", None)
-        return stored
 
 
 def average(
@@ -92,10 +51,8 @@ def average(
     require_new(output)
     check_shares(len(paths), shares)
     shares = [1.0] * len(paths) if shares is None else shares
-    sources = [
-        Source.of(path, share / sum(shares), weights, verify)
-        for path, share in zip(paths, shares, strict=True)
-    ]
+    shares = [share / sum(shares) for share in shares]
+    sources = [SavedModel.find(path, weights, verify) for path in paths]
     for source in sources[1:]:
         _check_alike(sources[0], source)
     newest = max(sources, key=lambda source: source.manifest.step)
@@ -103,11 +60,11 @@ def average(
         files = _copied(newest, writing)
         (writing / "model").mkdir()
         with TemporaryDirectory(dir=writing) as scratch:
-            state = {"model": _summed(sources, Path(scratch)), "optimizer": {}}
+            state = {"model": _summed(sources, shares, Path(scratch)), "optimizer": {}}
             files[f"model/{PLAIN_FILE}"] = write_hashed(
                 writing / "model" / PLAIN_FILE, partial(torch.save, state)
             )
-        files[ORIGIN] = write_hashed(writing / ORIGIN, lambda file: file.write(_origin(sources)))
+        files[ORIGIN] = write_hashed(writing / ORIGIN, lambda file: file.write(_origin(sources, shares)))
         manifest = replace(
             newest.manifest, world_size=1, sharding=AVERAGE, held_out_loss=None, guard={}, files=files
         )
@@ -115,13 +72,13 @@ def average(
     return newest.manifest.step
 
 
-def _check_alike(first: Source, other: Source) -> None:
+def _check_alike(first: SavedModel, other: SavedModel) -> None:
     """Raise a `UserError` unless two checkpoints are of one network, vocabulary and tokenizer."""
     between = f"--checkpoint {first.folder} and {other.folder}"
     tokenizers = [Tokenizer.load(source.folder / "tokenizer").sha256[:12] for source in (first, other)]
     pairs = [("tokenizers (sha256)", *tokenizers)]
     pairs += [("vocabularies", str(first.manifest.vocabulary), str(other.manifest.vocabulary))]
-    shapes = [{name: w.shape for name, w in source.open().items()} for source in (first, other)]
+    shapes = [{name: w.shape for name, w in source.weights().items()} for source in (first, other)]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         pairs.append((f"shapes of {name}", *(str(shape.get(name, "missing")) for shape in shapes)))
     settings = [vars(source.config.model) for source in (first, other)]
@@ -137,43 +94,43 @@ def _check_alike(first: Source, other: Source) -> None:
             )
 
 
-def _summed(sources: Sequence[Source], scratch: Path) -> dict[str, Tensor]:
+def _summed(sources: Sequence[SavedModel], shares: Sequence[float], scratch: Path) -> dict[str, Tensor]:
     """Return the average by name, fp32 and mapped from a file in `scratch`."""
-    shapes = {name: weight.shape for name, weight in sources[0].open().items()}
+    shapes = {name: weight.shape for name, weight in sources[0].weights().items()}
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     places = {
         name: slice(int(end) - math.prod(shape), int(end))
         for (name, shape), end in zip(shapes.items(), ends, strict=True)
     }
     total = np.memmap(scratch / "sums", np.float64, "w+", shape=(int(ends[-1]),))
-    for source in sources:
-        for name, weight in source.open().items():
-            total[places[name]] += source.share * weight.read().double().flatten().numpy()
+    for source, share in zip(sources, shares, strict=True):
+        for name, weight in source.weights().items():
+            total[places[name]] += share * weight.read().double().flatten().numpy()
     result = np.memmap(scratch / "weights", np.float32, "w+", shape=total.shape)
     for place in places.values():
         result[place] = total[place]
     return {name: torch.from_numpy(result[place]).view(shapes[name]) for name, place in places.items()}
 
 
-def _copied(source: Source, folder: Path) -> dict[str, FileFacts]:
+def _copied(source: SavedModel, folder: Path) -> dict[str, FileFacts]:
     """Copy settings and tokenizer of a checkpoint to `folder`; return the files."""
-    names = [name for name in source.manifest.files if needed_for(None)(name)]
+    names = [name for name in source.manifest.files if is_setting(name)]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / name, folder / name)
     return {name: FileFacts((folder / name).stat().st_size, sha256_of(folder / name)) for name in names}
 
 
-def _origin(sources: Sequence[Source]) -> bytes:
+def _origin(sources: Sequence[SavedModel], shares: Sequence[float]) -> bytes:
     """Return what the average was made of, as JSON."""
     facts = [
         {
             "checkpoint": str(source.folder),
             "step": source.manifest.step,
-            "share": source.share,
+            "share": share,
             "weights": "ema" if source.averaged else "raw",
             "manifest_sha256": sha256_of(source.folder / MANIFEST),
         }
-        for source in sources
+        for source, share in zip(sources, shares, strict=True)
     ]
     return (json.dumps(facts, indent=2) + "\n").encode()

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.checkpoint.manifest import check_hashes, find
+from pipeline.checkpoint.saved_model import SavedModel, Weights
 from pipeline.config import Config
 from pipeline.data.tokenizer import TEMPLATE_FILE, Tokenizer
-from pipeline.engine.build import read_weights
-from pipeline.engine.ema import FILES, has_average
 from pipeline.engine.module import make_model
-from pipeline.model.batch import Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives import decoding_layout
 from pipeline.objectives.seam import Layout
 from pipeline.ranks import Ranks
-
-Weights = Literal["ema", "raw"]
 
 
 @dataclass
@@ -81,54 +72,26 @@ def load_model(
     Raises:
         UserError: when the checkpoint is missing or damaged, or lacks the requested weights.
     """
-    folder, manifest = find(path)
-    averaged = None if untrained else takes_average(folder, weights)
-    if verify:
-        check_hashes(folder, manifest, needed_for(averaged), ranks or Ranks())
-    config = configuration.load(["--config", str(folder / "config.yaml")])
-    model = make_model(config, Vocabulary(**manifest.vocabulary))
-    if averaged is not None:
-        state = read_weights(folder / "model", averaged)
-        if config.model.tie_embeddings:  # one tensor with two names; the checkpoint may have only one
-            state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    saved = SavedModel.find(path, weights, verify, ranks, untrained)
+    model = make_model(saved.config, saved.vocabulary)
+    if not untrained:
+        state = {name: weight.read() for name, weight in saved.weights().items()}
+        if saved.config.model.tie_embeddings:  # one tensor with two names
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split()[:30])
-            raise UserError(f"{folder}: the weights do not fit config.yaml ({reason}): restore it.") from None
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    step, template = 0 if untrained else manifest.step, chat_template_beside(folder / "tokenizer")
-    return Loaded(model.to(device, dtype).eval(), tokenizer, config, step, template)
+            raise UserError(
+                f"{saved.folder}: the weights do not fit config.yaml ({reason}): restore it."
+            ) from None
+    folder = saved.folder / "tokenizer"
+    step = 0 if untrained else saved.manifest.step
+    model = model.to(device, dtype).eval()
+    return Loaded(model, Tokenizer.load(folder), saved.config, step, chat_template_beside(folder))
 
 
 def chat_template_beside(tokenizer: Path) -> str | None:
     """Return the chat template in the folder of a tokenizer, if there is one."""
     path = tokenizer / TEMPLATE_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def needed_for(averaged: bool | None) -> Callable[[str], bool]:
-    """Return which files of a checkpoint are read for its weights.
-
-    Args:
-        averaged: the moving average or the weights themselves; None = only settings and tokenizer.
-    """
-
-    def needed(name: str) -> bool:
-        if name.startswith("model/"):
-            return averaged is not None and fnmatch(name, f"model/{FILES}") == averaged
-        return name == "config.yaml" or name.startswith("tokenizer/")
-
-    return needed
-
-
-def takes_average(folder: Path, weights: Weights | None) -> bool:
-    """Return whether `weights` (see `load_model`) selects the moving average of the checkpoint `folder`.
-
-    Raises:
-        UserError: when `weights` is "ema" and the checkpoint has no moving average.
-    """
-    averaged = has_average(folder / "model")
-    if weights == "ema" and not averaged:
-        raise UserError(f"{folder} has no moving average (optimizer.ema_decay was not set): use 'raw'.")
-    return averaged and weights != "raw"

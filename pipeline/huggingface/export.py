@@ -9,13 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline import config as configuration
 from pipeline.base.files import creating_folder, require_new
-from pipeline.checkpoint.load_model import Weights, needed_for, takes_average
-from pipeline.checkpoint.manifest import check_hashes, find
+from pipeline.checkpoint.saved_model import SavedModel, Weights
 from pipeline.config import Config
 from pipeline.data.tokenizer import HUGGING_FACE, Tokenizer
-from pipeline.engine.build import open_weights
 from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
@@ -25,7 +22,6 @@ from pipeline.huggingface.standalone import standalone
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Vocabulary
 from pipeline.objectives import decoding_layout
-from pipeline.ranks import Ranks
 
 DType = Literal["float32", "bfloat16"]
 CODE = Path(__file__).with_name("remote_code")
@@ -64,27 +60,21 @@ def export(
             format, or `output` exists.
     """
     require_new(output)
-    folder, manifest = find(source)
-    config = configuration.load(["--config", str(folder / "config.yaml")])
-    averaged = takes_average(folder, weights)
-    if verify:
-        check_hashes(folder, manifest, needed_for(averaged), Ranks())
-    exported = describe(config, Vocabulary(**manifest.vocabulary), folder / "tokenizer", manifest.step, dtype)
+    saved = SavedModel.find(source, weights, verify)
+    folder, manifest, stored = saved.folder, saved.manifest, saved.weights()
+    exported = describe(saved.config, saved.vocabulary, folder / "tokenizer", manifest.step, dtype)
     check(form, exported)
-    stored = dict(open_weights(folder / "model", averaged))
-    if config.model.tie_embeddings:  # one tensor with two names; a checkpoint may hold either or both
-        stored.pop("lm_head.weight", None)
     with creating_folder(output, shared=False) as writing:
         write_model(writing, form, exported, stored, max_shard_size)
         write_tokenizer(folder / "tokenizer", writing, exported.sequence_length, chat_template)
         card = model_card(
             output.name,
-            config,
+            saved.config,
             manifest,
             exported,
             form,
             parameters=sum(math.prod(weight.shape) for weight in stored.values()),
-            weights="ema" if averaged else "raw",
+            weights="ema" if saved.averaged else "raw",
         )
         (writing / "README.md").write_text(card, encoding="utf-8")
         write_sums(writing)

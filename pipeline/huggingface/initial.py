@@ -8,13 +8,11 @@ from pathlib import Path
 
 import tokenizers
 
-from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.checkpoint.load_model import takes_average
-from pipeline.checkpoint.manifest import MANIFEST, find
+from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.checkpoint.saved_model import SavedModel
 from pipeline.config import ModelConfig
 from pipeline.data.tokenizer import FACTS_FILE, HUGGING_FACE, MODEL_FILE, Tokenizer, is_own, read_facts
-from pipeline.engine.build import open_weights as open_saved_weights
 from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import open_weights
@@ -30,8 +28,12 @@ def open_initial_weights(
     Raises:
         UserError: if model, vocabulary or tokenizer differ from the run's, or a file is damaged.
     """
-    is_checkpoint = (folder / MANIFEST).is_file()
-    theirs = _of_checkpoint(folder) if is_checkpoint else _of_export(folder)
+    saved = None
+    if (folder / MANIFEST).is_file():  # such as one of tools/average_checkpoints.py
+        saved = SavedModel.find(folder, verify=False)
+        theirs = dataclasses.replace(saved.config.model, vocab_size=saved.vocabulary.rows)
+    else:
+        theirs = _of_export(folder)
     pairs = {
         f"model.{key}": (getattr(theirs, key), getattr(model, key))
         for key in mapping.NAMES
@@ -47,16 +49,7 @@ def open_initial_weights(
                 f"set it to {there}."
             )
     _check_tokenizer(folder, tokenizer)
-    if is_checkpoint:
-        return open_saved_weights(folder / "model", takes_average(folder, None))
-    return open_weights(folder)
-
-
-def _of_checkpoint(folder: Path) -> ModelConfig:
-    """Return the model of a checkpoint, such as one of tools/average_checkpoints.py."""
-    folder, manifest = find(folder)
-    config = configuration.load(["--config", str(folder / "config.yaml")])
-    return dataclasses.replace(config.model, vocab_size=manifest.vocabulary["rows"])
+    return open_weights(folder) if saved is None else saved.weights()
 
 
 def _of_export(folder: Path) -> ModelConfig:

@@ -10,7 +10,8 @@ import torch
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
-from pipeline.checkpoint.load_model import Loaded, Weights, chat_template_beside, load_model
+from pipeline.checkpoint.load_model import Loaded, chat_template_beside, load_model
+from pipeline.checkpoint.saved_model import Weights
 from pipeline.config import Config, DataConfig, ObjectiveConfig
 from pipeline.engine.module import make_model
 from pipeline.huggingface import mapping
