@@ -18,7 +18,7 @@ from pipeline.base.cli import ToolParser, option, require_at_least_one, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.base.progress import Progress
-from pipeline.checkpoint.manifest import MANIFEST, find
+from pipeline.checkpoint.manifest import MANIFEST, find, is_export
 from pipeline.checkpoint.options import add_options as add_checkpoint_options
 from pipeline.corpus.arguments import add_template_options
 from pipeline.data.paths import bin_path

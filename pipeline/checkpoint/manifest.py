@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 MANIFEST = "manifest.json"
 AVERAGE = "the average of several checkpoints, without optimizer states"  # as the sharding of one
+CONFIG_FILE = "config.json"  # of a folder of transformers; a checkpoint has none
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "numpy")
 
@@ -227,6 +228,11 @@ def check_hashes(folder: Path, manifest: Manifest, needed: Callable[[str], bool]
         raise UserError(
             f"{folder}: {error}: restore it, take another checkpoint, or read it as it is with --no-verify."
         ) from None
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a folder is in the format of transformers, and no run or checkpoint."""
+    return (path / CONFIG_FILE).is_file()
 
 
 def split_step(text: str) -> tuple[Path, int | None]:

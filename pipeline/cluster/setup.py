@@ -29,6 +29,7 @@ from pipeline.config import Config
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.build import compatible_ops, engine_settings
 from pipeline.planning.gpus import GIB, gpu_of_device
+from pipeline.planning.memory import Zero
 from pipeline.ranks import free_port
 from pipeline.training.preflight import check_run
 
@@ -182,12 +183,10 @@ def check_ops(config: Config | None) -> Iterator[Finding]:
     wanted = {"cpu_adam": "offload_optimizer", "async_io": "NVMe", "quantizer": "quantised collectives"}
     needed: set[str] = set()
     if config is not None and config.engine.kind == "deepspeed":
-        zero = engine_settings(config)["zero_optimization"]
-        devices = [(zero.get(f"offload_{part}") or {}).get("device") for part in ("optimizer", "param")]
-        needed |= {"cpu_adam"} if devices[0] in ("cpu", "nvme") else set()
-        needed |= {"async_io"} if "nvme" in devices else set()
-        quantised = zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")
-        needed |= {"quantizer"} if quantised else set()
+        zero = Zero.of(engine_settings(config))
+        needed |= {"cpu_adam"} if zero.optimizer != "gpu" else set()
+        needed |= {"async_io"} if "nvme" in (zero.optimizer, zero.weights) else set()
+        needed |= {"quantizer"} if zero.quantized_weights or zero.quantized_gradients else set()
     for name, good in compatible_ops(list(wanted)).items():
         fact = "can be compiled" if good else f"cannot be compiled; used for {wanted[name]}"
         remedy = "run `ds_report`: a compiler, libaio-dev or the CUDA toolkit is missing"

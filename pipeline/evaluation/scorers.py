@@ -19,11 +19,10 @@ from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
 from pipeline.base.files import sha256_of
 from pipeline.checkpoint.load_model import load_model
-from pipeline.checkpoint.manifest import MANIFEST, find
+from pipeline.checkpoint.manifest import CONFIG_FILE, MANIFEST, find, is_export
 from pipeline.evaluation.likelihood import score_answers
 
 LOGITS = 2**27  # logits of one forward of a transformers model: half a GiB in float32
-CONFIG = "config.json"  # of a folder of transformers; a checkpoint has none
 NAME = "--scorer"  # in messages
 _NO_LIMIT = 2**20  # tokens; a tokenizer without a limit says 1e30
 
@@ -240,25 +239,25 @@ def find_scorer(path: Path, name: str = NAME) -> Path:
     Raises:
         UserError: if it holds neither a model of transformers nor a checkpoint.
     """
-    if (path / CONFIG).is_file():
+    if is_export(path):
         return path
     try:
         return find(path)[0]
     except UserError as error:
         raise UserError(
-            f"{name}: {error} Or give a folder of a causal model of transformers, with {CONFIG}."
+            f"{name}: {error} Or give a folder of a causal model of transformers, with {CONFIG_FILE}."
         ) from None
 
 
 def load_scorer(folder: Path, device: torch.device, name: str = NAME) -> Scorer:
     """Return the scorer in a folder that `find_scorer` found; see the classes for errors."""
-    kind = TransformersScorer if (folder / CONFIG).is_file() else RunScorer
+    kind = TransformersScorer if is_export(folder) else RunScorer
     return kind(folder, device, name)
 
 
 def identity_of(folder: Path) -> str:
     """Return a hash that differs for another scorer; for transformers, of the files' names and sizes."""
-    if not (folder / CONFIG).is_file():
+    if not is_export(folder):
         return sha256_of(folder / MANIFEST)
     files = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
-    return hashlib.sha256(repr((files, sha256_of(folder / CONFIG))).encode()).hexdigest()
+    return hashlib.sha256(repr((files, sha256_of(folder / CONFIG_FILE))).encode()).hexdigest()

@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.checkpoint.manifest import Manifest
 from pipeline.config import Config, TrainConfig
 from pipeline.data.tokenizer import HUGGING_FACE
-from pipeline.huggingface.formats import PROJECTS, Exported, Format
+from pipeline.huggingface.formats import PROJECTS, Format
+from pipeline.huggingface.mapping import Exported
 
 _CARD = """\
 ---

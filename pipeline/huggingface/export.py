@@ -11,16 +11,14 @@ import torch
 
 from pipeline.base.files import creating_folder, require_new
 from pipeline.checkpoint.saved_model import SavedModel, Weights
-from pipeline.config import Config
 from pipeline.data.tokenizer import HUGGING_FACE, Tokenizer
 from pipeline.engine.weights import StoredWeights
-from pipeline.huggingface import mapping
 from pipeline.huggingface.card import model_card
 from pipeline.huggingface.folders import write_sums, write_weights
-from pipeline.huggingface.formats import Exported, Format, check, generation_settings, name_of, settings
+from pipeline.huggingface.formats import Format, check, generation_settings, name_of, settings
+from pipeline.huggingface.mapping import Exported, to_json
 from pipeline.huggingface.standalone import standalone
 from pipeline.huggingface.tokenizer_files import write_tokenizer
-from pipeline.model.batch import Vocabulary
 from pipeline.objectives import decoding_layout
 
 DType = Literal["float32", "bfloat16"]
@@ -62,7 +60,7 @@ def export(
     require_new(output)
     saved = SavedModel.find(source, weights, verify)
     folder, manifest, stored = saved.folder, saved.manifest, saved.weights()
-    exported = describe(saved.config, saved.vocabulary, folder / "tokenizer", manifest.step, dtype)
+    exported = describe(saved, dtype)
     check(form, exported)
     with creating_folder(output, shared=False) as writing:
         write_model(writing, form, exported, stored, max_shard_size)
@@ -81,13 +79,13 @@ def export(
     return manifest.step
 
 
-def describe(config: Config, vocabulary: Vocabulary, tokenizer: Path, step: int, dtype: DType) -> Exported:
-    """Return what an export says about its model; the attention is that of decoding at `step`."""
-    loaded = Tokenizer.load(tokenizer)
-    pattern = decoding_layout(config, loaded.mask, step).attention
+def describe(saved: SavedModel, dtype: DType) -> Exported:
+    """Return what an export says about its model; the attention is that of decoding at its last step."""
+    config, tokenizer = saved.config, Tokenizer.load(saved.folder / "tokenizer")
+    pattern = decoding_layout(config, tokenizer.mask, saved.manifest.step).attention
     size = config.objective.block_size if pattern == "blocks" else None
-    length = config.data.sequence_length
-    return Exported(config.model, vocabulary, loaded, length, dtype, pattern, size, config.data.kind)
+    length, kind = config.data.sequence_length, config.data.kind
+    return Exported(config.model, saved.vocabulary, tokenizer, length, dtype, pattern, size, kind)
 
 
 def write_model(
@@ -97,20 +95,12 @@ def write_model(
     name = name_of(form)
     renamed = {name(ours): weight for ours, weight in stored.items()}
     write_weights(renamed, folder, max_shard_size, getattr(torch, exported.dtype))
-    found = own_settings(exported) if form == "own" else settings(form, exported)
+    found = to_json(exported) if form == "own" else settings(form, exported)
     _write_json(folder / "config.json", found)
     _write_json(folder / "generation_config.json", generation_settings(form, exported))
     for code in CODE.glob("*_masked_diffusion.py" if form == "own" else "tokenization_*.py"):
         if form == "own" or exported.tokenizer.model_type != HUGGING_FACE:
             (folder / code.name).write_text(standalone(code), encoding="utf-8")
-
-
-def own_settings(exported: Exported) -> dict[str, Any]:
-    """Return the config.json for the code in `remote_code`."""
-    model, vocabulary, tokenizer, length, dtype, pattern, size, kind = exported
-    found = mapping.to_json(model, vocabulary, tokenizer, length, dtype)
-    found |= {"attention": pattern, "data_kind": kind}
-    return found if size is None else found | {"block_size": size}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

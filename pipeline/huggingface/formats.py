@@ -7,40 +7,13 @@ from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, get_args
 
 from pipeline.base.errors import UserError
-from pipeline.config import ModelConfig
-from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.huggingface import llada
-from pipeline.huggingface.mapping import GENERATION_NAMES, SHIFTED
+from pipeline.huggingface.mapping import GENERATION_NAMES, SHIFTED, Exported
 from pipeline.model.attention import FAST, SLOW
-from pipeline.model.batch import Vocabulary
 
 Format = Literal["own", "llada", "dream", "sdar", "a2d"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-
-
-class Exported(NamedTuple):
-    """What an export says about its model in any format.
-
-    Attributes:
-        model: shape of the network.
-        vocabulary: vocabulary of the model.
-        tokenizer: tokenizer with the special tokens.
-        sequence_length: tokens per training example.
-        dtype: data type of the weights.
-        attention: "bidirectional", "causal" or "blocks".
-        block_size: tokens of a block, with attention "blocks".
-        data_kind: kind of the training data, "pairs" or "packed".
-    """
-
-    model: ModelConfig
-    vocabulary: Vocabulary
-    tokenizer: Tokenizer
-    sequence_length: int
-    dtype: str
-    attention: str
-    block_size: int | None = None
-    data_kind: str = "pairs"
 
 
 class Project(NamedTuple):

@@ -105,7 +105,7 @@ def import_model(
         model = dataclasses.replace(model, vocab_size=vocabulary.rows)
         length = int(settings.get("max_position_embeddings", 2048))
         dtype = str(stored[MATRICES[0]].dtype).removeprefix("torch.")
-        own = mapping.to_json(model, vocabulary, tokenizer, length, dtype) | attention
+        own = mapping.to_json(mapping.Exported(model, vocabulary, tokenizer, length, dtype, **attention))
         del own["architectures"], own["auto_map"]  # only exported models include the code
         (writing / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
         text = sections_of(output, model, attention.get("block_size"))
@@ -129,7 +129,7 @@ def sections_of(output: Path, model: ModelConfig, block_size: int | None) -> str
 
 
 def attention_of(settings: dict[str, Any], block_size: int | None, where: Path) -> dict[str, Any]:
-    """Return the attention pattern for our config.json; none for a causal model, whose run chooses it.
+    """Return how `mapping.Exported` shows sequences; nothing for a causal model, whose run chooses it.
 
     Raises:
         UserError: for a model in blocks of unknown size, or a size given for another model.

@@ -11,6 +11,7 @@ import torch
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.checkpoint.load_model import Loaded, chat_template_beside, load_model
+from pipeline.checkpoint.manifest import CONFIG_FILE, is_export
 from pipeline.checkpoint.saved_model import Weights
 from pipeline.config import Config, DataConfig, ObjectiveConfig
 from pipeline.engine.module import make_model

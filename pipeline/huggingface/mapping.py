@@ -69,22 +69,38 @@ SHIFTED = "right_shift_logits"  # dllm's name of a setting that its folders do n
 NEEDED = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
 
 
-def to_json(
-    model: ModelConfig, vocabulary: Vocabulary, tokenizer: Tokenizer, sequence_length: int, dtype: str
-) -> dict[str, Any]:
-    """Return the config.json of a model, for the code in `remote_code`.
+class Exported(NamedTuple):
+    """What an export says about its model in any format.
 
-    Args:
+    Attributes:
         model: shape of the network.
         vocabulary: vocabulary of the model.
         tokenizer: tokenizer with the special tokens.
         sequence_length: tokens per training example.
         dtype: data type of the weights.
+        attention: "bidirectional", "causal" or "blocks"; "" = the run that trains it first chooses.
+        block_size: tokens of a block, with attention "blocks".
+        data_kind: kind of the training data, "pairs" or "packed"; "" = unknown.
     """
+
+    model: ModelConfig
+    vocabulary: Vocabulary
+    tokenizer: Tokenizer
+    sequence_length: int
+    dtype: str
+    attention: str = ""
+    block_size: int | None = None
+    data_kind: str = ""
+
+
+def to_json(exported: Exported) -> dict[str, Any]:
+    """Return the config.json of a model, for the code in `remote_code`."""
+    model, vocabulary, tokenizer = exported.model, exported.vocabulary, exported.tokenizer
     settings = {theirs: getattr(model, ours) for ours, theirs in NAMES.items()}
     settings["vocab_size"] = vocabulary.rows
     settings["num_key_value_heads"] = model.kv_heads or model.heads
     settings["head_dim"] = model.head_width
+    shown = {name: getattr(exported, name) for name in ("attention", "data_kind", "block_size")}
     return {
         "architectures": ["MaskedDiffusionForMaskedLM"],
         "auto_map": {
@@ -93,13 +109,14 @@ def to_json(
             "AutoModelForMaskedLM": "modeling_masked_diffusion.MaskedDiffusionForMaskedLM",
         },
         "model_type": MODEL_TYPE,
-        "dtype": dtype,
+        "dtype": exported.dtype,
         "num_tokens": vocabulary.tokens,
         "mask_token_id": vocabulary.mask_id,
         "pad_token_id": tokenizer.pad,
         "eos_token_id": tokenizer.eos,
-        "max_position_embeddings": sequence_length,
+        "max_position_embeddings": exported.sequence_length,
         **settings,
+        **{name: value for name, value in shown.items() if value},
     }
 
 

@@ -25,7 +25,7 @@ from pipeline.engine.build import read_weights
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import own_settings
 from pipeline.huggingface.folders import divide, write_weights
-from pipeline.huggingface.formats import Exported
+from pipeline.huggingface.mapping import Exported
 from pipeline.huggingface.remote_code import modeling_masked_diffusion
 from pipeline.huggingface.remote_code.configuration_masked_diffusion import MaskedDiffusionConfig
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM

@@ -21,7 +21,8 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import write_model
 from pipeline.huggingface.folders import open_weights
-from pipeline.huggingface.formats import Exported, check
+from pipeline.huggingface.formats import check
+from pipeline.huggingface.mapping import Exported
 from pipeline.huggingface.tokenizer_files import write_tokenizer
 from pipeline.model.batch import Visibility, Vocabulary
 from pipeline.model.transformer import MaskedDiffusionModel

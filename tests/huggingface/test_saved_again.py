@@ -16,8 +16,8 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import write_model
 from pipeline.huggingface.folders import open_weights
-from pipeline.huggingface.formats import Exported
 from pipeline.huggingface.initial import open_initial_weights
+from pipeline.huggingface.mapping import Exported
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
 from pipeline.huggingface.remote_code.tokenization_masked_diffusion import MaskedDiffusionTokenizer
 from pipeline.huggingface.tokenizer_files import write_tokenizer
