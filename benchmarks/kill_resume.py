@@ -37,7 +37,7 @@ import torch
 from benchmarks.trainings import ROOT, end_with_parent, run_tool, sudoku_settings
 from pipeline.base.cli import ToolParser, add_overrides, overrides, run
 from pipeline.base.errors import EXIT_DONE, EXIT_FAILED, UserError
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text, write_json
 from pipeline.checkpoint.manifest import checkpoints
 from pipeline.monitor.example_log import FOLDER as EXAMPLES
 from pipeline.monitor.history import METRICS_FILE
@@ -307,8 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"the run came to its end after {number} kills: --steps gives it more", flush=True)
             break
         deaths.append(death)
-        with replacing(journal) as file:
-            file.write(json.dumps([asdict(each) for each in deaths]).encode())
+        replace_text(journal, json.dumps([asdict(each) for each in deaths]))
         print(f"kill {len(deaths):3}/{options.kills}  {death}", flush=True)
     killed = finish(command(len(deaths)), folder / "killed")
     result = compare(alone, killed, options.tolerance)
@@ -320,9 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {"kills": len(deaths), "hits": hits, "ranks": ranks, "steps": steps, **result}
     facts["examples"] = sum(map(len, planned.values()))
     where = {"machine": platform.platform(), "torch": torch.__version__, "seed": options.seed}
-    with replacing(options.output) as file:
-        table = [asdict(death) for death in deaths]
-        file.write((json.dumps(facts | where | {"deaths": table}, indent=1) + "\n").encode())
+    write_json(options.output, facts | where | {"deaths": [asdict(death) for death in deaths]})
     equal = result["differing"] == result["steps_with_other_examples"] == 0
     return EXIT_DONE if equal else EXIT_FAILED
 

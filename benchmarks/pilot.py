@@ -32,7 +32,7 @@ from benchmarks.reproduction.curves import HELD_OUT_LOSS
 from pipeline import config as configuration
 from pipeline.base.cli import ToolParser, add_overrides, overrides, run
 from pipeline.base.errors import UserError
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text
 from pipeline.config import Config, ObjectiveConfig
 from pipeline.monitor.history import METRICS_FILE
 
@@ -74,8 +74,7 @@ def run_all(options: Namespace) -> list[list[str]]:
     variants |= {name: f"{configured} {settings}" for name, settings in options.also}
     options.folder.mkdir(parents=True, exist_ok=True)
     common = options.folder.resolve() / "pilot.yaml"
-    with replacing(common) as file:
-        file.write(configuration.to_yaml(as_pilot(config, options.steps)).encode())
+    replace_text(common, configuration.to_yaml(as_pilot(config, options.steps)))
     ends: dict[str, list[dict[str, float]]] = {}
     curves: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for seed in options.seeds:
@@ -119,8 +118,7 @@ def write_curves(path: Path, curves: dict[tuple[str, int], list[tuple[int, float
     rows.writerow(("variant", "seed", "step", "items", HELD_OUT_LOSS))
     for label_and_seed, curve in curves.items():
         rows.writerows((*label_and_seed, step, examples, f"{loss:.6g}") for step, loss in curve)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    replace_text(path, text.getvalue())
 
 
 def table(ends: dict[str, list[dict[str, float]]]) -> list[list[str]]:

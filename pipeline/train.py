@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pipeline import config as configuration
 from pipeline.base import cli
 from pipeline.base.errors import EXIT_DONE, EXIT_REQUEUE
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text
 from pipeline.training.learning_rate import learning_rate
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with memory_snapshots(config, ranks):  # within the stack, which closes the engine
             run = start(config, ranks, signals, stack)
             if ranks.is_first:
-                with replacing(Path(config.run_dir) / "config.yaml") as file:
-                    file.write(configuration.to_yaml(config).encode())
+                replace_text(Path(config.run_dir) / "config.yaml", configuration.to_yaml(config))
             if not train(run):
                 run.log.progress.say(f"{run.outcome()}: the same command resumes")
                 signals.ignore()

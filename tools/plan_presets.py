@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     path = ROOT / DOCUMENT
     written = with_table(path.read_text(encoding="utf-8"), table(ROOT))
-    with replacing(path) as file:
-        file.write(written.encode())
+    replace_text(path, written)
     print(f"wrote {DOCUMENT}")
 
 

@@ -15,7 +15,7 @@ import orjson
 
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
-from pipeline.base.files import replacing
+from pipeline.base.files import replacing, write_json
 from pipeline.base.progress import Progress
 from pipeline.corpus.reading import DAMAGED, BadRecord
 from pipeline.corpus.recipes.tinygsm import Selection
@@ -79,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"--input leaves nothing to train on ({dict(selection.counts)}): check keys and --benchmark."
             )
-    with replacing(options.output / "counts.json") as file:
-        file.write(orjson.dumps(selection.counts, option=orjson.OPT_INDENT_2) + b"\n")
+    write_json(options.output / "counts.json", selection.counts)
     print("  ".join(f"{what}: {count:,}" for what, count in selection.counts.most_common()))
 
 

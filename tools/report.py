@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.base.cli import ToolParser, run
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text
 from pipeline.monitor.report import report
 
 
@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file to write")
     options = parser.parse_args(arguments)
     page = report(options.runs)
-    with replacing(options.output) as file:
-        file.write(page.encode())
+    replace_text(options.output, page)
     print(f"wrote {options.output} ({len(page) / 1e3:,.0f} kB)")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu_proof.parts import Part
 from benchmarks.trainings import ROOT, end_with_parent
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text
 
 TAIL = 15  # lines of a failed part's log in the report
 GRACE = 10  # seconds between asking a part to end and killing it
@@ -123,8 +123,7 @@ def commit() -> str | None:
 def write_both(folder: Path, proof: dict[str, Any], text: str) -> None:
     """Replace proof.json and report.md, so that whoever ends this program finds the last whole ones."""
     for name, content in {"proof.json": json.dumps(proof, indent=1) + "\n", "report.md": text}.items():
-        with replacing(folder / name) as file:
-            file.write(content.encode())
+        replace_text(folder / name, content)
 
 
 def chosen(parts: Sequence[Part], only: Sequence[str]) -> list[Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import json
 import os
 import shutil
 import socket
@@ -48,6 +49,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         writing.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as `replacing` does, in UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write plain values as JSON, as `replacing` does."""
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager

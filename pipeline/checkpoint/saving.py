@@ -15,14 +15,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from pipeline import config as configuration
 from pipeline.base.errors import Failure
-from pipeline.base.files import FileFacts, replacing, sha256_of, sync_folder, sync_tree, write_hashed
+from pipeline.base.files import (
+    FileFacts,
+    replacing,
+    sha256_of,
+    sync_folder,
+    sync_tree,
+    write_hashed,
+    write_json,
+)
 from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import MANIFEST, Manifest
 from pipeline.checkpoint.retention import discard, prune
@@ -197,13 +205,13 @@ class Saver:
         report = work.folder / _report_name(self.engine.ranks.rank)
         try:
             files = {name: asdict(write_hashed(work.folder / name, w)) for name, w in work.files.items()}
-            _write_json(report, {"files": files})
+            write_json(report, {"files": files})
         except Exception as error:
             work.problem = _describe(error)
             try:
                 for name in work.files:  # free the space on a full disk
                     (work.folder / name).unlink(missing_ok=True)
-                _write_json(report, {"problem": work.problem})
+                write_json(report, {"problem": work.problem})
             except OSError:  # the file system may be gone
                 work.given_up.set()
         work.written.set()
@@ -278,11 +286,6 @@ def _bytes_writer(content: bytes) -> Callable[[BinaryIO], object]:
 
 def _report_name(rank: int) -> str:
     return f"report_{rank:05d}.json"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(value).encode())
 
 
 def _describe(error: Exception) -> str:

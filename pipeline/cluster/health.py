@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.base.files import replacing
+from pipeline.base.files import replacing, write_json
 from pipeline.base.remote import is_remote
 from pipeline.checkpoint.manifest import checkpoints, split_step
 from pipeline.data.paths import bin_path, facts_path, idx_path
@@ -187,8 +187,7 @@ def _time_all_reduce(device: torch.device, world_size: int, repeats: int = 5) ->
 
 def write_report(folder: Path, report: NodeReport) -> None:
     """Write the report of a node."""
-    with replacing(folder / f"{report.node}.json") as file:
-        file.write(json.dumps(dataclasses.asdict(report), indent=2).encode() + b"\n")
+    write_json(folder / f"{report.node}.json", dataclasses.asdict(report))
 
 
 def bad_nodes(folder: Path, nodes: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text, write_json
 from pipeline.base.remote import is_remote
 from pipeline.cluster.jobs import Job
 from pipeline.cluster.site import Site
@@ -75,8 +75,7 @@ def read_submission(run_dir: Path) -> Submission:
 
 def write_submission(run_dir: Path, submission: Submission) -> None:
     """Record a submitted chain."""
-    with replacing(submission_path(run_dir)) as file:
-        file.write(json.dumps(dataclasses.asdict(submission), indent=2).encode() + b"\n")
+    write_json(submission_path(run_dir), dataclasses.asdict(submission))
 
 
 def absolute_paths(config: Config, base: Path) -> Config:
@@ -125,8 +124,7 @@ def prepare(root: Path, config: Config) -> tuple[Path, Path]:
     writing.rename(code)
     (run_dir / "slurm" / "logs").mkdir(parents=True, exist_ok=True)
     path = run_dir / "slurm" / "config.yaml"
-    with replacing(path) as file:
-        file.write(configuration.to_yaml(config).encode())
+    replace_text(path, configuration.to_yaml(config))
     return code, path
 
 

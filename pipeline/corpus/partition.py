@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.base.cli import option
 from pipeline.base.errors import UserError
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text
 from pipeline.corpus.reading import Span, cut
 from pipeline.corpus.records import LONGEST_RECORD, Keys, check_formats
 from pipeline.corpus.sources import Hub, Source, find, hub_source
@@ -205,8 +205,7 @@ def write_partition(partition: Partition, folder: Path) -> None:
     """Write plan.json into the folder of the parts."""
     values = partition.to_json()
     lines = [f"{json.dumps(key)}: {_listed(value)}" for key, value in values.items()]
-    with replacing(folder / PARTITION_FILE) as file:
-        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    replace_text(folder / PARTITION_FILE, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _listed(value: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import remove_left_overs, replacing
+from pipeline.base.files import remove_left_overs, write_json
 from pipeline.base.progress import MEGABYTE
 from pipeline.corpus.merge import merge_parts
 from pipeline.corpus.partition import Partition, differences, read_partition, write_partition
@@ -203,8 +202,7 @@ def _summarise(
     )
     path = _summary_path(prefix, work)
     remove_left_overs(path)
-    with replacing(path) as file:
-        file.write(json.dumps(dataclasses.asdict(summary), indent=2).encode() + b"\n")
+    write_json(path, dataclasses.asdict(summary))
     return summary
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.base.files import creating_folder, remove_left_overs, replacing
+from pipeline.base.files import creating_folder, remove_left_overs, write_json
 from pipeline.config import DataConfig
 from pipeline.data.facts import DatasetFacts
 from pipeline.ranks import Ranks
@@ -183,8 +182,7 @@ class Order:
 
 def write_order(folder: Path, orders: Sequence[Order]) -> None:
     """Write the order of each phase to RUN/data_order.json."""
-    with replacing(folder / ORDER_FILE) as file:
-        file.write(json.dumps({"phases": [order.to_json() for order in orders]}, indent=2).encode() + b"\n")
+    write_json(folder / ORDER_FILE, {"phases": [order.to_json() for order in orders]})
 
 
 def describe_order(shares: Sequence[Share]) -> str:

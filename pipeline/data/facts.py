@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import replacing
+from pipeline.base.files import replace_text
 from pipeline.base.remote import is_remote
 from pipeline.data.arrays import Array
 from pipeline.data.indexed import read_index
@@ -211,8 +211,7 @@ def _templates_in(options: dict[str, Any]) -> frozenset[str]:
 def write_facts(facts: DatasetFacts, prefix: Path) -> None:
     """Write PREFIX.json, one key per line."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in dataclasses.asdict(facts).items())
-    with replacing(facts_path(prefix)) as file:
-        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    replace_text(facts_path(prefix), "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_facts(prefix: str | Path) -> DatasetFacts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import keep_lines, read_lines, replacing, require_file
+from pipeline.base.files import keep_lines, read_lines, require_file, write_json
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "sentencepiece", "tokenizers", "numpy")
@@ -101,6 +100,5 @@ class Results:
             "figures": figures,
             "items": rows,
         }
-        with replacing(self.path) as file:
-            file.write(json.dumps(tree, indent=2).encode() + b"\n")
+        write_json(self.path, tree)
         self.remove_items()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from pipeline.base.files import creating_folder, require_new
+from pipeline.base.files import creating_folder, require_new, write_json
 from pipeline.checkpoint.saved_model import SavedModel, Weights
 from pipeline.data.tokenizer import HUGGING_FACE, Tokenizer
 from pipeline.engine.weights import StoredWeights
@@ -96,12 +95,8 @@ def write_model(
     renamed = {name(ours): weight for ours, weight in stored.items()}
     write_weights(renamed, folder, max_shard_size, getattr(torch, exported.dtype))
     found = to_json(exported) if form == "own" else settings(form, exported)
-    _write_json(folder / "config.json", found)
-    _write_json(folder / "generation_config.json", generation_settings(form, exported))
+    write_json(folder / "config.json", found)
+    write_json(folder / "generation_config.json", generation_settings(form, exported))
     for code in CODE.glob("*_masked_diffusion.py" if form == "own" else "tokenization_*.py"):
         if form == "own" or exported.tokenizer.model_type != HUGGING_FACE:
             (folder / code.name).write_text(standalone(code), encoding="utf-8")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

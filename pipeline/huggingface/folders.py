@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pipeline.base.errors import Failure, UserError
-from pipeline.base.files import sha256_of
+from pipeline.base.files import sha256_of, write_json
 from pipeline.base.progress import Progress, ReadingProgress
 from pipeline.engine.weights import StoredWeight, StoredWeights
 from pipeline.huggingface import mapping
@@ -151,7 +150,7 @@ def write_weights(
     progress.close()
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX_FILE, index)
 
 
 def _umask() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.base.errors import UserError
-from pipeline.base.files import creating_folder, require_new
+from pipeline.base.files import creating_folder, require_new, write_json
 from pipeline.config import ModelConfig
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface import llada, mapping
@@ -107,7 +106,7 @@ def import_model(
         dtype = str(stored[MATRICES[0]].dtype).removeprefix("torch.")
         own = mapping.to_json(mapping.Exported(model, vocabulary, tokenizer, length, dtype, **attention))
         del own["architectures"], own["auto_map"]  # only exported models include the code
-        (writing / "config.json").write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        write_json(writing / "config.json", own)
         text = sections_of(output, model, attention.get("block_size"))
         (writing / SETTINGS_FILE).write_text(text, encoding="utf-8")
         write_sums(writing)

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from pipeline.base.errors import UserError
+from pipeline.base.files import write_json
 from pipeline.checkpoint.load_model import chat_template_beside
 from pipeline.corpus.chat_template import SETTINGS_FILE
 from pipeline.corpus.tokenizer_making import import_tokenizer
@@ -72,7 +73,7 @@ def write_tokenizer(
         model["post_processor"] = None  # it would add tokens that training never saw
         (folder / "tokenizer.json").write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / SETTINGS_FILE, settings)
     template = chat_template_beside(source) if chat_template is None else chat_template
     if template is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
