@@ -12,27 +12,15 @@ from pathlib import Path
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.files import require_new
 from pipeline.checkpoint.manifest import find
-from pipeline.checkpoint.options import check_shares
+from pipeline.checkpoint.options import add_options, check_shares
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Average checkpoints."""
     parser = ToolParser(__doc__ or "")
-    parser.add_argument(
-        "--checkpoint", required=True, nargs="+", type=Path, help="run folders, RUN:STEP, or checkpoints"
-    )
+    add_options(parser, several="+")
     parser.add_argument("--shares", nargs="+", type=float, help="share of each checkpoint (default: equal)")
     parser.add_argument("--output", required=True, type=Path, help="folder to create")
-    parser.add_argument(
-        "--weights",
-        choices=["ema", "raw"],
-        help="ema = the moving averages, raw = the weights of the last steps; default: ema if there is one",
-    )
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="do not compare the hashes of the checkpoints' files: faster, but damage goes unnoticed",
-    )
     options = parser.parse_args(arguments)
     require_new(options.output)
     check_shares(len(options.checkpoint), options.shares)

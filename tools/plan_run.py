@@ -16,23 +16,11 @@ from pipeline.base.cli import ToolParser, add_overrides, option, overrides, requ
 from pipeline.base.errors import UserError
 from pipeline.config import Config
 from pipeline.config.checks import require
+from pipeline.config.reference import meanings
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.calibration import Measured, Proof, calibrated
 from pipeline.planning.gpus import GPUS, find_gpu
-
-HELP = {
-    "efficiency": "fraction of peak FLOP/s that matrix products reach",
-    "host_milliseconds": "time to launch the kernels of one block for one micro-batch, the least it takes",
-    "update_share": "fraction of the memory bandwidth that the update of the weights reaches",
-    "link_share": "fraction of the link bandwidth that collectives reach",
-    "overlap": "fraction of the shorter of computation and communication that the other hides",
-    "masked_share": "mean mask ratio",
-    "reserved_gib": "device memory of CUDA, NCCL and the kernels",
-    "fragmentation": "fraction of the device memory that the allocator cannot use",
-    "host_gigabytes_per_second": "bandwidth between a GPU and host memory, for offloaded states",
-    "disk_gigabytes_per_second": "bandwidth of one node to the file system",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cost-per-gpu-hour", type=float, help="price per GPU hour, in any currency")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     group = parser.add_argument_group("assumptions")
+    help_of = meanings(Assumptions)
     for item in fields(Assumptions):
         default = "that of the engine on a CPU core" if item.default is None else f"{item.default:g}"
-        text = f"{HELP[item.name]} (default: {default})"
+        text = f"{help_of[item.name].rstrip('.')} (default: {default})"
         group.add_argument(option(item.name), type=float, default=SUPPRESS, help=text)
     options = parser.parse_args(arguments)
     require_at_least_one(options, "gpus")

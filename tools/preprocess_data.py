@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.base.cli import ToolParser, option, require_at_least_one, run
+from pipeline.base.cli import ToolParser, chosen, option, require_at_least_one, run
 from pipeline.base.cpus import slurm_number, usable_cpus
 from pipeline.base.errors import EXIT_DONE, EXIT_LOST_DATA, UserError
 from pipeline.base.remote import is_remote, place_of
@@ -253,31 +253,12 @@ def work_on(options: argparse.Namespace, keys: Keys, is_implied: bool) -> Summar
     hub = None
     if options.hub_dataset is not None:
         hub = Hub(options.hub_dataset, options.hub_config, options.hub_split, options.hub_revision)
-    dataset_options = Options(
-        keys,
-        append_eos=options.append_eos,
-        max_document_bytes=options.max_document_bytes,
-        min_tokens=options.min_tokens,
-        max_tokens=options.max_tokens,
-        deduplicate=options.deduplicate,
-        shuffle_seed=options.shuffle_seed,
-    )
+    dataset_options = chosen(Options, options, keys=keys)
     partition = make_partition(options.input, hub, options.tokenizer, dataset_options, options.unit_bytes)
-    work = Work(
-        workers=options.workers,
-        shard_index=options.shard_index,
-        num_shards=options.num_shards,
-        on_error=options.on_error,
-        max_bad_fraction=options.max_bad_fraction,
-        max_lost_fraction=options.max_lost_fraction,
-        overwrite=options.overwrite,
-        restart=options.restart,
-        whole_texts=options.whole_texts,
-    )
     if is_implied and len(partition.units) < options.num_shards:
         units = f"the corpus has {len(partition.units)} units of work for {options.num_shards} tasks"
         raise UserError(f"{units} of a SLURM array: {OF_ITS_OWN}, or start fewer tasks, or set --unit-bytes.")
-    return preprocess(partition, options.output_prefix, work)
+    return preprocess(partition, options.output_prefix, chosen(Work, options))
 
 
 if __name__ == "__main__":

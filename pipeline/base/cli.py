@@ -12,7 +12,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO
+from dataclasses import fields
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from pipeline.base.errors import (
     EXIT_BAD_INPUT,
@@ -24,6 +25,8 @@ from pipeline.base.errors import (
     nearest,
 )
 from pipeline.base.launch import place, says
+
+T = TypeVar("T")
 
 _BAD_PATH = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _OPTION = re.compile(r"--[a-z][\w-]*(=|$)", re.IGNORECASE)
@@ -79,6 +82,12 @@ class ToolParser(argparse.ArgumentParser):
 def option(name: str) -> str:
     """Return the command-line option for a setting: ``top_k`` -> ``--top-k``."""
     return f"--{name.replace('_', '-')}"
+
+
+def chosen(cls: Callable[..., T], options: argparse.Namespace, **more: object) -> T:
+    """Return a dataclass of the options that have the names of its fields, and of `more`."""
+    names = {item.name for item in fields(cls)} - more.keys()  # type: ignore[arg-type]
+    return cls(**{name: getattr(options, name) for name in names}, **more)
 
 
 def require_at_least_one(options: argparse.Namespace, *names: str) -> None:

@@ -6,14 +6,23 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pipeline.base.errors import UserError
 
 
-def add_options(parser: argparse.ArgumentParser, exports: bool = False) -> None:
-    """Add --checkpoint, --weights and --no-verify; `exports` says that exported folders will do, too."""
+def add_options(
+    parser: argparse.ArgumentParser, exports: bool = False, several: Literal["+"] | None = None
+) -> None:
+    """Add --checkpoint, --weights and --no-verify.
+
+    Args:
+        parser: of the program.
+        exports: exported folders will do, too.
+        several: "+" for a list of checkpoints.
+    """
     places = ["run folder", "RUN:STEP", *(["export"] if exports else []), "or checkpoint"]
-    parser.add_argument("--checkpoint", required=True, type=Path, help=", ".join(places))
+    parser.add_argument("--checkpoint", required=True, nargs=several, type=Path, help=", ".join(places))
     parser.add_argument(
         "--weights",
         choices=["ema", "raw"],

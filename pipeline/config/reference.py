@@ -38,9 +38,7 @@ def page() -> str:
 
 def _section(name: str, cls: Any) -> str:
     """Return heading, description and table of one dataclass, without its nested sections."""
-    parser = jsonargparse.ArgumentParser()
-    parser.add_class_arguments(cls)
-    help_of = {action.dest: " ".join((action.help or "").split()) for action in parser._actions}
+    help_of = meanings(cls)
     lines = [
         f"## {name}",
         "",
@@ -55,6 +53,13 @@ def _section(name: str, cls: Any) -> str:
             cells = [f"`{item.name}`", described(hints[item.name]), _default(item), help_of[item.name]]
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def meanings(cls: Any) -> dict[str, str]:
+    """Return what the docstring of a dataclass says of each field."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(cls)
+    return {action.dest: " ".join((action.help or "").split()) for action in parser._actions}
 
 
 def _default(item: dataclasses.Field[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from pipeline.base.errors import UserError
@@ -27,13 +28,11 @@ def fetch_inputs(inputs: Sequence[str], folder: Path) -> list[str]:
         if objects and not known:
             raise UserError(f"--input {given} holds no file of a known type; use {KNOWN}.")
         found.append(known)
-    progress = ReadingProgress("fetching the corpus", sum(each.size for known in found for each in known))
     paths: list[str] = []
-    try:
+    total = sum(each.size for known in found for each in known)
+    with closing(ReadingProgress("fetching the corpus", total)) as progress:
         for given, known in zip(inputs, found, strict=True):
             for stored in known:
                 store.fetch(stored, place_of(stored.url, folder), count=progress.advance)
             paths += [str(place_of(stored.url, folder)) for stored in known] or [given]
-    finally:
-        progress.close()
     return paths

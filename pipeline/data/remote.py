@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 from pipeline.base.errors import UserError
@@ -31,15 +32,13 @@ def fetch_dataset(store: Store, url: str, prefix: Path, show: bool = True) -> No
     elif idx_path(prefix).exists():
         return
     objects = [store.info(url + path.suffix) for path, _ in wanted]
-    progress = ReadingProgress(f"fetching {url}", sum(each.size for each in objects), show)
-    try:
+    total = sum(each.size for each in objects)
+    with closing(ReadingProgress(f"fetching {url}", total, show)) as progress:
         for stored, (path, digest) in zip(objects, wanted, strict=True):
             if path.suffix == ".idx":
                 with replacing(written) as file:
                     file.write(facts)
             store.fetch(stored, path, digest, progress.advance)
-    finally:
-        progress.close()
 
 
 def is_uploaded(prefix: Path, url: str, overwrite: bool) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from pipeline.base.cli import option
+from pipeline.base.cli import chosen, option
 from pipeline.config.checks import require
 from pipeline.config.objective import POLICY_NAMES, UNSCORED, PolicyName
 
@@ -114,7 +114,6 @@ def read_options(options: argparse.Namespace) -> SamplingSettings:
     Raises:
         UserError: for a bad setting.
     """
-    names = [field.name for field in fields(SamplingSettings)]
-    settings = SamplingSettings(**{name: getattr(options, name) for name in names})
+    settings = chosen(SamplingSettings, options)
     settings.check()
     return settings

@@ -42,7 +42,7 @@ def chart_data(records: Sequence[Record]) -> tuple[dict[str, list[int]], dict[st
     charts: list[dict[str, Any]] = []
     for heading, layout in LAYOUT.items():
         headings[heading] = []
-        for title, (_, patterns) in layout.items():
+        for title, patterns in layout.items():
             for chart in _charts(title, patterns, records):
                 headings[heading].append(len(charts))
                 charts.append(chart)

@@ -16,7 +16,7 @@ class Assumptions:
     Attributes:
         efficiency: fraction of peak FLOP/s that matrix products reach when they wait for nothing.
         host_milliseconds: time for the host to launch the kernels of one block for one micro-batch, forward
-            and backward; a lower bound on the time of a block. None = that of the engine on a CPU core.
+            and backward; a lower bound on the time of a block.
         update_share: fraction of the memory bandwidth that the update of the weights reaches.
         link_share: fraction of the link bandwidth that collectives reach.
         overlap: fraction of the shorter of computation and communication that the other hides.
@@ -28,7 +28,7 @@ class Assumptions:
     """
 
     efficiency: float = 0.5
-    host_milliseconds: float | None = None
+    host_milliseconds: float | None = None  # that of the engine, see below
     update_share: float = 1.0
     link_share: float = 0.7
     overlap: float = 0.8
