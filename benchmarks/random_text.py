@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,12 +27,12 @@ from pipeline.ranks import join_ranks
 MASK = 3
 
 
+@dataclass(frozen=True)
 class RandomText:
     """1,000 sequences of random tokens."""
 
-    def __init__(self, tokens: int, length: int) -> None:
-        self.tokens = tokens
-        self.length = length
+    tokens: int
+    length: int
 
     def __len__(self) -> int:
         return 1000

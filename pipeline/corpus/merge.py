@@ -40,6 +40,7 @@ from pipeline.data.facts import (
     check_same,
     length_histogram,
     named_lengths,
+    package_versions,
     read_facts,
     stored_tokenizer,
     write_facts,
@@ -333,13 +334,9 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, mixed_eos: bool = Fal
 
     def facts_with(sha256: dict[str, str]) -> DatasetFacts:
         prompts = [fact.prompt_histogram for fact in facts]
-        return DatasetFacts(
-            format=FORMAT,
-            kind=first.kind,
-            tokenizer=first.tokenizer,
-            tokenizer_sha256=first.tokenizer_sha256,
-            special_ids=first.special_ids,
-            vocab_size=first.vocab_size,
+        return dataclasses.replace(
+            first,
+            versions=package_versions(),
             options={"merged": [{"sha256": fact.sha256, "options": fact.options} for fact in facts]},
             plan_sha256=None,
             counts=Counts.total(fact.counts for fact in facts),

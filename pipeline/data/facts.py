@@ -109,6 +109,11 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and the packages that make a dataset."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
 @dataclass
 class DatasetFacts:
     """The contents of PREFIX.json.
@@ -145,12 +150,7 @@ class DatasetFacts:
     token_histogram: list[int]
     prompt_histogram: list[int]
     sha256: dict[str, str]
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        }
-    )
+    versions: dict[str, str] = field(default_factory=package_versions)
 
     def check(self, pairs: bool) -> None:
         """Raise a ValueError for values that no dataset has; the file may have been edited.

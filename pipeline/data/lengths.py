@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from pipeline.data.examples import PADDING, Array, ExampleDataset
@@ -10,22 +12,23 @@ SHORTEST = 2  # with shifted prediction a single token predicts nothing
 _PURPOSE = 0x6C656E67  # keeps these draws apart from others of the same seed
 
 
+@dataclass(frozen=True)
 class RandomLengths:
     """Cuts a share of the examples to n ~ U{2..L} tokens; the rest of the row is padding.
 
     Which examples, and how long they are, depends on the seed and the index of the example alone.
+
+    Attributes:
+        dataset: examples of full length.
+        share: of the examples that are cut.
+        seed: of the draws.
+        pad: token of the padding.
     """
 
-    def __init__(self, dataset: ExampleDataset, share: float, seed: int, pad: int) -> None:
-        """Make the dataset.
-
-        Args:
-            dataset: examples of full length.
-            share: of the examples that are cut.
-            seed: of the draws.
-            pad: token of the padding.
-        """
-        self.dataset, self.share, self.seed, self.pad = dataset, share, seed, pad
+    dataset: ExampleDataset
+    share: float
+    seed: int
+    pad: int
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from pipeline.objectives.seam import Chains, ChainState, Layout, Reveals, Scores, mean_over_chains
 
 
+@dataclass(frozen=True)
 class Autoregressive:
     """Every answer position is in the loss, and every sequence lasts one step. The layout is causal."""
 
-    needs: tuple[str, ...] = ()
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    layout: Layout
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return zeros [B]: there are no stages."""

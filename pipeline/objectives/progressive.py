@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from pipeline.objectives.seam import Chains, ChainState, Layout, Reveals, Scores
 from pipeline.objectives.stages import StageSchedule
 
 
+@dataclass(frozen=True)
 class ProgressiveUnmasking:
     """Teacher-forced chains of K stages (arXiv 2602.10314).
 
@@ -21,41 +24,32 @@ class ProgressiveUnmasking:
     threshold it also reveals every position of a higher confidence; where there is one, the stage follows
     the unmasked fraction. Stages only grow, so a chain ends within K steps, whatever L_eff, K and the
     threshold. A sequence ends when its last chain does; chains that end earlier have no masks from then on.
+
+    Attributes:
+        seed: seed of the noise.
+        layout: cuts sequences into chains.
+        stages: K by step.
+        policy: what is revealed first.
+        threshold: confidence above which every position is revealed; None = standard mode.
+        ratios: distribution of the mask ratio over the stages; the paper's is uniform.
+        skipped: most stages that a chain skips at a step, each number equally likely.
+        pool: share of a chain's masked positions, the highest ranked, of which random ones are revealed; 0 =
+            the highest ranked are.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        layout: Layout,
-        stages: StageSchedule,
-        policy: Policy,
-        threshold: float | None = None,
-        ratios: MaskRatio = UNIFORM,
-        skipped: int = 0,
-        pool: float = 0.0,
-    ) -> None:
-        """Make the objective.
+    seed: int
+    layout: Layout
+    stages: StageSchedule
+    policy: Policy
+    threshold: float | None = None
+    ratios: MaskRatio = UNIFORM
+    skipped: int = 0
+    pool: float = 0.0
 
-        Args:
-            seed: seed of the noise.
-            layout: cuts sequences into chains.
-            stages: K by step.
-            policy: what is revealed first.
-            threshold: confidence above which every position is revealed; None = standard mode.
-            ratios: distribution of the mask ratio over the stages; the paper's is uniform.
-            skipped: most stages that a chain skips at a step, each number equally likely.
-            pool: share of a chain's masked positions, the highest ranked, of which random ones are revealed;
-                0 = the highest ranked are.
-        """
-        self.seed = seed
-        self.layout = layout
-        self.stages = stages
-        self.policy = policy
-        self.threshold = threshold
-        self.ratios = ratios
-        self.skipped = skipped
-        self.pool = pool
-        self.needs = policy.needs
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Those of the policy."""
+        return self.policy.needs
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return staggered stages [B], so that every batch holds all stages from the start."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pipeline.objectives.seam import (
 )
 
 
+@dataclass(frozen=True)
 class RandomMasking:
     """Masks a random subset of each chain; a sequence lasts one step, or two with complementary pairs.
 
@@ -33,38 +35,25 @@ class RandomMasking:
 
     With another distribution of the mask ratio, n = uniform is drawn from that; the loss is the bound again
     when each n weighs as much as it has become rarer (`weighted`).
+
+    Attributes:
+        seed: seed of the masks.
+        layout: cuts sequences into chains.
+        count: distribution of the number of masked positions.
+        strata: slots of the global batch, over which t is stratified; None = independent draws.
+        complementary: train on each mask and, in the next step, on its complement.
+        ratios: distribution of n / L_eff, for count = uniform.
+        weighted: let the loss be the bound whatever the distribution; it must cover 0 to 1.
     """
 
-    needs: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        seed: int,
-        layout: Layout,
-        count: Literal["uniform", "bernoulli"] = "uniform",
-        strata: int | None = None,
-        complementary: bool = False,
-        ratios: MaskRatio = UNIFORM,
-        weighted: bool = False,
-    ) -> None:
-        """Make the objective.
-
-        Args:
-            seed: seed of the masks.
-            layout: cuts sequences into chains.
-            count: distribution of the number of masked positions.
-            strata: slots of the global batch, over which t is stratified; None = independent draws.
-            complementary: train on each mask and, in the next step, on its complement.
-            ratios: distribution of n / L_eff, for count = uniform.
-            weighted: let the loss be the bound whatever the distribution; it must cover 0 to 1.
-        """
-        self.seed = seed
-        self.layout = layout
-        self.count = count
-        self.strata = strata
-        self.complementary = complementary
-        self.ratios = ratios
-        self.weighted = weighted
+    seed: int
+    layout: Layout
+    count: Literal["uniform", "bernoulli"] = "uniform"
+    strata: int | None = None
+    complementary: bool = False
+    ratios: MaskRatio = UNIFORM
+    weighted: bool = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return zeros [B]: there are no stages."""

@@ -179,8 +179,11 @@ class Objective(Protocol):
         needs: "margin" or "entropy", where `advance` reads them besides the confidence.
     """
 
-    layout: Layout
-    needs: tuple[str, ...]
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
 
     def first_stage(self, slots: Tensor, step: int) -> Tensor:
         """Return the stage [B] of the chains of slots [B] at the first step of the objective."""
