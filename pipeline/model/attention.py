@@ -22,29 +22,28 @@ Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 SLOW, FAST = 1.0, 4.0
 
 
-def rotary_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Return the rotary frequencies [head_size / 2] float32, in radians per position, fastest first.
+def rotary_table(
+    length: int, size: int, theta: float, factor: float, original_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [L, size] float32 for positions 0..L-1, in Llama's half-split layout.
 
-    As in Llama 3.1, slow frequencies are divided by ``rope_factor``, fast ones are unchanged, and those
-    between are interpolated linearly by their turns in ``rope_original_length``.
-    """
-    size, factor = config.head_width, config.rope_factor
-    frequency = config.rope_theta ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
-    if factor == 1.0:
-        return frequency
-    turns = config.rope_original_length * frequency / (2 * math.pi)
-    kept = ((turns - SLOW) / (FAST - SLOW)).clamp(0.0, 1.0)
-    return frequency * (kept + (1.0 - kept) / factor)
-
-
-def rotary_table(length: int, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [L, head_size] float32 for positions 0..L-1, in Llama's half-split layout.
+    As in Llama 3.1, slow frequencies are divided by `factor`, fast ones are unchanged, and those between are
+    interpolated linearly by their turns in `original_length`.
 
     Args:
         length: L.
-        frequency: [head_size / 2], see `rotary_frequencies`.
+        size: of a head.
+        theta: base of the frequencies.
+        factor: 1 = all frequencies are unchanged.
+        original_length: positions that the network was first trained on.
+        device: of the result.
     """
-    angle = torch.outer(torch.arange(length, device=frequency.device, dtype=torch.float32), frequency)
+    frequency = theta ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+    if factor != 1.0:
+        turns = original_length * frequency / (2 * math.pi)
+        kept = ((turns - SLOW) / (FAST - SLOW)).clamp(0.0, 1.0)
+        frequency = frequency * (kept + (1.0 - kept) / factor)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.config import ModelConfig, Recompute
-from pipeline.model.attention import Attention, Remember, rotary_frequencies, rotary_table
+from pipeline.model.attention import Attention, Remember, rotary_table
 from pipeline.model.batch import EVERYTHING, HeadOutput, MaskedBatch, Visibility, Vocabulary
 from pipeline.model.cache import KeyValueCache
 from pipeline.model.layers import Embedding, SwiGLU, recomputed
@@ -75,12 +75,18 @@ class Body(nn.Module):
             input_ids, copies = torch.cat([input_ids, visibility.clean_ids], dim=1), 2
         length = input_ids.shape[1]
         x = self.embed_tokens(self.sequence.own(input_ids, dim=1))  # [B, L / N, H]
-        angles = rotary_table(table_length, rotary_frequencies(self.config, x.device))
+        angles = self.angles(table_length, x.device)
         cos, sin = (part.repeat(copies, 1) for part in angles)  # x0 has the positions of xt
         table = self.sequence.own(cos, dim=0), self.sequence.own(sin, dim=0)
         for layer in self.layers:
             x = recomputed(layer, x, table, keys) if self.recompute else layer(x, table, keys)
         return self.sequence.gather(self.norm(x), dim=1, length=length)
+
+    def angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [L, head_size] of the positions 0..L-1."""
+        config = self.config
+        rope = config.rope_theta, config.rope_factor, config.rope_original_length
+        return rotary_table(length, config.head_width, *rope, device)
 
     def extend(self, input_ids: Tensor, where: Tensor, seen: Tensor, cache: KeyValueCache) -> Tensor:
         """Return hidden states [B, W, H] of some positions, which attend to the others through the cache.
@@ -92,7 +98,7 @@ class Body(nn.Module):
             cache: keys and values of S places; those of `where` are updated.
         """
         x = self.embed_tokens(input_ids)
-        cos, sin = rotary_table(cache.places, rotary_frequencies(self.config, x.device))
+        cos, sin = self.angles(cache.places, x.device)
         table = cos[where][:, None], sin[where][:, None]  # [B, 1, W, head_size]
         for number, layer in enumerate(self.layers):
             x = layer(x, table, seen, partial(cache.put, number, where, seen.shape[3]))

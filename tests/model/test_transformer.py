@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from pipeline.config import ModelConfig
-from pipeline.model.attention import rotary_frequencies, rotary_table, rotate
+from pipeline.model.attention import rotary_table, rotate
 from pipeline.model.batch import Vocabulary, masked_batch
 from pipeline.model.transformer import MaskedDiffusionModel
 
@@ -89,8 +89,7 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     """The rotation equals that of complex numbers in the half-split layout."""
     length, size, theta = 9, 8, 100.0
     q, k = torch.randn(2, 1, 1, 1, size, generator=torch.Generator().manual_seed(0)).unbind(0)
-    config = ModelConfig(head_size=size, rope_theta=theta)
-    table = rotary_table(length, rotary_frequencies(config, q.device))
+    table = rotary_table(length, size, theta, 1.0, length, q.device)
     turned_q, turned_k = (
         rotate(q.expand(1, 1, length, size), table),
         rotate(k.expand(1, 1, length, size), table),

@@ -7,6 +7,7 @@ from pipeline.decoding.decoding import Decoded, decode
 from pipeline.decoding.sampling import SamplingSettings
 from pipeline.decoding.sequences import UNFILLED, numbered
 from pipeline.huggingface.mapping import GENERATION_NAMES
+from pipeline.model.attention import Remember, rotary_table, rotate
 from pipeline.model.batch import HeadOutput, Visibility, Vocabulary
 from pipeline.model.cache import KeyValueCache
 from pipeline.model.masked_head import Values, chunk_rows, memory_of, score_rows
@@ -20,6 +21,7 @@ __all__ = [
     "HeadOutput",
     "KeyValueCache",
     "MaskedSequence",
+    "Remember",
     "SamplingSettings",
     "UserError",
     "Values",
@@ -29,6 +31,8 @@ __all__ = [
     "decode",
     "memory_of",
     "numbered",
+    "rotary_table",
+    "rotate",
     "score_rows",
     "stack_sequences",
 ]

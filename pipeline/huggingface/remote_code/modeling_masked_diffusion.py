@@ -1,7 +1,5 @@
 """A masked diffusion language model: a transformer that fills in masked tokens."""
 
-import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,31 +10,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from .configuration_masked_diffusion import MaskedDiffusionConfig
-from .decoding_masked_diffusion import KeyValueCache
+from .decoding_masked_diffusion import KeyValueCache, Remember, rotary_table, rotate
 from .generation_masked_diffusion import MaskedDiffusionGenerationMixin
-
-# Takes new keys and values [B, kv_heads, W, D] and returns all keys and values to attend to.
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def rotary_table(length: int, config: MaskedDiffusionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [L, head_size] float32 for positions 0..L-1."""
-    exponent = -torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    frequency = config.rope_theta**exponent
-    if config.rope_factor != 1.0:  # Llama 3.1: slow down rotations of less than one turn per original length
-        turns = config.rope_original_length * frequency / (2 * math.pi)
-        kept = ((turns - 1.0) / 3.0).clamp(0.0, 1.0)
-        frequency = frequency * (kept + (1.0 - kept) / config.rope_factor)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary embeddings to x [B, heads, L, head_size]."""
-    cos, sin = table
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 class Fp32Product(torch.autograd.Function):
@@ -189,7 +164,7 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        table = rotary_table(x.shape[1], self.config, x.device)
+        table = self.angles(x.shape[1], x.device)
         visible = self.visible(x, attention_mask, blocks)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -198,6 +173,12 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
                 x = layer(x, table, visible)
         x = self.norm(x)
         return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
+
+    def angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [L, head_size] of the positions 0..L-1."""
+        config = self.config
+        rope = config.rope_theta, config.rope_factor, config.rope_original_length
+        return rotary_table(length, config.head_dim, *rope, device)
 
     def extend(self, input_ids: Tensor, where: Tensor, seen: Tensor, cache: KeyValueCache) -> Tensor:
         """Return hidden states [B, W, H] of some positions, which attend to the others through the cache.
@@ -209,7 +190,7 @@ class MaskedDiffusionModel(MaskedDiffusionPreTrainedModel):
             cache: keys and values of S places; those of `where` are updated.
         """
         x = self.embed_tokens(input_ids)
-        cos, sin = rotary_table(cache.places, self.config, x.device)
+        cos, sin = self.angles(cache.places, x.device)
         table = cos[where][:, None], sin[where][:, None]  # [B, 1, W, head_size]
         for number, layer in enumerate(self.layers):
             x = layer(x, table, seen, partial(cache.put, number, where, seen.shape[3]))
