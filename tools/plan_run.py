@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from argparse import SUPPRESS, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from pipeline import config as configuration
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         rests_on = {key: {"value": value, "source": of} for key, value, of in basis(planner, sources)}
         content = {"plan": as_json(plan), "table": [as_json(each) for each in plans], "basis": rests_on}
-        content["data"] = [use.to_json() for use in uses]
+        content["data"] = [asdict(use) for use in uses]
         print(json.dumps(content, indent=2))
         return
     print(describe(planner, plan, name, sources))

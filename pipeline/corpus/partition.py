@@ -98,7 +98,7 @@ class Partition:
             "options": self.options.to_json(),
             "tokenizer": self.tokenizer,
             "tokenizer_sha256": self.tokenizer_sha256,
-            "sources": [source.to_json() for source in self.sources],
+            "sources": [dataclasses.asdict(source) for source in self.sources],
             "units": [[dataclasses.astuple(span) for span in unit] for unit in self.units],
         }
 

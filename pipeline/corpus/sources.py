@@ -101,13 +101,9 @@ class Source:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Source:
-        """Return the source from the result of `to_json`."""
+        """Return the source from its `asdict`."""
         hub = values.pop("hub")
         return cls(**values, hub=Hub(**hub) if hub else None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the source as plain JSON values."""
-        return asdict(self)
 
     def check_unchanged(self) -> None:
         """Raise a `UserError` if the file is gone, or if its size or time changed."""

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.engine.ema import open_average
@@ -83,8 +82,3 @@ def open_weights(folder: Path, averaged: bool = False) -> StoredWeights:
     if weights is None:
         weights = _deepspeed().open_sharded_weights(folder)
     return weights
-
-
-def read_weights(folder: Path, averaged: bool = False) -> dict[str, Tensor]:
-    """Read all of `open_weights` to the CPU."""
-    return {name: weight.read() for name, weight in open_weights(folder, averaged).items()}

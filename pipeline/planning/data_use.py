@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.blend import Share, estimated_shares
@@ -36,10 +34,6 @@ class PhaseUse:
     epochs: float | None
     datasets: dict[str, float]
     is_least: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as a dictionary."""
-        return dataclasses.asdict(self)
 
     def describe(self) -> str:
         """Return the figures as a line of text."""

@@ -17,10 +17,10 @@ from pipeline import train as program
 from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import load_model
 from pipeline.checkpoint.manifest import AVERAGE, read_manifest
-from pipeline.engine.build import read_weights
 from pipeline.huggingface.export import export
 from support.programs import Outcome, run_here
 from support.runs import command
+from support.weights import read_weights
 from tools import average_checkpoints
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,6 @@ from pipeline.checkpoint.load_model import load_model
 from pipeline.config import Config, ModelConfig, ObjectiveConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.decoding.completing import complete
-from pipeline.engine.build import read_weights
 from pipeline.engine.weights import StoredWeight
 from pipeline.huggingface.export import own_settings
 from pipeline.huggingface.folders import divide, write_weights
@@ -34,6 +33,7 @@ from pipeline.model.transformer import MaskedDiffusionModel
 from support.forked import LIBRARIES, run_forked
 from support.programs import ROOT, Outcome, run_here
 from support.runs import train_on
+from support.weights import read_weights
 from tools import export_hf
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from pipeline import train
 from pipeline.base.errors import UserError
 from pipeline.config import ModelConfig
-from pipeline.engine.build import read_weights
 from pipeline.huggingface.folders import check_sums, open_weights
 from pipeline.huggingface.initial import open_initial_weights
 from pipeline.model.batch import EVERYTHING, Visibility, Vocabulary
@@ -26,6 +25,7 @@ from support.foreign import RESERVED, bring_in, save
 from support.forked import run_forked
 from support.programs import run_here
 from support.runs import KEYS, command
+from support.weights import read_weights
 from tools import export_hf, import_hf, preprocess_data
 
 pytestmark = pytest.mark.slow

@@ -23,13 +23,13 @@ from tensorboard.plugins.hparams.metadata import (
 from pipeline import config as configuration
 from pipeline.checkpoint.manifest import read_manifest
 from pipeline.config.load import flatten
-from pipeline.engine.build import read_weights
 from pipeline.monitor.dashboard import LAYOUT
 from pipeline.monitor.texts import as_plain, read_texts
 from pipeline.monitor.writers import JsonLines, Point, TensorBoard, is_measured
 from pipeline.planning.flops import step_flops
 from support.programs import ROOT, Outcome
 from support.runs import curve, metrics
+from support.weights import read_weights
 
 Train = Callable[..., Outcome]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pipeline.checkpoint.load_model import load_model
-from pipeline.engine.build import read_weights
 from support.programs import Outcome, run_here
 from support.runs import curve
+from support.weights import read_weights
 from tools import generate
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,9 @@ import torch
 
 from pipeline.checkpoint.manifest import checkpoints
 from pipeline.cluster.submission import read_submission
-from pipeline.engine.build import read_weights
 from support.cluster import Cluster, wait_for
 from support.forked import run_forked
+from support.weights import read_weights
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 

@@ -24,7 +24,7 @@ from pipeline.chains.groups import SlotGroups
 from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Array, stack_examples
-from pipeline.engine.build import build_engine, read_weights
+from pipeline.engine.build import build_engine
 from pipeline.engine.plain import PlainEngine
 from pipeline.evaluation.likelihood import estimate
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
@@ -32,6 +32,7 @@ from pipeline.objectives.seam import Scores
 from pipeline.ranks import join_ranks
 from pipeline.train import train_step
 from pipeline.training.learning_rate import learning_rate
+from support.weights import read_weights
 
 LENGTH, VOCABULARY, MASK = 12, 24, 3
 

@@ -18,11 +18,11 @@ import torch
 from pipeline.base.errors import EXIT_BAD_INPUT
 from pipeline.base.remote import Store
 from pipeline.data.remote import fetch_dataset, upload_dataset
-from pipeline.engine.build import read_weights
 from support.fetch_dataset import PIECE
 from support.forked import run_forked
 from support.object_store import object_store
 from support.programs import Outcome
+from support.weights import read_weights
 
 Train = Callable[..., Outcome]
 URL = "s3://bucket/sets/pairs"

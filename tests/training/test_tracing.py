@@ -23,12 +23,12 @@ from benchmarks import plot_trace
 from pipeline.base.errors import UserError
 from pipeline.base.traced import traced
 from pipeline.config import Config, ProfilingConfig
-from pipeline.engine.build import read_weights
 from pipeline.monitor.clock import Clock
 from pipeline.ranks import join_ranks
 from pipeline.training.tracing import memory_snapshots
 from support.programs import Outcome
 from support.runs import metrics, not_measured
+from support.weights import read_weights
 
 Train = Callable[..., Outcome]
 
