@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 
-def add_output(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
+def add_output(parser: argparse.ArgumentParser) -> None:
     """Add --output; its folder is made at once, not after an hour of measuring."""
-    parser.add_argument("--output", type=_new_file, default=default, help="JSON file for the figures")
+    parser.add_argument("--output", type=_new_file, help="JSON file for the figures")
 
 
 def _new_file(text: str) -> Path:
