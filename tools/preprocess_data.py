@@ -30,7 +30,7 @@ from pipeline.data.tokenizer import Tokenizer
 def build_parser() -> ToolParser:
     """Return the command line."""
     parser = ToolParser(__doc__ or "")
-    add_corpus_arguments(parser, required=False)
+    add_corpus_arguments(parser)
     hub = parser.add_argument_group("a dataset that Hugging Face's datasets library streams")
     hub.add_argument("--hub-dataset", help="its name on the hub, or a local folder of data files")
     hub.add_argument("--hub-config", help="its configuration, if it has several")

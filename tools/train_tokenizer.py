@@ -45,7 +45,7 @@ def read_shown(sources: Sequence[Source], keys: Keys, megabytes: float, bad: Bad
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train or import, and write the tokenizer."""
     parser = ToolParser(__doc__ or "")
-    add_corpus_arguments(parser, required=False)
+    add_corpus_arguments(parser)
     parser.add_argument("--vocab-size", type=int, help="number of tokens; for char and word an upper bound")
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="SentencePiece model")
     parser.add_argument(

@@ -35,6 +35,7 @@ HOTTEST_CELSIUS = 85
 FREE_GIBIBYTES = 1.0
 CLOCK_SECONDS = 5.0
 TIMEOUT = timedelta(seconds=120)
+REPEATS = 5  # of the measured all-reduce
 
 
 @dataclass
@@ -172,16 +173,16 @@ def check_together(report: NodeReport, rank: int, world_size: int, address: str)
         report.together = f"the nodes could not work together: {' '.join(str(error).split())[:200]}"
 
 
-def _time_all_reduce(device: torch.device, world_size: int, repeats: int = 5) -> float:
+def _time_all_reduce(device: torch.device, world_size: int) -> float:
     """Return the bus bandwidth (GB/s) of an all-reduce, as defined by nccl-tests."""
     numbers = torch.ones(2**26 if device.type == "cuda" else 2**20, device=device)
     dist.all_reduce(numbers)  # warm-up: the first one opens the connections
     started = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         dist.all_reduce(numbers)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / repeats
+    seconds = (time.perf_counter() - started) / REPEATS
     return numbers.numel() * 4 / seconds * 2 * (world_size - 1) / world_size / 1e9
 
 

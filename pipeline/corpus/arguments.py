@@ -24,14 +24,13 @@ def add_template_options(parser: argparse.ArgumentParser, what: str) -> None:
     group.add_argument("--chat-template", type=Path, help=f"{what}, by {TEMPLATE_HELP}")
 
 
-def add_corpus_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --input and the options for the keys of records and for bad ones."""
     parser.add_argument(
         "--input",
         nargs="+",
         action="extend",
         default=[],
-        required=required,
         help="jsonl, txt (both also .gz, .zst, .bz2, .xz), parquet or arrow files; globs in quotes; folders; "
         "@FILE: a list of inputs, one per line; -: standard input",
     )

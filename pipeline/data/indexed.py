@@ -68,11 +68,6 @@ class Part:
 Chunk = tuple[Array, Array]  # tokens [sum of lengths], lengths [sequences] int32
 
 
-def join(parts: Iterable[Part], prefix: Path, dtype: np.dtype[Any], pairs: bool) -> dict[str, str]:
-    """Write the dataset of `parts`, in order; see `write_dataset`."""
-    return write_dataset((c for part in parts for c in part.chunks(dtype)), prefix, dtype, pairs)
-
-
 def write_dataset(
     chunks: Iterable[Chunk],
     prefix: Path,

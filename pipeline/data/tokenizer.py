@@ -17,6 +17,7 @@ import sentencepiece
 import tokenizers
 
 from pipeline.base.errors import UserError
+from pipeline.base.files import write_json
 from pipeline.data.arrays import Array
 
 HUGGING_FACE = "huggingface"
@@ -364,5 +365,5 @@ def _import(path: Path) -> str:
 def write_tokenizer(folder: Path, content: bytes, facts: TokenizerFacts) -> Tokenizer:
     """Write the two files of a tokenizer into a folder, and return it."""
     (folder / facts.model_file).write_bytes(content)
-    (folder / FACTS_FILE).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / FACTS_FILE, dataclasses.asdict(facts))
     return Tokenizer(_model(content, facts.model_type), facts)

@@ -27,10 +27,8 @@ def wilson_interval(right: int, total: int, z: float = Z95) -> tuple[float, floa
     return low, high
 
 
-def ratio_interval(
-    above: Sequence[float], below: Sequence[float], z: float = Z95
-) -> tuple[float, float] | None:
-    """Return the interval of sum(above) / sum(below), by default at 95%; None for a single item.
+def ratio_interval(above: Sequence[float], below: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95% interval of sum(above) / sum(below); None for a single item.
 
     The delta method: the standard error of the ratio r is that of the mean of above - r below, divided by the
     mean of below.
@@ -38,12 +36,11 @@ def ratio_interval(
     Args:
         above: of each independent item, such as its nats.
         below: of each item, such as its tokens; their sum is positive.
-        z: quantile of the standard normal.
     """
     count = len(above)
     if count < 2:
         return None
     ratio, mean = sum(above) / sum(below), sum(below) / count
     squares = sum((a - ratio * b) ** 2 for a, b in zip(above, below, strict=True))
-    half = z * math.sqrt(squares / (count - 1) / count) / mean
+    half = Z95 * math.sqrt(squares / (count - 1) / count) / mean
     return ratio - half, ratio + half

@@ -214,14 +214,15 @@ def test_data_that_does_not_fit_is_refused(
 
 def test_an_answer_of_length_0_is_refused(corpus: Corpus) -> None:
     """Also in a dataset that another program wrote."""
-    from pipeline.data.indexed import Part, join, token_dtype
+    from pipeline.data.indexed import Part, token_dtype, write_dataset
 
     corpus.write("z", [{"a": "a", "b": "b"}, {"a": "a", "b": "b"}], Keys(("a", "b")))
     part = corpus.folder / "part"
     part.write_bytes(np.array([5, 6, 7, 8], np.uint16).tobytes())
     lengths = np.array([1, 2, 1, 0], np.int32)
     facts = (corpus.folder / "z.json").read_bytes()
-    join([Part(part, lengths)], corpus.folder / "z", token_dtype(16), True)
+    dtype = token_dtype(16)
+    write_dataset(Part(part, lengths).chunks(dtype), corpus.folder / "z", dtype, True)
     (corpus.folder / "z.json").write_bytes(facts)
     with pytest.raises(UserError, match=r"document 1 has an answer of length 0"):
         corpus.build("z", kind="pairs", sequence_length=8, split="100,0,0")

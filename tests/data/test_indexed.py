@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,13 @@ import pytest
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.data import indexed
-from pipeline.data.indexed import Part, find_faults, join, read_index, read_sequence, token_dtype
+from pipeline.data.indexed import Part, find_faults, read_index, read_sequence, token_dtype, write_dataset
 from support.corpora import build_with_megatron
+
+
+def join(parts: Iterable[Part], prefix: Path, dtype: np.dtype[Any], pairs: bool) -> dict[str, str]:
+    """Write the dataset of `parts`, in order."""
+    return write_dataset((c for part in parts for c in part.chunks(dtype)), prefix, dtype, pairs)
 
 
 @pytest.mark.parametrize("entries", [2, 4, 2**20])
