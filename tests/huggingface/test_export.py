@@ -22,9 +22,8 @@ from pipeline.config import Config, ModelConfig, ObjectiveConfig
 from pipeline.data.examples import ANSWER, PADDING, PROMPT, Examples
 from pipeline.decoding.completing import complete
 from pipeline.engine.weights import StoredWeight
-from pipeline.huggingface.export import own_settings
 from pipeline.huggingface.folders import divide, write_weights
-from pipeline.huggingface.mapping import Exported
+from pipeline.huggingface.mapping import Exported, to_json
 from pipeline.huggingface.remote_code import modeling_masked_diffusion
 from pipeline.huggingface.remote_code.configuration_masked_diffusion import MaskedDiffusionConfig
 from pipeline.huggingface.remote_code.modeling_masked_diffusion import MaskedDiffusionForMaskedLM
@@ -190,7 +189,7 @@ def test_every_way_of_attention(
         torch.nn.init.normal_(parameter, 0.0, 0.3)
     pattern = objectives.decoding_layout(config, 3, 9).attention
     exported = Exported(model, vocabulary, tokenizer, 16, "float32", pattern, attention.get("block_size"))
-    settings = own_settings(exported)
+    settings = to_json(exported)
     assert settings.items() >= attention.items()
     theirs = MaskedDiffusionForMaskedLM(MaskedDiffusionConfig(**settings)).eval()
     theirs.load_state_dict(ours.state_dict())
