@@ -26,7 +26,7 @@ from pipeline.decoding.sampling import SamplingSettings, add_options, read_optio
 from pipeline.evaluation.options import DRAWS
 from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
-from pipeline.huggingface.options import check_there, is_export
+from pipeline.huggingface.options import check_there
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.load_model import Loaded

@@ -14,7 +14,8 @@ from pathlib import Path
 from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import require_new
-from pipeline.huggingface.options import CONFIG_FILE, add_shard_argument, is_export
+from pipeline.checkpoint.manifest import CONFIG_FILE, is_export
+from pipeline.huggingface.options import add_shard_argument
 
 START = {
     False: "; the embeddings of these start at the mean of the others",

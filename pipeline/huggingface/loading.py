@@ -17,7 +17,6 @@ from pipeline.config import Config, DataConfig, ObjectiveConfig
 from pipeline.engine.module import make_model
 from pipeline.huggingface import mapping
 from pipeline.huggingface.folders import check_sums, files_of, open_weights
-from pipeline.huggingface.options import CONFIG_FILE, is_export
 from pipeline.huggingface.tokenizer_files import load_tokenizer
 from pipeline.model.batch import Vocabulary
 from pipeline.ranks import Ranks

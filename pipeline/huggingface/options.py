@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 
 from pipeline.base.errors import UserError
-from pipeline.checkpoint.manifest import find
-
-CONFIG_FILE = "config.json"
+from pipeline.checkpoint.manifest import find, is_export
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -22,11 +20,6 @@ def add_shard_argument(parser: argparse.ArgumentParser) -> None:
         default="5GB",
         help="maximum size of a weights file, and roughly the memory used",
     )
-
-
-def is_export(path: Path) -> bool:
-    """Return whether a folder is in the format of transformers, and no run or checkpoint."""
-    return (path / CONFIG_FILE).is_file()
 
 
 def check_there(path: Path) -> None:
