@@ -16,6 +16,7 @@ from pipeline.base.cli import run
 from pipeline.base.errors import Failure
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+LAUNCHER_LOG = " failed (exitcode: "  # torchrun's own report of a dead rank follows what the ranks wrote
 CALL, RESULT = "call.pickle", "result.pickle"
 T = TypeVar("T")
 
@@ -40,7 +41,8 @@ def on_ranks(ranks: int, measure: Callable[..., T], *arguments: Any, device: str
         result = start_ranks(ranks, ["-m", "benchmarks.ranks", str(folder)], device)
         if result.returncode:
             called = f"{measure.__name__}({', '.join(map(str, arguments))})"
-            raise Failure(f"{called} on {ranks} ranks: {' '.join(result.stderr.split())[-500:]}")
+            wrote, _, _ = result.stderr.partition(LAUNCHER_LOG)
+            raise Failure(f"{called} on {ranks} ranks: {' '.join(wrote.split())[-500:]}")
         found: T = pickle.loads((folder / RESULT).read_bytes())
     return found
 
