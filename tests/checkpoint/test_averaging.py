@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "has changed since it was written (sha256)" in refusal("--checkpoint", four, copy)
     (tmp_path / "there").mkdir()
     outcome = average("--checkpoint", four, eight, "--output", tmp_path / "there")
-    assert "there exists: remove it, or choose another folder" in outcome.complaint()
+    assert "there exists: remove it, or name another folder" in outcome.complaint()
 
 
 def test_another_tokenizer_is_refused(
