@@ -10,6 +10,7 @@ import torch
 
 from pipeline.base.files import creating_folder, require_new, write_json
 from pipeline.checkpoint.saved_model import SavedModel, Weights
+from pipeline.config import Config
 from pipeline.data.tokenizer import HUGGING_FACE, Tokenizer
 from pipeline.engine.weights import StoredWeights
 from pipeline.huggingface.card import model_card
@@ -18,6 +19,7 @@ from pipeline.huggingface.formats import Format, check, generation_settings, nam
 from pipeline.huggingface.mapping import Exported, to_json
 from pipeline.huggingface.standalone import standalone
 from pipeline.huggingface.tokenizer_files import write_tokenizer
+from pipeline.model.batch import Vocabulary
 from pipeline.objectives import decoding_layout
 
 DType = Literal["float32", "bfloat16"]
@@ -59,7 +61,7 @@ def export(
     require_new(output)
     saved = SavedModel.find(source, weights, verify)
     folder, manifest, stored = saved.folder, saved.manifest, saved.weights()
-    exported = describe(saved, dtype)
+    exported = describe(saved.config, saved.vocabulary, folder / "tokenizer", manifest.step, dtype)
     check(form, exported)
     with creating_folder(output, shared=False) as writing:
         write_model(writing, form, exported, stored, max_shard_size)
@@ -78,13 +80,13 @@ def export(
     return manifest.step
 
 
-def describe(saved: SavedModel, dtype: DType) -> Exported:
-    """Return what an export says about its model; the attention is that of decoding at its last step."""
-    config, tokenizer = saved.config, Tokenizer.load(saved.folder / "tokenizer")
-    pattern = decoding_layout(config, tokenizer.mask, saved.manifest.step).attention
+def describe(config: Config, vocabulary: Vocabulary, tokenizer: Path, step: int, dtype: DType) -> Exported:
+    """Return what an export says about its model; the attention is that of decoding at `step`."""
+    loaded = Tokenizer.load(tokenizer)
+    pattern = decoding_layout(config, loaded.mask, step).attention
     size = config.objective.block_size if pattern == "blocks" else None
-    length, kind = config.data.sequence_length, config.data.kind
-    return Exported(config.model, saved.vocabulary, tokenizer, length, dtype, pattern, size, kind)
+    length = config.data.sequence_length
+    return Exported(config.model, vocabulary, loaded, length, dtype, pattern, size, config.data.kind)
 
 
 def write_model(
