@@ -92,6 +92,9 @@ def load_model(
 
 
 def chat_template_beside(tokenizer: Path) -> str | None:
-    """Return the chat template in the folder of a tokenizer, if there is one."""
+    """Return the chat template in the folder of a tokenizer, if any; raise a `UserError` if damaged."""
     path = tokenizer / TEMPLATE_FILE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({error.reason}): it must be UTF-8. Restore it.") from None

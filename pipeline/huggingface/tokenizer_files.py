@@ -74,6 +74,10 @@ def write_tokenizer(
         (folder / "tokenizer.json").write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(folder / SETTINGS_FILE, settings)
+    if chat_template is None and (source / TEMPLATE_FILE).is_symlink():  # to any file of this machine
+        raise UserError(
+            f"{source / TEMPLATE_FILE} is a link, which no run writes: remove it, or copy its file."
+        )
     template = chat_template_beside(source) if chat_template is None else chat_template
     if template is not None:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")

@@ -161,8 +161,8 @@ def test_help_and_refusals_do_not_wait_for_torch() -> None:
     result = run_program("-c", WITHOUT_TORCH, json.dumps(commands))
     assert "Language Model Evaluation Harness" in result.stdout, result.stderr
     *lines, has_torch = result.stdout.splitlines()
-    for line, words in zip(lines[-len(refused) - 1 :], refused.values(), strict=False):
-        assert words in line
+    for words in refused.values():
+        assert sum(words in line for line in lines) == 1, words
     assert has_torch == "False"
     assert "Traceback" not in result.stdout
 

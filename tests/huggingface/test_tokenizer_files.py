@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
+from pipeline.base.errors import UserError
 from pipeline.corpus.tokenizer_making import import_tokenizer, train_tokenizer
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.huggingface.export import CODE
@@ -75,6 +76,20 @@ def test_transformers_reads_our_tokenizers(
         assert batch["attention_mask"][0] == [1] * len(ours.encode(" fox")) + [0] * (
             len(ours.encode(" quick brown fox")) - len(ours.encode(" fox"))
         )
+
+
+def test_a_chat_template_that_is_a_link_is_not_exported(tmp_path: Path) -> None:
+    """Nor one that is no text."""
+    make("bpe", tmp_path / "t")
+    (tmp_path / "secret").write_text("of this machine")
+    (tmp_path / "t/chat_template.jinja").symlink_to(tmp_path / "secret")
+    for number, message in enumerate(("is a link, which no run writes", "must be UTF-8")):
+        folder = tmp_path / f"exported_{number}"
+        folder.mkdir()
+        with pytest.raises(UserError, match=f"chat_template.jinja .*{message}"):
+            write_tokenizer(tmp_path / "t", folder, 77)
+        (tmp_path / "t/chat_template.jinja").unlink()
+        (tmp_path / "t/chat_template.jinja").write_bytes(b"\xff\xfe")
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "huggingface"])
