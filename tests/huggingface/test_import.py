@@ -260,7 +260,7 @@ def test_models_that_are_built_in_another_way(
 def test_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A missing tokenizer or file is named, and nothing is left behind."""
     arguments = ["--input", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")]
-    assert "config.json is missing" in run_here(import_hf.main, arguments, capsys).complaint()
+    assert "theirs has no config.json" in run_here(import_hf.main, arguments, capsys).complaint()
     save(tmp_path / "theirs", "Llama")
     (tmp_path / "theirs/tokenizer.json").rename(tmp_path / "t.json")
     assert "AutoTokenizer" in run_here(import_hf.main, arguments, capsys).complaint()
