@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
 from pipeline.corpus.reading import DAMAGED
-from pipeline.corpus.records import too_many
+from pipeline.corpus.records import remedy, too_many
 from pipeline.data.arrays import Array
 from pipeline.data.facts import Counts
 from pipeline.data.indexed import Part
@@ -164,8 +164,8 @@ def check_bad(
     kind, detail = "byte" if "byte" in entry else "row", entry["detail"].rstrip("?")
     raise UserError(
         f"{what}, more than --max-bad-fraction {limit}; the first: "
-        f"{entry['file']}, {kind} {entry[kind]}: {detail}. All are in {folder}/*/{QUARANTINE}. Fix "
-        "the corpus or the options and start over with --restart, or raise --max-bad-fraction."
+        f"{entry['file']}, {kind} {entry[kind]}: {detail}. {remedy(entry['reason'])} All are in "
+        f"{folder}/*/{QUARANTINE}. Start over with --restart, or raise --max-bad-fraction."
     )
 
 

@@ -329,10 +329,14 @@ def _records(reader: SpanReader, keys: Keys, on_bad: OnBad | None = None) -> Ite
 
 def complaint(source: Source, position: int, bad: BadRecord) -> str:
     """Return the message about a bad record, with its place and the remedy."""
-    remedy = {
+    return f"{place(source, position)}: {bad.detail.rstrip('.?')}. {remedy(bad.reason)}"
+
+
+def remedy(reason: str) -> str:
+    """Return what to do about a bad record, in a sentence."""
+    return {
         "missing_key": "Set --text-key, --prompt-key, ... to its keys, or rename them.",
         "too_long": "Raise --max-document-bytes, or shorten the record.",
         DAMAGED: "Get a complete copy of the file.",
         "invalid_utf8": "Fix or remove the record, or convert the file by iconv.",
-    }.get(bad.reason, "Fix or remove the record.")
-    return f"{place(source, position)}: {bad.detail.rstrip('.?')}. {remedy}"
+    }.get(reason, "Fix or remove the record.")
