@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -24,7 +25,7 @@ from pipeline.corpus.standard_input import suffix_of
 from pipeline.corpus.tokenizer_making import LONGEST_RUN, _cut_runs, import_tokenizer, train_tokenizer
 from pipeline.data.facts import read_facts
 from pipeline.data.indexed import read_index, read_sequence
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import Tokenizer, TokenizerFacts, write_tokenizer
 from support.byte_level import train_byte_level
 from support.corpora import command, make_dataset
 from support.programs import run_here
@@ -159,12 +160,15 @@ def test_formats_that_cannot_be_are_named(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_tokenizer_whose_specials_come_from_text_is_found(tmp_path: Path) -> None:
     """One imported by an earlier version, before special tokens were kept apart."""
-    train_byte_level(ENGLISH, 400, ["</s>", "<mask>", "<pad>"]).save(str(tmp_path / "t.json"))
-    import_tokenizer(tmp_path / "t.json", {}, tmp_path / "t")
-    facts = json.loads((tmp_path / "t/tokenizer.json").read_text())
-    fox = Tokenizer.load(tmp_path / "t").encode(" fox").tolist()
-    (tmp_path / "t/tokenizer.json").write_text(json.dumps(facts | {"mask_id": fox[0]}))
-    (tmp_path / "x.jsonl").write_text('{"text": "a fox fox"}\n')
+    words = {name: number for number, name in enumerate(["<unk>", "</s>", "<mask>", "<pad>", "fox"])}
+    found = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found.add_special_tokens(["</s>", "<mask>", "<pad>"])
+    content = found.to_str().encode()
+    facts = TokenizerFacts(1, "huggingface", 5, 0, 3, 1, 2, hashlib.sha256(content).hexdigest())
+    (tmp_path / "t").mkdir()
+    write_tokenizer(tmp_path / "t", content, facts)
+    (tmp_path / "x.jsonl").write_text('{"text": "fox <mask> fox <mask>"}\n')
     with pytest.raises(UserError, match=r"encodes text as its mask token, .*, 2 times: import it again"):
         make_dataset([tmp_path / "x.jsonl"], tmp_path / "t", tmp_path / "d")
 
