@@ -23,10 +23,10 @@ from pipeline.checkpoint.options import add_options as add_checkpoint_options
 from pipeline.corpus.arguments import add_template_options
 from pipeline.data.paths import bin_path
 from pipeline.decoding.sampling import SamplingSettings, add_options, read_options
-from pipeline.evaluation.options import DRAWS
+from pipeline.evaluation.defaults import DRAWS
 from pipeline.evaluation.results import Results
 from pipeline.evaluation.tasks import TASKS
-from pipeline.huggingface.options import check_there
+from pipeline.huggingface.export_options import check_there
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.load_model import Loaded

@@ -15,7 +15,7 @@ from pipeline.base.files import require_new
 from pipeline.checkpoint.manifest import find
 from pipeline.checkpoint.options import add_options
 from pipeline.corpus.arguments import TEMPLATE_HELP
-from pipeline.huggingface.options import add_shard_argument
+from pipeline.huggingface.export_options import add_shard_argument
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

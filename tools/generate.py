@@ -23,7 +23,7 @@ from pipeline.checkpoint.options import add_options as add_checkpoint_options
 from pipeline.corpus.arguments import add_template_options
 from pipeline.decoding.prompts import read_prompts, spans
 from pipeline.decoding.sampling import add_options, read_options
-from pipeline.huggingface.options import check_there
+from pipeline.huggingface.export_options import check_there
 
 if TYPE_CHECKING:
     from pipeline.decoding.cells import Show

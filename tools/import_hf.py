@@ -15,7 +15,7 @@ from pipeline.base.cli import ToolParser, run
 from pipeline.base.errors import UserError
 from pipeline.base.files import require_new
 from pipeline.checkpoint.manifest import CONFIG_FILE, is_export
-from pipeline.huggingface.options import add_shard_argument
+from pipeline.huggingface.export_options import add_shard_argument
 
 START = {
     False: "; the embeddings of these start at the mean of the others",

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.base.cli import ToolParser, chosen, option, require_at_least_one, run
 from pipeline.base.cpus import slurm_number, usable_cpus
 from pipeline.base.errors import EXIT_DONE, EXIT_LOST_DATA, UserError
-from pipeline.base.remote import is_remote, place_of
+from pipeline.base.object_store import is_remote, place_of
 from pipeline.corpus.arguments import add_corpus_arguments, corpus_keys
 from pipeline.corpus.partition import Options, make_partition
 from pipeline.corpus.preprocess import Summary, Work, preprocess

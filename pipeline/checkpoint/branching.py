@@ -13,7 +13,6 @@ from typing import Any
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
-from pipeline.checkpoint.loading import GROUPS, kind_of_engine
 from pipeline.checkpoint.manifest import (
     AVERAGE,
     MANIFEST,
@@ -24,6 +23,7 @@ from pipeline.checkpoint.manifest import (
     find,
     split_step,
 )
+from pipeline.checkpoint.resuming import GROUPS, kind_of_engine
 from pipeline.config import Config
 from pipeline.data.tokenizer import read_facts
 from pipeline.model.batch import Vocabulary

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing, write_json
-from pipeline.base.remote import is_remote
+from pipeline.base.object_store import is_remote
 from pipeline.checkpoint.manifest import checkpoints, split_step
 from pipeline.data.paths import bin_path, facts_path, idx_path
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.base.errors import UserError, nearest
-from pipeline.base.remote import is_remote
+from pipeline.base.object_store import is_remote
 from pipeline.cluster.site import Site
 from pipeline.config import Config
 from pipeline.config.checks import require

@@ -20,7 +20,7 @@ from pathlib import Path
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
 from pipeline.base.files import replace_text, write_json
-from pipeline.base.remote import is_remote
+from pipeline.base.object_store import is_remote
 from pipeline.cluster.jobs import Job
 from pipeline.cluster.site import Site
 from pipeline.config import Config

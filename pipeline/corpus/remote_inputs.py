@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 from pipeline.base.errors import UserError
+from pipeline.base.object_store import Store, is_remote, place_of
 from pipeline.base.progress import ReadingProgress
-from pipeline.base.remote import Store, is_remote, place_of
 from pipeline.corpus.sources import KNOWN, format_of
 
 

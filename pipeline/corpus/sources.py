@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 from pipeline.base.errors import UserError
 from pipeline.base.extras import extra
-from pipeline.base.remote import is_remote
+from pipeline.base.object_store import is_remote
 from pipeline.corpus.compression import COMPRESSIONS, decompressed
 
 Format = Literal["lines", "text", "parquet", "arrow", "hub"]

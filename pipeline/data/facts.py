@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import replace_text
-from pipeline.base.remote import is_remote
+from pipeline.base.object_store import is_remote
 from pipeline.data.arrays import Array
 from pipeline.data.indexed import read_index
 from pipeline.data.paths import facts_path, idx_path

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import replacing
+from pipeline.base.object_store import Store
 from pipeline.base.progress import ReadingProgress
-from pipeline.base.remote import Store
 from pipeline.data.paths import bin_path, facts_path, idx_path, quarantine_path
 
 

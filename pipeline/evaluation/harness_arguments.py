@@ -11,7 +11,7 @@ from pipeline.base.errors import UserError, nearest
 from pipeline.checkpoint.manifest import find
 from pipeline.corpus.chat_template import read_template
 from pipeline.decoding.sampling import NUMBERS, SamplingSettings
-from pipeline.evaluation.options import DRAWS
+from pipeline.evaluation.defaults import DRAWS
 
 OWN_OPTIONS = ("batch_size", "max_batch_size", "device")  # of the harness, which passes them on
 _SAMPLER = [field.name for field in dataclasses.fields(SamplingSettings)]

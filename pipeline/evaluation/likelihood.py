@@ -24,7 +24,7 @@ from pipeline.base.errors import UserError
 from pipeline.checkpoint.load_model import Loaded
 from pipeline.data.examples import Examples
 from pipeline.decoding.batching import MaskedSequence, stack
-from pipeline.evaluation.options import DRAWS
+from pipeline.evaluation.defaults import DRAWS
 from pipeline.model.batch import HeadOutput, MaskedBatch
 from pipeline.objectives.autoregressive import Autoregressive
 from pipeline.objectives.random_masking import RandomMasking

@@ -19,9 +19,9 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.decoding.batching import MaskedSequence, behind_prompts, that_fit
 from pipeline.decoding.completing import Completion, fill_sequences
 from pipeline.decoding.sampling import SamplingSettings
+from pipeline.evaluation.defaults import DRAWS
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.evaluation.likelihood import likelihood_of, likelihood_totals, score_answers
-from pipeline.evaluation.options import DRAWS
 from pipeline.evaluation.results import Results, Row
 from pipeline.evaluation.tasks import Item, Task, Verdict
 from pipeline.ranks import Ranks

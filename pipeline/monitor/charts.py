@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.monitor.dashboard import LAYOUT, tag_of
-from pipeline.monitor.records import Curve, Record
+from pipeline.monitor.run_record import Curve, Record
 
 COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#b07aa1", "#e08e2b", "#5b5b5b", "#17a2a2", "#8c564b")
 _MOST_POINTS = 1000  # of a line

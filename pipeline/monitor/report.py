@@ -16,7 +16,7 @@ from pipeline.base.errors import UserError
 from pipeline.config.load import defaults, in_yaml
 from pipeline.monitor.charts import chart_data
 from pipeline.monitor.history import Start
-from pipeline.monitor.records import TIMES, Record, read_record
+from pipeline.monitor.run_record import TIMES, Record, read_record
 from pipeline.monitor.scores import Score
 from pipeline.monitor.texts import as_html
 

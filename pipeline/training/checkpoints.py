@@ -8,8 +8,8 @@ from pathlib import Path
 from pipeline.base.errors import Failure
 from pipeline.chains.groups import SlotGroups
 from pipeline.checkpoint.branching import check_state, find_parent, parent_of
-from pipeline.checkpoint.loading import load
 from pipeline.checkpoint.manifest import FORMAT, Identity, Manifest
+from pipeline.checkpoint.resuming import load
 from pipeline.checkpoint.retention import remove_conversions
 from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from pipeline.base.remote import Store, is_remote, place_of
+from pipeline.base.object_store import Store, is_remote, place_of
 from pipeline.config import DataConfig
 from pipeline.data.blend import while_others_wait
 from pipeline.data.remote import fetch_dataset

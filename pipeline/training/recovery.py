@@ -12,7 +12,7 @@ from pipeline.base.errors import Failure
 from pipeline.chains.groups import SlotGroups
 from pipeline.chains.slots import SlotGroup
 from pipeline.chains.stream import SlotStream
-from pipeline.checkpoint.loading import newest
+from pipeline.checkpoint.resuming import newest
 from pipeline.config import Config
 from pipeline.resilience.guard import Guard
 from pipeline.resilience.skipped import SkipLog

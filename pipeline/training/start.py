@@ -13,9 +13,9 @@ from pipeline import objectives
 from pipeline.base.progress import Progress
 from pipeline.chains.groups import SlotGroups
 from pipeline.chains.stream import SlotStream
-from pipeline.checkpoint.loading import check_continues, newest
 from pipeline.checkpoint.lock import RunLock
 from pipeline.checkpoint.manifest import Identity, Manifest
+from pipeline.checkpoint.resuming import check_continues, newest
 from pipeline.checkpoint.retention import clear
 from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config

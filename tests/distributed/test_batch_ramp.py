@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_a_ramp_at_other_world_sizes(data: Path, train: Train, tmp_path: Path, k
 
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)  # the first run on a machine compiles DeepSpeed's Adam for CPUs
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_a_ramp_with_an_offloaded_optimizer(data: Path, train: Train, tmp_path: Path) -> None:
     """Stopped after a growth and before one: bit for bit the uninterrupted run, and nearly a plain one."""
     zero = tmp_path / "zero.json"

@@ -100,7 +100,9 @@ def test_the_architecture_lists_every_module() -> None:
     assert all(listed[path] for path in listed if path != "pipeline/")
     modules = {path.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py")}
     packages = {f"{path.parent}/" for path in modules if path.name == "__init__.py"}
-    expected = packages | {str(path) for path in modules if path.name != "__init__.py"}
+    named = [path for path in modules if path.name != "__init__.py"]
+    assert len({path.name for path in named}) == len(named), "two modules have one name"
+    expected = packages | {str(path) for path in named}
     missing, gone = sorted(expected - set(listed)), sorted(set(listed) - expected)
     assert not missing, f"{ARCHITECTURE} lacks a line for {missing}"
     assert not gone, f"{ARCHITECTURE} lists {gone}, which do not exist"

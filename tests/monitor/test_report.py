@@ -21,8 +21,8 @@ import pytest
 from pipeline.config.load import flatten
 from pipeline.monitor.charts import chart_data, palette, thinned
 from pipeline.monitor.history import KILLED, noted, read_history
-from pipeline.monitor.records import Record, read_record
 from pipeline.monitor.report import duration
+from pipeline.monitor.run_record import Record, read_record
 from pipeline.resilience.skipped import SKIPPED_FILE
 from support.programs import Outcome, run_here
 from support.runs import curve, metrics

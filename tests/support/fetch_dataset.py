@@ -12,9 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
-from pipeline.base import remote
+from pipeline.base import object_store
 from pipeline.base.cli import run
-from pipeline.base.remote import Store, Stored
+from pipeline.base.object_store import Store, Stored
 from pipeline.config import DataConfig
 from pipeline.ranks import join_ranks
 from pipeline.training.fetching import fetch_datasets
@@ -30,7 +30,7 @@ def main(url: str, log: Path, caches: list[str]) -> None:
     os.environ["LOCAL_RANK"] = str(rank % RANKS)
     ranks = join_ranks("cpu")
     ranks.connect()
-    remote.PIECE, remote.AHEAD = PIECE, 1
+    object_store.PIECE, object_store.AHEAD = PIECE, 1
     done = []
 
     def piece(store: Store, stored: Stored, start: int) -> bytes:

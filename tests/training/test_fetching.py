@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.base.errors import EXIT_BAD_INPUT
-from pipeline.base.remote import Store
+from pipeline.base.object_store import Store
 from pipeline.data.remote import fetch_dataset, upload_dataset
 from support.fetch_dataset import PIECE
 from support.forked import run_forked

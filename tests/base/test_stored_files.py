@@ -12,10 +12,9 @@ from typing import Any
 import boto3
 import pytest
 
-from pipeline.base import remote
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
-from pipeline.base.remote import Store, Stored
+from pipeline.base.object_store import Store, Stored
 from support.object_store import object_store
 from support.programs import ROOT
 
@@ -54,8 +53,8 @@ def test_a_fetch_resumes_with_what_is_missing(
     client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a failure in the middle; every byte is asked for once, and the copy appears in the end."""
-    monkeypatch.setattr(remote, "PIECE", 1000)
-    monkeypatch.setattr(remote, "AHEAD", 1)
+    monkeypatch.setattr("pipeline.base.object_store.PIECE", 1000)
+    monkeypatch.setattr("pipeline.base.object_store.AHEAD", 1)
     content, path = os.urandom(9500), tmp_path / "deep/copy"
     stored, store, asked = put(client, "big", content), Store(), []
     read = store.files.cat_file
@@ -90,7 +89,7 @@ def test_two_processes_that_want_one_file(client: Any, tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from pipeline.base.remote import Store
+from pipeline.base.object_store import Store
 store = Store()
 store.fetch(store.info(sys.argv[1]), Path(sys.argv[2]))
 """
