@@ -46,6 +46,7 @@ def complete(words: str, folder: Path, cache: Path, activated: bool = True) -> s
         ("python tools/make_sudoku.py --s", "--seed --size --split"),
         ("python tools/make_sudoku.py --size 4 --se", "--seed"),
         ("torchrun --nproc_per_node 2 -m pipeline.train --objective.stages_m", "--objective.stages_maximum"),
+        ("python -m benchmarks.pilot --see", "--seeds"),
         ("python tools/make_sudoku.py held", ""),
         ("python other.py --s", ""),
     ],

@@ -1,14 +1,15 @@
 # Completes the options of the project's programs in bash: source tools/completion.bash
 #
 # They are read from --help, once for each program: the first Tab at one takes as long as that, further ones some
-# hundredths of a second. argcomplete would start the program at every Tab, and most import torch for 2 seconds.
+# hundredths of a second. argcomplete would start the program at every Tab.
 # shellcheck shell=bash
 
-_puma_options() { # SOURCE COMMAND...: its options, from a file in the cache unless the code has changed since
-    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/puma_completion name code
-    name=$cache/$(realpath "$1" | tr / _)
-    code=$(dirname "$(dirname "$(realpath "$1")")")/pipeline # tools have options of its modules, too
-    if [ ! -s "$name" ] || [ -n "$(find "$1" "$code" -name '*.py' -newer "$name" -print -quit 2>/dev/null)" ]; then
+_puma_options() { # ROOT COMMAND...: its options, from a file in the cache unless the code has changed since
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/puma_completion root=$1 program name folders
+    program=${!#}
+    name=$cache/$(tr / _ <<<"$root/${program##*/}")
+    folders=("$root"/{pipeline,tools,benchmarks}) # programs have options of other modules, too
+    if [ ! -s "$name" ] || [ -n "$(find "${folders[@]}" -name '*.py' -newer "$name" -print -quit 2>/dev/null)" ]; then
         mkdir -p "$cache"
         "${@:2}" --help 2>/dev/null | grep -oE -- '(^|[ ,[])--[a-zA-Z][a-zA-Z0-9_.-]*' |
             tr -d ' ,[' | sort -u >"$name"
@@ -17,14 +18,15 @@ _puma_options() { # SOURCE COMMAND...: its options, from a file in the cache unl
 }
 
 _puma_complete() {
-    local word=${COMP_WORDS[COMP_CWORD]} python=python place options
+    local word=${COMP_WORDS[COMP_CWORD]} python=python place program options
     COMPREPLY=()
     [[ $word == -* ]] || return 0
     [[ ${COMP_WORDS[0]} == */* ]] && python=${COMP_WORDS[0]%/*}/python # of .venv/bin, which need not be active
     for place in "${!COMP_WORDS[@]}"; do
-        case ${COMP_WORDS[place]} in
-        *tools/*.py) options=$(_puma_options "${COMP_WORDS[place]}" "$python" "${COMP_WORDS[place]}") ;;
-        pipeline.train) [ -d pipeline/config ] && options=$(_puma_options pipeline/config "$python" -m pipeline.train) ;;
+        program=${COMP_WORDS[place]}
+        case $program in
+        *tools/*.py) options=$(_puma_options "$(realpath "$(dirname "$program")/..")" "$python" "$program") ;;
+        pipeline.train | benchmarks.*) [ -d pipeline/config ] && options=$(_puma_options "$PWD" "$python" -m "$program") ;;
         *) continue ;;
         esac
         mapfile -t COMPREPLY < <(compgen -W "$options" -- "$word")
