@@ -23,6 +23,7 @@ from pipeline.base.errors import (
     Failure,
     UserError,
     nearest,
+    why,
 )
 from pipeline.base.launch import place, says
 
@@ -214,7 +215,7 @@ def _run(main: Callable[[Sequence[str] | None], int | None], of_ranks: bool = Fa
     except _BAD_PATH as error:
         if error.filename is None:
             raise
-        fail(f"{error.filename}: {error.strerror}. Check the path and its permissions.")
+        fail(f"{error.filename}: {why(error)}. Check the path and its permissions.")
     except UnicodeEncodeError:
         for given in sys.argv[1:]:  # Python hides bytes that are no UTF-8 in half surrogate pairs
             if not given.isascii() and given.encode(errors="ignore").decode() != given:

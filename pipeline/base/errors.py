@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 # Exit codes of every program; docs/reference/exit_codes.md says how a launcher handles them.
@@ -20,6 +21,14 @@ class UserError(Exception):
 
 class Failure(Exception):
     """An error that no setting caused, such as a full disk; the program exits with EXIT_FAILED."""
+
+
+def why(error: OSError) -> str | None:
+    """Return the reason of an error; that of a link to a missing folder would be ``File exists``."""
+    path = str(error.filename)
+    if isinstance(error, FileExistsError) and os.path.islink(path) and not os.path.exists(path):
+        return f"a link to {os.readlink(path)}, which does not exist"
+    return error.strerror
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

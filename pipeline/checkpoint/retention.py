@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
+from pipeline.base.errors import UserError, why
 from pipeline.checkpoint.manifest import Damaged, Manifest, checkpoints, read_manifest
 from pipeline.config import CheckpointConfig
 
@@ -14,9 +16,17 @@ from pipeline.config import CheckpointConfig
 def discard(folder: Path) -> None:
     """Remove a checkpoint; rename it first, so that a partly removed one is never read."""
     removing = folder.with_name(f".removing_{folder.name}")
-    shutil.rmtree(removing, ignore_errors=True)
+    _remove(removing)
     folder.rename(removing)
-    shutil.rmtree(removing, ignore_errors=True)
+    _remove(removing)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, as far as possible; of a link the link alone, not what it leads to."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def kept(manifests: list[Manifest], config: CheckpointConfig) -> set[int]:
@@ -55,8 +65,23 @@ def remove_conversions(place: Path) -> None:
         discard(folder)
 
 
-def clear(run_dir: Path) -> None:
-    """Remove folders that a killed process left partly written or partly removed."""
+def prepare(run_dir: Path) -> None:
+    """Make the folder of a run's checkpoints; remove what a killed process left partly written or removed.
+
+    Raises:
+        UserError: when the folder cannot be written, as a link to a file system that is not mounted: the
+            run would begin anew, and lose its training at its end.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing_"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"run_dir: {folder} cannot be written ({why(error)}): make it a writable folder, or give another "
+            "run_dir."
+        ) from None
     for pattern in (".writing_*", ".removing_*"):
-        for left_over in (run_dir / "checkpoints").glob(pattern):
-            shutil.rmtree(left_over, ignore_errors=True)
+        for left_over in folder.glob(pattern):
+            _remove(left_over)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from pipeline import config as configuration
-from pipeline.base.errors import Failure
+from pipeline.base.errors import Failure, why
 from pipeline.base.files import (
     FileFacts,
     replacing,
@@ -245,13 +246,16 @@ class Saver:
             file.write(manifest.to_json())
         sync_tree(work.folder)
         final = self.folder / f"step_{manifest.step:08d}"
-        if final.exists():  # damaged, or left by an earlier attempt
+        if os.path.lexists(final):  # damaged, or left by an earlier attempt; a link may lead nowhere
             discard(final)
         work.folder.rename(final)
         sync_folder(self.folder)
         size = sum(facts.size for facts in files.values())
         self.say(f"saved {final} ({size / 1e6:,.1f} MB)")
-        prune(Path(self.config.run_dir), manifest.step, self.config.checkpoint)
+        try:
+            prune(Path(self.config.run_dir), manifest.step, self.config.checkpoint)
+        except OSError as error:  # this save is complete
+            self.say(f"an older checkpoint could not be removed: {_describe(error)} Training continues.")
 
 
 class _Reported(Exception):
@@ -293,5 +297,5 @@ def _describe(error: Exception) -> str:
     if isinstance(error, _Reported):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
+        return f"{error.filename}: {why(error)}."
     return f"{type(error).__name__}: {error}."

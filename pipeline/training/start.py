@@ -16,7 +16,7 @@ from pipeline.chains.stream import SlotStream
 from pipeline.checkpoint.lock import RunLock
 from pipeline.checkpoint.manifest import Identity, Manifest
 from pipeline.checkpoint.resuming import check_continues, newest
-from pipeline.checkpoint.retention import clear
+from pipeline.checkpoint.retention import prepare
 from pipeline.checkpoint.saving import Saver
 from pipeline.config import Config
 from pipeline.data.blend import Order, describe_order, write_order
@@ -211,12 +211,12 @@ def fit_micro_batch(config: Config, ranks: Ranks) -> Config:
 
 
 def _take_folder(run_dir: Path, ranks: Ranks, stack: ExitStack) -> None:
-    """Lock the run folder, and remove what a killed run left half-written."""
+    """Lock the run folder, and prepare it for checkpoints."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with ranks.agreeing():
         if ranks.is_first:
             stack.callback(RunLock(run_dir).release)
-            clear(run_dir)
+            prepare(run_dir)
 
 
 def _start_from(folder: Path, config: Config, vocabulary: Vocabulary, engine: Engine) -> None:

@@ -342,3 +342,16 @@ def test_the_cpus_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4(x2)")
     with pytest.raises(errors.UserError, match="SLURM_CPUS_PER_TASK is '4"):
         usable_cpus()
+
+
+def test_a_link_to_nothing_is_called_one(tmp_path: Path) -> None:
+    """The system's word for it is ``File exists``."""
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError) as found:
+        link.mkdir()
+    assert errors.why(found.value) == f"a link to {tmp_path / 'gone'}, which does not exist"
+    (tmp_path / "gone").write_text("")
+    with pytest.raises(FileExistsError) as found:
+        link.mkdir()
+    assert errors.why(found.value) == "File exists"

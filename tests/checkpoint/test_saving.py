@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.base import errors
 from pipeline.checkpoint import saving
 from pipeline.checkpoint.manifest import Manifest
-from pipeline.checkpoint.retention import kept
+from pipeline.checkpoint.retention import discard, kept
 from pipeline.config import CheckpointConfig
 from pipeline.engine.snapshot import HostCopy
 from pipeline.training import preflight
@@ -271,3 +271,44 @@ def test_checkpoints_of_an_abandoned_future_are_not_counted(train: Train, tmp_pa
     assert train(run_dir, *SHORT, *more).code == 0
     assert steps(run_dir) == [14, 16]
     assert "(step 14)" in train(run_dir, *SHORT).output
+
+
+def test_checkpoints_that_are_out_of_reach(train: Train, tmp_path: Path) -> None:
+    """As on a file system that is not mounted: the run would begin anew, over its curves."""
+    run_dir = tmp_path / "run"
+    assert train(run_dir, *SHORT, "--train.steps", "4").code == 0
+    curves = (run_dir / "metrics.jsonl").read_bytes()
+    folder = run_dir / "checkpoints"
+    folder.rename(tmp_path / "kept")
+    folder.symlink_to(tmp_path / "gone")
+    line = train(run_dir, *SHORT, "--train.steps", "8").complaint()
+    assert f"{folder} cannot be written (a link to {tmp_path / 'gone'}, which does not exist)" in line
+    folder.unlink()
+    folder.write_text("")
+    assert f"{folder} cannot be written (File exists)" in train(run_dir, *SHORT).complaint()
+    assert (run_dir / "metrics.jsonl").read_bytes() == curves
+    folder.unlink()
+    folder.symlink_to(tmp_path / "kept")
+    assert "(step 4)" in train(run_dir, *SHORT, "--train.steps", "8").output
+    assert steps(run_dir) == [4, 8]
+
+
+def test_of_a_link_the_link_alone_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for _ in range(2):
+        (tmp_path / "step_00000004").symlink_to(tmp_path / "elsewhere")
+        discard(tmp_path / "step_00000004")
+        assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_fails_no_save(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(folder))
+
+    monkeypatch.setattr("pipeline.checkpoint.retention.discard", refuse)
+    outcome = train(tmp_path / "run", *SHORT, "--checkpoint.keep", "1")
+    assert outcome.code == 0
+    assert "could not be removed" in outcome.output
+    assert steps(tmp_path / "run") == [4, 8, 12, 16]
