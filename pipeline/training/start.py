@@ -109,13 +109,15 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
     Raises:
         UserError: on every rank, for the first reason why the run cannot start.
     """
-    config = fit_micro_batch(config, ranks)
-    tokenizer = Tokenizer.load(Path(config.data.tokenizer))
-    if config.monitor.wandb:
-        require_wandb()
+    with ranks.agreeing():
+        config = fit_micro_batch(config, ranks)
+        tokenizer = Tokenizer.load(Path(config.data.tokenizer))
+        if config.monitor.wandb:
+            require_wandb()
     config = dataclasses.replace(config, data=fetch_datasets(config.data, _cache(config), ranks))
-    facts = check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
-    vocabulary = read_vocabulary(config, tokenizer)
+    with ranks.agreeing():
+        facts = check_run(config, tokenizer, ranks.world_size, disk=ranks.is_first)
+        vocabulary = read_vocabulary(config, tokenizer)
     engine = build_engine(config, ranks, vocabulary)
     stack.callback(engine.close)
     _take_folder(Path(config.run_dir), ranks, stack)
@@ -128,7 +130,8 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
     found = newest(Path(config.run_dir), ranks, config.checkpoint.verify_hashes)
     state = TrainState(config.train.steps)
     if found is not None:
-        check_continues(*found, identity, config)
+        with ranks.agreeing():
+            check_continues(*found, identity, config)
     elif config.train.branch_from is not None:
         branch(config, vocabulary, engine, state)
     elif config.train.initial_weights is not None:
