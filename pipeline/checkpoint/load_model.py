@@ -73,9 +73,10 @@ def load_model(
         UserError: when the checkpoint is missing or damaged, or lacks the requested weights.
     """
     saved = SavedModel.find(path, weights, verify, ranks, untrained)
+    stored = {} if untrained else saved.weights()  # which are of the vocabulary that the model is made for
     model = make_model(saved.config, saved.vocabulary)
     if not untrained:
-        state = {name: weight.read() for name, weight in saved.weights().items()}
+        state = {name: weight.read() for name, weight in stored.items()}
         if saved.config.model.tie_embeddings:  # one tensor with two names
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         try:

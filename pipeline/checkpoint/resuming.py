@@ -183,9 +183,11 @@ def load(folder: Path, manifest: Manifest, engine: Engine, groups: SlotGroups) -
     with engine.ranks.agreeing():
         try:
             states = _states_of_slots(folder, manifest, engine.ranks.rank, [group.slots for group in groups])
-        except (OSError, KeyError, ValueError, BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+            # numpy's advice for a pickle is to run it.
+            reason = "a pickle, which could run commands" if "pickle" in str(error) else str(error)
             raise UserError(
-                f"the slots in {folder} cannot be read ({error}): remove it to resume from an older one."
+                f"the slots in {folder} cannot be read ({reason}): remove it to resume from an older one."
             ) from None
     engine.load(folder / "model", FileLayout(manifest.sharding, manifest.world_size), folder.parent)
     for group, state in zip(groups, states, strict=True):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipeline import config as configuration
 from pipeline.base.errors import UserError
-from pipeline.checkpoint.manifest import Manifest, check_hashes, find
+from pipeline.checkpoint.manifest import MANIFEST, Manifest, check_hashes, find
 from pipeline.config import Config
 from pipeline.engine.build import open_weights
 from pipeline.engine.ema import FILES, has_average
@@ -69,8 +69,18 @@ class SavedModel:
         return is_setting(name)
 
     def weights(self) -> StoredWeights:
-        """Return its fp32 weights by name, not read yet; tied embeddings, which have two names, under one."""
+        """Return its fp32 weights by name, not read yet; tied embeddings, which have two names, under one.
+
+        Raises:
+            UserError: when a file is damaged, or the manifest is of another vocabulary.
+        """
         stored = dict(open_weights(self.folder / "model", bool(self.averaged)))
+        rows, embedding = self.vocabulary.rows, stored.get("model.embed_tokens.weight")
+        if embedding is not None and embedding.shape[0] != rows:
+            raise UserError(
+                f"{self.folder / MANIFEST}: vocabulary.rows is {rows}, but the weights have "
+                f"{embedding.shape[0]}: restore the checkpoint."
+            )
         if self.config.model.tie_embeddings:
             stored.pop("lm_head.weight", None)
         return stored

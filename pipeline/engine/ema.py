@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import UserError
-from pipeline.engine.tensor_files import read_tensors
+from pipeline.engine.tensor_files import read_tensors, taking
 from pipeline.engine.weights import Piece, StoredWeight, StoredWeights
 
 FILES = "ema_*.pt"
@@ -131,9 +131,10 @@ class _Files:
         for path in paths:
             state = read_tensors(path, ("updates", "pieces"))
             self.updates = state["updates"]
-            for name, piece in state["pieces"].items():
-                self.shapes[name] = piece["shape"]
-                self.found.setdefault(name, []).append((piece["offset"], piece["elements"]))
+            with taking(path):
+                for name, piece in state["pieces"].items():
+                    self.shapes[name] = piece["shape"]
+                    self.found.setdefault(name, []).append((piece["offset"], piece["elements"]))
 
     def hold(self, pieces: Mapping[str, Piece]) -> bool:
         """Return whether these files hold exactly `pieces`."""

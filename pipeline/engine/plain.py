@@ -26,7 +26,7 @@ from pipeline.engine.optimizer import (
 )
 from pipeline.engine.protocol import FileLayout
 from pipeline.engine.snapshot import HostCopy
-from pipeline.engine.tensor_files import read_tensors
+from pipeline.engine.tensor_files import read_tensors, taking
 from pipeline.engine.weights import Piece, StoredWeight, StoredWeights, copy_pieces, squared_norm
 from pipeline.model.batch import HeadOutput, MaskedBatch, Vocabulary
 from pipeline.ranks import Ranks
@@ -135,12 +135,14 @@ class PlainEngine:
     def load(self, folder: Path, layout: FileLayout, place: Path) -> None:
         # To the CPU: AdamW moves its step counters to where its kernel reads them, but never back.
         keys = ("model", *self.optimizers)
-        state = read_tensors(folder / PLAIN_FILE, keys, torch.device("cpu"), mmap=False)
-        self.model.load_state_dict(state["model"])
-        for name, optimizer in self.optimizers.items():
-            settings = hyper_parameters(optimizer)
-            optimizer.load_state_dict(state[name])
-            set_hyper_parameters(optimizer, settings)
+        path = folder / PLAIN_FILE
+        state = read_tensors(path, keys, torch.device("cpu"), mmap=False)
+        with taking(path):
+            self.model.load_state_dict(state["model"])
+            for name, optimizer in self.optimizers.items():
+                settings = hyper_parameters(optimizer)
+                optimizer.load_state_dict(state[name])
+                set_hyper_parameters(optimizer, settings)
         if self.average is not None:
             self.average.load(folder, 0)
 

@@ -7,7 +7,8 @@ A pickle can name any function and its arguments, and Python's unpickler calls i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -41,6 +42,18 @@ def read_tensors(
     if keys and not (isinstance(content, dict) and all(key in content for key in keys)):
         raise UserError(f"{path} does not hold {', '.join(keys)}: it is of another program, or damaged.")
     return content
+
+
+@contextmanager
+def taking(path: Path) -> Iterator[None]:
+    """Raise a `UserError` that names `path` where the block finds other content in it than it expects."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} does not fit this run ({reason}): use an older checkpoint.") from error
 
 
 def _refusal(path: Path, message: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,6 +14,7 @@ import torch
 
 from pipeline.base.errors import EXIT_BAD_INPUT, UserError
 from pipeline.engine.tensor_files import read_tensors
+from support.checkpoints import rehash
 from support.forked import run_forked
 from support.pickles import Command
 from support.programs import Outcome, run_here
@@ -32,17 +31,8 @@ def prepare(path: Path, made: Path) -> None:
     """Add a command to a file of a checkpoint that is honest apart from it, and to its manifest's hashes."""
     content: dict[str, Any] = torch.load(path, weights_only=False)
     torch.save(content | {"more": Command(made)}, path)
-    manifest = (
-        next(folder for folder in path.parents if (folder / "manifest.json").exists()) / "manifest.json"
-    )
-    values = json.loads(manifest.read_text())
-    name = str(path.relative_to(manifest.parent))
-    values.pop("sha256")
-    values["files"][name] = {
-        "size": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
-    manifest.write_text(json.dumps(values))
+    folder = next(each for each in path.parents if (each / "manifest.json").exists())
+    rehash(folder, str(path.relative_to(folder)))
 
 
 def write_zip(path: Path, made: Path) -> None:

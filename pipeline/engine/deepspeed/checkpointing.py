@@ -19,12 +19,14 @@ from tqdm import tqdm
 from pipeline.base.errors import UserError
 from pipeline.base.files import sync_tree
 from pipeline.engine.deepspeed.private import save_through, without_foreign_code
+from pipeline.engine.protocol import FileLayout
 from pipeline.engine.snapshot import HostCopy
 from pipeline.engine.tensor_files import read_tensors
 from pipeline.engine.weights import StoredWeight, StoredWeights
 from pipeline.ranks import Ranks
 
 TAG = "model"
+KEYS = {"optim_states": ("optimizer_state_dict",), "model_states": ("module",)}  # by the end of the name
 _POLL = 1.0  # seconds
 _WORKERS = 4  # processes of a conversion
 
@@ -56,6 +58,18 @@ class SnapshotWriter(TorchCheckpointEngine):
         return states
 
 
+def check_complete(folder: Path, layout: FileLayout) -> None:
+    """Raise a `UserError` unless a snapshot holds the files of all ranks that wrote it."""
+    per_rank = {"optim": layout.world_size, "model": layout.world_size if layout.sharding == "zero3" else 1}
+    for kind, count in per_rank.items():
+        found = len(list((folder / TAG).glob(f"*_{kind}_states.pt")))
+        if found != count:
+            raise UserError(
+                f"{folder / TAG} holds {found} files *_{kind}_states.pt, but {layout.world_size} ranks wrote "
+                f"{count} under {layout.sharding}: restore them, or use an older checkpoint."
+            )
+
+
 def check_files(folder: Path, ranks: Ranks) -> None:
     """Raise a `UserError` for a file of a snapshot that is damaged or names code; every rank calls this.
 
@@ -64,7 +78,8 @@ def check_files(folder: Path, ranks: Ranks) -> None:
     """
     with ranks.agreeing(), without_foreign_code():
         for path in sorted(folder.rglob("*.pt"))[ranks.rank :: ranks.world_size]:
-            read_tensors(path)
+            keys = next((keys for end, keys in KEYS.items() if path.stem.endswith(end)), ())
+            read_tensors(path, keys)
 
 
 def make_universal(folder: Path, place: Path, ranks: Ranks) -> Path:

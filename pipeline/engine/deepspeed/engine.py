@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from pipeline.base.errors import UserError
 from pipeline.base.traced import traced
 from pipeline.config import Config
-from pipeline.engine.deepspeed.checkpointing import TAG, SnapshotWriter, check_files, make_universal
+from pipeline.engine.deepspeed.checkpointing import (
+    TAG,
+    SnapshotWriter,
+    check_complete,
+    check_files,
+    make_universal,
+)
 from pipeline.engine.deepspeed.muon import ShardedMuon
 from pipeline.engine.deepspeed.private import (
     allow_optimizer,
@@ -186,6 +192,8 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path, layout: FileLayout, place: Path) -> None:
         settings = hyper_parameters(self.engine.optimizer)
+        with self.ranks.agreeing():
+            check_complete(folder, layout)
         check_files(folder, self.ranks)
         with keeping_gradient_clip(self.engine):
             if layout == (self.sharding, self.ranks.world_size):
@@ -202,7 +210,8 @@ class DeepSpeedEngine:
         if self.muon is not None:
             self.muon.drop_second_moments()
         if self.average is not None:
-            self.average.load(folder, self.ranks.rank)
+            with self.ranks.agreeing():  # each rank reads files of its own
+                self.average.load(folder, self.ranks.rank)
 
     def close(self) -> None:
         self.engine.destroy()
