@@ -1,10 +1,11 @@
-"""A save that fails on one rank fails on all ranks without a deadlock; two threads play the ranks."""
+"""What fails on one rank, a save or a start, fails on all without a deadlock; two threads play the ranks."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,13 @@ import pytest
 import torch
 
 from pipeline import config as configuration
-from pipeline.base.errors import Failure
+from pipeline.base.errors import Failure, UserError
 from pipeline.checkpoint import saving
 from pipeline.checkpoint.manifest import FORMAT, Manifest, checkpoints
 from pipeline.checkpoint.saving import Saver
 from pipeline.ranks import Ranks
+from pipeline.training.start import start
+from support.runs import command
 
 pytestmark = pytest.mark.slow
 
@@ -125,3 +128,27 @@ def test_one_ranks_failure_is_everybodys(
     newest = checkpoints(tmp_path)[-1]
     assert newest.name == "step_00000004"
     assert {path.name for path in (newest / "model").iterdir()} == {"part_0.pt", "part_1.pt"}
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+@pytest.mark.parametrize("setting", ["tokenizer", "prefixes"])
+def test_what_one_rank_cannot_read_no_rank_starts_with(
+    data: Path, tmp_path: Path, bad_rank: int, setting: str
+) -> None:
+    """As on a node without the file: the other ranks would print the stack of a broken connection."""
+    memory = Memory()
+    gone = {"tokenizer": "gone", "prefixes": "[gone]"}[setting]
+
+    def one(rank: int) -> str:
+        more = [f"--data.{setting}", gone] if rank == bad_rank else []
+        config = configuration.load(command(data, tmp_path / "run", *more))
+        signals: Any = SimpleNamespace(received=False)
+        with ExitStack() as stack, pytest.raises(UserError) as found:
+            start(config, Thread(rank, RANKS, memory=memory), signals, stack)
+        return str(found.value)
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        first, second = pool.map(one, range(RANKS))
+    assert first == second
+    assert "gone" in first
+    assert not (tmp_path / "run/checkpoints").exists()
