@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.base.errors import UserError
+from pipeline.base.errors import Failure, UserError
 
 T = TypeVar("T")
+_LOST = ("Connection closed by peer", "Connection reset by peer")  # as gloo says it
 TIME_LIMIT = timedelta(minutes=10)  # of a collective: torch's own default for NCCL
 
 
@@ -127,6 +128,24 @@ class Ranks:
         found = self.first_problem(problem)
         if found is not None:
             raise UserError(found)
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Raise a one-line `Failure` where a collective of the block fails because another rank has ended.
+
+    That rank's own error is the cause, which a stack of every other rank would bury.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        sign = next((sign for sign in _LOST if sign in str(error)), None)
+        if sign is None:
+            raise
+        raise Failure(
+            f"another rank has ended ({sign}): it failed, and its error is above or in its log, or it was "
+            "killed, as for want of memory. The same command resumes from the newest checkpoint."
+        ) from error
 
 
 def join_ranks(device: Literal["auto", "cuda", "cpu"] = "auto", sequence_size: int = 1) -> Ranks:

@@ -86,13 +86,13 @@ def train(run: Training) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit code."""
     config = configuration.load(sys.argv[1:] if arguments is None else arguments)
-    from pipeline.ranks import join_ranks
+    from pipeline.ranks import join_ranks, naming_lost_ranks
     from pipeline.resilience.signals import StopSignals
     from pipeline.training.start import start
     from pipeline.training.tracing import memory_snapshots
 
     ranks = join_ranks(config.engine.device, config.engine.sequence_parallel_size)
-    with ExitStack() as stack:
+    with naming_lost_ranks(), ExitStack() as stack:
         signals = stack.enter_context(closing(StopSignals()))
         stack.callback(ranks.disconnect)
         ranks.connect()

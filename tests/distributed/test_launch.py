@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.ranks import join_ranks
+from pipeline.base.errors import Failure
+from pipeline.ranks import join_ranks, naming_lost_ranks
 from support.forked import RANKS, run_forked
 from support.programs import ROOT, environment_of_ranks, free_ports
 
@@ -53,3 +54,18 @@ def test_slurms_variables_are_understood(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MASTER_ADDR", "n1")
     ranks = join_ranks("cpu")
     assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 1)
+
+
+def test_a_lost_rank_is_one_line() -> None:
+    """The words are gloo's, from a training of two ranks of which one was killed."""
+    said = (
+        "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error "
+        "[127.0.0.1]:21895: Connection reset by peer. This is typically caused by a remote worker hanging"
+    )
+    with (
+        pytest.raises(Failure, match=r"another rank has ended \(Connection reset by peer\)"),
+        naming_lost_ranks(),
+    ):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="shapes"), naming_lost_ranks():
+        raise RuntimeError("shapes differ")
