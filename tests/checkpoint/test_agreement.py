@@ -113,7 +113,7 @@ def test_one_ranks_failure_is_everybodys(
     with monkeypatch.context() as patch:
         fail_on(patch, "write_hashed", f"part_{rank}")
         if also == "report":
-            fail_on(patch, "_write_json", f"report_{rank:05d}")
+            fail_on(patch, "write_json", f"report_{rank:05d}")
         if also == "removal":
             fail_on(patch, "unlink", f"part_{rank}", Path)
         assert save(both, 2) == [None, None]
