@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,8 +36,7 @@ from pipeline.chains.slots import SlotGroup
 from pipeline.checkpoint.manifest import MANIFEST, Manifest
 from pipeline.checkpoint.retention import discard, prune
 from pipeline.config import Config
-from pipeline.data.facts import read_facts
-from pipeline.data.paths import facts_path
+from pipeline.data.facts import DatasetFacts
 from pipeline.data.tokenizer import FACTS_FILE, TEMPLATE_FILE
 from pipeline.data.tokenizer import read_facts as read_tokenizer_facts
 from pipeline.engine.protocol import Engine
@@ -80,7 +79,12 @@ class Saver:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, groups: Sequence[SlotGroup], say: Callable[[str], None]
+        self,
+        config: Config,
+        engine: Engine,
+        groups: Sequence[SlotGroup],
+        facts: Iterable[DatasetFacts],
+        say: Callable[[str], None],
     ) -> None:
         """Create the saver of a run.
 
@@ -88,6 +92,7 @@ class Saver:
             config: the run.
             engine: provides weights and optimizer state.
             groups: the chains of this rank.
+            facts: those of the run's datasets.
             say: prints a message; called from a thread.
         """
         self.config = config
@@ -100,7 +105,7 @@ class Saver:
         self.problem: str | None = None
         self.work: _Work | None = None
         # Read now: moving the tokenizer during the run must not break later saves.
-        self.common = _common_files(config) if self.first else {}
+        self.common = _common_files(config, facts) if self.first else {}
 
     def save(self, manifest: Manifest) -> None:
         """Save the current state; every rank calls this between two steps.
@@ -267,7 +272,7 @@ def merge_states(states: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarra
     return {key: np.concatenate([state[key] for state in states]) for key in states[0]}
 
 
-def _common_files(config: Config) -> dict[str, Callable[[BinaryIO], object]]:
+def _common_files(config: Config, facts: Iterable[DatasetFacts]) -> dict[str, Callable[[BinaryIO], object]]:
     """Return the writers of the files that only the first rank writes: configuration and tokenizer."""
     contents = {"config.yaml": configuration.to_yaml(config).encode()}
     tokenizer = Path(config.data.tokenizer)
@@ -277,8 +282,7 @@ def _common_files(config: Config) -> dict[str, Callable[[BinaryIO], object]]:
     )  # random text has none
     for name in files:
         contents[f"tokenizer/{name}"] = (tokenizer / name).read_bytes()
-    prefixes = [prefix for prefix in config.data.all_prefixes if facts_path(Path(prefix)).exists()]
-    templates = frozenset().union(*(read_facts(prefix).chat_templates for prefix in prefixes))
+    templates = frozenset().union(*(each.chat_templates for each in facts))
     if len(templates) == 1:  # else none is that of the model
         contents[f"tokenizer/{TEMPLATE_FILE}"] = next(iter(templates)).encode()
     return {name: _bytes_writer(content) for name, content in contents.items()}

@@ -63,7 +63,8 @@ def named_errors() -> Iterator[None]:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise for what the harness or the model refuses, before anything heavy is imported."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
+    with extra("eval", "pipeline.evaluation.harness"):
+        from lm_eval.config.evaluate_config import EvaluatorConfig
 
     logged = logging.root.manager.disable
     logging.disable()  # the harness reads its options again, and logs then

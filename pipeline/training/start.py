@@ -138,7 +138,7 @@ def start(config: Config, ranks: Ranks, signals: StopSignals, stack: ExitStack) 
         _start_from(Path(config.train.initial_weights), config, vocabulary, engine)
     tasks = read_tasks(config, tokenizer, ranks)
     data = _open_data(config, facts, tokenizer, ranks)
-    return _assemble(config, tokenizer, engine, identity, state, found, tasks, data, signals, stack)
+    return _assemble(config, tokenizer, engine, identity, state, found, tasks, facts, data, signals, stack)
 
 
 def _assemble(
@@ -149,6 +149,7 @@ def _assemble(
     state: TrainState,
     found: tuple[Path, Manifest] | None,
     tasks: Sequence[Scheduled],
+    facts: Mapping[str, DatasetFacts],
     data: Mapping[int, Datasets],
     signals: StopSignals,
     stack: ExitStack,
@@ -169,7 +170,7 @@ def _assemble(
     stack.callback(log.close)
     watchdog = Watchdog(config.watchdog, run_dir, ranks.rank, config.engine.kind != "plain")
     stack.callback(watchdog.close)
-    saver = Saver(config, engine, groups, log.progress.say)
+    saver = Saver(config, engine, groups, facts.values(), log.progress.say)
     stack.callback(saver.close)
     stop = Stop(ranks, lambda: signals.received)
     guard = Guard(config.guard, config.optimizer.gradient_clip, state.window, stop)

@@ -71,7 +71,7 @@ def savers(tmp_path: Path) -> tuple[list[Saver], list[str]]:
     groups = [
         [SimpleNamespace(state_dict=lambda rank=rank: {"slots": np.array([rank])})] for rank in range(RANKS)
     ]
-    return [Saver(config, engine_of(r, memory), groups[r], said.append) for r in range(RANKS)], said  # type: ignore[arg-type]
+    return [Saver(config, engine_of(r, memory), groups[r], [], said.append) for r in range(RANKS)], said  # type: ignore[arg-type]
 
 
 def save(savers: list[Saver], step: int) -> list[BaseException | None]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from support.forked import run_forked
 from support.programs import Outcome, run_here
 from support.runs import curve, examples_of, metrics, train_on
 from tools import plan_run
 
 pytestmark = pytest.mark.slow
+
+COMPILE_ADAM = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
 
 Train = Callable[..., Outcome]
 # The reveals do not ask the model: at another number of ranks, scores that nearly tie are ranked differently.
@@ -105,10 +108,12 @@ def test_a_ramp_at_other_world_sizes(data: Path, train: Train, tmp_path: Path, k
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(1200)  # the first run on a machine compiles DeepSpeed's Adam for CPUs
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_a_ramp_with_an_offloaded_optimizer(data: Path, train: Train, tmp_path: Path) -> None:
     """Stopped after a growth and before one: bit for bit the uninterrupted run, and nearly a plain one."""
+    compiled = run_forked("-c", COMPILE_ADAM, timeout=1000)  # minutes, once on a machine
+    assert compiled.returncode == 0, compiled.stderr
     zero = tmp_path / "zero.json"
     zero.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}))
     more = [*SETTINGS, "--engine.deepspeed_config", str(zero)]

@@ -41,7 +41,7 @@ def test_fills_as_the_sampler_does(engine: PlainEngine, layout: Layout) -> None:
     examples = stack_examples([data[i] for i in range(6)], range(6))
     masked = to_be_written(examples, layout)
     at_once = 1 if isinstance(layout, LeftToRight) else -(-int(masked.sum(dim=1).max()) // FORWARDS)
-    found = fill(engine, examples, masked, layout, 1, at_once)
+    found = fill(engine, examples, masked, layout, 1, SamplingSettings(tokens_per_step=at_once))
     assert found is not None
     policy = "left_to_right" if isinstance(layout, LeftToRight) else "confidence"
     settings = SamplingSettings(policy=policy, tokens_per_step=at_once)

@@ -102,6 +102,8 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> None:
     multiprocessing.set_start_method(None, force=True)  # that of a new program, not of this process
     os.environ.clear()
     os.environ.update(environment)
+    # The parent's paths are here, too; an export's code has to come from this process's own copy.
+    sys.path[:] = [path for path in sys.path if not Path(path, "transformers_modules").exists()]
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its own would be between processes, and outlive this one's os._exit
