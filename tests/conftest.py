@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 

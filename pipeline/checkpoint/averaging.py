@@ -116,6 +116,8 @@ def _copied(source: SavedModel, folder: Path) -> dict[str, FileFacts]:
     """Copy settings and tokenizer of a checkpoint to `folder`; return the files."""
     names = [name for name in source.manifest.files if is_setting(name)]
     for name in names:
+        if (source.folder / name).is_symlink():  # to any file of this machine
+            raise UserError(f"{source.folder / name} is a link, which no checkpoint holds: it is not copied.")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / name, folder / name)
     return {name: FileFacts((folder / name).stat().st_size, sha256_of(folder / name)) for name in names}

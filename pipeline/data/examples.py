@@ -68,9 +68,14 @@ class Examples:
 
     def mapped(self, change: Callable[..., Tensor], *others: Examples) -> Examples:
         """Return the examples with every tensor changed; `change` also gets the same one of `others`."""
-        fields = zip(*(vars(examples).values() for examples in (self, *others)), strict=True)
+        fields = zip(*(examples._tensors for examples in (self, *others)), strict=True)
         changed: list[Any] = [None if tensors[0] is None else change(*tensors) for tensors in fields]
         return Examples(*changed)
+
+    @property
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """The attributes in order; torch 2.11 does not compile `vars`."""
+        return self.tokens, self.roles, self.ids, self.documents, self.sources
 
     def replaced(self, where: Tensor, other: Examples) -> Examples:
         """Return the examples with rows `where` [B] bool taken from `other`."""

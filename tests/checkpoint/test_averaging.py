@@ -153,3 +153,15 @@ def test_another_tokenizer_is_refused(
     )
     outcome = average("--checkpoint", f"{run_dir}:8", copy, "--output", tmp_path / "mean")
     assert re.search(r"different tokenizers \(sha256\), .* and f{12}: average", outcome.complaint())
+
+
+def test_a_link_is_not_followed(average: Average, run_dir: Path, tmp_path: Path) -> None:
+    """Not even with --no-verify: it may lead to any file of the machine."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = tmp_path / "run/checkpoints/step_00000008/config.yaml"
+    config.rename(tmp_path / "elsewhere.yaml")
+    config.symlink_to(tmp_path / "elsewhere.yaml")
+    names = [f"{tmp_path}/run:4", f"{tmp_path}/run:8"]
+    complaint = average("--checkpoint", *names, "--no-verify", "--output", tmp_path / "mean").complaint()
+    assert "config.yaml is a link" in complaint
+    assert not (tmp_path / "mean").exists()
