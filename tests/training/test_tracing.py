@@ -33,6 +33,7 @@ from support.weights import read_weights
 Train = Callable[..., Outcome]
 
 
+@pytest.mark.slow
 def test_a_trace_holds_its_steps_and_changes_nothing(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_trace_holds_its_steps_and_changes_nothing(
     assert line["tokens_per_second"] == pytest.approx(16 * 12 / line["time/training"]), "of step 16 alone"
 
 
+@pytest.mark.slow
 def test_an_interval_of_traced_steps_has_no_rates(train: Train, tmp_path: Path) -> None:
     """Neither on the disk nor on the terminal, which shows the rest of them."""
     outcome = train(tmp_path, "--profiling.trace_steps", "[2, 16]", "--train.log_interval", "1")
