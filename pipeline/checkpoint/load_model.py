@@ -12,6 +12,7 @@ from pipeline.checkpoint.saved_model import SavedModel, Weights
 from pipeline.config import Config
 from pipeline.data.tokenizer import TEMPLATE_FILE, Tokenizer
 from pipeline.engine.module import make_model
+from pipeline.engine.weights import StoredWeights
 from pipeline.model.transformer import MaskedDiffusionModel
 from pipeline.objectives import decoding_layout
 from pipeline.objectives.seam import Layout
@@ -76,20 +77,39 @@ def load_model(
     stored = {} if untrained else saved.weights()  # which are of the vocabulary that the model is made for
     model = make_model(saved.config, saved.vocabulary)
     if not untrained:
-        state = {name: weight.read() for name, weight in stored.items()}
-        if saved.config.model.tie_embeddings:  # one tensor with two names
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split()[:30])
-            raise UserError(
-                f"{saved.folder}: the weights do not fit config.yaml ({reason}): restore it."
-            ) from None
+        tied = saved.config.model.tie_embeddings
+        fill_weights(model, stored, tied, saved.folder / "config.yaml", "restore it")
     folder = saved.folder / "tokenizer"
     step = 0 if untrained else saved.manifest.step
     model = model.to(device, dtype).eval()
     return Loaded(model, Tokenizer.load(folder), saved.config, step, chat_template_beside(folder))
+
+
+def fill_weights(
+    model: MaskedDiffusionModel, stored: StoredWeights, tied: bool, described_by: Path, remedy: str
+) -> None:
+    """Fill a model with stored weights.
+
+    Args:
+        model: made for the settings in `described_by`.
+        stored: its weights by name.
+        tied: embedding and output layer are one tensor, stored under one name or two.
+        described_by: the file with its settings, beside the weights.
+        remedy: what to do if they do not fit, for the error.
+
+    Raises:
+        UserError: if they do not fit.
+    """
+    state = {name: weight.read() for name, weight in stored.items()}
+    if tied:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:30])
+        raise UserError(
+            f"{described_by.parent}: the weights do not fit {described_by.name} ({reason}): {remedy}."
+        ) from None
 
 
 def chat_template_beside(tokenizer: Path) -> str | None:

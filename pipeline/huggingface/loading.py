@@ -10,7 +10,7 @@ import torch
 
 from pipeline.base.errors import UserError
 from pipeline.base.files import sha256_of
-from pipeline.checkpoint.load_model import Loaded, chat_template_beside, load_model
+from pipeline.checkpoint.load_model import Loaded, chat_template_beside, fill_weights, load_model
 from pipeline.checkpoint.manifest import CONFIG_FILE, is_export
 from pipeline.checkpoint.saved_model import Weights
 from pipeline.config import Config, DataConfig, ObjectiveConfig
@@ -59,16 +59,7 @@ def _load_export(folder: Path, device: torch.device, dtype: torch.dtype) -> Load
     )
     vocabulary = Vocabulary(settings["vocab_size"], settings["num_tokens"], settings["mask_token_id"])
     network = make_model(config, vocabulary)
-    state = {name: weight.read() for name, weight in open_weights(folder).items()}
-    if model.tie_embeddings:
-        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()[:30])
-        raise UserError(
-            f"{folder}: the weights do not fit {CONFIG_FILE} ({reason}): copy it again."
-        ) from None
+    fill_weights(network, open_weights(folder), model.tie_embeddings, where, "copy it again")
     tokenizer, template = load_tokenizer(folder, settings), chat_template_beside(folder)
     return Loaded(network.to(device, dtype).eval(), tokenizer, config, 1, template)
 
